@@ -1,0 +1,161 @@
+"""Checkpoints: folders with what is trained and where training stands, written whole or not at all.
+
+``<output_dir>/checkpoints/step-00001000/``: model.safetensors (trained tensors), adapter/ (peft, if there is LoRA),
+tokenizer/, optimizer.pt, state.json, rng-<rank>.pt, config.yaml and, written last, files.json with every file's size.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from annexe.errors import UserError
+from annexe.models.annexe import Annexe
+
+MANIFEST = "files.json"
+
+
+@dataclass
+class Progress:
+    """Where training stands; images, queries and tokens count what was trained on so far, over all ranks."""
+
+    step: int = 0
+    images: int = 0
+    queries: int = 0
+    tokens: int = 0
+    best_score: float | None = None
+    best_step: int | None = None
+
+
+def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every trainable parameter by its name."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether every file that was written is there in full length."""
+    try:
+        sizes = json.loads((folder / MANIFEST).read_text())
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, json.JSONDecodeError):
+        return False
+
+
+def find_checkpoint(where: Path, which: str = "latest") -> Path | None:
+    """The checkpoint folder meant by ``where``: itself, or the ``latest`` or ``best`` complete one of a run folder."""
+    if (where / MANIFEST).is_file() or where.name.startswith("step-"):
+        return where if is_complete(where) else None
+    found = sorted(path for path in (where / "checkpoints").glob("step-*") if is_complete(path))
+    if not found:
+        return None
+    best = json.loads((found[-1] / "state.json").read_text())["best_step"]
+    named = where / "checkpoints" / f"step-{best or 0:08d}"
+    return named if which == "best" and named in found else found[-1]
+
+
+def require_checkpoint(where: str, which: str) -> Path:
+    """As `find_checkpoint`, for a checkpoint the user asked for."""
+    folder = find_checkpoint(Path(where), which)
+    if folder is None:
+        raise UserError(f"no complete checkpoint at '{where}'; give a run folder or a checkpoints/step-* folder")
+    return folder
+
+
+def save_checkpoint(
+    run_folder: Path,
+    model: Annexe,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    config: dict[str, Any],
+    accelerator: Accelerator,
+    keep: int,
+) -> Path:
+    """Write a checkpoint beside the others, then drop all but the last ``keep`` and the best one."""
+    folder = run_folder / "checkpoints" / f"step-{progress.step:08d}"
+    part = folder.with_name(f"part-{folder.name}")
+    if accelerator.is_main_process:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    torch.save(_random_state(), part / f"rng-{accelerator.process_index}.pt")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in trained_tensors(model).items()}
+        save_file(tensors, part / "model.safetensors")
+        if hasattr(model.language_model.model, "peft_config"):
+            model.language_model.model.save_pretrained(part / "adapter")
+        model.language_model.tokenizer.save(part / "tokenizer")
+        torch.save(optimizer.state_dict(), part / "optimizer.pt")
+        (part / "state.json").write_text(json.dumps(asdict(progress), indent=1))
+        OmegaConf.save(OmegaConf.create(config), part / "config.yaml")
+        _seal(part)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
+        _prune(folder.parent, keep, progress.best_step)
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def load_weights(folder: Path, model: Annexe) -> None:
+    """Load the trained tensors of a checkpoint into ``model``; every one has to fit.
+
+    Raises:
+        UserError: naming the first tensors that are missing, left over or of another shape.
+    """
+    tensors = load_file(folder / "model.safetensors")
+    wanted = trained_tensors(model)
+    faults = [f"missing {name}" for name in wanted.keys() - tensors.keys()]
+    faults += [f"unexpected {name}" for name in tensors.keys() - wanted.keys()]
+    faults += [
+        f"{name} is {tuple(tensors[name].shape)} there and {tuple(wanted[name].shape)} here"
+        for name in wanted.keys() & tensors.keys()
+        if tensors[name].shape != wanted[name].shape
+    ]
+    if faults:
+        shown = "; ".join(sorted(faults)[:3])
+        raise UserError(
+            f"checkpoint '{folder}' is of another model ({len(faults)} tensors differ: {shown}); "
+            "use the model settings in its config.yaml, or another checkpoint"
+        )
+    for name, parameter in wanted.items():
+        parameter.copy_(tensors[name])
+
+
+def load_progress(folder: Path, optimizer: torch.optim.Optimizer, rank: int) -> Progress:
+    """Restore optimizer and random state, and return where training stood."""
+    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"))
+    rng = folder / f"rng-{rank}.pt"
+    if rng.is_file():  # a run that goes on with more processes draws its dropout anew on the added ranks
+        _set_random_state(torch.load(rng, weights_only=True))
+    return Progress(**json.loads((folder / "state.json").read_text()))
+
+
+def _random_state() -> dict[str, Any]:
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _seal(folder: Path) -> None:
+    files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    (folder / MANIFEST).write_text(json.dumps(files, indent=1))
+
+
+def _prune(folder: Path, keep: int, best_step: int | None) -> None:
+    for old in sorted(folder.glob("step-*"))[:-keep]:
+        if old.name != f"step-{best_step or 0:08d}":
+            shutil.rmtree(old)

@@ -1,0 +1,44 @@
+"""Command lines: the `annexe` command with its sub-commands, and what the two torchrun scripts share."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from annexe.config import Config, load_config
+from annexe.errors import UserError
+
+TOOLS = ("synth",)
+
+
+def guarded(work: Callable[[], None]) -> None:
+    """Run ``work``; a mistake of the user ends in one line on standard error and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    logging.getLogger("annexe").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    try:
+        work()
+    except UserError as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        sys.exit(2)
+
+
+def run_script(work: Callable[[Config], None], description: str, extend: Callable | None = None) -> None:
+    """Entry of a torchrun script: ``--cfg-path`` and ``--options`` to a configuration, then ``work`` on it."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cfg-path", required=True, metavar="YAML", help="configuration file")
+    parser.add_argument(
+        "--options",
+        nargs="+",
+        default=[],
+        metavar="A.B=C",
+        help="settings put over the file, such as run.batch_size=8 datasets.ego_irgbench.data_root=DIR",
+    )
+    arguments = parser.parse_args()
+    guarded(lambda: work(load_config(arguments.cfg_path, arguments.options)))

@@ -1,0 +1,154 @@
+"""Every setting of a run: YAML plus ``a.b=c`` overrides, merged strictly onto dataclasses.
+
+Three blocks: ``model`` and ``datasets`` name registered components (``annexe.registry``), ``run`` is `RunConfig`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from annexe.errors import UserError
+from annexe.registry import settings
+
+
+@dataclass
+class LossWeights:
+    """Weight of each loss term; the first five default to the released recipe, dice belongs to the mask term."""
+
+    analysis: float = 1.0
+    answer: float = 1.0
+    depth: float = 0.5
+    presence: float = 1.0
+    mask: float = 3.0
+    dice: float = 3.0
+    patch_phrase: float = 0.0
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases logging; offline mode needs no account."""
+
+    enabled: bool = False
+    project: str = "annexe"
+    name: str | None = None
+    mode: str = "online"
+
+
+@dataclass
+class RunConfig:
+    """Training and evaluation settings; everything is written under ``output_dir``."""
+
+    output_dir: str = "runs/annexe"
+    seed: int = 0
+    device: str = "auto"
+    mixed_precision: str = "auto"
+
+    # Schedule: optimizer steps; one epoch is one pass over the training images.
+    max_steps: int = 1000
+    batch_size: int = 4
+    gradient_accumulation: int = 1
+    learning_rate: float = 1e-5
+    min_learning_rate: float = 1e-6
+    warmup_learning_rate: float = 1e-6
+    warmup_steps: int = 1000
+    weight_decay: float = 0.05
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    clip_norm: float = 1.0
+    loss_weights: LossWeights = field(default_factory=LossWeights)
+
+    # Loading
+    num_workers: int = 4
+
+    # Logging, validation and checkpoints, in optimizer steps
+    log_every: int = 20
+    validate_every: int = 500
+    validation_images: int = 64
+    validation_metric: str = "grounding/ciou"
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    resume: str | None = None
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    # Evaluation
+    checkpoint: str | None = None
+    split: str = "test"
+    queries_per_annotation: int = 1
+    max_new_tokens: int = 50
+
+    def __post_init__(self) -> None:
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise UserError(f"run.device is '{self.device}'; choose auto, cpu or cuda")
+        if self.mixed_precision not in ("auto", "fp32", "bf16"):
+            raise UserError(f"run.mixed_precision is '{self.mixed_precision}'; choose auto, fp32 or bf16")
+        for name in ("max_steps", "batch_size", "gradient_accumulation", "log_every", "validation_images"):
+            if getattr(self, name) < 1:
+                raise UserError(f"run.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.warmup_steps > self.max_steps:
+            raise UserError(
+                f"run.warmup_steps ({self.warmup_steps}) is larger than run.max_steps ({self.max_steps}); lower it"
+            )
+
+
+@dataclass
+class Config:
+    """A whole YAML file."""
+
+    model: dict[str, Any] | None = None
+    datasets: dict[str, Any] = field(default_factory=dict)
+    run: RunConfig = field(default_factory=RunConfig)
+    imports: list[str] = field(default_factory=list)
+
+
+PARTS = ("rgb_encoder", "depth_branch", "language_model", "pixel_decoder")
+
+
+def load_config(cfg_path: str | Path, options: list[str] = ()) -> Config:
+    """Read a YAML file, put ``a.b=c`` options over it, and check every key and value.
+
+    Raises:
+        UserError: for a missing file, bad YAML, an unknown key or component, or a value of the wrong type.
+    """
+    path = Path(cfg_path)
+    if not path.is_file():
+        raise UserError(f"no configuration file '{path}'; give --cfg-path a file such as train_configs/annexe_tiny.yaml")
+    for option in options:
+        if "=" not in option or option.startswith("="):
+            raise UserError(f"option '{option}' is not of the form a.b=c")
+    try:
+        given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(options)))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), given))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {error.full_key or ''}: {str(error).splitlines()[0]}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from None
+    for module in config.imports:
+        importlib.import_module(module)
+    check_components(config)
+    return config
+
+
+def check_components(config: Config) -> None:
+    """Check the settings of every component against its constructor, before anything large is built."""
+    import annexe.datasets
+    import annexe.models  # noqa: F401  (they register)
+
+    for name, spec in config.datasets.items():
+        settings("dataset", {"type": name, **spec}, f"datasets.{name}")
+    if config.model is not None:
+        for part in PARTS:
+            if part not in config.model:
+                raise UserError(f"model.{part} is missing; a model needs {', '.join(PARTS)}")
+            settings(part, config.model[part], f"model.{part}")
+        settings("model", {k: v for k, v in config.model.items() if k not in PARTS}, "model")
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """The resolved configuration as plain containers, to be saved with a run."""
+    return OmegaConf.to_container(OmegaConf.structured(config), resolve=True)

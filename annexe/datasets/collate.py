@@ -1,0 +1,182 @@
+"""Samples to a batch: pixels stacked, every image with its branches packed into one sequence.
+
+Legend: B images, S image side, Q queries, N packed tokens, R branches (B analyses + Q queries), T supervised tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from annexe.datasets import prompts
+
+ANALYSIS = 1  # segment of the analysis branch; queries follow from 2 on, the prefix is 0, padding -1
+
+
+@dataclass
+class Turn:
+    """One annotation of an image with the question drawn for it."""
+
+    annotation: int
+    query_id: int | str
+    query: str
+    answer: str
+    phrases: list[str]
+    slot_ids: list[int]  # id in the mask PNG of slot k, 0 = unused
+
+
+@dataclass
+class Sample:
+    """One image with its analysis sentence and the annotations drawn for it."""
+
+    stem: str
+    image: np.ndarray  # uint8[S, S, 3]
+    depth: np.ndarray  # float32[S, S], distance, 0 = invalid
+    target_ids: np.ndarray  # uint8[S, S]
+    analysis: str
+    turns: list[Turn]
+    original_size: tuple[int, int]  # height, width
+    object_phrases: dict[int, str] = field(default_factory=dict)  # mask id -> phrase, over all annotations
+    instruction: str = prompts.ANALYSIS_INSTRUCTIONS[0]
+
+
+def _to_device(record: Any, device: torch.device) -> Any:
+    moved = {f.name: getattr(record, f.name) for f in fields(record)}
+    for name, value in moved.items():
+        if isinstance(value, Tensor | PackedText):
+            moved[name] = value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
+    return replace(record, **moved)
+
+
+@dataclass
+class PackedText:
+    """Token ids and structure of the packed sequences, right padded."""
+
+    input_ids: Tensor  # int64[B, N]; image tokens are 0 here
+    segment: Tensor  # int64[B, N]
+    position_ids: Tensor  # int64[B, N]; every branch goes on where the prefix ends
+    image_start: int
+    prefix_length: int
+    branch_image: Tensor  # int64[R]
+    branch_start: Tensor  # int64[R], column of the branch's first prompt token
+    branch_length: Tensor  # int64[R], prompt tokens, the response not counted
+    max_branch_length: int
+    query_branches: Tensor  # int64[Q], which branches are queries
+    supervised: Tensor  # int64[T], flat positions in [B * N] that predict a response token
+    targets: Tensor  # int64[T], that token
+    is_analysis: Tensor  # bool[T]
+
+    def to(self, device: torch.device) -> PackedText:
+        return _to_device(self, device)
+
+
+@dataclass
+class Batch:
+    """What the model sees, and the truth the losses compare with."""
+
+    images: Tensor  # uint8[B, 3, S, S]; the model scales to [0, 1] on the device
+    depth: Tensor  # float32[B, S, S], distance, 0 = invalid
+    target_ids: Tensor  # uint8[B, S, S]
+    text: PackedText
+    image_of_query: Tensor  # int64[Q]
+    slot_ids: Tensor  # uint8[Q, num_slots], 0 = slot unused
+    object_ids: Tensor  # uint8[B, O], mask ids that have a phrase, 0 = none
+    object_words: Tensor  # int64[B, O, W], token ids of that phrase, -1 = none
+    samples: list[Sample]
+
+    def to(self, device: torch.device) -> Batch:
+        return _to_device(self, device)
+
+
+def pack(
+    branches: list[list[tuple[list[int], list[int]]]], prefix: list[int], num_image_tokens: int
+) -> dict[str, Any]:
+    """Lay every image's branches (prompt ids, response ids) behind one prefix; an analysis comes first."""
+    image_start, prefix_length = len(prefix), len(prefix) + num_image_tokens
+    length = prefix_length + max(sum(len(p) + len(r) for p, r in image) for image in branches)
+    ids = np.zeros((len(branches), length), np.int64)
+    segment = np.full((len(branches), length), -1, np.int64)
+    position = np.zeros((len(branches), length), np.int64)
+    ids[:, :image_start], segment[:, :prefix_length] = prefix, 0
+    position[:, :prefix_length] = np.arange(prefix_length)
+    rows: list[tuple[int, int, int]] = []
+    query_branches, supervised, targets, is_analysis = [], [], [], []
+    for image, image_branches in enumerate(branches):
+        column = prefix_length
+        for number, (prompt, response) in enumerate(image_branches, start=ANALYSIS):
+            end = column + len(prompt) + len(response)
+            ids[image, column:end] = prompt + response
+            segment[image, column:end] = number
+            position[image, column:end] = prefix_length + np.arange(end - column)
+            if number > ANALYSIS:
+                query_branches.append(len(rows))
+            rows.append((image, column, len(prompt)))
+            first = image * length + column + len(prompt) - 1
+            supervised += range(first, first + len(response))
+            targets += response
+            is_analysis += [number == ANALYSIS] * len(response)
+            column = end
+    branch_image, branch_start, branch_length = torch.tensor(rows).unbind(1)
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "segment": torch.from_numpy(segment),
+        "position_ids": torch.from_numpy(position),
+        "image_start": image_start,
+        "prefix_length": prefix_length,
+        "branch_image": branch_image,
+        "branch_start": branch_start,
+        "branch_length": branch_length,
+        "max_branch_length": int(branch_length.max()),
+        "query_branches": torch.tensor(query_branches, dtype=torch.int64),
+        "supervised": torch.tensor(supervised, dtype=torch.int64),
+        "targets": torch.tensor(targets, dtype=torch.int64),
+        "is_analysis": torch.tensor(is_analysis, dtype=torch.bool),
+    }
+
+
+class Collator:
+    """Makes a `Batch` of samples; with ``responses=False`` the sequences end with the prompts, for generation."""
+
+    def __init__(self, tokenizer: Any, num_image_tokens: int, num_slots: int, *, responses: bool = True) -> None:
+        self.tokenizer, self.num_image_tokens, self.num_slots = tokenizer, num_image_tokens, num_slots
+        self.responses = responses
+
+    def __call__(self, samples: list[Sample]) -> Batch:
+        encode: Callable[[str], list[int]] = self.tokenizer.encode
+        eos = self.tokenizer.eos_id
+        branches = []
+        for sample in samples:
+            pairs = [(prompts.analysis_prompt(sample.instruction), sample.analysis)]
+            pairs += [(prompts.query_prompt(turn.query), turn.answer) for turn in sample.turns]
+            branches.append([(encode(p), [*encode(r), eos] if self.responses else []) for p, r in pairs])
+        prefix = [self.tokenizer.bos_id, *encode(prompts.PREFIX)]
+        slots = [[*turn.slot_ids, *[0] * self.num_slots][: self.num_slots] for s in samples for turn in s.turns]
+        object_ids, object_words = self._phrases(samples)
+        return Batch(
+            images=torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2).contiguous(),
+            depth=torch.from_numpy(np.stack([s.depth for s in samples])),
+            target_ids=torch.from_numpy(np.stack([s.target_ids for s in samples])),
+            text=PackedText(**pack(branches, prefix, self.num_image_tokens)),
+            image_of_query=torch.tensor([i for i, s in enumerate(samples) for _ in s.turns], dtype=torch.int64),
+            slot_ids=torch.tensor(slots, dtype=torch.uint8).view(-1, self.num_slots),
+            object_ids=object_ids,
+            object_words=object_words,
+            samples=samples,
+        )
+
+    def _phrases(self, samples: list[Sample]) -> tuple[Tensor, Tensor]:
+        words = [[(i, self.tokenizer.encode(p)) for i, p in s.object_phrases.items()] for s in samples]
+        num_objects = max(1, *(len(w) for w in words)) if words else 1
+        num_words = max([1, *(len(ids) for w in words for _, ids in w)])
+        object_ids = torch.zeros(len(samples), num_objects, dtype=torch.uint8)
+        object_words = torch.full((len(samples), num_objects, num_words), -1, dtype=torch.int64)
+        for image, pairs in enumerate(words):
+            for column, (mask_id, ids) in enumerate(pairs):
+                object_ids[image, column] = mask_id
+                object_words[image, column, : len(ids)] = torch.tensor(ids)
+        return object_ids, object_words

@@ -1,0 +1,37 @@
+"""The words around a question: MiniGPT-v2's template, our instructions, and reading phrases back from an answer."""
+
+from __future__ import annotations
+
+import re
+
+# One prefix an image, then one branch a task: BOS PREFIX <image tokens> BRANCH response EOS.
+PREFIX = "[INST] <Img>"
+ANALYSIS_BRANCH = "</Img> [caption] {instruction} [/INST] "
+QUERY_BRANCH = "</Img> [vqa] {instruction} {query} [/INST] "
+
+ANALYSIS_INSTRUCTIONS = ("Describe how the hands act on the objects.",)
+QUERY_INSTRUCTION = "Name and locate:"
+NO_TARGET_ANSWER = "There is no suitable referring result."
+
+_TARGET = re.compile(r"(?:^|[,.;]|\band\b)?\s*(?:(?:and )?the mask of )?([^,.;<>]*?)(?:,? (?:its mask )?is)? ?<MSK_?(\d*)>", re.I)
+
+
+def analysis_prompt(instruction: str = ANALYSIS_INSTRUCTIONS[0]) -> str:
+    return ANALYSIS_BRANCH.format(instruction=instruction)
+
+
+def query_prompt(query: str) -> str:
+    return QUERY_BRANCH.format(instruction=QUERY_INSTRUCTION, query=query)
+
+
+def phrases_of(answer: str) -> dict[int, str]:
+    """Phrase of each placeholder of an answer sentence: ``The mask of the right hand is <MSK_0>`` gives slot 0.
+
+    A bare ``<MSK>`` counts as slot 0.
+    """
+    return {int(slot or 0): phrase.strip() for phrase, slot in _TARGET.findall(answer)}
+
+
+def texts() -> list[str]:
+    """All fixed wording of the prompts, so that a tokenizer trained for a run knows it."""
+    return [PREFIX, *map(analysis_prompt, ANALYSIS_INSTRUCTIONS), query_prompt(""), NO_TARGET_ANSWER]

@@ -1,0 +1,166 @@
+"""Synthetic egocentric scenes on disk, in exactly the layout of Ego-IRGBench.
+
+The pictures stand in for the real data in demos and tests: drawn hands act on drawn objects, with the same
+files, fields and kinds of question. The same settings always give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import cv2
+import numpy as np
+from rich.progress import track
+
+from annexe.datasets.synthetic_language import annotations
+from annexe.datasets.synthetic_render import render
+from annexe.datasets.synthetic_scene import KINDS, VERBS, Scene, draw_scene
+from annexe.errors import UserError
+
+SPLITS = ("train", "val", "test")
+UNSEEN_LIST = "subsets/unseen_pairs.txt"
+_UNSEEN_EVERY = 5  # one in so many val and test images shows a pair that train never shows
+_DRAWING_VERSION = 1  # raise it when the same seed draws other bytes, so that old folders are not reused
+_FINISHED, _UNFINISHED = "synthetic.json", "synthetic.unfinished.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that the bytes of a synthetic data set depend on."""
+
+    num_images: int
+    seed: int
+    val_fraction: float
+    test_fraction: float
+    drawing_version: int = _DRAWING_VERSION
+
+    def split_sizes(self) -> tuple[int, int, int]:
+        num_val, num_test = (
+            round(self.num_images * self.val_fraction),
+            round(self.num_images * self.test_fraction),
+        )
+        return self.num_images - num_val - num_test, num_val, num_test
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One image to make: `index` counts within the split, `number` over the whole set."""
+
+    out: Path
+    seed: int
+    split: str
+    index: int
+    number: int
+
+    @property
+    def shows_unseen_pair(self) -> bool:
+        return self.split != "train" and self.index % _UNSEEN_EVERY == 0
+
+
+def generate(
+    out: Path,
+    *,
+    num_images: int,
+    seed: int,
+    val_fraction: float = 0.05,
+    test_fraction: float = 0.15,
+    num_workers: int | None = None,
+) -> None:
+    """Writes a synthetic data set, or returns at once if `out` holds this very one.
+
+    Args:
+        out: the data root to make.
+        num_images: images in train, val and test together.
+        seed: settles every byte, together with the other settings but not `num_workers`.
+        val_fraction: share of the images in val.
+        test_fraction: share of the images in test.
+        num_workers: processes; all cores if None.
+
+    Raises:
+        UserError: the numbers make no sense, or `out` holds anything else.
+    """
+    settings = Settings(num_images, seed, val_fraction, test_fraction)
+    if num_images < 1 or seed < 0 or min(settings.split_sizes()) < 0:
+        raise UserError(
+            f"Cannot make {num_images} images, seed {seed}, val {val_fraction} and test {test_fraction}: "
+            "give at least one image, a seed from 0 on, and fractions from 0 to 1 that sum to at most 1."
+        )
+    if _is_complete(out, settings):
+        return
+    for folder in ("RGB", "depth", "mask", "subsets", *(f"dataset_split/{split}" for split in SPLITS)):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    (out / _UNFINISHED).write_text(json.dumps(asdict(settings), indent=1) + "\n")
+    jobs = list(_jobs(out, settings))
+    stems = list(track(_run(jobs, num_workers), description="Drawing scenes", total=len(jobs)))
+    unseen = [stem for stem, job in zip(stems, jobs, strict=True) if job.shows_unseen_pair]
+    (out / UNSEEN_LIST).write_text("".join(f"{stem}\n" for stem in unseen))
+    (out / _UNFINISHED).replace(out / _FINISHED)
+
+
+def _is_complete(out: Path, settings: Settings) -> bool:
+    """Whether `out` holds this very data set; refuses a folder that holds something else."""
+    for name in (_FINISHED, _UNFINISHED):
+        if (out / name).exists():
+            found = json.loads((out / name).read_text())
+            if found != asdict(settings):
+                raise UserError(
+                    f"{out} holds synthetic scenes made with other settings ({found}): "
+                    "name another folder or delete it."
+                )
+            return name == _FINISHED
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not empty and holds no synthetic scenes: name a new or an empty folder.")
+    return False
+
+
+def _jobs(out: Path, settings: Settings) -> Iterator[_Job]:
+    number = 0
+    for split, size in zip(SPLITS, settings.split_sizes(), strict=True):
+        for index in range(size):
+            number += 1
+            yield _Job(out, settings.seed, split, index, number)
+
+
+def _run(jobs: list[_Job], num_workers: int | None) -> Iterator[str]:
+    """Makes all images and yields their stems in order."""
+    num_workers = min(num_workers or len(os.sched_getaffinity(0)), len(jobs))
+    if num_workers == 1:
+        yield from map(_make, jobs)
+        return
+    with get_context("spawn").Pool(num_workers, initializer=cv2.setNumThreads, initargs=(0,)) as pool:
+        yield from pool.imap(_make, jobs, chunksize=4)
+
+
+def _make(job: _Job) -> str:
+    """Draws, describes and writes one scene; returns its stem."""
+    rng = np.random.default_rng([job.seed, SPLITS.index(job.split), job.index])
+    scene = draw_scene(rng, unseen_pair=job.shows_unseen_pair)
+    stem = _stem(job, scene)
+    picture = render(scene, rng)
+    language = annotations(scene, rng, allow_held_out=job.split != "train")
+    _write_image(job.out / "RGB" / f"{stem}.jpg", picture.image, [cv2.IMWRITE_JPEG_QUALITY, 90])
+    for folder, image in (("depth", picture.depth), ("mask", picture.ids)):
+        _write_image(job.out / folder / f"{stem}.png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    (job.out / "dataset_split" / job.split / f"{stem}.json").write_text(json.dumps(language, indent=1) + "\n")
+    return stem
+
+
+def _write_image(path: Path, image: np.ndarray, parameters: list[int]) -> None:
+    """Like `cv2.imwrite`, but a full disk raises instead of returning False."""
+    path.write_bytes(cv2.imencode(path.suffix, image, parameters)[1].tobytes())
+
+
+def _stem(job: _Job, scene: Scene) -> str:
+    """HOI4D's pattern: camera, human, category, instance, room, layout, task, frame."""
+    verb, item = scene.interactions[0].verb, scene.interactions[0].item
+    room, layout, task = scene.table + 1, KINDS.index(scene.kind) + 1, VERBS.index(verb) + 1
+    camera = (job.seed * len(SPLITS) + SPLITS.index(job.split) + 1) % 100000
+    return (
+        f"ZY202108{camera:05d}_H{scene.human + 1}_C{item.category:02d}_N{item.instance:02d}"
+        f"_S{room:03d}_s{layout:02d}_T{task}_{job.number:05d}"
+    )

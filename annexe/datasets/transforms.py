@@ -1,0 +1,134 @@
+"""Pixels of one image: RGB, depth and id map read, checked, resized together, and cached on disk.
+
+Legend: S side of the square the model sees.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import zipfile
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from annexe.errors import UserError
+
+
+@dataclass
+class Pixels:
+    """One image at the model's size."""
+
+    image: np.ndarray  # uint8[S, S, 3]
+    depth: np.ndarray  # float32[S, S], the file's unit of distance, 0 = invalid
+    target_ids: np.ndarray  # uint8[S, S]
+    original_size: tuple[int, int]  # height, width
+
+
+def read_image(path: Path, mode: str | None = None) -> Image.Image:
+    """Decode an image file completely.
+
+    Raises:
+        UserError: if it is missing, no image, or cut short.
+    """
+    try:
+        image = Image.open(path)
+        image.load()
+        return image.convert(mode) if mode else image
+    except FileNotFoundError:
+        raise UserError(f"missing file '{path}'; restore it or take the image out of the split") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"cannot read image '{path}' ({error}); restore it from the original data") from None
+
+
+def read_id_map(path: Path) -> np.ndarray:
+    """Read a one-channel id map as uint8[height, width]."""
+    ids = np.asarray(read_image(path))
+    if ids.ndim != 2 or (ids.size and ids.max() > 255):
+        raise UserError(f"mask '{path}' has shape {ids.shape}; it must be a one-channel id map with ids up to 255")
+    return ids.astype(np.uint8)
+
+
+class PixelReader:
+    """Reads the files of a stem at ``size``; what was resized once is kept in ``cache_dir`` and read from there.
+
+    A cache entry holds size and time of its source files and is made again when they change. Entries are renamed
+    into place whole, so several processes may share one folder.
+    """
+
+    def __init__(self, root: Path, size: int, cache_dir: Path | None) -> None:
+        self.root, self.size = root, size
+        key = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
+        self.cache_dir = cache_dir / f"pixels-{size}-{key}" if cache_dir else None
+
+    def files(self, stem: str) -> tuple[Path, Path, Path]:
+        """Photo, depth map and id map of a stem."""
+        return (
+            self.root / "RGB" / f"{stem}.jpg",
+            self.root / "depth" / f"{stem}.png",
+            self.root / "mask" / f"{stem}.png",
+        )
+
+    def read(self, stem: str, ids: Collection[int]) -> Pixels:
+        """Pixels of ``stem``; every one of the mask ``ids`` has to be in its id map."""
+        if self.cache_dir is None:
+            return self._decode(stem, ids)
+        entry = self.cache_dir / f"{stem}.npz"
+        stats = [path.stat() for path in self.files(stem) if path.exists()]
+        source = np.array([[s.st_size, s.st_mtime_ns] for s in stats], np.int64)
+        cached = _load_entry(entry, source)
+        if cached is None:
+            cached = self._decode(stem, ids)
+            _save_entry(entry, cached, source)
+        return cached
+
+    def _decode(self, stem: str, ids: Collection[int]) -> Pixels:
+        photo_path, depth_path, mask_path = self.files(stem)
+        photo = read_image(photo_path, "RGB")
+        id_map = read_id_map(mask_path)
+        if id_map.shape != (photo.height, photo.width):
+            raise UserError(
+                f"mask '{mask_path}' is {id_map.shape[1]} x {id_map.shape[0]} but its photo is "
+                f"{photo.width} x {photo.height}; both must have one size"
+            )
+        absent = sorted(set(ids) - set(np.unique(id_map).tolist()))
+        if absent:
+            raise UserError(f"mask ids {absent} of '{stem}' are not in '{mask_path}'; mend masks_idx or the PNG")
+        square = (self.size, self.size)
+        depth = read_image(depth_path).resize(square, Image.Resampling.NEAREST)
+        return Pixels(
+            image=np.asarray(photo.resize(square, Image.Resampling.BICUBIC)),
+            depth=np.asarray(depth, dtype=np.float32),
+            target_ids=np.asarray(Image.fromarray(id_map).resize(square, Image.Resampling.NEAREST)),
+            original_size=(photo.height, photo.width),
+        )
+
+
+def _load_entry(entry: Path, source: np.ndarray) -> Pixels | None:
+    """The cached pixels, or None where there are none, they are stale, or the file is damaged."""
+    try:
+        with np.load(entry) as data:
+            if not np.array_equal(data["source"], source):
+                return None
+            size = tuple(data["original_size"].tolist())
+            return Pixels(data["image"], data["depth"].astype(np.float32), data["target_ids"], size)
+    except (FileNotFoundError, zipfile.BadZipFile, EOFError, KeyError, ValueError):
+        return None
+
+
+def _save_entry(entry: Path, pixels: Pixels, source: np.ndarray) -> None:
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=entry.parent, suffix=".part", delete=False) as part:
+        np.savez(
+            part,
+            image=pixels.image,
+            depth=pixels.depth.astype(np.uint16),
+            target_ids=pixels.target_ids,
+            original_size=np.array(pixels.original_size),
+            source=source,
+        )
+    os.replace(part.name, entry)

@@ -1,0 +1,126 @@
+"""What a run leaves to read: log.jsonl, manifest.json, a progress bar, and Weights & Biases where enabled."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from annexe import __version__, checkpoint
+from annexe.config import Config, as_dict
+from annexe.errors import UserError
+
+PACKAGES = ("torch", "transformers", "peft", "timm", "accelerate", "omegaconf", "numpy", "pycocotools", "nltk")
+
+
+class Window:
+    """Loss terms since the last log line."""
+
+    def __init__(self, names: list[str], device: torch.device) -> None:
+        self.names = names
+        self.totals, self.units = torch.zeros(2, len(names), device=device)
+        self.norm = 0.0
+
+    def add(self, totals: Tensor, units: Tensor, norm: float) -> None:
+        """Add a step: this rank's term totals, the units over all ranks, the gradient norm."""
+        self.totals += totals
+        self.units += units
+        self.norm = norm
+
+    def means(self, totals: Tensor) -> dict[str, float]:
+        """Mean of every term, from its ``totals`` over all ranks."""
+        return dict(zip(self.names, (totals / self.units.clamp(min=1)).tolist(), strict=True))
+
+
+class Journal:
+    """Writes a run's records; on other ranks than the main one it writes nothing."""
+
+    def __init__(self, config: Config, output: Path, progress: checkpoint.Progress, *, enabled: bool) -> None:
+        self.config, self.output, self.enabled = config, output, enabled
+        self.path = output / "log.jsonl"
+        self.wandb, self.loss = None, ""
+        self.previous = (time.perf_counter(), progress.images)
+        if enabled:
+            output.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(OmegaConf.create(as_dict(config)), output / "config.yaml")
+            self._rewind(progress.step)
+            self.wandb = start_wandb(config, output) if config.run.wandb.enabled else None
+
+    def _rewind(self, step: int) -> None:
+        """Drop the lines of steps after the checkpoint that a resumed run starts from."""
+        lines = self.path.read_text().splitlines(keepends=True) if step and self.path.is_file() else []
+        whole = [line for line in lines if line.endswith("\n")]
+        self.path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record; a train record gets its speed since the one before."""
+        if not self.enabled:
+            return
+        if record["kind"] == "train":
+            now, images = time.perf_counter(), record["images"]
+            record["images_per_second"] = (images - self.previous[1]) / (now - self.previous[0])
+            self.previous = (now, images)
+            self.loss = f"loss {record['loss']:.3f}"
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.wandb:
+            step = record["step"]
+            self.wandb.log({f"{record['kind']}/{k}": v for k, v in record.items() if k not in ("kind", "step")}, step)
+
+    def write_manifest(self, progress: checkpoint.Progress, fingerprint: str) -> None:
+        """Write what is needed to tell and repeat the run."""
+        if not self.enabled:
+            return
+        manifest = {
+            "annexe": __version__,
+            "git_commit": git_commit(),
+            "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "data_fingerprint": fingerprint,
+            "progress": asdict(progress),
+            "config": as_dict(self.config),
+        }
+        (self.output / "manifest.json").write_text(json.dumps(manifest, indent=1))
+
+    @contextmanager
+    def bar(self, total: int) -> Iterator[Callable[[int], None]]:
+        """A progress bar over optimizer steps, showing the last logged loss."""
+        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
+        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=not self.enabled) as progress:
+            task = progress.add_task("", total=total, loss="")
+            yield lambda step: progress.update(task, completed=step, loss=self.loss)
+
+    def close(self) -> None:
+        if self.wandb:
+            self.wandb.finish()
+
+
+def git_commit() -> str | None:
+    """Commit of the source tree, where it is a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def start_wandb(config: Config, output: Path) -> Any:
+    """Start a Weights & Biases run; its files go under ``output``."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("run.wandb.enabled needs the package wandb: pip install wandb") from None
+    settings = config.run.wandb
+    return wandb.init(
+        project=settings.project, name=settings.name, mode=settings.mode, dir=str(output), config=as_dict(config)
+    )

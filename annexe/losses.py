@@ -1,0 +1,118 @@
+"""Named loss terms. Each is a total over its units and the number of those units, so that the number of processes,
+micro-batches and images in a batch does not change what is minimised.
+
+Legend: B images, Q queries, K slots, T supervised tokens, P image tokens, V vocabulary, O objects with a
+phrase, W words of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from annexe.datasets.collate import Batch
+from annexe.models.annexe import Predictions
+
+
+@dataclass(frozen=True)
+class Term:
+    """``total(predictions, batch)`` over the units that ``count(batch)`` counts before any forward pass."""
+
+    total: Callable[[Predictions, Batch], Tensor]
+    count: Callable[[Batch], Tensor]
+
+
+def _text_total(predictions: Predictions, batch: Batch, chosen: Tensor) -> Tensor:
+    each = F.cross_entropy(predictions.token_logits.float(), batch.text.targets, reduction="none")
+    return (each * chosen).sum()
+
+
+def depth_total(predictions: Predictions, batch: Batch) -> Tensor:
+    """Mean absolute difference of inverse depths, each normalised over its image's valid pixels, summed over images.
+
+    Normalisation is by median and mean absolute deviation (MiDaS, TPAMI 2022): the network knows inverse depth only
+    up to scale and shift. Images without valid depth add nothing.
+    """
+    valid = batch.depth > 0  # [B, S, S]
+    number = valid.flatten(1).sum(1).clamp(min=1)
+
+    def normalise(x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        middle = torch.where(valid.flatten(1), x, torch.nan).nanmedian(dim=1, keepdim=True).values.nan_to_num()
+        spread = ((x - middle).abs() * valid.flatten(1)).sum(1, keepdim=True) / number[:, None]
+        return (x - middle) / (spread + 1e-6)
+
+    inverse = torch.where(valid, 1 / batch.depth.clamp(min=1e-6), 0)
+    scale = inverse.flatten(1).sum(1).clamp(min=1e-12) / number  # keeps the epsilon above far below the spread
+    truth = normalise(inverse / scale[:, None, None])
+    error = (normalise(predictions.depth.float()) - truth).abs() * valid.flatten(1)
+    return (error.sum(1) / number).sum()
+
+
+def presence_total(predictions: Predictions, batch: Batch) -> Tensor:
+    truth = (batch.slot_ids > 0).float()
+    return F.binary_cross_entropy_with_logits(predictions.presence_logits.float(), truth, reduction="sum")
+
+
+def _slot_masks(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """True masks float[Q, K, h, w] at the logits' size, and which slots are used, bool[Q, K]."""
+    ids = F.interpolate(batch.target_ids[:, None].float(), size=logits.shape[-2:], mode="nearest-exact")[:, 0]
+    used = batch.slot_ids > 0
+    truth = ids[batch.image_of_query][:, None] == batch.slot_ids[..., None, None]  # [Q, K, h, w]
+    return truth.float() * used[..., None, None], used
+
+
+def mask_total(predictions: Predictions, batch: Batch) -> Tensor:
+    """Cross entropy of every pixel, mean over a slot's pixels, summed over the used slots."""
+    truth, used = _slot_masks(predictions.mask_logits, batch)
+    each = F.binary_cross_entropy_with_logits(predictions.mask_logits.float(), truth, reduction="none")
+    return (each.mean((-2, -1)) * used).sum()
+
+
+def dice_total(predictions: Predictions, batch: Batch) -> Tensor:
+    """1 - dice of every used slot, summed (V-Net, 3DV 2016)."""
+    truth, used = _slot_masks(predictions.mask_logits, batch)
+    score = predictions.mask_logits.float().sigmoid()
+    overlap = (score * truth).sum((-2, -1))
+    dice = (2 * overlap + 1) / (score.sum((-2, -1)) + truth.sum((-2, -1)) + 1)
+    return ((1 - dice) * used).sum()
+
+
+def patch_phrase_total(predictions: Predictions, batch: Batch) -> Tensor:
+    """Every image token names what it shows: cross entropy of the words of a target's phrase, mean over its words and,
+    weighted by cover, over the image tokens that the target covers; summed over the phrased objects of all images."""
+    logits = predictions.image_token_logits  # [B, rows, columns, V]
+    masks = batch.target_ids[:, None] == batch.object_ids[..., None, None]  # [B, O, S, S]
+    cover = F.adaptive_avg_pool2d(masks.float(), logits.shape[1:3]).flatten(2)  # [B, O, P]
+    known = batch.object_words >= 0  # [B, O, W]
+    words = batch.object_words.clamp(min=0).flatten(1)[:, None]  # [B, 1, O * W]
+    scores = logits.float().flatten(1, 2).log_softmax(-1)  # [B, P, V]
+    scores = scores.gather(2, words.expand(-1, scores.shape[1], -1)).unflatten(2, known.shape[1:])
+    mean = (scores * known[:, None]).sum(-1) / known.sum(-1).clamp(min=1)[:, None]  # [B, P, O]
+    each = -(mean.transpose(1, 2) * cover).sum(-1) / cover.sum(-1).clamp(min=1e-6)  # [B, O]
+    return (each * (batch.object_ids > 0)).sum()
+
+
+TERMS: dict[str, Term] = {
+    "analysis": Term(lambda p, b: _text_total(p, b, b.text.is_analysis), lambda b: b.text.is_analysis.sum()),
+    "answer": Term(lambda p, b: _text_total(p, b, ~b.text.is_analysis), lambda b: (~b.text.is_analysis).sum()),
+    "depth": Term(depth_total, lambda b: (b.depth > 0).flatten(1).any(1).sum()),
+    "presence": Term(presence_total, lambda b: torch.tensor(b.slot_ids.numel(), device=b.slot_ids.device)),
+    "mask": Term(mask_total, lambda b: (b.slot_ids > 0).sum()),
+    "dice": Term(dice_total, lambda b: (b.slot_ids > 0).sum()),
+    "patch_phrase": Term(patch_phrase_total, lambda b: (b.object_ids > 0).sum()),
+}
+
+
+def counts(batches: list[Batch], names: list[str]) -> Tensor:
+    """Units of each named term over all micro-batches of a step, float64[len(names)]."""
+    return sum(torch.stack([TERMS[name].count(batch) for name in names]).double() for batch in batches)
+
+
+def totals(predictions: Predictions, batch: Batch, names: list[str]) -> Tensor:
+    """Total of each named term, float32[len(names)]."""
+    return torch.stack([TERMS[name].total(predictions, batch) for name in names])

@@ -1,0 +1,87 @@
+"""Depth errors of a relative disparity map against a distance map."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+# A predicted distance reaches at most this many times the largest true one, however far the fit extrapolates.
+MAX_DISTANCE_FACTOR = 10
+DELTA1_RATIO = 1.25
+
+
+def depth_errors(disparity: np.ndarray, distance: np.ndarray) -> dict[str, float] | None:
+    """Returns the error sums of one image, plain numbers for `DepthMetrics.update`.
+
+    The disparity is fitted to the inverse distance by least squares (scale and shift, as in MiDaS, Ranftl et
+    al. 2020), then turned into distance. A constant disparity is scored like any other: it fits the mean.
+
+    Args:
+        disparity: float[H, W], large = near, any scale and shift.
+        distance: float[H, W], any unit; 0 where the sensor saw nothing.
+
+    Returns:
+        `num_valid`, `sum_absolute_normalised` (both maps scaled to 0..1 over the valid pixels),
+        `sum_absolute_relative`, `sum_squared` (unit of distance, squared) and `num_delta1`; None if
+        fewer than two pixels are valid or all have the same distance.
+    """
+    valid = distance > 0
+    true = distance[valid].astype(np.float64)  # [num_valid]
+    if true.size < 2 or true.min() == true.max():
+        return None
+    inverse = _fit(disparity[valid].astype(np.float64), 1 / true)
+    predicted = 1 / np.maximum(inverse, 1 / (MAX_DISTANCE_FACTOR * true.max()))
+    ratio = np.maximum(predicted / true, true / predicted)
+    return {
+        "num_valid": int(true.size),
+        "sum_absolute_normalised": float(np.abs(_min_max(predicted) - _min_max(true)).sum()),
+        "sum_absolute_relative": float((np.abs(predicted - true) / true).sum()),
+        "sum_squared": float(np.square(predicted - true).sum()),
+        "num_delta1": int((ratio < DELTA1_RATIO).sum()),
+    }
+
+
+class DepthMetrics:
+    """Depth errors over all valid pixels of all images; every pixel counts the same."""
+
+    def __init__(self) -> None:
+        self.images: list[dict[str, float]] = []
+
+    def update(self, sums: dict[str, float]) -> None:
+        """Adds one image, as returned by `depth_errors`."""
+        self.images.append(sums)
+
+    def merge(self, other: DepthMetrics) -> None:
+        """Adds all images of `other`."""
+        self.images.extend(other.images)
+
+    def compute(self, prefix: str = "depth") -> dict[str, float]:
+        """Gives `mae` (of maps scaled to 0..1), `abs_rel`, `rmse` and `delta1`; nothing without images."""
+        if not self.images:
+            return {}
+        num_valid = self._total("num_valid")
+        return {
+            f"{prefix}/mae": self._total("sum_absolute_normalised") / num_valid,
+            f"{prefix}/abs_rel": self._total("sum_absolute_relative") / num_valid,
+            f"{prefix}/rmse": math.sqrt(self._total("sum_squared") / num_valid),
+            f"{prefix}/delta1": self._total("num_delta1") / num_valid,
+        }
+
+    def _total(self, name: str) -> float:
+        # fsum rounds once, so the order of the images does not matter.
+        return math.fsum(image[name] for image in self.images)
+
+
+def _fit(disparity: np.ndarray, inverse_distance: np.ndarray) -> np.ndarray:
+    """Returns scale * disparity + shift closest to the inverse distance; all float64[num_valid]."""
+    centred = disparity - disparity.mean()
+    variance = np.square(centred).sum()
+    scale = (centred * (inverse_distance - inverse_distance.mean())).sum() / variance if variance > 0 else 0.0
+    return scale * centred + inverse_distance.mean()
+
+
+def _min_max(values: np.ndarray) -> np.ndarray:
+    """Scales to 0..1; constant values become 0."""
+    span = values.max() - values.min()
+    return (values - values.min()) / span if span > 0 else np.zeros_like(values)

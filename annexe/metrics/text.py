@@ -1,0 +1,192 @@
+"""METEOR, CIDEr and exact match of generated text."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import logging
+import math
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import nltk
+from nltk.corpus import wordnet
+from nltk.translate.meteor_score import single_meteor_score
+from pycocoevalcap.cider.cider import Cider
+
+from annexe.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+DEBIAN_WORDNET = Path("/usr/share/wordnet")
+
+# The lexicographer files of WordNet in their numeric order, from the man page lexnames(5WN). Debian ships the
+# data base without this list, and nltk cannot read it without.
+LEXICOGRAPHER_FILES = """
+    adj.all adj.pert adv.all
+    noun.Tops noun.act noun.animal noun.artifact noun.attribute noun.body noun.cognition noun.communication
+    noun.event noun.feeling noun.food noun.group noun.location noun.motive noun.object noun.person
+    noun.phenomenon noun.plant noun.possession noun.process noun.quantity noun.relation noun.shape noun.state
+    noun.substance noun.time
+    verb.body verb.change verb.cognition verb.communication verb.competition verb.consumption verb.contact
+    verb.creation verb.emotion verb.motion verb.perception verb.possession verb.social verb.stative
+    verb.weather
+    adj.ppl
+"""
+PART_OF_SPEECH_NUMBERS = {"noun": 1, "verb": 2, "adj": 3, "adv": 4}
+
+_PLACEHOLDER = re.compile(r"<msk(_\d+)?>")
+_APOSTROPHE = re.compile("['\u2019]")
+_PUNCTUATION = re.compile(r"[^\w\s]|_")
+
+
+class TextPair(NamedTuple):
+    """One scored answer or analysis, both sides normalised."""
+
+    prediction: str
+    reference: str
+    has_target: bool | None
+
+
+class TextMetrics:
+    """Scores predictions against one reference each; every pair has a key of its own."""
+
+    def __init__(self) -> None:
+        self.pairs: dict[str, TextPair] = {}
+
+    def update(self, key: str, prediction: str, reference: str, *, has_target: bool | None = None) -> None:
+        """Adds one pair.
+
+        Args:
+            key: Names the pair; it also fixes the order in which CIDEr sees the corpus.
+            prediction: Generated text.
+            reference: True text.
+            has_target: Whether the query has a target. Pairs without it do not count for exact match.
+
+        Raises:
+            UserError: The key was added before.
+        """
+        self._add(key, TextPair(normalise(prediction), normalise(reference), has_target))
+
+    def merge(self, other: TextMetrics) -> None:
+        """Adds all pairs of `other`.
+
+        Raises:
+            UserError: Both hold the same key.
+        """
+        for key, pair in other.pairs.items():
+            self._add(key, pair)
+
+    def compute(self, prefix: str) -> dict[str, float]:
+        """Returns the metrics, each under `prefix/`; a metric without any pair is absent.
+
+        `meteor` needs WordNet. Where it is missing, `meteor_without_synonyms` stands in its place: the two
+        differ and never share a name. `exact_match_targets` leaves out the queries without a target, which a
+        constant answer gets right.
+        """
+        if not self.pairs:
+            return {}
+        pairs = [self.pairs[key] for key in sorted(self.pairs)]
+        synonyms = load_wordnet()
+        meteor_name = "meteor" if synonyms is not None else "meteor_without_synonyms"
+        metrics = {
+            f"{prefix}/{meteor_name}": _meteor(pairs, synonyms or _NoSynonyms()),
+            f"{prefix}/cider": _cider(pairs),
+        }
+        flagged = [pair for pair in pairs if pair.has_target is not None]
+        if flagged:
+            metrics[f"{prefix}/exact_match"] = _exact_match(flagged)
+        with_target = [pair for pair in flagged if pair.has_target]
+        if with_target:
+            metrics[f"{prefix}/exact_match_targets"] = _exact_match(with_target)
+        return metrics
+
+    def _add(self, key: str, pair: TextPair) -> None:
+        if key in self.pairs:
+            raise UserError(f"text {key!r} is scored twice; keep one prediction per key")
+        self.pairs[key] = pair
+
+
+def normalise(text: str) -> str:
+    """Lower-cases and removes mask placeholders and punctuation; words stay apart by one space.
+
+    Punctuation separates words (`hand-held` is two), apostrophes do not (`person's` is one).
+    """
+    text = _PLACEHOLDER.sub(" ", text.lower())
+    text = _APOSTROPHE.sub("", text)
+    return " ".join(_PUNCTUATION.sub(" ", text).split())
+
+
+@functools.cache
+def load_wordnet() -> object | None:
+    """Returns nltk's WordNet reader, or None, with a warning, where the data base is not installed.
+
+    Probed once per process, because `meteor_score` does not always notice that WordNet is missing.
+    """
+    try:
+        wordnet.ensure_loaded()
+        return wordnet
+    except LookupError:
+        if not DEBIAN_WORDNET.is_dir():
+            logger.warning(
+                "WordNet is not installed, so METEOR goes without synonyms, as meteor_without_synonyms; "
+                "get WordNet by `apt-get install wordnet-base` or nltk.download('wordnet')"
+            )
+            return None
+    nltk.data.path.insert(0, _copy_debian_wordnet())
+    wordnet.ensure_loaded()
+    return wordnet
+
+
+def _copy_debian_wordnet() -> str:
+    """Returns an nltk data folder with a copy of Debian's WordNet; it is removed when the process exits.
+
+    nltk refuses links that leave its data folder, hence a copy (28 MB).
+    """
+    data_folder = tempfile.TemporaryDirectory(prefix="annexe_nltk_data_")
+    atexit.register(data_folder.cleanup)
+    corpus = Path(data_folder.name) / "corpora" / "wordnet"
+    shutil.copytree(DEBIAN_WORDNET, corpus)
+    if not (corpus / "lexnames").exists():
+        (corpus / "lexnames").write_text(_lexnames())
+    # In Debian's wordnet-sense-index, not in wordnet-base. nltk opens it at once, but uses it only for other
+    # languages, so an empty one will do.
+    (corpus / "index.sense").touch()
+    return data_folder.name
+
+
+def _lexnames() -> str:
+    lines = []
+    for number, name in enumerate(LEXICOGRAPHER_FILES.split()):
+        part_of_speech = name.split(".")[0]
+        lines.append(f"{number:02d}\t{name}\t{PART_OF_SPEECH_NUMBERS[part_of_speech]}\n")
+    return "".join(lines)
+
+
+class _NoSynonyms:
+    """Stands in for WordNet: no word has a synonym."""
+
+    def synsets(self, word: str) -> list:
+        return []
+
+
+def _meteor(pairs: list[TextPair], synonyms: object) -> float:
+    scores = (
+        single_meteor_score(pair.reference.split(), pair.prediction.split(), wordnet=synonyms)
+        for pair in pairs
+    )
+    return math.fsum(scores) / len(pairs)
+
+
+def _cider(pairs: list[TextPair]) -> float:
+    references = {index: [pair.reference] for index, pair in enumerate(pairs)}
+    predictions = {index: [pair.prediction] for index, pair in enumerate(pairs)}
+    score, _ = Cider().compute_score(references, predictions)
+    return float(score)
+
+
+def _exact_match(pairs: list[TextPair]) -> float:
+    return sum(pair.prediction == pair.reference for pair in pairs) / len(pairs)

@@ -1,0 +1,151 @@
+"""ANNEXE: one image, many queries; analyse the interaction, answer, ground the answer in pixels (CVPR 2025).
+
+Legend: B images, S image side, P image tokens, N packed tokens, Q queries, K slots, T supervised tokens, V words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from annexe.datasets.collate import Batch
+from annexe.datasets.prompts import phrases_of
+from annexe.errors import UserError
+from annexe.models.depth_branch import DepthAnythingV2
+from annexe.models.language_model import Llama
+from annexe.models.rgb_encoder import EvaViT, Projector
+
+
+@dataclass
+class Predictions:
+    """What one forward pass says about a batch."""
+
+    token_logits: Tensor  # [T, V + K]
+    depth: Tensor  # [B, S, S], inverse depth up to scale and shift
+    presence_logits: Tensor  # [Q, K]
+    mask_logits: Tensor  # [Q, K, h, w]
+    image_token_logits: Tensor | None  # [B, rows, columns, V + K], words that each image token stands for
+
+
+@dataclass
+class Target:
+    """One grounded target of a response."""
+
+    slot: int
+    phrase: str
+    score: float
+    mask: np.ndarray  # bool[height, width] of the original image
+
+
+@dataclass
+class Response:
+    """All that is said about one query; ``analysis`` and ``depth`` belong to its image."""
+
+    analysis: str
+    answer: str
+    presence: float  # highest presence of any slot, in [0, 1]
+    targets: list[Target]
+    depth: np.ndarray  # float32[S, S], inverse depth up to scale and shift
+
+
+class Annexe(nn.Module):
+    """Wires the parts of the paper's figure.
+
+    Args:
+        merge: consecutive patches that make one language-model token.
+        name_patches: predict, for every image token, the words of the phrase it shows; needed by the ``patch_phrase``
+            loss, which helps runs from scratch.
+    """
+
+    def __init__(
+        self,
+        rgb_encoder: EvaViT,
+        depth_branch: DepthAnythingV2,
+        language_model: Llama,
+        pixel_decoder: nn.Module,
+        *,
+        merge: int = 4,
+        name_patches: bool = False,
+        presence_threshold: float = 0.5,
+    ) -> None:
+        super().__init__()
+        if rgb_encoder.grid % merge:
+            raise UserError(f"model.merge {merge} does not divide the {rgb_encoder.grid} patches of a row; change one")
+        self.rgb_encoder, self.depth_branch = rgb_encoder, depth_branch
+        self.projector = Projector(rgb_encoder.embed_dim, language_model.hidden_size, merge)
+        self.language_model, self.pixel_decoder = language_model, pixel_decoder
+        self.num_image_tokens = rgb_encoder.grid**2 // merge
+        self.name_patches, self.presence_threshold = name_patches, presence_threshold
+
+    def forward(self, batch: Batch) -> Predictions:
+        """Teacher-forced pass over a packed batch."""
+        patches, depth, image_tokens, embeddings = self._encode(batch)
+        hidden = self.language_model(embeddings, batch.text)  # [B, N, D]
+        presence, masks = self._ground(hidden, patches, depth.maps, batch)
+        return Predictions(
+            token_logits=self.language_model.logits(hidden.flatten(0, 1)[batch.text.supervised]),
+            depth=depth.depth,
+            presence_logits=presence,
+            mask_logits=masks,
+            image_token_logits=self._name(image_tokens) if self.name_patches else None,
+        )
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, max_new_tokens: int) -> list[Response]:
+        """Greedy responses to a packed batch of prompts, one a query; masks come with the prefill."""
+        patches, depth, _, embeddings = self._encode(batch)
+        hidden, tokens = self.language_model.generate(embeddings, batch.text, max_new_tokens)
+        presence, masks = self._ground(hidden, patches, depth.maps, batch)
+        texts = [self.language_model.tokenizer.decode(row) for row in tokens]
+        is_query = torch.zeros(len(texts), dtype=torch.bool)
+        is_query[batch.text.query_branches.cpu()] = True
+        analyses = [text for text, query in zip(texts, is_query.tolist(), strict=True) if not query]
+        answers = [text for text, query in zip(texts, is_query.tolist(), strict=True) if query]
+        scores, depth_maps = presence.float().sigmoid().tolist(), depth.depth.float().cpu().numpy()
+        responses = []
+        for query, image in enumerate(batch.image_of_query.tolist()):
+            targets = self._targets(scores[query], masks[query], answers[query], batch.samples[image].original_size)
+            responses.append(
+                Response(analyses[image], answers[query], max(scores[query]), targets, depth_maps[image])
+            )
+        return responses
+
+    def _name(self, image_tokens: Tensor) -> Tensor:
+        return self.language_model.logits(image_tokens).unflatten(1, (self.rgb_encoder.grid, -1))
+
+    def _encode(self, batch: Batch) -> tuple:
+        images = batch.images.float() / 255
+        patches = self.rgb_encoder(images)  # [B, G * G, E]
+        depth = self.depth_branch(images)
+        image_tokens = self.projector(patches)  # [B, P, D]
+        words = self.language_model.embed(batch.text.input_ids)
+        start, stop = batch.text.image_start, batch.text.prefix_length
+        embeddings = torch.cat([words[:, :start], image_tokens.to(words.dtype), words[:, stop:]], dim=1)
+        return patches, depth, image_tokens, embeddings
+
+    def _ground(self, hidden: Tensor, patches: Tensor, maps: list[Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+        """Presence and mask logits of every query, from the states of its prompt alone."""
+        text = batch.text
+        start, length = text.branch_start[text.query_branches], text.branch_length[text.query_branches]
+        offsets = torch.arange(text.max_branch_length, device=hidden.device)
+        mask = offsets < length[:, None]  # [Q, L]
+        columns = torch.where(mask, start[:, None] + offsets, 0)
+        prompt = hidden[batch.image_of_query[:, None], columns] * mask[..., None]
+        return self.pixel_decoder(prompt, mask, patches, maps, batch.image_of_query)
+
+    def _targets(self, scores: list[float], logits: Tensor, answer: str, size: tuple[int, int]) -> list[Target]:
+        phrases = phrases_of(answer)
+        slots = [slot for slot, score in enumerate(scores) if score > self.presence_threshold]
+        if not slots:
+            return []
+        full = F.interpolate(logits[slots][None].float(), size=size, mode="bilinear", align_corners=False)[0] > 0
+        masks = full.cpu().numpy()
+        return [
+            Target(slot, phrases.get(slot, ""), scores[slot], mask)
+            for slot, mask in zip(slots, masks, strict=True)
+            if mask.any()
+        ]

@@ -1,0 +1,120 @@
+"""Depth Anything V2 (transformers): the depth map and the depth-aware features of its DPT neck.
+
+Legend: B images, S image side, G = S / 14 patches a side, C fusion width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from timm.layers import build_sincos2d_pos_embed
+from torch import Tensor, nn
+from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
+
+from annexe.errors import unknown
+from annexe.registry import register
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PATCH = 14
+
+
+@dataclass
+class Size:
+    """Width, depth and heads of the DINOv2 backbone, its tapped blocks (1-based), and the DPT widths."""
+
+    hidden: int
+    layers: int
+    heads: int
+    out_indices: tuple[int, int, int, int]
+    neck: tuple[int, int, int, int]
+    fusion: int
+    head: int = 32
+
+
+SIZES = {
+    "tiny": Size(64, 4, 2, (1, 2, 3, 4), (32, 32, 64, 64), 24, 16),
+    "vits": Size(384, 12, 6, (3, 6, 9, 12), (48, 96, 192, 384), 64),
+    "vitb": Size(768, 12, 12, (3, 6, 9, 12), (96, 192, 384, 768), 128),
+    "vitl": Size(1024, 24, 16, (5, 12, 18, 24), (256, 512, 1024, 1024), 256),
+}
+
+
+@dataclass
+class DepthFeatures:
+    """What the depth branch gives: inverse depth up to scale and shift, and the neck's fused maps, coarse to fine."""
+
+    depth: Tensor  # [B, S, S]
+    maps: list[Tensor]  # 4 x [B, C, h, w], sides G, 2G, 4G, 8G
+
+
+def initialise(neck: nn.Module, head: nn.Module) -> None:
+    """Start convolutions at unit gain and the last ReLU open.
+
+    The library's std of 0.02 lets the signal fade to 1e-6 on its way through the DPT, and the last ReLU dies.
+    """
+    for module in [*neck.modules(), *head.modules()]:
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            nn.init.zeros_(module.bias) if module.bias is not None else None
+    for fusion in neck.fusion_stage.layers:  # residual branches start small, so that sums do not grow
+        for unit in (fusion.residual_layer1, fusion.residual_layer2):
+            nn.init.normal_(unit.convolution2.weight, std=1e-2)
+    nn.init.ones_(head.conv3.bias)
+
+
+@register("depth_branch", "depth_anything_v2")
+class DepthAnythingV2(nn.Module):
+    """Depth Anything V2 (NeurIPS 2024) in one backbone pass.
+
+    Args:
+        size: tiny, vits, vitb or vitl.
+        init: ``random`` declares that the weights are meant to be random.
+        frozen: train nothing of it.
+    """
+
+    def __init__(self, image_size: int, *, init: str, size: str = "vitb", frozen: bool = False) -> None:
+        super().__init__()
+        if size not in SIZES:
+            raise unknown("setting model.depth_branch.size", size, SIZES)
+        shape = SIZES[size]
+        backbone = Dinov2Config(
+            image_size=image_size,
+            patch_size=PATCH,
+            hidden_size=shape.hidden,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            out_indices=list(shape.out_indices),
+            apply_layernorm=True,
+            reshape_hidden_states=False,
+        )
+        self.model = DepthAnythingForDepthEstimation(
+            DepthAnythingConfig(
+                backbone_config=backbone,
+                reassemble_hidden_size=shape.hidden,
+                patch_size=PATCH,
+                neck_hidden_sizes=list(shape.neck),
+                fusion_hidden_size=shape.fusion,
+                head_hidden_size=shape.head,
+                reassemble_factors=[4, 2, 1, 0.5],
+                depth_estimation_type="relative",
+            )
+        )
+        self.num_channels, self.grid = shape.fusion, image_size // PATCH
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+        embeddings = self.model.backbone.embeddings
+        embeddings.position_embeddings.data[0, 1:] = build_sincos2d_pos_embed([self.grid] * 2, dim=shape.hidden)
+        initialise(self.model.neck, self.model.head)
+        # These five never take part in a forward pass, so they would never get a gradient.
+        embeddings.mask_token.requires_grad_(False)
+        self.model.neck.fusion_stage.layers[0].residual_layer1.requires_grad_(False)
+        if frozen:
+            self.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> DepthFeatures:
+        """Depth and features of ``images`` float[B, 3, S, S] in [0, 1]."""
+        pixels = (images - self.mean) / self.std
+        tapped = self.model.backbone.forward_with_filtered_kwargs(pixels).feature_maps  # 4 x [B, 1 + G * G, D]
+        maps = self.model.neck(list(tapped), self.grid, self.grid)
+        return DepthFeatures(depth=self.model.head(maps, self.grid, self.grid), maps=list(maps))

@@ -1,0 +1,164 @@
+"""Llama with LoRA (transformers, peft): embedding, packed forward, generation.
+
+Legend: B images, N packed tokens, R branches, L prompt tokens of a branch, D width, V words, S placeholders.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from annexe.datasets.collate import PackedText
+from annexe.models.tokenizer import TextTokenizer
+from annexe.registry import register
+
+
+@dataclass
+class Lora:
+    """Low-rank adapters; rank 0 trains the language model whole, for runs from scratch."""
+
+    rank: int = 64
+    alpha: float = 16
+    dropout: float = 0.05
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+
+
+def packed_attention_mask(segment: Tensor) -> Tensor:
+    """Who sees whom in a packed sequence: everyone the prefix and, causally, its own branch.
+
+    Args:
+        segment: int[B, N], 0 = prefix, k = branch k, -1 = padding (which sees itself, so that no row is empty).
+
+    Returns:
+        bool[B, 1, N, N], True = may attend. Boolean is right for ``sdpa`` alone: ``eager`` would add it as 1.
+    """
+    num_tokens = segment.shape[1]
+    causal = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=segment.device).tril()
+    key, query = segment[:, None, :], segment[:, :, None]
+    return (causal & ((key == 0) | (key == query)))[:, None]
+
+
+@register("language_model", "llama")
+class Llama(nn.Module):
+    """Llama 2 with LoRA and ``num_slots`` mask placeholders of our own beside its tables.
+
+    Args:
+        tokenizer: its vocabulary sets the size of the tables.
+        init: ``random`` declares that the weights are meant to be random.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        *,
+        init: str,
+        hidden_size: int = 4096,
+        num_layers: int = 32,
+        num_heads: int = 32,
+        mlp_dim: int = 11008,
+        initializer_range: float = 0.02,
+        lora: Lora = Lora(),  # noqa: B008
+    ) -> None:
+        super().__init__()
+        self.tokenizer, self.hidden_size = tokenizer, hidden_size
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=tokenizer.vocab_size,
+                hidden_size=hidden_size,
+                num_hidden_layers=num_layers,
+                num_attention_heads=num_heads,
+                intermediate_size=mlp_dim,
+                initializer_range=initializer_range,
+                attn_implementation="sdpa",
+                bos_token_id=tokenizer.bos_id,
+                eos_token_id=tokenizer.eos_id,
+            )
+        )
+        if lora.rank > 0:
+            model = get_peft_model(
+                model,
+                LoraConfig(
+                    r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets
+                ),
+            )
+        self.model = model
+        self.mask_embedding = nn.Embedding(tokenizer.num_slots, hidden_size)
+        self.mask_head = nn.Linear(hidden_size, tokenizer.num_slots, bias=False)
+        for table in (self.mask_embedding, self.mask_head):
+            nn.init.normal_(table.weight, std=initializer_range)
+
+    @property
+    def llama(self) -> LlamaForCausalLM:
+        """The Llama itself; its layers hold the adapters, so calling it runs them."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """int[B, N] -> float[B, N, D]; ids from ``vocab_size`` on are mask placeholders."""
+        slot = ids - self.tokenizer.vocab_size
+        words = self.llama.model.embed_tokens(ids.clamp(max=self.tokenizer.vocab_size - 1))
+        return torch.where((slot >= 0)[..., None], self.mask_embedding(slot.clamp(min=0)).to(words.dtype), words)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float[..., D] -> float[..., V + S]."""
+        return torch.cat([self.llama.lm_head(hidden), self.mask_head(hidden)], dim=-1)
+
+    def forward(self, embeddings: Tensor, text: PackedText, cache: DynamicCache | None = None) -> Tensor:
+        """Hidden states float[B, N, D] of packed ``embeddings`` float[B, N, D]; ``cache`` keeps keys and values."""
+        return self.llama.model(
+            inputs_embeds=embeddings,
+            attention_mask=packed_attention_mask(text.segment),
+            position_ids=text.position_ids,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
+    @torch.no_grad()
+    def generate(self, embeddings: Tensor, text: PackedText, max_new_tokens: int) -> tuple[Tensor, list[list[int]]]:
+        """Greedy responses to every branch of a packed batch of prompts: one prefill, then all branches as one batch.
+
+        Returns:
+            Hidden states of the prompts float[B, N, D], and R lists of new token ids (end of sequence left out).
+        """
+        packed_cache = DynamicCache(config=self.llama.config)
+        hidden = self(embeddings, text, packed_cache)
+        cache, seen = self._branch_cache(packed_cache, text)
+        end = text.branch_start + text.branch_length - 1
+        state = hidden[text.branch_image, end]  # [R, D]
+        position = text.prefix_length + text.branch_length  # [R]
+        responses: list[Tensor] = []
+        finished = torch.zeros_like(position, dtype=torch.bool)
+        for _ in range(max_new_tokens):
+            token = self.logits(state).argmax(-1).masked_fill(finished, self.tokenizer.eos_id)  # [R]
+            responses.append(token)
+            finished = finished | (token == self.tokenizer.eos_id)
+            if finished.all():
+                break
+            seen = torch.cat([seen, seen.new_ones(len(seen), 1)], dim=1)
+            state = self.llama.model(
+                inputs_embeds=self.embed(token[:, None]),
+                attention_mask=seen[:, None, None],
+                position_ids=position[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state[:, -1]
+            position = position + 1
+        rows = torch.stack(responses, dim=1).tolist()
+        return hidden, [row[: row.index(self.tokenizer.eos_id)] if self.tokenizer.eos_id in row else row for row in rows]
+
+    def _branch_cache(self, packed: DynamicCache, text: PackedText) -> tuple[DynamicCache, Tensor]:
+        """Keys and values of prefix + branch, a row a branch, and which of the columns are real: bool[R, P + L]."""
+        offsets = torch.arange(text.max_branch_length, device=text.segment.device)
+        prefix = torch.arange(text.prefix_length, device=text.segment.device).expand(len(text.branch_start), -1)
+        real = offsets < text.branch_length[:, None]  # [R, L]
+        branch = torch.where(real, text.branch_start[:, None] + offsets, 0)
+        columns = torch.cat([prefix, branch], dim=1)  # [R, P + L]
+        image = text.branch_image[:, None]
+        cache = DynamicCache(config=self.llama.config)
+        for index, layer in enumerate(packed.layers):
+            keys, values = (t[image, :, columns].transpose(1, 2) for t in (layer.keys, layer.values))
+            cache.update(keys, values, index)
+        return cache, torch.cat([torch.ones_like(prefix, dtype=torch.bool), real], dim=1)

@@ -1,0 +1,81 @@
+"""EVA-ViT RGB encoder (timm) and the projector from patches to language-model tokens.
+
+Legend: B images, S image side, G = S / patch patches a side, P = G * G, D encoder width, L language width.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import build_sincos2d_pos_embed
+from timm.models.eva import Eva
+from torch import Tensor, nn
+
+from annexe.registry import register
+
+# Statistics of CLIP's training images, which EVA-CLIP was trained with.
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@register("rgb_encoder", "eva_vit")
+class EvaViT(nn.Module):
+    """Plain EVA ViT: learned absolute positions, no final norm, no head (EVA, CVPR 2023; BLIP-2's visual encoder).
+
+    Args:
+        image_size: side of the square input, in pixels.
+        frozen: no gradient, no dropout.
+        init: ``random`` declares that the weights are meant to be random.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        init: str,
+        patch_size: int = 14,
+        embed_dim: int = 1408,
+        depth: int = 39,
+        num_heads: int = 16,
+        mlp_dim: int = 6144,
+        frozen: bool = True,
+    ) -> None:
+        super().__init__()
+        self.image_size, self.grid, self.embed_dim = image_size, image_size // patch_size, embed_dim
+        self.vit = Eva(
+            img_size=image_size,
+            patch_size=patch_size,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_dim / embed_dim,
+            num_classes=0,
+            global_pool="",
+            use_post_transformer_norm=False,
+            use_fc_norm=False,
+        )
+        self.norm = nn.LayerNorm(embed_dim)  # MiniGPT-4's ln_vision, outside the ViT
+        self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(CLIP_STD).view(3, 1, 1), persistent=False)
+        # The library's random table (std 0.02) is invisible beside patch embeddings: left and right would start equal.
+        positions = build_sincos2d_pos_embed([self.grid, self.grid], dim=embed_dim)
+        self.vit.pos_embed.data[0, 1:] = positions
+        if frozen:
+            self.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode ``images`` float[B, 3, S, S] in [0, 1] to patches float[B, P, D], row by row, CLS dropped."""
+        tokens = self.vit((images - self.mean) / self.std)  # [B, 1 + P, D]
+        return self.norm(tokens)[:, 1:]
+
+
+class Projector(nn.Module):
+    """Concatenate ``merge`` consecutive patches and project them to one language-model token (MiniGPT-v2)."""
+
+    def __init__(self, embed_dim: int, language_dim: int, merge: int) -> None:
+        super().__init__()
+        self.merge = merge
+        self.linear = nn.Linear(embed_dim * merge, language_dim)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """float[B, P, D] -> float[B, P / merge, L]."""
+        batch, num_patches, width = patches.shape
+        return self.linear(patches.reshape(batch, num_patches // self.merge, width * self.merge))

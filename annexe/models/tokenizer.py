@@ -1,0 +1,89 @@
+"""Text to ids and back, with the mask placeholders ``<MSK_k>`` as ids of our own behind the tokenizer's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from annexe.errors import UserError
+
+PLACEHOLDER = re.compile(r"<MSK_(\d+)>")
+_TEMPLATE_TOKENS = ("[INST]", "[/INST]", "<Img>", "</Img>", "[caption]", "[vqa]")
+
+
+class TextTokenizer:
+    """A Hugging Face tokenizer plus ``num_slots`` mask placeholders.
+
+    Placeholder k has id ``len(base) + k``: the base vocabulary, and with it the language model's tables, stay as
+    they are. Text around placeholders is encoded piece by piece, so that it decodes the same for every tokenizer.
+    """
+
+    def __init__(self, base: PreTrainedTokenizerBase, num_slots: int) -> None:
+        self.base, self.num_slots, self.vocab_size = base, num_slots, len(base)
+        self.bos_id, self.eos_id = base.bos_token_id, base.eos_token_id
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text``, no special tokens added."""
+        pieces = PLACEHOLDER.split(text)  # text, k, text, k, ..., text
+        if len(pieces) == 1:
+            return self.base.encode(text, add_special_tokens=False)
+        ids: list[int] = []
+        for position, piece in enumerate(pieces):
+            if position % 2 == 0:
+                ids += self.base.encode(piece.strip(), add_special_tokens=False) if piece.strip() else []
+            elif int(piece) < self.num_slots:
+                ids.append(self.vocab_size + int(piece))
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ``ids`` up to the first end-of-sequence."""
+        pieces: list[str] = []
+        run: list[int] = []
+        for token in [*ids, self.eos_id]:
+            if token == self.eos_id or token >= self.vocab_size:
+                pieces.append(self.base.decode(run, skip_special_tokens=True).strip())
+                run = []
+            if token == self.eos_id:
+                break
+            if token >= self.vocab_size:
+                pieces.append(f"<MSK_{token - self.vocab_size}>")
+            else:
+                run.append(token)
+        return re.sub(r" ([.,;:?!])", r"\1", " ".join(filter(None, pieces)))
+
+    def save(self, folder: Path) -> None:
+        self.base.save_pretrained(folder)
+
+
+def load_tokenizer(folder: str | Path, num_slots: int) -> TextTokenizer:
+    """Load the tokenizer in a Hugging Face folder.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if not (Path(folder) / "tokenizer_config.json").is_file():
+        raise UserError(f"no tokenizer in '{folder}' (tokenizer_config.json is missing); give a Hugging Face folder")
+    return TextTokenizer(AutoTokenizer.from_pretrained(str(folder)), num_slots)
+
+
+def train_tokenizer(texts: Iterable[str], num_slots: int, vocab_size: int = 1024) -> TextTokenizer:
+    """Train a small byte-level BPE on ``texts``, for runs that have no Llama tokenizer."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens([AddedToken(token, lstrip=True, rstrip=True, normalized=False) for token in _TEMPLATE_TOKENS])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((PLACEHOLDER.sub("", text) for text in texts), trainer)
+    base = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    return TextTokenizer(base, num_slots)

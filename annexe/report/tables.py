@@ -1,0 +1,213 @@
+"""Metrics as rows for the report: what each one means, how it reads, and whether a baseline does as well."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+Metrics = dict[str, Any]
+
+MEAN_ACCURACY = "grounding/mean_acc"
+HEADLINE = {
+    "grounding/ciou": "Grounding, cIoU",
+    MEAN_ACCURACY: "Mean of T-acc, N-acc",
+    "answer/exact_match_targets": "Answers exact, targets",
+    "analysis/cider": "Analysis, CIDEr",
+    "depth/delta1": "Depth, δ < 1.25",
+}
+BASELINES = {
+    "constant": "most frequent training sentences, all hands and active objects as mask",
+    "reject": "always “no target”",
+}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How to show one key of the metrics.
+
+    Attributes:
+        is_share: shown in per cent, else as a plain number.
+        won_by_default: a baseline reaches 100 % by construction, so standing below it means nothing.
+    """
+
+    key: str
+    name: str
+    meaning: str
+    is_share: bool = True
+    higher_is_better: bool = True
+    won_by_default: bool = False
+
+    def text(self, value: float) -> str:
+        return f"{100 * value:.1f}" if self.is_share else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+
+    def beats(self, value: float, other: float) -> bool:
+        return value > other if self.higher_is_better else value < other
+
+
+def _text_metrics(part: str) -> tuple[Metric, ...]:
+    return (
+        Metric(f"{part}/meteor", "METEOR", f"words shared with the true {part}, synonyms count"),
+        Metric(
+            f"{part}/meteor_without_synonyms",
+            "METEOR, no synonyms",
+            f"words shared with the true {part}; WordNet was not installed",
+        ),
+        Metric(f"{part}/cider", "CIDEr", "agreement on telling phrases, from 0 to 10", is_share=False),
+    )
+
+
+GROUPS: dict[str, tuple[Metric, ...]] = {
+    "Analysis": _text_metrics("analysis"),
+    "Answer": (
+        *_text_metrics("answer"),
+        Metric("answer/exact_match", "Exact match", "answers equal to the true one, word for word"),
+        Metric(
+            "answer/exact_match_targets", "Exact match, targets", "the same over queries that have a target"
+        ),
+    ),
+    "Grounding": (
+        Metric(
+            "grounding/ciou", "cIoU", "pixels in both masks over pixels in either, summed over all queries"
+        ),
+        Metric("grounding/giou", "gIoU", "mean IoU of queries; a rejected no-target query counts 1"),
+        Metric("grounding/miou", "mIoU", "mean IoU of single targets, slot by slot"),
+        Metric("grounding/t_acc", "T-acc", "target queries answered with a mask", won_by_default=True),
+        Metric("grounding/n_acc", "N-acc", "no-target queries rejected", won_by_default=True),
+        Metric(MEAN_ACCURACY, "Mean of T-acc, N-acc", "neither always answering nor always rejecting helps"),
+        *(
+            Metric(
+                f"grounding/precision@0.{tenth}",
+                f"P@0.{tenth}",
+                f"target queries with an IoU of 0.{tenth} or more",
+            )
+            for tenth in range(5, 10)
+        ),
+    ),
+    "Presence": (
+        Metric("presence/accuracy", "Accuracy", "queries rejected exactly when they have no target"),
+    ),
+    "Depth": (
+        Metric(
+            "depth/mae", "MAE", "mean error of maps scaled to 0…1", is_share=False, higher_is_better=False
+        ),
+        Metric(
+            "depth/abs_rel",
+            "AbsRel",
+            "mean error relative to the distance",
+            is_share=False,
+            higher_is_better=False,
+        ),
+        Metric(
+            "depth/rmse", "RMSE", "in the unit of the depth files", is_share=False, higher_is_better=False
+        ),
+        Metric("depth/delta1", "δ < 1.25", "pixels within a factor of 1.25 of the distance"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One set of metrics: the model on everything, a baseline, or the model on a subset."""
+
+    kind: str
+    name: str
+    hint: str
+    values: Metrics
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number of the table; ``not_above`` names the baselines that do as well or better."""
+
+    column: Column
+    value: float | None
+    text: str
+    not_above: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A metric with its cell in every column."""
+
+    metric: Metric
+    cells: list[Cell]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Mean IoU of one hand or category, and the constant baseline's."""
+
+    name: str
+    value: float
+    baseline: float | None
+
+
+def columns(metrics: Metrics) -> list[Column]:
+    """The model, the baselines that were measured, then the subsets."""
+    found = [
+        Column("model", "This model", _num_queries(metrics["standard"]), _with_mean(metrics["standard"]))
+    ]
+    for name, values in metrics.get("baselines", {}).items():
+        found.append(Column("baseline", name, BASELINES.get(name, ""), _with_mean(values)))
+    for name, values in metrics.get("subsets", {}).items():
+        found.append(Column("subset", name.replace("_", " "), _num_queries(values), _with_mean(values)))
+    return found
+
+
+def table(all_columns: list[Column]) -> dict[str, list[Row]]:
+    """Group -> its rows; what no column has is left out."""
+    groups = {}
+    for name, group in GROUPS.items():
+        rows = [_row(metric, all_columns) for metric in group]
+        rows = [row for row in rows if any(cell.value is not None for cell in row.cells)]
+        if rows:
+            groups[name] = rows
+    return groups
+
+
+def headline(groups: dict[str, list[Row]]) -> list[tuple[str, Row]]:
+    """(Title, row) of the few numbers that tell most, as far as the model has them."""
+    rows = {row.metric.key: row for group in groups.values() for row in group}
+    return [
+        (HEADLINE[key], rows[key]) for key in HEADLINE if key in rows and rows[key].cells[0].value is not None
+    ]
+
+
+def bars(metrics: Metrics) -> list[Bar]:
+    """Mean IoU by hand, then by category from best to worst."""
+    prefix = "grounding/miou/"
+    constant = metrics.get("baselines", {}).get("constant", {})
+    found = [
+        Bar(key.removeprefix(prefix).replace("_", " "), value, constant.get(key))
+        for key, value in metrics["standard"].items()
+        if key.startswith(prefix)
+    ]
+    return sorted(found, key=lambda bar: (not bar.name.endswith(" hand"), -bar.value, bar.name))
+
+
+def _row(metric: Metric, all_columns: list[Column]) -> Row:
+    own = all_columns[0].values.get(metric.key)
+    not_above = tuple(
+        column.name
+        for column in all_columns
+        if column.kind == "baseline"
+        and own is not None
+        and metric.key in column.values
+        and not metric.won_by_default
+        and not metric.beats(own, column.values[metric.key])
+    )
+    cells = []
+    for column in all_columns:
+        value = column.values.get(metric.key)
+        text = "–" if value is None else metric.text(value)
+        cells.append(Cell(column, value, text, not_above if column.kind == "model" else ()))
+    return Row(metric, cells)
+
+
+def _with_mean(values: Metrics) -> Metrics:
+    both = [values.get("grounding/t_acc"), values.get("grounding/n_acc")]
+    return values if None in both else values | {MEAN_ACCURACY: sum(both) / 2}
+
+
+def _num_queries(values: Metrics) -> str:
+    return f"{values['num_queries']:,} queries" if "num_queries" in values else ""

@@ -1,0 +1,261 @@
+"""Training: set-up, the step, validation, checkpoints, log."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from annexe import losses
+from annexe.checkpoint import Progress, find_checkpoint, load_progress, load_weights, require_checkpoint, save_checkpoint
+from annexe.config import Config, RunConfig, as_dict
+from annexe.datasets import prompts
+from annexe.datasets.collate import Batch, Collator
+from annexe.datasets.ego_irgbench import EgoIRGBench
+from annexe.distributed import gather_lists, make_accelerator, sum_over_ranks
+from annexe.errors import UserError
+from annexe.evaluator import Truth, plan_batches, predict, score
+from annexe.journal import Journal, Window
+from annexe.models import build_model
+from annexe.models.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
+from annexe.optim import build_optimizer, learning_rate
+from annexe.registry import build, settings
+
+log = logging.getLogger(__name__)
+
+
+def sample_order(seed: int, num_images: int, first: int, last: int) -> list[tuple[int, int]]:
+    """(epoch, image) of the training samples ``first`` to ``last``: every epoch is a permutation of its own."""
+    order = []
+    for epoch in range(first // num_images, (last - 1) // num_images + 1):
+        permutation = np.random.default_rng([seed, epoch]).permutation(num_images).tolist()
+        start = epoch * num_images
+        order += [(epoch, permutation[i - start]) for i in range(max(first, start), min(last, start + num_images))]
+    return order
+
+
+class MicroBatches:
+    """Batch sampler of one rank: its share of every micro-batch from ``first_image`` on, to the last step."""
+
+    def __init__(self, run: RunConfig, num_images: int, progress: Progress, rank: int, world_size: int) -> None:
+        self.run, self.num_images, self.progress = run, num_images, progress
+        self.rank, self.world_size = rank, world_size
+
+    def __len__(self) -> int:
+        return (self.run.max_steps - self.progress.step) * self.run.gradient_accumulation
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        size = self.run.batch_size
+        for number in range(len(self)):
+            first = self.progress.images + (number * self.world_size + self.rank) * size
+            yield sample_order(self.run.seed, self.num_images, first, first + size)
+
+
+class Trainer:
+    """One training run: built from a configuration, resumed where asked, run to ``max_steps``."""
+
+    def __init__(self, config: Config) -> None:
+        run = config.run
+        self.config, self.run = config, run
+        self.accelerator = make_accelerator(run)
+        self.output = Path(run.output_dir)
+        resumed = self._resumed_from()
+        set_seed(run.seed + self.accelerator.process_index)
+        self.train_set, self.validation_set = self._datasets()
+        self.tokenizer = self._tokenizer(resumed)
+        torch.manual_seed(run.seed)  # every rank builds the same model
+        self.model = build_model(config.model, self.tokenizer).to(self.accelerator.device)
+        self.optimizer = build_optimizer(self.model, run)
+        set_seed(run.seed + self.accelerator.process_index)
+        self.progress = Progress()
+        if resumed:
+            load_weights(resumed, self.model)
+            self.progress = load_progress(resumed, self.optimizer, self.accelerator.process_index)
+        self.wrapped = self.accelerator.prepare_model(self.model)
+        self.weights = {name: getattr(run.loss_weights, name) for name in losses.TERMS}
+        if self.model.name_patches is False:
+            if self.weights.pop("patch_phrase"):
+                raise UserError("run.loss_weights.patch_phrase needs model.name_patches=true; set it or the weight to 0")
+        self.journal = Journal(config, self.output, self.progress, enabled=self.accelerator.is_main_process)
+
+    def train(self) -> None:
+        """Run every step that is left, with validation and checkpoints on the way."""
+        window = Window(list(self.weights), self.accelerator.device)
+        batches = iter(self._loader())
+        with self.journal.bar(self.run.max_steps) as advance:
+            while self.progress.step < self.run.max_steps:
+                micro_batches = [next(batches) for _ in range(self.run.gradient_accumulation)]
+                window.add(*self.train_step(micro_batches))
+                step = self.progress.step
+                advance(step)
+                last = step == self.run.max_steps
+                if step % self.run.log_every == 0 or last:
+                    self._log_window(window)
+                    window = Window(list(self.weights), self.accelerator.device)
+                validated = self.run.validate_every and (step % self.run.validate_every == 0 or last)
+                if validated:
+                    self.validate()
+                if validated or step % self.run.checkpoint_every == 0 or last:
+                    self.save()
+        self.journal.close()
+
+    def train_step(self, batches: list[Batch]) -> tuple[Tensor, Tensor, float]:
+        """One optimizer step over this rank's micro-batches.
+
+        Every term is normalised by its units over all ranks and micro-batches; DDP averages gradients over ranks,
+        hence the factor of the world size.
+
+        Returns:
+            Each term's total on this rank, its units over all ranks, and the gradient norm.
+        """
+        names = list(self.weights)
+        batches = [batch.to(self.accelerator.device) for batch in batches]
+        units = sum_over_ranks(self.accelerator, losses.counts(batches, names))
+        factor = torch.tensor(list(self.weights.values()), device=units.device) / units.clamp(min=1)
+        self.wrapped.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.progress.step, self.run)
+        totals = torch.zeros(len(names), device=units.device)
+        for number, batch in enumerate(batches, start=1):
+            with nullcontext() if number == len(batches) else self.accelerator.no_sync(self.wrapped):
+                term_totals = losses.totals(self.wrapped(batch), batch, names)
+                self.accelerator.backward((factor * term_totals).sum() * self.accelerator.num_processes)
+            totals += term_totals.detach()
+        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.run.clip_norm))
+        if not np.isfinite(norm):
+            shown = ", ".join(f"{name} {value:g}" for name, value in zip(names, totals.tolist(), strict=True))
+            raise UserError(
+                f"loss or gradient is not finite at step {self.progress.step + 1} (term totals: {shown}); the last "
+                f"checkpoint in '{self.output / 'checkpoints'}' is intact. Lower run.learning_rate or check the data"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._count(batches)
+        return totals, units, norm
+
+    def validate(self) -> None:
+        """Score the real metrics on the first validation images and remember the best step."""
+        truth = Truth(self.validation_set)
+        number = min(self.run.validation_images, len(self.validation_set))
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        batches = plan_batches(number, self.run.batch_size)
+        predicted = predict(
+            self.model,
+            self.validation_set,
+            batches[rank::world_size],
+            queries_per_annotation=1,
+            max_new_tokens=self.run.max_new_tokens,
+            num_workers=self.run.num_workers,
+            device=self.accelerator.device,
+            autocast=self.accelerator.autocast,
+        )
+        records = gather_lists(self.accelerator, [record for batch in predicted for record in batch])
+        metrics = score(records, truth)
+        if self.run.validation_metric not in metrics:
+            raise UserError(
+                f"run.validation_metric '{self.run.validation_metric}' is not measured here; "
+                f"choices: {', '.join(sorted(metrics))}"
+            )
+        chosen = metrics[self.run.validation_metric]
+        if self.progress.best_score is None or chosen >= self.progress.best_score:
+            self.progress.best_score, self.progress.best_step = chosen, self.progress.step
+        self.journal.write({"kind": "validation", "step": self.progress.step, **metrics})
+
+    def save(self) -> None:
+        """Write a checkpoint; every validated step is written, so the best one is there."""
+        save_checkpoint(
+            self.output,
+            self.model,
+            self.optimizer,
+            self.progress,
+            as_dict(self.config),
+            self.accelerator,
+            self.run.keep_checkpoints,
+        )
+        self.journal.write_manifest(self.progress, self.train_set.fingerprint())
+
+    def _resumed_from(self) -> Path | None:
+        if self.run.resume == "auto":
+            return find_checkpoint(self.output)
+        if self.run.resume:
+            return require_checkpoint(self.run.resume, "latest")
+        if find_checkpoint(self.output):
+            raise UserError(
+                f"run.output_dir '{self.output}' holds a run already; set run.resume=auto to go on with it, "
+                "or choose another folder"
+            )
+        return None
+
+    def _datasets(self) -> tuple[EgoIRGBench, EgoIRGBench | None]:
+        train_set = build_dataset(self.config, "train")
+        return train_set, build_dataset(self.config, "val") if self.run.validate_every else None
+
+    def _tokenizer(self, resumed: Path | None) -> TextTokenizer:
+        """The run's tokenizer, trained on the train split's text by the main process of a new run."""
+        num_slots = settings("pixel_decoder", self.config.model["pixel_decoder"], "model.pixel_decoder")["num_slots"]
+        folder = resumed / "tokenizer" if resumed else self.output / "tokenizer"
+        if not resumed and self.accelerator.is_main_process:
+            texts = sorted({*self.train_set.texts(), *prompts.texts()})
+            train_tokenizer(texts, num_slots).save(folder)
+        self.accelerator.wait_for_everyone()
+        return load_tokenizer(folder, num_slots)
+
+    def _loader(self) -> DataLoader:
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        return DataLoader(
+            self.train_set,
+            batch_sampler=MicroBatches(self.run, len(self.train_set), self.progress, rank, world_size),
+            collate_fn=Collator(self.tokenizer, self.model.num_image_tokens, self.model.pixel_decoder.num_slots),
+            num_workers=self.run.num_workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+            generator=torch.Generator(),  # a loader draws its workers' seed: not from the run's random state
+        )
+
+    def _count(self, batches: list[Batch]) -> None:
+        seen = [[len(b.samples), len(b.image_of_query), int((b.text.segment >= 0).sum())] for b in batches]
+        total = torch.tensor(seen, device=self.accelerator.device).sum(0)
+        images, queries, tokens = sum_over_ranks(self.accelerator, total).tolist()
+        self.progress.step += 1
+        self.progress.images += images
+        self.progress.queries += queries
+        self.progress.tokens += tokens
+
+    def _log_window(self, window: Window) -> None:
+        terms = window.means(sum_over_ranks(self.accelerator, window.totals))
+        loss = sum(self.weights[name] * value for name, value in terms.items())
+        self.journal.write(
+            {
+                "kind": "train",
+                "step": self.progress.step,
+                "epoch": self.progress.images / len(self.train_set),
+                "images": self.progress.images,
+                "queries": self.progress.queries,
+                "tokens": self.progress.tokens,
+                "learning_rate": self.optimizer.param_groups[0]["lr"],
+                "loss": loss,
+                **{f"loss/{name}": value for name, value in terms.items()},
+                "gradient_norm": window.norm,
+            }
+        )
+
+
+def build_dataset(config: Config, split: str) -> EgoIRGBench:
+    """The configuration's data set in one of its splits; pixels are cached under ``run.output_dir``."""
+    if len(config.datasets) != 1:
+        raise UserError(f"datasets names {len(config.datasets)} data sets; name one, such as ego_irgbench")
+    ((name, spec),) = config.datasets.items()
+    image_size = config.model["rgb_encoder"]["image_size"]
+    cache = Path(config.run.output_dir) / "cache"
+    return build("dataset", {"type": name, **spec}, split, image_size, config.run.seed, cache)
+
+
+def train(config: Config) -> None:
+    """Train what ``config`` describes."""
+    Trainer(config).train()
