@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from annexe.config import import_plugins
 from annexe.errors import UserError
 from annexe.models.annexe import Annexe
 
@@ -69,6 +70,13 @@ def require_checkpoint(where: str, which: str) -> Path:
     if folder is None:
         raise UserError(f"no complete checkpoint at '{where}'; give a run folder or a checkpoints/step-* folder")
     return folder
+
+
+def saved_model(folder: Path) -> dict[str, Any]:
+    """The ``model`` block that a checkpoint was trained with, its plug-ins imported."""
+    config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    import_plugins(config["imports"])
+    return config["model"]
 
 
 def save_checkpoint(
@@ -141,7 +149,10 @@ def load_progress(folder: Path, optimizer: torch.optim.Optimizer, rank: int) -> 
 
 
 def _random_state() -> dict[str, Any]:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
 
 
 def _set_random_state(state: dict[str, Any]) -> None:

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.logging import RichHandler
 
+from annexe import __version__
 from annexe.config import Config, load_config
-from annexe.errors import UserError
+from annexe.errors import UserError, unknown
 
 TOOLS = ("synth",)
 
@@ -29,7 +30,7 @@ def guarded(work: Callable[[], None]) -> None:
         sys.exit(2)
 
 
-def run_script(work: Callable[[Config], None], description: str, extend: Callable | None = None) -> None:
+def run_script(work: Callable[[Config], object], description: str, *, choose_dataset: bool = False) -> None:
     """Entry of a torchrun script: ``--cfg-path`` and ``--options`` to a configuration, then ``work`` on it."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cfg-path", required=True, metavar="YAML", help="configuration file")
@@ -40,5 +41,31 @@ def run_script(work: Callable[[Config], None], description: str, extend: Callabl
         metavar="A.B=C",
         help="settings put over the file, such as run.batch_size=8 datasets.ego_irgbench.data_root=DIR",
     )
+    if choose_dataset:
+        parser.add_argument("--dataset", metavar="NAME", help="which data set of the file (default: its only one)")
     arguments = parser.parse_args()
-    guarded(lambda: work(load_config(arguments.cfg_path, arguments.options)))
+
+    def load_and_work() -> None:
+        config = load_config(arguments.cfg_path, arguments.options)
+        name = getattr(arguments, "dataset", None)
+        if name is not None:
+            if name not in config.datasets:
+                raise unknown("data set", name, config.datasets)
+            config.datasets = {name: config.datasets[name]}
+        work(config)
+
+    guarded(load_and_work)
+
+
+def main() -> None:
+    """Entry of the ``annexe`` command: parse, then run the sub-command's module in `annexe.tools`."""
+    parser = argparse.ArgumentParser(prog="annexe", description="Egocentric interaction reasoning and grounding.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in TOOLS:
+        tool = importlib.import_module(f"annexe.tools.{name}")
+        command = commands.add_parser(name, help=tool.HELP, description=tool.HELP)
+        tool.add_arguments(command)
+        command.set_defaults(run=tool.run)
+    arguments = parser.parse_args()
+    guarded(lambda: arguments.run(arguments))

@@ -14,7 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from annexe.errors import UserError
+from annexe.errors import UserError, refused
 from annexe.registry import settings
 
 
@@ -39,6 +39,19 @@ class WandbConfig:
     project: str = "annexe"
     name: str | None = None
     mode: str = "online"
+
+
+_AT_LEAST_ONE = (
+    "max_steps",
+    "batch_size",
+    "gradient_accumulation",
+    "log_every",
+    "validation_images",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "queries_per_annotation",
+    "max_new_tokens",
+)
 
 
 @dataclass
@@ -87,9 +100,11 @@ class RunConfig:
             raise UserError(f"run.device is '{self.device}'; choose auto, cpu or cuda")
         if self.mixed_precision not in ("auto", "fp32", "bf16"):
             raise UserError(f"run.mixed_precision is '{self.mixed_precision}'; choose auto, fp32 or bf16")
-        for name in ("max_steps", "batch_size", "gradient_accumulation", "log_every", "validation_images"):
+        for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise UserError(f"run.{name} is {getattr(self, name)}; it must be at least 1")
+        if len(self.betas) != 2:
+            raise UserError(f"run.betas is {self.betas}; AdamW takes two numbers, such as [0.9, 0.999]")
         if self.warmup_steps > self.max_steps:
             raise UserError(
                 f"run.warmup_steps ({self.warmup_steps}) is larger than run.max_steps ({self.max_steps}); lower it"
@@ -117,21 +132,38 @@ def load_config(cfg_path: str | Path, options: list[str] = ()) -> Config:
     """
     path = Path(cfg_path)
     if not path.is_file():
-        raise UserError(f"no configuration file '{path}'; give --cfg-path a file such as train_configs/annexe_tiny.yaml")
+        raise UserError(
+            f"no configuration file '{path}'; give --cfg-path a file such as train_configs/annexe_tiny.yaml"
+        )
     for option in options:
         if "=" not in option or option.startswith("="):
             raise UserError(f"option '{option}' is not of the form a.b=c")
     try:
-        given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(options)))
+        base, over = OmegaConf.load(path), OmegaConf.from_dotlist(list(options))
+        for part in PARTS:  # another type takes none of the old one's settings along
+            chosen = OmegaConf.select(over, f"model.{part}.type")
+            if chosen is not None and chosen != OmegaConf.select(base, f"model.{part}.type"):
+                base.model[part] = {}
+        given = OmegaConf.merge(base, over)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), given))
     except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {error.full_key or ''}: {str(error).splitlines()[0]}") from None
-    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path}: {refused('', error)}") from None
+    except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    for module in config.imports:
-        importlib.import_module(module)
+    except (yaml.YAMLError, OSError, TypeError, ValueError) as error:
+        raise UserError(f"cannot read '{path}' and its options: {' '.join(str(error).split())}; mend the YAML") from None
+    import_plugins(config.imports)
     check_components(config)
     return config
+
+
+def import_plugins(modules: list[str]) -> None:
+    """Import modules that register components of their own."""
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise UserError(f"imports: {error}; install it or put its folder on PYTHONPATH") from None
 
 
 def check_components(config: Config) -> None:
@@ -140,13 +172,19 @@ def check_components(config: Config) -> None:
     import annexe.models  # noqa: F401  (they register)
 
     for name, spec in config.datasets.items():
-        settings("dataset", {"type": name, **spec}, f"datasets.{name}")
+        settings("dataset", {"type": name, **_block(spec, f"datasets.{name}")}, f"datasets.{name}")
     if config.model is not None:
         for part in PARTS:
             if part not in config.model:
                 raise UserError(f"model.{part} is missing; a model needs {', '.join(PARTS)}")
-            settings(part, config.model[part], f"model.{part}")
+            settings(part, _block(config.model[part], f"model.{part}"), f"model.{part}")
         settings("model", {k: v for k, v in config.model.items() if k not in PARTS}, "model")
+
+
+def _block(spec: object, where: str) -> dict[str, Any]:
+    if not isinstance(spec, dict):
+        raise UserError(f"{where} is '{spec}'; it must be a block of settings")
+    return spec
 
 
 def as_dict(config: Config) -> dict[str, Any]:

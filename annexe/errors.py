@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import fields
+
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 
 class UserError(ValueError):
     """Bad input. The message names the thing and the fix; entry points print it alone and exit with 2."""
+
+    def __init__(self, message: str) -> None:
+        # A DataLoader raises a worker's error anew with the worker's traceback before the message: keep the message.
+        super().__init__(message.rpartition(f"{__name__}.{type(self).__name__}: ")[2].rstrip())
 
 
 def unknown(what: str, name: object, choices: Iterable[str]) -> UserError:
@@ -16,3 +23,13 @@ def unknown(what: str, name: object, choices: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(str(name), choices, 1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
     return UserError(f"unknown {what} '{name}'.{hint} Choices: {', '.join(choices) or 'none'}")
+
+
+def refused(where: str, error: OmegaConfBaseException) -> UserError:
+    """The error for a setting under ``where`` that OmegaConf refused, for its name, its value or its absence."""
+    key = ".".join(filter(None, [where, error.full_key])) or "block"
+    if isinstance(error, ConfigKeyError) and error.object_type is not None:
+        return unknown(f"setting {key}: no", error.key, [field.name for field in fields(error.object_type)])
+    if isinstance(error, MissingMandatoryValue):
+        return UserError(f"setting {key} is missing and has no default; add it")
+    return UserError(f"setting {key}: {str(error).splitlines()[0]}")

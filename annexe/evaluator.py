@@ -1,27 +1,34 @@
-"""Predict a split, write the predictions, and score them from that file's records and the data root alone."""
+"""Evaluate a checkpoint on a split: predict, write ``predictions.jsonl``, score it, report."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
+import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
+from annexe.checkpoint import load_weights, require_checkpoint, saved_model
+from annexe.config import Config
+from annexe.datasets import build_dataset
 from annexe.datasets.collate import Batch, Collator, Sample
 from annexe.datasets.ego_irgbench import EgoIRGBench
-from annexe.datasets.prompts import NO_TARGET_ANSWER
-from annexe.datasets.transforms import read_id_map
+from annexe.distributed import make_accelerator
 from annexe.errors import UserError
-from annexe.metrics import DepthMetrics, GroundingMetrics, TextMetrics, depth_errors, encode
+from annexe.metrics import depth_errors, encode
+from annexe.models import build_model, num_slots
 from annexe.models.annexe import Annexe, Response
-
-log = logging.getLogger(__name__)
-Record = dict[str, Any]
+from annexe.models.tokenizer import load_tokenizer
+from annexe.report import write_report
+from annexe.scoring import Record, Truth, score_all
 
 
 class EvaluationSet(Dataset):
@@ -38,7 +45,7 @@ class EvaluationSet(Dataset):
 
 
 def plan_batches(num_images: int, batch_size: int) -> list[list[int]]:
-    """All batches of an evaluation in their one fixed order; ranks take whole ones, so nothing is padded or repeated."""
+    """All batches of an evaluation in one fixed order; ranks take whole ones, so nothing is padded or repeated."""
     return [list(range(first, min(first + batch_size, num_images))) for first in range(0, num_images, batch_size)]
 
 
@@ -103,10 +110,13 @@ def records_of(batch: Batch, responses: list[Response]) -> list[Record]:
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
     """Write JSON lines, whole or not at all."""
-    part = path.with_suffix(".part")
-    with part.open("w", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
 
@@ -121,47 +131,102 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
-class Truth:
-    """What a data set says is right, by stem and annotation number; masks as RLE at the original size."""
+def evaluate(config: Config) -> dict[str, Any]:
+    """Evaluate ``run.checkpoint`` on ``run.split`` with one or many processes and write the results.
 
-    def __init__(self, dataset: EgoIRGBench) -> None:
-        self.dataset = dataset
-        self.index = {stem: number for number, stem in enumerate(dataset.stems)}
+    Batches are formed once, in one fixed order, and ranks take whole ones; each is written as it is done, so that a
+    killed evaluation goes on where it was. Under ``run.output_dir``: predictions.jsonl, metrics.json, report.html.
+    """
+    run = config.run
+    accelerator = make_accelerator(run)
+    if run.checkpoint is None:
+        raise UserError("run.checkpoint is missing; give a training run's output folder or one of its checkpoints")
+    checkpoint = require_checkpoint(run.checkpoint, "best")
+    config = replace(config, model=config.model or saved_model(checkpoint))
+    output, dataset = Path(run.output_dir), build_dataset(config, run.split)
+    tokenizer = load_tokenizer(checkpoint / "tokenizer", num_slots(config))
+    model = build_model(config.model, tokenizer).to(accelerator.device)
+    load_weights(checkpoint, model)
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    batches = plan_batches(len(dataset), run.batch_size)
+    meta = {
+        "dataset": next(iter(config.datasets)),
+        "split": run.split,
+        "queries_per_annotation": run.queries_per_annotation,
+        "answer_format": dataset.answer_format,
+        "seed": run.seed,
+        "checkpoint": str(checkpoint),
+        "step": int(checkpoint.name.removeprefix("step-")),
+        "batch_size": run.batch_size,
+        "max_new_tokens": run.max_new_tokens,
+        "data_fingerprint": dataset.fingerprint(),
+    }
+    parts = Parts(output / "parts", meta, enabled=accelerator.is_main_process)
+    accelerator.wait_for_everyone()
+    own = [number for number in parts.missing(len(batches))[accelerator.process_index :: accelerator.num_processes]]
+    predicted = predict(
+        model,
+        dataset,
+        [batches[number] for number in own],
+        queries_per_annotation=run.queries_per_annotation,
+        max_new_tokens=run.max_new_tokens,
+        num_workers=run.num_workers,
+        device=accelerator.device,
+        autocast=accelerator.autocast,
+    )
+    shown = track(predicted, "predicting", total=len(own), disable=not accelerator.is_main_process)
+    for number, records in zip(own, shown, strict=True):
+        write_records(parts.file(number), records)
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return {}
+    return finish(output, parts, len(batches), Truth(dataset), meta, checkpoint)
 
-    def annotations(self, stem: str) -> list:
-        if stem not in self.index:
-            raise UserError(f"predicted image '{stem}' is not in split '{self.dataset.split}'; score the right split")
-        return self.dataset.annotations[self.index[stem]]
 
-    def masks(self, stem: str) -> dict[int, dict]:
-        """Mask id -> RLE, for every id that an annotation of the image names."""
-        ids = read_id_map(self.dataset.pixels.files(stem)[2])
-        named = {mask_id for annotation in self.annotations(stem) for mask_id in annotation.slots.values()}
-        return {mask_id: encode(ids == mask_id) for mask_id in sorted(named)}
+def finish(output: Path, parts: Parts, num_batches: int, truth: Truth, meta: dict, checkpoint: Path) -> dict[str, Any]:
+    """Join the parts, score, and write predictions, metrics and report."""
+    records = [record for number in range(num_batches) for record in read_records(parts.file(number))]
+    write_records(output / "predictions.jsonl", records)
+    metrics = score_all(records, truth) | {"meta": meta}
+    write_text(output / "metrics.json", json.dumps(metrics, indent=1))
+    log_file = checkpoint.parent.parent / "log.jsonl"
+    write_report(
+        output / "report.html",
+        title=f"ANNEXE on {meta['dataset']}, {meta['split']}",
+        metrics=metrics,
+        records=records,
+        truth=truth,
+        log=log_file if log_file.is_file() else None,
+    )
+    shutil.rmtree(parts.folder)
+    show(metrics, output)
+    return metrics
 
 
-def score(records: list[Record], truth: Truth) -> dict[str, float]:
-    """The standard metrics of a set of records (ReLA, CVPR 2023, for the grounding ones)."""
-    analysis, answer, grounding, depth = TextMetrics(), TextMetrics(), GroundingMetrics(), DepthMetrics()
-    queries: dict[str, list[Record]] = {}
-    images = [record for record in records if record["kind"] == "image"]
-    for record in records:
-        if record["kind"] == "query":
-            queries.setdefault(record["image"], []).append(record)
-    for record in images:
-        analysis.update(record["image"], record["analysis"], truth.annotations(record["image"])[0].caption)
-        if record["depth"]:
-            depth.update(record["depth"])
-    for stem, asked in queries.items():
-        masks = truth.masks(stem)
-        for record in asked:
-            annotation = truth.annotations(stem)[record["annotation"]]
-            key = f"{stem}/{record['annotation']}/{record['query_id']}"
-            has_target = bool(annotation.slots)
-            answer.update(key, record["answer"], truth.dataset.reference(annotation), has_target=has_target)
-            targets = {slot: masks[mask_id] for slot, mask_id in annotation.slots.items()}
-            labels = {slot: truth.dataset.label(stem, annotation.phrase(slot)) for slot in targets}
-            grounding.update({m["slot"]: m["rle"] for m in record["masks"]}, targets, labels)
-    metrics = analysis.compute("analysis") | answer.compute("answer") | grounding.compute() | depth.compute()
-    num_queries = sum(len(asked) for asked in queries.values())
-    return metrics | {"num_queries": num_queries, "num_images": len(set(queries) | {r["image"] for r in images})}
+class Parts:
+    """A folder with one file of records per finished batch, and the settings they were made with."""
+
+    def __init__(self, folder: Path, meta: dict[str, Any], *, enabled: bool) -> None:
+        self.folder = folder
+        plan = folder / "plan.json"
+        if enabled and not (plan.is_file() and json.loads(plan.read_text()) == meta):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            write_text(plan, json.dumps(meta))
+
+    def file(self, batch: int) -> Path:
+        return self.folder / f"batch-{batch:06d}.jsonl"
+
+    def missing(self, num_batches: int) -> list[int]:
+        """Batches that are not done yet."""
+        return [number for number in range(num_batches) if not self.file(number).is_file()]
+
+
+def show(metrics: dict[str, Any], output: Path) -> None:
+    """Print the standard metrics beside the baselines."""
+    table = Table("metric", "model", *metrics["baselines"], title=str(output / "metrics.json"))
+    for name, value in metrics["standard"].items():
+        if isinstance(value, float) and name.count("/") == 1:
+            others = [metrics["baselines"][b].get(name) for b in metrics["baselines"]]
+            table.add_row(name, f"{value:.3f}", *("" if other is None else f"{other:.3f}" for other in others))
+    Console().print(table)

@@ -14,14 +14,31 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor
 
 from annexe import __version__, checkpoint
 from annexe.config import Config, as_dict
 from annexe.errors import UserError
 
-PACKAGES = ("torch", "transformers", "peft", "timm", "accelerate", "omegaconf", "numpy", "pycocotools", "nltk")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "timm",
+    "accelerate",
+    "omegaconf",
+    "numpy",
+    "pycocotools",
+    "nltk",
+)
 
 
 class Window:
@@ -95,7 +112,12 @@ class Journal:
     @contextmanager
     def bar(self, total: int) -> Iterator[Callable[[int], None]]:
         """A progress bar over optimizer steps, showing the last logged loss."""
-        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
+        columns = (
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"),
+        )
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=not self.enabled) as progress:
             task = progress.add_task("", total=total, loss="")
             yield lambda step: progress.update(task, completed=step, loss=self.loss)
@@ -122,5 +144,9 @@ def start_wandb(config: Config, output: Path) -> Any:
         raise UserError("run.wandb.enabled needs the package wandb: pip install wandb") from None
     settings = config.run.wandb
     return wandb.init(
-        project=settings.project, name=settings.name, mode=settings.mode, dir=str(output), config=as_dict(config)
+        project=settings.project,
+        name=settings.name,
+        mode=settings.mode,
+        dir=str(output),
+        config=as_dict(config),
     )

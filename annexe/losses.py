@@ -58,28 +58,26 @@ def presence_total(predictions: Predictions, batch: Batch) -> Tensor:
     return F.binary_cross_entropy_with_logits(predictions.presence_logits.float(), truth, reduction="sum")
 
 
-def _slot_masks(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """True masks float[Q, K, h, w] at the logits' size, and which slots are used, bool[Q, K]."""
+def _used_masks(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits and truth of the used slots alone, both float[slots in use, h, w], at the logits' size."""
+    query, slot = (batch.slot_ids > 0).nonzero(as_tuple=True)
     ids = F.interpolate(batch.target_ids[:, None].float(), size=logits.shape[-2:], mode="nearest-exact")[:, 0]
-    used = batch.slot_ids > 0
-    truth = ids[batch.image_of_query][:, None] == batch.slot_ids[..., None, None]  # [Q, K, h, w]
-    return truth.float() * used[..., None, None], used
+    wanted = batch.slot_ids[query, slot][:, None, None]
+    return logits[query, slot].float(), (ids[batch.image_of_query[query]] == wanted).float()
 
 
 def mask_total(predictions: Predictions, batch: Batch) -> Tensor:
     """Cross entropy of every pixel, mean over a slot's pixels, summed over the used slots."""
-    truth, used = _slot_masks(predictions.mask_logits, batch)
-    each = F.binary_cross_entropy_with_logits(predictions.mask_logits.float(), truth, reduction="none")
-    return (each.mean((-2, -1)) * used).sum()
+    logits, truth = _used_masks(predictions.mask_logits, batch)
+    return F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / logits.shape[-2:].numel()
 
 
 def dice_total(predictions: Predictions, batch: Batch) -> Tensor:
     """1 - dice of every used slot, summed (V-Net, 3DV 2016)."""
-    truth, used = _slot_masks(predictions.mask_logits, batch)
-    score = predictions.mask_logits.float().sigmoid()
-    overlap = (score * truth).sum((-2, -1))
-    dice = (2 * overlap + 1) / (score.sum((-2, -1)) + truth.sum((-2, -1)) + 1)
-    return ((1 - dice) * used).sum()
+    logits, truth = _used_masks(predictions.mask_logits, batch)
+    score = logits.sigmoid()
+    dice = (2 * (score * truth).sum((-2, -1)) + 1) / (score.sum((-2, -1)) + truth.sum((-2, -1)) + 1)
+    return (1 - dice).sum()
 
 
 def patch_phrase_total(predictions: Predictions, batch: Batch) -> Tensor:

@@ -16,7 +16,7 @@ def build_optimizer(model: nn.Module, run: RunConfig) -> torch.optim.AdamW:
     plain = [p for name, p in trainable if p.ndim < 2 or "pos" in name.rsplit(".", 1)[-1]]
     decayed = [p for name, p in trainable if not any(p is other for other in plain)]
     groups = [{"params": decayed, "weight_decay": run.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=run.learning_rate, betas=tuple(run.betas))
+    return torch.optim.AdamW(groups, lr=run.learning_rate, betas=tuple(run.betas), fused=True)
 
 
 def learning_rate(step: int, run: RunConfig) -> float:

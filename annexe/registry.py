@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from annexe.errors import UserError, unknown
+from annexe.errors import refused, unknown
 
 _COMPONENTS: dict[str, dict[str, Callable]] = {}
 
@@ -46,7 +46,7 @@ def settings(kind: str, spec: dict[str, Any], where: str) -> dict[str, Any]:
         merged = OmegaConf.merge(OmegaConf.structured(make_dataclass("Settings", fields)), given)
         checked = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise UserError(f"{where}.{error.full_key}: {str(error).splitlines()[0]}") from None
+        raise refused(where, error) from None
     return {name: getattr(checked, name) for name in options}
 
 

@@ -14,19 +14,26 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from annexe import losses
-from annexe.checkpoint import Progress, find_checkpoint, load_progress, load_weights, require_checkpoint, save_checkpoint
+from annexe.checkpoint import (
+    Progress,
+    find_checkpoint,
+    load_progress,
+    load_weights,
+    require_checkpoint,
+    save_checkpoint,
+)
 from annexe.config import Config, RunConfig, as_dict
-from annexe.datasets import prompts
+from annexe.datasets import build_dataset, prompts
 from annexe.datasets.collate import Batch, Collator
 from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.distributed import gather_lists, make_accelerator, sum_over_ranks
 from annexe.errors import UserError
-from annexe.evaluator import Truth, plan_batches, predict, score
+from annexe.evaluator import plan_batches, predict
 from annexe.journal import Journal, Window
-from annexe.models import build_model
+from annexe.models import build_model, num_slots
 from annexe.models.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from annexe.optim import build_optimizer, learning_rate
-from annexe.registry import build, settings
+from annexe.scoring import Truth, score
 
 log = logging.getLogger(__name__)
 
@@ -42,19 +49,20 @@ def sample_order(seed: int, num_images: int, first: int, last: int) -> list[tupl
 
 
 class MicroBatches:
-    """Batch sampler of one rank: its share of every micro-batch from ``first_image`` on, to the last step."""
+    """Batch sampler of one rank: its share of every micro-batch that is left from ``progress`` on."""
 
     def __init__(self, run: RunConfig, num_images: int, progress: Progress, rank: int, world_size: int) -> None:
-        self.run, self.num_images, self.progress = run, num_images, progress
-        self.rank, self.world_size = rank, world_size
+        self.run, self.num_images, self.rank, self.world_size = run, num_images, rank, world_size
+        self.first_image = progress.images  # copied: progress moves on while batches are drawn
+        self.num_batches = (run.max_steps - progress.step) * run.gradient_accumulation
 
     def __len__(self) -> int:
-        return (self.run.max_steps - self.progress.step) * self.run.gradient_accumulation
+        return self.num_batches
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         size = self.run.batch_size
-        for number in range(len(self)):
-            first = self.progress.images + (number * self.world_size + self.rank) * size
+        for number in range(self.num_batches):
+            first = self.first_image + (number * self.world_size + self.rank) * size
             yield sample_order(self.run.seed, self.num_images, first, first + size)
 
 
@@ -78,11 +86,11 @@ class Trainer:
         if resumed:
             load_weights(resumed, self.model)
             self.progress = load_progress(resumed, self.optimizer, self.accelerator.process_index)
-        self.wrapped = self.accelerator.prepare_model(self.model)
+        alone = self.accelerator.num_processes == 1  # torchrun with one process needs no DDP
+        self.wrapped = self.accelerator.prepare_model(self.model, evaluation_mode=alone)
         self.weights = {name: getattr(run.loss_weights, name) for name in losses.TERMS}
-        if self.model.name_patches is False:
-            if self.weights.pop("patch_phrase"):
-                raise UserError("run.loss_weights.patch_phrase needs model.name_patches=true; set it or the weight to 0")
+        if not self.model.name_patches and self.weights.pop("patch_phrase"):
+            raise UserError("run.loss_weights.patch_phrase needs model.name_patches=true; set it or the weight to 0")
         self.journal = Journal(config, self.output, self.progress, enabled=self.accelerator.is_main_process)
 
     def train(self) -> None:
@@ -199,13 +207,12 @@ class Trainer:
 
     def _tokenizer(self, resumed: Path | None) -> TextTokenizer:
         """The run's tokenizer, trained on the train split's text by the main process of a new run."""
-        num_slots = settings("pixel_decoder", self.config.model["pixel_decoder"], "model.pixel_decoder")["num_slots"]
         folder = resumed / "tokenizer" if resumed else self.output / "tokenizer"
         if not resumed and self.accelerator.is_main_process:
             texts = sorted({*self.train_set.texts(), *prompts.texts()})
-            train_tokenizer(texts, num_slots).save(folder)
+            train_tokenizer(texts, num_slots(self.config)).save(folder)
         self.accelerator.wait_for_everyone()
-        return load_tokenizer(folder, num_slots)
+        return load_tokenizer(folder, num_slots(self.config))
 
     def _loader(self) -> DataLoader:
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -244,16 +251,6 @@ class Trainer:
                 "gradient_norm": window.norm,
             }
         )
-
-
-def build_dataset(config: Config, split: str) -> EgoIRGBench:
-    """The configuration's data set in one of its splits; pixels are cached under ``run.output_dir``."""
-    if len(config.datasets) != 1:
-        raise UserError(f"datasets names {len(config.datasets)} data sets; name one, such as ego_irgbench")
-    ((name, spec),) = config.datasets.items()
-    image_size = config.model["rgb_encoder"]["image_size"]
-    cache = Path(config.run.output_dir) / "cache"
-    return build("dataset", {"type": name, **spec}, split, image_size, config.run.seed, cache)
 
 
 def train(config: Config) -> None:

@@ -78,9 +78,7 @@ def test_normalise(raw: str, expected: str):
 def test_meteor_without_wordnet(monkeypatch, caplog, tmp_path, fresh_wordnet_probe):
     monkeypatch.setattr(text_module, "wordnet", MissingWordnet(num_failures=9))
     monkeypatch.setattr(text_module, "DEBIAN_WORDNET", tmp_path / "absent")
-    metrics = text_metrics(
-        [("a", "red mug", "Red mug.", True), ("b", "cup", "the right hand holds a cup", True)]
-    )
+    metrics = text_metrics([("a", "red mug", "Red mug.", True), ("b", "cup", "the right hand holds a cup", True)])
     with caplog.at_level(logging.WARNING):
         computed = metrics.compute("answer")
         metrics.compute("analysis")
@@ -286,9 +284,7 @@ def slow_grounding(queries: list[tuple[dict, dict]]) -> dict[str, float]:
         "grounding/miou": np.mean(slot_ious),
         "grounding/n_acc": np.mean(rejections),
         "grounding/t_acc": np.mean(acceptances),
-        **{
-            f"grounding/precision@{x}": np.mean(np.array(target_ious) >= x) for x in (0.5, 0.6, 0.7, 0.8, 0.9)
-        },
+        **{f"grounding/precision@{x}": np.mean(np.array(target_ious) >= x) for x in (0.5, 0.6, 0.7, 0.8, 0.9)},
         "presence/accuracy": np.mean(rejections + acceptances),
         "grounding/num_target_queries": len(target_ious),
         "grounding/num_no_target_queries": len(rejections),

@@ -13,11 +13,11 @@ import pytest
 
 from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.datasets.prompts import NO_TARGET_ANSWER
-from annexe.datasets.synthetic import generate
-from annexe.evaluator import Record, Truth, score
 from annexe.metrics import decode, encode
 from annexe.report import write_report
 from annexe.report.gallery import VERDICTS, choose, judge_all, with_slots
+from annexe.scoring import Record, Truth, score
+from annexe.synthetic.generate import generate
 
 NOTHING_VALID = {
     "num_valid": 9,
@@ -84,8 +84,7 @@ def write_log(path: Path) -> Path:
     """A log of 30 training and 3 validation records."""
     steps = range(20, 620, 20)
     train = [
-        {"kind": "train", "step": s, "loss": 900 / s, "loss/mask": 90 / s, "loss/patch_phrase": 0.5}
-        for s in steps
+        {"kind": "train", "step": s, "loss": 900 / s, "loss/mask": 90 / s, "loss/patch_phrase": 0.5} for s in steps
     ]
     scores = [{"kind": "validation", "step": s, "grounding/ciou": s / 1000} for s in (200, 400, 600)]
     path.write_text("".join(json.dumps(record) + "\n" for record in train + scores))
@@ -176,9 +175,7 @@ def test_marks_what_a_baseline_does_as_well(page: str, standard: dict[str, float
     assert marked == [("Not better than reject", str(standard["answer/exact_match"]))]
 
 
-def test_gallery_shows_every_kind_of_query_and_failure(
-    page: str, records: list[Record], truth: Truth
-) -> None:
+def test_gallery_shows_every_kind_of_query_and_failure(page: str, records: list[Record], truth: Truth) -> None:
     verdicts = Counter(example.verdict for example in judge_all(records, truth))
     assert set(verdicts) == set(VERDICTS)
     articles = re.findall(r"<article.*?</article>", page, flags=re.DOTALL)

@@ -10,11 +10,12 @@ import cv2
 import numpy as np
 import pytest
 
-from annexe.datasets.synthetic import SPLITS, UNSEEN_LIST, generate
-from annexe.datasets.synthetic_canvas import HEIGHT, WIDTH, Canvas, silhouette
-from annexe.datasets.synthetic_language import NO_TARGET_ANSWER, NUM_SLOTS, annotations, caption
-from annexe.datasets.synthetic_render import item_patches, render
-from annexe.datasets.synthetic_scene import (
+from annexe.errors import UserError
+from annexe.synthetic.canvas import HEIGHT, WIDTH, Canvas, silhouette
+from annexe.synthetic.generate import SPLITS, UNSEEN_LIST, generate
+from annexe.synthetic.language import NO_TARGET_ANSWER, NUM_SLOTS, annotations, caption
+from annexe.synthetic.render import item_patches, render
+from annexe.synthetic.scene import (
     CATEGORIES,
     COLOURS,
     HAND_IDS,
@@ -24,7 +25,6 @@ from annexe.datasets.synthetic_scene import (
     draw_scene,
     held_out_colour,
 )
-from annexe.errors import UserError
 
 SETTINGS = {"num_images": 20, "seed": 3, "val_fraction": 0.25, "test_fraction": 0.25}
 STEM = re.compile(r"ZY\d{11}_H\d_C\d\d_N\d\d_S\d{3}_s\d\d_T\d_\d{5}")
@@ -39,10 +39,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(root: Path, split: str) -> dict[str, list[dict]]:
-    return {
-        path.stem: json.loads(path.read_text())
-        for path in sorted((root / "dataset_split" / split).glob("*.json"))
-    }
+    return {path.stem: json.loads(path.read_text()) for path in sorted((root / "dataset_split" / split).glob("*.json"))}
 
 
 def random_scenes(num: int, *, unseen_pair: bool = False) -> list[tuple[Scene, np.random.Generator]]:
@@ -153,9 +150,7 @@ def test_every_category_is_drawn_in_every_colour() -> None:
         for variant in range(NUM_VARIANTS):
             means = []
             for colour in COLOURS:
-                patches = item_patches(
-                    Item(category, colour, variant), centre=(400, 400), area=2e5, longest=640
-                )
+                patches = item_patches(Item(category, colour, variant), centre=(400, 400), area=2e5, longest=640)
                 canvas = Canvas(np.full((HEIGHT, WIDTH, 3), 140, np.uint8), np.zeros((HEIGHT, WIDTH)))
                 canvas.paint(patches, identity=1, near=500)
                 seen = canvas.ids == 1

@@ -93,9 +93,7 @@ class Batch:
         return _to_device(self, device)
 
 
-def pack(
-    branches: list[list[tuple[list[int], list[int]]]], prefix: list[int], num_image_tokens: int
-) -> dict[str, Any]:
+def pack(branches: list[list[tuple[list[int], list[int]]]], prefix: list[int], num_image_tokens: int) -> dict[str, Any]:
     """Lay every image's branches (prompt ids, response ids) behind one prefix; an analysis comes first."""
     image_start, prefix_length = len(prefix), len(prefix) + num_image_tokens
     length = prefix_length + max(sum(len(p) + len(r) for p, r in image) for image in branches)

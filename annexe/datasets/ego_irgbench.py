@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,17 @@ class Annotation:
         return self.tokens[slot] if slot < len(self.tokens) else ""
 
 
+_FIELDS: dict[str, Callable[[Any], Any]] = {
+    "caption": str,
+    "answer": lambda answer: _BARE_PLACEHOLDER.sub("<MSK_0>", answer),
+    "tokens": lambda tokens: [str(token) for token in tokens],
+    "masks_idx": lambda ids: [int(mask_id) for mask_id in ids],
+    "with_mask": bool,
+    "questions": lambda questions: [{"query": str(q["query"]), "id": q["id"]} for q in questions],
+}
+"""How each field of an annotation is read."""
+
+
 def read_annotations(path: Path) -> list[Annotation]:
     """Read one annotation file.
 
@@ -58,29 +70,26 @@ def read_annotations(path: Path) -> list[Annotation]:
         UserError: naming the file, the annotation and the field that is wrong.
     """
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        entries = json.loads(path.read_bytes())
+    except ValueError as error:
         raise UserError(f"'{path}' is not JSON ({error}); restore it from the original data") from None
     if not isinstance(entries, list) or not entries:
         raise UserError(f"'{path}' holds no list of annotations; each file must be a JSON list with at least one")
-    annotations = []
-    for number, entry in enumerate(entries):
+    return [_annotation(entry, f"'{path}', annotation {number}") for number, entry in enumerate(entries)]
+
+
+def _annotation(entry: Any, where: str) -> Annotation:
+    values = {}
+    for name, convert in _FIELDS.items():
         try:
-            annotations.append(
-                Annotation(
-                    caption=str(entry["caption"]),
-                    answer=_BARE_PLACEHOLDER.sub("<MSK_0>", entry["answer"]),
-                    tokens=[str(token) for token in entry["tokens"]],
-                    masks_idx=[int(mask_id) for mask_id in entry["masks_idx"]],
-                    with_mask=bool(entry["with_mask"]),
-                    questions=[{"query": str(q["query"]), "id": q["id"]} for q in entry["questions"]],
-                )
-            )
+            values[name] = convert(entry[name])
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"'{path}', annotation {number}: wrong or missing field {error}") from None
-        if not annotations[-1].questions:
-            raise UserError(f"'{path}', annotation {number} has no questions; add one or remove the annotation")
-    return annotations
+            raise UserError(
+                f"{where}: field '{name}' is missing or wrong ({error!r}); mend it or remove the annotation"
+            ) from None
+    if not values["questions"]:
+        raise UserError(f"{where} has no questions; add one or remove the annotation")
+    return Annotation(**values)
 
 
 @register("dataset", "ego_irgbench")
@@ -112,13 +121,20 @@ class EgoIRGBench(Dataset):
     ) -> None:
         if answer_format not in ("sentence", "phrases"):
             raise unknown("datasets.ego_irgbench.answer_format", answer_format, ("sentence", "phrases"))
+        if queries_per_image < 1:
+            raise UserError(f"datasets.ego_irgbench.queries_per_image is {queries_per_image}; it must be at least 1")
         self.root, self.split, self.seed = Path(data_root), split, seed
         self.queries_per_image, self.answer_format = queries_per_image, answer_format
         if not self.root.is_dir():
-            raise UserError(f"datasets.ego_irgbench.data_root: no folder '{self.root}'; give the folder that holds RGB/")
+            raise UserError(
+                f"datasets.ego_irgbench.data_root: no folder '{self.root}'; give the folder that holds RGB/"
+            )
         files = sorted((self.root / "dataset_split" / split).glob("*.json"))
         if not files:
-            raise UserError(f"split '{split}' has no files: '{self.root / 'dataset_split' / split}' holds no *.json")
+            raise UserError(
+                f"split '{split}' has no files: '{self.root / 'dataset_split' / split}' holds no *.json; "
+                "choose another split or another data_root"
+            )
         self.stems = [path.stem for path in files]
         self.annotations = [read_annotations(path) for path in files]
         self.pixels = PixelReader(self.root, image_size, cache_dir if cache else None)
@@ -152,9 +168,9 @@ class EgoIRGBench(Dataset):
     def texts(self) -> list[str]:
         """Every analysis, answer and query of the split, to train a tokenizer on."""
         texts = []
-        for annotations in self.annotations:
-            texts.append(annotations[0].caption)
-            for annotation in annotations:
+        for image in self.annotations:
+            texts.append(image[0].caption)
+            for annotation in image:
                 texts += [annotation.answer, *annotation.tokens, *(q["query"] for q in annotation.questions)]
         return texts
 

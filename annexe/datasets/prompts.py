@@ -13,7 +13,13 @@ ANALYSIS_INSTRUCTIONS = ("Describe how the hands act on the objects.",)
 QUERY_INSTRUCTION = "Name and locate:"
 NO_TARGET_ANSWER = "There is no suitable referring result."
 
-_TARGET = re.compile(r"(?:^|[,.;]|\band\b)?\s*(?:(?:and )?the mask of )?([^,.;<>]*?)(?:,? (?:its mask )?is)? ?<MSK_?(\d*)>", re.I)
+_TARGET = re.compile(
+    r"\s*(?:and )?(?:the mask of )?"  # The mask of X is <MSK_0>, and the mask of Y is <MSK_1>.
+    r"([^,.;<>]*?)"
+    r"(?: (?:is|are) in interaction, (?:its|their) mask)?"  # X is in interaction, its mask is <MSK>.
+    r"(?: (?:is|are))? ?<MSK_?(\d*)>",
+    re.I,
+)
 
 
 def analysis_prompt(instruction: str = ANALYSIS_INSTRUCTIONS[0]) -> str:

@@ -27,6 +27,7 @@ class Pixels:
     depth: np.ndarray  # float32[S, S], the file's unit of distance, 0 = invalid
     target_ids: np.ndarray  # uint8[S, S]
     original_size: tuple[int, int]  # height, width
+    present_ids: np.ndarray  # uint8[I], ids in the map at its original size
 
 
 def read_image(path: Path, mode: str | None = None) -> Image.Image:
@@ -75,18 +76,23 @@ class PixelReader:
 
     def read(self, stem: str, ids: Collection[int]) -> Pixels:
         """Pixels of ``stem``; every one of the mask ``ids`` has to be in its id map."""
-        if self.cache_dir is None:
-            return self._decode(stem, ids)
-        entry = self.cache_dir / f"{stem}.npz"
+        pixels = self._decode(stem) if self.cache_dir is None else self._cached(stem, self.cache_dir / f"{stem}.npz")
+        absent = sorted(set(ids) - set(pixels.present_ids.tolist()))
+        if absent:
+            path = self.files(stem)[2]
+            raise UserError(f"mask ids {absent} of '{stem}' are not in '{path}'; mend masks_idx or the PNG")
+        return pixels
+
+    def _cached(self, stem: str, entry: Path) -> Pixels:
         stats = [path.stat() for path in self.files(stem) if path.exists()]
         source = np.array([[s.st_size, s.st_mtime_ns] for s in stats], np.int64)
-        cached = _load_entry(entry, source)
-        if cached is None:
-            cached = self._decode(stem, ids)
-            _save_entry(entry, cached, source)
-        return cached
+        pixels = _load_entry(entry, source)
+        if pixels is None:
+            pixels = self._decode(stem)
+            _save_entry(entry, pixels, source)
+        return pixels
 
-    def _decode(self, stem: str, ids: Collection[int]) -> Pixels:
+    def _decode(self, stem: str) -> Pixels:
         photo_path, depth_path, mask_path = self.files(stem)
         photo = read_image(photo_path, "RGB")
         id_map = read_id_map(mask_path)
@@ -95,16 +101,16 @@ class PixelReader:
                 f"mask '{mask_path}' is {id_map.shape[1]} x {id_map.shape[0]} but its photo is "
                 f"{photo.width} x {photo.height}; both must have one size"
             )
-        absent = sorted(set(ids) - set(np.unique(id_map).tolist()))
-        if absent:
-            raise UserError(f"mask ids {absent} of '{stem}' are not in '{mask_path}'; mend masks_idx or the PNG")
         square = (self.size, self.size)
-        depth = read_image(depth_path).resize(square, Image.Resampling.NEAREST)
+        depth = np.asarray(read_image(depth_path).resize(square, Image.Resampling.NEAREST), dtype=np.float32)
+        if depth.ndim != 2:
+            raise UserError(f"depth map '{depth_path}' has several channels; it must have one, the distance")
         return Pixels(
             image=np.asarray(photo.resize(square, Image.Resampling.BICUBIC)),
-            depth=np.asarray(depth, dtype=np.float32),
+            depth=depth,
             target_ids=np.asarray(Image.fromarray(id_map).resize(square, Image.Resampling.NEAREST)),
             original_size=(photo.height, photo.width),
+            present_ids=np.unique(id_map),
         )
 
 
@@ -115,7 +121,8 @@ def _load_entry(entry: Path, source: np.ndarray) -> Pixels | None:
             if not np.array_equal(data["source"], source):
                 return None
             size = tuple(data["original_size"].tolist())
-            return Pixels(data["image"], data["depth"].astype(np.float32), data["target_ids"], size)
+            depth = data["depth"].astype(np.float32)
+            return Pixels(data["image"], depth, data["target_ids"], size, data["present_ids"])
     except (FileNotFoundError, zipfile.BadZipFile, EOFError, KeyError, ValueError):
         return None
 
@@ -129,6 +136,7 @@ def _save_entry(entry: Path, pixels: Pixels, source: np.ndarray) -> None:
             depth=pixels.depth.astype(np.uint16),
             target_ids=pixels.target_ids,
             original_size=np.array(pixels.original_size),
+            present_ids=pixels.present_ids,
             source=source,
         )
     os.replace(part.name, entry)

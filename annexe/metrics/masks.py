@@ -99,9 +99,7 @@ class GroundingMetrics:
             f"{prefix}/t_acc": (sum(not query.rejected for query in with_target), len(with_target)),
         }
         for tenths in PRECISION_TENTHS:
-            num_precise = sum(
-                10 * query.overlap.intersection >= tenths * query.overlap.union for query in with_target
-            )
+            num_precise = sum(10 * query.overlap.intersection >= tenths * query.overlap.union for query in with_target)
             ratios[f"{prefix}/precision@0.{tenths}"] = (num_precise, len(with_target))
         for label in sorted({target.label for target in self.targets if target.label is not None}):
             overlaps = [target.overlap for target in self.targets if target.label == label]

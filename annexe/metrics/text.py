@@ -174,10 +174,7 @@ class _NoSynonyms:
 
 
 def _meteor(pairs: list[TextPair], synonyms: object) -> float:
-    scores = (
-        single_meteor_score(pair.reference.split(), pair.prediction.split(), wordnet=synonyms)
-        for pair in pairs
-    )
+    scores = (single_meteor_score(pair.reference.split(), pair.prediction.split(), wordnet=synonyms) for pair in pairs)
     return math.fsum(scores) / len(pairs)
 
 

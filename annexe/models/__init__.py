@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from annexe.config import PARTS, Config
 from annexe.models import depth_branch, language_model, pixel_decoder, rgb_encoder  # noqa: F401  (they register)
 from annexe.models.annexe import Annexe
 from annexe.models.tokenizer import TextTokenizer
-from annexe.registry import build, register
+from annexe.registry import build, register, settings
 
 register("model", "annexe")(Annexe)
 
@@ -18,8 +19,17 @@ def build_model(spec: dict[str, Any], tokenizer: TextTokenizer) -> Annexe:
     depth = build("depth_branch", spec["depth_branch"], rgb.image_size)
     language = build("language_model", spec["language_model"], tokenizer)
     decoder = build(
-        "pixel_decoder", spec["pixel_decoder"], language.hidden_size, rgb.embed_dim, depth.num_channels, rgb.grid
+        "pixel_decoder",
+        spec["pixel_decoder"],
+        language.hidden_size,
+        rgb.embed_dim,
+        depth.num_channels,
+        rgb.grid,
     )
-    parts = {"rgb_encoder", "depth_branch", "language_model", "pixel_decoder", "tokenizer"}
-    own = {key: value for key, value in spec.items() if key not in parts}
+    own = {key: value for key, value in spec.items() if key not in PARTS}
     return build("model", own, rgb, depth, language, decoder)
+
+
+def num_slots(config: Config) -> int:
+    """Target slots of the configured pixel decoder."""
+    return settings("pixel_decoder", config.model["pixel_decoder"], "model.pixel_decoder")["num_slots"]

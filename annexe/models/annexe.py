@@ -109,9 +109,7 @@ class Annexe(nn.Module):
         responses = []
         for query, image in enumerate(batch.image_of_query.tolist()):
             targets = self._targets(scores[query], masks[query], answers[query], batch.samples[image].original_size)
-            responses.append(
-                Response(analyses[image], answers[query], max(scores[query]), targets, depth_maps[image])
-            )
+            responses.append(Response(analyses[image], answers[query], max(scores[query]), targets, depth_maps[image]))
         return responses
 
     def _name(self, image_tokens: Tensor) -> Tensor:

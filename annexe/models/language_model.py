@@ -81,9 +81,7 @@ class Llama(nn.Module):
         if lora.rank > 0:
             model = get_peft_model(
                 model,
-                LoraConfig(
-                    r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets
-                ),
+                LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets),
             )
         self.model = model
         self.mask_embedding = nn.Embedding(tokenizer.num_slots, hidden_size)
@@ -147,7 +145,9 @@ class Llama(nn.Module):
             ).last_hidden_state[:, -1]
             position = position + 1
         rows = torch.stack(responses, dim=1).tolist()
-        return hidden, [row[: row.index(self.tokenizer.eos_id)] if self.tokenizer.eos_id in row else row for row in rows]
+        return hidden, [
+            row[: row.index(self.tokenizer.eos_id)] if self.tokenizer.eos_id in row else row for row in rows
+        ]
 
     def _branch_cache(self, packed: DynamicCache, text: PackedText) -> tuple[DynamicCache, Tensor]:
         """Keys and values of prefix + branch, a row a branch, and which of the columns are real: bool[R, P + L]."""

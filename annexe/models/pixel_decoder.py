@@ -107,9 +107,10 @@ class QueryDecoder(nn.Module):
             slots = layer(slots, keys, values, image_of_query)
         slots = self.norm(slots)
         pixels = self._pixels(rgb, maps[-1])  # [B, C, h, w]
-        embeddings, back = spread(self.mask_embedding(slots), image_of_query, len(pixels))  # [B, n, K, C]
-        masks = torch.einsum("bnkc,bchw->bnkhw", embeddings, pixels)[back]
-        return self.presence(slots).squeeze(-1), masks / pixels.shape[1] ** 0.5
+        embeddings = self.mask_embedding(slots) / pixels.shape[1] ** 0.5
+        per_image, back = spread(embeddings, image_of_query, len(pixels))  # [B, n, K, C]
+        masks = torch.einsum("bnkc,bchw->bnkhw", per_image, pixels)[back]
+        return self.presence(slots).squeeze(-1), masks
 
     def _pixels(self, rgb: Tensor, finest: Tensor) -> Tensor:
         image = self.pixel_rgb(rgb.transpose(1, 2).unflatten(2, (self.grid, self.grid)))

@@ -10,10 +10,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from annexe.evaluator import Record, Truth
 from annexe.report.curves import read_curves
 from annexe.report.gallery import FAILURES, GROUPS, VERDICTS, build_cards
 from annexe.report.tables import bars, columns, headline, table
+from annexe.scoring import Record, Truth
 
 __all__ = ["write_report"]
 

@@ -62,9 +62,7 @@ def _panel(records: list[dict], key: str, title: str, *, is_loss: bool) -> Panel
     wide = is_loss and values.min() > 0 and values.max() > LOG_SCALE_RATIO * values.min()
     note = f"{values[-1]:.3g}" if is_loss else f"{values[-1]:.3f} / {values.max():.3f}"
     svg = _draw(_thin(steps), _thin(values), salt=key, log_scale=wide)
-    label = (
-        f"{title} over steps {steps[0]:.0f} to {steps[-1]:.0f}, {'last' if is_loss else 'last / best'} {note}"
-    )
+    label = f"{title} over steps {steps[0]:.0f} to {steps[-1]:.0f}, {'last' if is_loss else 'last / best'} {note}"
     return Panel(title + (" (log scale)" if wide else ""), note, _inline(svg, label))
 
 

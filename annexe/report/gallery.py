@@ -17,9 +17,9 @@ from rich.progress import track
 
 from annexe.datasets.ego_irgbench import Annotation
 from annexe.datasets.transforms import read_image
-from annexe.evaluator import Record, Truth
 from annexe.metrics import GroundingMetrics, decode, normalise
 from annexe.metrics.masks import Rle
+from annexe.scoring import Record, Truth
 
 GROUPS = {"single": "single target", "multi": "several targets", "none": "no target"}
 VERDICTS = {
@@ -82,9 +82,7 @@ class Card:
 def build_cards(records: list[Record], truth: Truth, num_examples: int) -> list[Card]:
     """Cards of a fixed choice of queries, in a fixed mixed order."""
     analyses = {record["image"]: record["analysis"] for record in records if record["kind"] == "image"}
-    chosen = sorted(
-        choose(judge_all(records, truth), num_examples), key=lambda example: _hash(example.record)
-    )
+    chosen = sorted(choose(judge_all(records, truth), num_examples), key=lambda example: _hash(example.record))
     return [_card(example, analyses, truth) for example in chosen]
 
 
@@ -109,9 +107,7 @@ def choose(examples: list[Example], num_examples: int) -> list[Example]:
     groups = [sorted((e for e in examples if e.group == group), key=_rank) for group in GROUPS]
     chosen: dict[str, list[Example]] = {}
     remaining = num_examples
-    for number, group in enumerate(
-        sorted(groups, key=len)
-    ):  # small groups first: what they lack, others fill
+    for number, group in enumerate(sorted(groups, key=len)):  # small groups first: what they lack, others fill
         share = min(len(group), remaining // (len(groups) - number))
         remaining -= share
         for index in np.linspace(0, len(group) - 1, share).round().astype(int):
@@ -206,9 +202,7 @@ def draw(masks: dict[int, np.ndarray], photo: Image.Image) -> np.ndarray:
     height = round(photo.height * THUMBNAIL_WIDTH / photo.width)
     double = (2 * THUMBNAIL_WIDTH, 2 * height)  # drawn at twice the size, outlines come out smooth
     canvas = np.asarray(photo.resize(double, Image.Resampling.BILINEAR, reducing_gap=2.0)).copy()
-    resized = {
-        s: cv2.resize(m.astype(np.uint8), double, interpolation=cv2.INTER_NEAREST) for s, m in masks.items()
-    }
+    resized = {s: cv2.resize(m.astype(np.uint8), double, interpolation=cv2.INTER_NEAREST) for s, m in masks.items()}
     outlines = {s: cv2.findContours(m, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)[0] for s, m in resized.items()}
     colours = {slot: tuple(bytes.fromhex(_colour(slot)[1:])) for slot in resized}
     for slot, mask in resized.items():

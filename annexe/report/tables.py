@@ -61,14 +61,10 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
     "Answer": (
         *_text_metrics("answer"),
         Metric("answer/exact_match", "Exact match", "answers equal to the true one, word for word"),
-        Metric(
-            "answer/exact_match_targets", "Exact match, targets", "the same over queries that have a target"
-        ),
+        Metric("answer/exact_match_targets", "Exact match, targets", "the same over queries that have a target"),
     ),
     "Grounding": (
-        Metric(
-            "grounding/ciou", "cIoU", "pixels in both masks over pixels in either, summed over all queries"
-        ),
+        Metric("grounding/ciou", "cIoU", "pixels in both masks over pixels in either, summed over all queries"),
         Metric("grounding/giou", "gIoU", "mean IoU of queries; a rejected no-target query counts 1"),
         Metric("grounding/miou", "mIoU", "mean IoU of single targets, slot by slot"),
         Metric("grounding/t_acc", "T-acc", "target queries answered with a mask", won_by_default=True),
@@ -83,13 +79,9 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             for tenth in range(5, 10)
         ),
     ),
-    "Presence": (
-        Metric("presence/accuracy", "Accuracy", "queries rejected exactly when they have no target"),
-    ),
+    "Presence": (Metric("presence/accuracy", "Accuracy", "queries rejected exactly when they have no target"),),
     "Depth": (
-        Metric(
-            "depth/mae", "MAE", "mean error of maps scaled to 0…1", is_share=False, higher_is_better=False
-        ),
+        Metric("depth/mae", "MAE", "mean error of maps scaled to 0…1", is_share=False, higher_is_better=False),
         Metric(
             "depth/abs_rel",
             "AbsRel",
@@ -97,9 +89,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             is_share=False,
             higher_is_better=False,
         ),
-        Metric(
-            "depth/rmse", "RMSE", "in the unit of the depth files", is_share=False, higher_is_better=False
-        ),
+        Metric("depth/rmse", "RMSE", "in the unit of the depth files", is_share=False, higher_is_better=False),
         Metric("depth/delta1", "δ < 1.25", "pixels within a factor of 1.25 of the distance"),
     ),
 }
@@ -144,9 +134,7 @@ class Bar:
 
 def columns(metrics: Metrics) -> list[Column]:
     """The model, the baselines that were measured, then the subsets."""
-    found = [
-        Column("model", "This model", _num_queries(metrics["standard"]), _with_mean(metrics["standard"]))
-    ]
+    found = [Column("model", "This model", _num_queries(metrics["standard"]), _with_mean(metrics["standard"]))]
     for name, values in metrics.get("baselines", {}).items():
         found.append(Column("baseline", name, BASELINES.get(name, ""), _with_mean(values)))
     for name, values in metrics.get("subsets", {}).items():
@@ -168,9 +156,7 @@ def table(all_columns: list[Column]) -> dict[str, list[Row]]:
 def headline(groups: dict[str, list[Row]]) -> list[tuple[str, Row]]:
     """(Title, row) of the few numbers that tell most, as far as the model has them."""
     rows = {row.metric.key: row for group in groups.values() for row in group}
-    return [
-        (HEADLINE[key], rows[key]) for key in HEADLINE if key in rows and rows[key].cells[0].value is not None
-    ]
+    return [(HEADLINE[key], rows[key]) for key in HEADLINE if key in rows and rows[key].cells[0].value is not None]
 
 
 def bars(metrics: Metrics) -> list[Bar]:

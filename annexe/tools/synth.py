@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from annexe.datasets.synthetic import generate
+from annexe.synthetic.generate import generate
 
 HELP = "draw synthetic scenes in the layout of Ego-IRGBench"
 
@@ -14,12 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--images", type=int, required=True, help="images in train, val and test together")
     parser.add_argument("--seed", type=int, required=True, help="the same seed gives the same bytes")
-    parser.add_argument(
-        "--val", type=float, default=0.05, help="share of the images in val (default %(default)s)"
-    )
-    parser.add_argument(
-        "--test", type=float, default=0.15, help="share of the images in test (default %(default)s)"
-    )
+    parser.add_argument("--val", type=float, default=0.05, help="share of the images in val (default %(default)s)")
+    parser.add_argument("--test", type=float, default=0.15, help="share of the images in test (default %(default)s)")
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
 
 

@@ -7,16 +7,16 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from annexe.datasets.synthetic_background import (
+from annexe.synthetic.background import (
     add_light_and_noise,
     paint_background,
     punch_holes,
     table_depth,
 )
-from annexe.datasets.synthetic_canvas import BGR, HEIGHT, WIDTH, Canvas, Patch, bounds, fill, mix, silhouette
-from annexe.datasets.synthetic_hands import INDEX_REACH, POSES, hand_patches
-from annexe.datasets.synthetic_scene import FIRST_DISTRACTOR, HAND_IDS, Interaction, Item, Scene
-from annexe.datasets.synthetic_shapes import DRAWINGS
+from annexe.synthetic.canvas import BGR, HEIGHT, WIDTH, Canvas, Patch, bounds, fill, mix, silhouette
+from annexe.synthetic.hands import INDEX_REACH, POSES, hand_patches
+from annexe.synthetic.scene import FIRST_DISTRACTOR, HAND_IDS, Interaction, Item, Scene
+from annexe.synthetic.shapes import DRAWINGS
 
 OBJECT_COLOURS: dict[str, BGR] = {
     "red": (40, 36, 208),
@@ -140,7 +140,7 @@ def _lay_interaction(layout: Layout, scene: Scene, act: Interaction, rng: np.ran
     alone = len(scene.interactions) == 1
     outward = {("right",): 1, ("left",): -1}.get(act.sides, 0)
     patches = _place_active_item(act, alone, outward, rng)
-    left, top, right, bottom = bounds(patches)
+    left, _, right, bottom = bounds(patches)
     near = float(table_depth(bottom)) - {"hold": 150, "lift": 260, "push": 60, "touch": 60}[act.verb]
     layout.layers.append(Layer(patches, act.identity, near, 0.0))
     if act.verb == "lift":
@@ -180,10 +180,8 @@ def _place_active_item(act: Interaction, alone: bool, outward: int, rng: np.rand
         column -= outward * (130 if alone else 80)  # room for the arm that comes from the side
     elif act.verb == "push":
         row -= 130  # room for the arms that come from below
-    if act.verb in ("push", "touch"):
-        angle = rng.uniform(-0.1, 0.1)
-    else:
-        angle = outward * 0.12 + rng.uniform(-0.08, 0.08)
+    lying = act.verb in ("push", "touch")
+    angle = rng.uniform(-0.1, 0.1) if lying else outward * 0.12 + rng.uniform(-0.08, 0.08)
     flip = rng.random() < 0.5
     if act.item.noun == "knife" and outward:
         flip = outward > 0  # a knife is taken by its handle
@@ -232,9 +230,7 @@ def _grip(verb: str, together: bool, mask: np.ndarray, out: int, size: float, ji
         row = row_at(0.66)
         edge = _outer_column(mask, row, len(rows) // 7, out)
         entry = np.array([WIDTH / 2 + out * (WIDTH / 2 + 90), row + 160 + jitter])
-        return Grip(
-            np.array([edge + out * 0.4 * size, row]), np.array([-out * 0.3, -1.0]), entry, (out * 12, 0)
-        )
+        return Grip(np.array([edge + out * 0.4 * size, row]), np.array([-out * 0.3, -1.0]), entry, (out * 12, 0))
     row = row_at(0.72)
     edge = _outer_column(mask, row, 4, out)
     solid = np.nonzero(mask[row, ::-out] if out > 0 else mask[row])[0]
@@ -249,10 +245,8 @@ def _moved(patches: list[Patch], step: tuple[float, float]) -> list[Patch]:
     return [patch._replace(contours=[contour + step for contour in patch.contours]) for patch in patches]
 
 
-def _shadow(
-    patches: list[Patch], right: float, down: float, darkness: float
-) -> tuple[list[np.ndarray], float]:
-    return [contour + (right, down) for patch in patches for contour in patch.contours], darkness
+def _shadow(patches: list[Patch], right: float, down: float, darkness: float) -> tuple[list[np.ndarray], float]:
+    return [contour + np.array([right, down]) for patch in patches for contour in patch.contours], darkness
 
 
 def _retreat(patches: list[Patch], mask: np.ndarray, step: tuple[int, int], limit: float) -> list[Patch]:
@@ -287,16 +281,12 @@ def _streaks(mask: np.ndarray, out: int, together: bool) -> list[np.ndarray]:
         middle = (columns[0] + columns[-1]) / 2
         for index in range(3):
             column = middle + out * (26 + 54 * index)
-            lines.append(
-                np.array([(column, rows[-1] + 70), (column + out * 10, rows[-1] + 300 - 50 * index)])
-            )
+            lines.append(np.array([(column, rows[-1] + 70), (column + out * 10, rows[-1] + 300 - 50 * index)]))
         return lines
     edge = columns[-1] if out > 0 else columns[0]
     for index in range(4):
         row = rows[0] + 20 + 44 * index
-        lines.append(
-            np.array([(edge + out * (60 + 15 * index), row), (edge + out * (400 - 40 * index), row)])
-        )
+        lines.append(np.array([(edge + out * (60 + 15 * index), row), (edge + out * (400 - 40 * index), row)]))
     return lines
 
 
@@ -331,8 +321,7 @@ def _lay_distractors(layout: Layout, scene: Scene, rng: np.random.Generator) -> 
     spots = [_DISTRACTOR_SPOTS[index] for index in rng.permutation(len(_DISTRACTOR_SPOTS))]
     for number, item in enumerate(scene.distractors):
         crowd = [
-            taken[(y - 140) // 16 : (y + 140) // 16, max(x - 150, 0) // 16 : (x + 150) // 16].mean()
-            for x, y in spots
+            taken[(y - 140) // 16 : (y + 140) // 16, max(x - 150, 0) // 16 : (x + 150) // 16].mean() for x, y in spots
         ]
         x, y = spots.pop(int(np.argmin(crowd)))
         centre = (x + rng.uniform(-20, 20), y + rng.uniform(-15, 15))

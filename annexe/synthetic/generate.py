@@ -17,10 +17,10 @@ import cv2
 import numpy as np
 from rich.progress import track
 
-from annexe.datasets.synthetic_language import annotations
-from annexe.datasets.synthetic_render import render
-from annexe.datasets.synthetic_scene import KINDS, VERBS, Scene, draw_scene
 from annexe.errors import UserError
+from annexe.synthetic.language import annotations
+from annexe.synthetic.render import render
+from annexe.synthetic.scene import KINDS, VERBS, Scene, draw_scene
 
 SPLITS = ("train", "val", "test")
 UNSEEN_LIST = "subsets/unseen_pairs.txt"

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from annexe.datasets.synthetic_canvas import BGR, Patch, mix
-from annexe.datasets.synthetic_geometry import arc, stroke
+from annexe.synthetic.canvas import BGR, Patch, mix
+from annexe.synthetic.geometry import arc, stroke
 
 
 class Pose(NamedTuple):
@@ -89,9 +89,9 @@ def hand_patches(
     arm = stroke([wrist, wrist + 0.5 * elbow_side, entry], [0.66 * size, 0.8 * size, 0.92 * size])
     cuff = wrist + _SLEEVE_START * elbow_side
     cloth = stroke([cuff, (cuff + entry) / 2, entry], [1.02 * size, 1.1 * size, 1.2 * size])
-    band = cuff + np.array([[-1], [1]]) * 0.44 * size * np.array(
-        [-elbow_side[1], elbow_side[0]]
-    ) / np.linalg.norm(elbow_side)
+    band = cuff + np.array([[-1], [1]]) * 0.44 * size * np.array([-elbow_side[1], elbow_side[0]]) / np.linalg.norm(
+        elbow_side
+    )
 
     patches = [Patch(skin, [arm]), Patch(skin, [place(outline)])]
     for base, length, turn in zip(_FINGER_BASES, pose.fingers, (-1.5, -0.5, 0.5, 1.5), strict=True):

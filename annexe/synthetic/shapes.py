@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from annexe.datasets.synthetic_geometry import Points, arc, barrel, ellipse, rounded, stroke
+from annexe.synthetic.geometry import Points, arc, barrel, ellipse, rounded, stroke
 
 
 class Part(NamedTuple):
@@ -68,9 +68,7 @@ def draw_mug(variant: int) -> list[Part]:
 def draw_laptop(variant: int) -> list[Part]:
     width = (0.82, 0.7)[variant]
     screen = np.array([(-width, -0.85), (width, -0.85), (width + 0.06, 0.2), (-width - 0.06, 0.2)])
-    keyboard = np.array(
-        [(-width - 0.06, 0.2), (width + 0.06, 0.2), (1, 0.78), (1, 0.88), (-1, 0.88), (-1, 0.78)]
-    )
+    keyboard = np.array([(-width - 0.06, 0.2), (width + 0.06, 0.2), (1, 0.78), (1, 0.88), (-1, 0.88), (-1, 0.78)])
     parts = [
         part("base", screen),
         part("screen", screen * (0.84, 0.78) + (0, -0.07)),
@@ -85,9 +83,7 @@ def draw_laptop(variant: int) -> list[Part]:
     ]
     for row, y in enumerate((0.27, 0.38, 0.49)):
         spread = width * 0.9 + 0.05 * row
-        parts.append(
-            part("deep", [(-spread, y), (spread, y), (spread + 0.02, y + 0.07), (-spread - 0.02, y + 0.07)])
-        )
+        parts.append(part("deep", [(-spread, y), (spread, y), (spread + 0.02, y + 0.07), (-spread - 0.02, y + 0.07)]))
     return parts
 
 
@@ -211,9 +207,7 @@ def draw_pliers(variant: int) -> list[Part]:
 
 def draw_kettle(variant: int) -> list[Part]:
     bottom_half, top = ((0.66, -0.32), (0.58, -0.45))[variant]
-    body = np.concatenate(
-        [arc(0, 0.78, bottom_half, 0.1, 0, 180, 16), arc(0, 0.2, 0.68, 0.2 - top, 180, 360, 32)]
-    )
+    body = np.concatenate([arc(0, 0.78, bottom_half, 0.1, 0, 180, 16), arc(0, 0.2, 0.68, 0.2 - top, 180, 360, 32)])
     spout = [(0.5, 0.38), (0.94, -0.34), (1, -0.3), (0.98, -0.18), (0.66, 0.6)]
     return [
         part("rubber", stroke(arc(-0.05, top + 0.12, 0.5, 0.66, 185, 355, 32), 0.13)),
@@ -308,9 +302,7 @@ def draw_chair(variant: int) -> list[Part]:
         part("base", stroke([(0.55, top + 0.08), (0.55, 0.1)], 0.16)),
     ]
     if variant == 0:
-        parts += [
-            part("base", rounded(-0.6, y, 0.6, y + 0.2, 0.06)) for y in (top + 0.04, top + 0.36, top + 0.68)
-        ]
+        parts += [part("base", rounded(-0.6, y, 0.6, y + 0.2, 0.06)) for y in (top + 0.04, top + 0.36, top + 0.68)]
     else:
         parts.append(part("base", rounded(-0.6, top + 0.02, 0.6, top + 0.68, 0.16)))
     return [

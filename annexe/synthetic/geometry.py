@@ -9,9 +9,7 @@ import numpy as np
 Points = Sequence[tuple[float, float]] | np.ndarray
 
 
-def arc(
-    x: float, y: float, radius_x: float, radius_y: float, start: float, end: float, num: int = 24
-) -> np.ndarray:
+def arc(x: float, y: float, radius_x: float, radius_y: float, start: float, end: float, num: int = 24) -> np.ndarray:
     """Points of an elliptic arc; angles in degrees, clockwise on the screen from the right."""
     angles = np.radians(np.linspace(start, end, num))
     return np.stack([x + radius_x * np.cos(angles), y + radius_y * np.sin(angles)], axis=1)

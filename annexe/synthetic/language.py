@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from annexe.datasets.synthetic_scene import (
+from annexe.synthetic.scene import (
     CATEGORIES,
     COLOURS,
     HAND_IDS,
@@ -16,7 +16,7 @@ from annexe.datasets.synthetic_scene import (
     Scene,
     is_held_out,
 )
-from annexe.datasets.synthetic_wordings import (
+from annexe.synthetic.wordings import (
     ING,
     Question,
     about_active_hands,
@@ -130,9 +130,7 @@ def _answer(phrases: list[str]) -> str:
 
 def _paraphrases(question: Question, rng: np.random.Generator, asked: set[str]) -> list[tuple[str, int]]:
     """Draws 5 to 10 wordings as (query, is_sentence), about two in five of them bare phrases."""
-    bare = [
-        f"{phrase[0].upper()}{phrase[1:]}{mark}" for phrase in question.phrases for mark in (".", "", "?")
-    ]
+    bare = [f"{phrase[0].upper()}{phrase[1:]}{mark}" for phrase in question.phrases for mark in (".", "", "?")]
     framed = [frame.format(phrase) for phrase in question.phrases for frame in _FRAMES]
     num_queries = int(rng.choice(_NUM_QUERIES, p=_NUM_QUERIES_SHARES))
     num_bare = int(rng.binomial(num_queries, 0.4))

@@ -7,7 +7,7 @@ from functools import cache
 import cv2
 import numpy as np
 
-from annexe.datasets.synthetic_canvas import BGR, HEIGHT, WIDTH, fill
+from annexe.synthetic.canvas import BGR, HEIGHT, WIDTH, fill
 
 # Table colour, texture, strength of the texture. None is close to a colour that objects have.
 TABLES: tuple[tuple[BGR, str, float], ...] = (
@@ -99,18 +99,14 @@ def add_light_and_noise(image: np.ndarray, rng: np.random.Generator) -> np.ndarr
     )
     tint = 1 + rng.uniform(-0.04, 0.04, 3)
     light = np.clip(128 * gain[..., None] * tint, 0, 255).astype(np.uint8)
-    image = cv2.multiply(
-        image, cv2.resize(light, (WIDTH, HEIGHT), interpolation=cv2.INTER_LINEAR), scale=1 / 128
-    )
+    image = cv2.multiply(image, cv2.resize(light, (WIDTH, HEIGHT), interpolation=cv2.INTER_LINEAR), scale=1 / 128)
     brighter, darker = _sensor_noise()
     y, x = rng.integers(64, size=2)
     window = np.s_[y : y + HEIGHT, x : x + WIDTH]
     return cv2.subtract(cv2.add(image, brighter[window]), darker[window])
 
 
-def punch_holes(
-    depth: np.ndarray, ids: np.ndarray, hand_ids: list[int], rng: np.random.Generator
-) -> np.ndarray:
+def punch_holes(depth: np.ndarray, ids: np.ndarray, hand_ids: list[int], rng: np.random.Generator) -> np.ndarray:
     """Rounds depth to uint16 and zeroes what a depth camera misses: borders, and a rim beside the hands."""
     out = np.rint(depth).astype(np.uint16)
     border = rng.integers(8, 28, size=4)

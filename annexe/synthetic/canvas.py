@@ -40,9 +40,7 @@ def fill(
     cv2.fillPoly(image, _fixed_point(contours, offset, scale), colour, line_type, _SUBPIXEL_BITS)
 
 
-def _fixed_point(
-    contours: list[np.ndarray], offset: tuple[float, float], scale: float = 1.0
-) -> list[np.ndarray]:
+def _fixed_point(contours: list[np.ndarray], offset: tuple[float, float], scale: float = 1.0) -> list[np.ndarray]:
     """Contours as the integers with fraction bits that OpenCV draws from."""
     return [np.rint((c - offset) * (scale * 2**_SUBPIXEL_BITS)).astype(np.int32) for c in contours]
 

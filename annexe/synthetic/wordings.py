@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from annexe.datasets.synthetic_scene import Item
+from annexe.synthetic.scene import Item
 
 _PLURAL_OR_UNCOUNTED = {"scissors", "pliers", "storage furniture"}
 ING = {"hold": "holding", "lift": "lifting", "push": "pushing", "touch": "touching"}

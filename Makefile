@@ -1,0 +1,53 @@
+# The two commands of a fresh machine: `make demo` and `make test`. Both make a virtual environment in .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO := runs/demo
+DATA := $(DEMO)/data
+
+.PHONY: help install demo test lint format clean-demo
+
+help:
+	@echo "make demo    synthetic data, training, evaluation and report under $(DEMO) (two CPU cores, under 30 minutes)"
+	@echo "make test    lint, format check and all tests"
+	@echo "make format  format the code"
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+demo: $(DEMO)/report.html
+	@echo "open $(DEMO)/report.html"
+
+$(DATA)/synthetic.json: | install
+	$(BIN)/annexe synth $(DATA) --images 3400 --seed 1
+
+$(DEMO)/trained: $(DATA)/synthetic.json
+	$(BIN)/torchrun --standalone --nproc_per_node 1 train.py --cfg-path train_configs/annexe_tiny.yaml \
+		--options run.output_dir=$(DEMO) datasets.ego_irgbench.data_root=$(DATA) run.resume=auto
+	touch $@
+
+$(DEMO)/eval/metrics.json: $(DEMO)/trained
+	$(BIN)/torchrun --standalone --nproc_per_node 1 eval_scripts/eval_egoirgbench.py \
+		--cfg-path eval_configs/annexe_tiny.yaml --dataset ego_irgbench --options run.checkpoint=$(DEMO) \
+		run.output_dir=$(DEMO)/eval datasets.ego_irgbench.data_root=$(DATA)
+
+$(DEMO)/report.html: $(DEMO)/eval/metrics.json
+	cp $(DEMO)/eval/report.html $@
+
+test: install lint
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean-demo:
+	rm -rf $(DEMO)

@@ -1,0 +1,12 @@
+"""Evaluate a checkpoint on Ego-IRGBench: text and mask metrics, predictions and a report under run.output_dir.
+
+torchrun eval_scripts/eval_egoirgbench.py --cfg-path eval_configs/annexe_tiny.yaml --dataset ego_irgbench
+"""
+
+from __future__ import annotations
+
+from annexe.cli import run_script
+from annexe.evaluator import evaluate
+
+if __name__ == "__main__":
+    run_script(evaluate, __doc__, choose_dataset=True)

@@ -1,0 +1,86 @@
+"""Shared fixtures: a few synthetic scenes, and the tiny configuration made smaller still."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from annexe.config import Config, load_config
+from annexe.datasets import build_dataset, prompts
+from annexe.datasets.collate import Batch, Collator
+from annexe.models import build_model
+from annexe.models.annexe import Annexe
+from annexe.models.tokenizer import TextTokenizer, train_tokenizer
+from annexe.synthetic.generate import generate
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "train_configs" / "annexe_tiny.yaml"
+SHARED = ROOT.parent / "shared"
+
+# The components of the tiny configuration at the smallest size that keeps every one of them in play.
+SMALLEST = (
+    "model.rgb_encoder.image_size=112",
+    "model.rgb_encoder.embed_dim=32",
+    "model.rgb_encoder.depth=1",
+    "model.rgb_encoder.mlp_dim=64",
+    "model.language_model.hidden_size=32",
+    "model.language_model.num_layers=2",
+    "model.language_model.mlp_dim=64",
+    "model.pixel_decoder.hidden_size=32",
+    "model.pixel_decoder.num_layers=1",
+    "model.pixel_decoder.pixel_dim=8",
+    "run.num_workers=0",
+    "run.device=cpu",
+    "run.batch_size=2",
+    "run.max_new_tokens=8",
+    "run.warmup_steps=2",
+    "run.log_every=1",
+    "run.validate_every=0",
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """One thread everywhere, so that parallel sums run in one order in every process."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root with 12 train, 3 val and 5 test scenes."""
+    root = tmp_path_factory.mktemp("scenes")
+    generate(root, num_images=20, seed=3, val_fraction=0.15, test_fraction=0.25)
+    return root
+
+
+@pytest.fixture
+def make_config(scenes: Path, tmp_path: Path) -> Callable[..., Config]:
+    """Loads the smallest configuration with further ``a.b=c`` options, writing under a folder of the test."""
+
+    def make(*options: str) -> Config:
+        own = (f"datasets.ego_irgbench.data_root={scenes}", f"run.output_dir={tmp_path / 'run'}")
+        chosen = [o for o in SMALLEST if not ("model.pixel_decoder.type=deconv" in options and "pixel_decoder" in o)]
+        return load_config(TINY, [*chosen, *own, *options])
+
+    return make
+
+
+@pytest.fixture
+def make_parts(make_config: Callable[..., Config]) -> Callable[..., tuple[Annexe, TextTokenizer, Batch]]:
+    """Builds the smallest model (seed 0, eval mode), its tokenizer, and a training batch of the first images."""
+
+    def make(*options: str, num_images: int = 3) -> tuple[Annexe, TextTokenizer, Batch]:
+        config = make_config(*options)
+        dataset = build_dataset(config, "train")
+        tokenizer = train_tokenizer(sorted({*dataset.texts(), *prompts.texts()}), num_slots=4)
+        torch.manual_seed(0)
+        model = build_model(config.model, tokenizer).eval()
+        collate = Collator(tokenizer, model.num_image_tokens, num_slots=4)
+        return model, tokenizer, collate([dataset[0, index] for index in range(num_images)])
+
+    return make

@@ -1,0 +1,82 @@
+"""Two gloo processes do what one does: the same gradients, the same evaluation files."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+
+from annexe.evaluator import evaluate
+from annexe.trainer import train
+from tests.test_training import FREE, gradients
+
+
+def in_process(rank: int, world_size: int, port: int, work, arguments: tuple) -> None:
+    """What each spawned process runs; the environment is torchrun's."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="localhost", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    work(*arguments)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def run_distributed(work, *arguments, world_size: int = 2) -> None:
+    """Run ``work(*arguments)`` in ``world_size`` processes; a failure in any fails."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(in_process, (world_size, port, work, arguments), nprocs=world_size)
+
+
+def save_gradients(config, path: Path) -> None:
+    taken = gradients(config)
+    if os.environ["RANK"] == "0":
+        torch.save(taken, path)
+
+
+def test_gradients_equal_those_of_one_process(make_config, tmp_path):
+    alone = gradients(make_config(*FREE, "run.batch_size=4", f"run.output_dir={tmp_path / 'one'}"))
+    config = make_config(*FREE, "run.batch_size=2", f"run.output_dir={tmp_path / 'two'}")
+    run_distributed(save_gradients, config, tmp_path / "gradients.pt")
+    together = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    assert together.keys() == alone.keys()
+    for name, gradient in alone.items():
+        torch.testing.assert_close(together[name], gradient, atol=1e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.fixture
+def trained(make_config, tmp_path) -> Path:
+    """A run of two steps by two processes, validation included."""
+    config = make_config(
+        "run.max_steps=2", "run.validate_every=2", "run.validation_images=3", f"run.output_dir={tmp_path / 'trained'}"
+    )
+    run_distributed(train, config)
+    return tmp_path / "trained"
+
+
+def test_evaluation_files_equal_those_of_one_process(trained, make_config, tmp_path):
+    """Five images in batches of two: sizes that do not divide, so padding or repeats would show."""
+    lines = (trained / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 2], "only one rank may write the log"
+
+    def config(name):
+        return make_config(f"run.checkpoint={trained}", f"run.output_dir={tmp_path / name}", "run.batch_size=2")
+
+    evaluate(config("one"))
+    run_distributed(evaluate, config("two"))
+    for name in ("predictions.jsonl", "metrics.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    records = [json.loads(line) for line in (tmp_path / "two" / "predictions.jsonl").read_text().splitlines()]
+    keys = [(r["image"], r["annotation"], r["query_id"]) for r in records if r["kind"] == "query"]
+    assert len(keys) == len(set(keys)) and sum(r["kind"] == "image" for r in records) == 5
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
+        "cache", "metrics.json", "predictions.jsonl", "report.html"
+    ]  # fmt: skip

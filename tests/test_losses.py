@@ -1,0 +1,79 @@
+"""Loss terms: sums and counts that no split of the data changes, and what they leave out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from annexe import losses
+from annexe.datasets.collate import Collator
+
+NAMES = list(losses.TERMS)
+
+
+def test_totals_and_counts_add_up_over_images(make_parts):
+    """Also the released depth defect: it was normalised over the whole batch."""
+    model, tokenizer, batch = make_parts()
+    collate = Collator(tokenizer, model.num_image_tokens, 4)
+    singles = [collate([sample]) for sample in batch.samples]
+    with torch.no_grad():
+        whole = losses.totals(model(batch), batch, NAMES)
+        parts = sum(losses.totals(model(single), single, NAMES) for single in singles)
+    torch.testing.assert_close(whole, parts, atol=1e-4, rtol=1e-5)
+    assert torch.equal(losses.counts([batch], NAMES), losses.counts(singles, NAMES))
+    assert (losses.counts([batch], NAMES) > 0).all()
+
+
+def test_invalid_depth_is_left_out(make_parts):
+    model, _, batch = make_parts()
+    predictions = model(batch)
+    invalid = batch.depth == 0
+    assert invalid.any()
+    before = losses.depth_total(predictions, batch)
+    predictions.depth = torch.where(invalid, predictions.depth + 100, predictions.depth)
+    assert torch.equal(before, losses.depth_total(predictions, batch))
+    batch.depth = torch.zeros_like(batch.depth)
+    assert losses.depth_total(predictions, batch) == 0
+    assert losses.TERMS["depth"].count(batch) == 0
+
+
+def test_depth_is_compared_up_to_scale_and_shift_in_inverse_depth(make_parts):
+    model, _, batch = make_parts()
+    predictions = model(batch)
+    inverse = torch.where(batch.depth > 0, 1 / batch.depth.clamp(min=1), 0)
+    predictions.depth = 5000 * inverse + 3
+    assert losses.depth_total(predictions, batch) < 1e-3
+    predictions.depth = batch.depth  # distance itself runs the other way
+    assert losses.depth_total(predictions, batch) > 1
+
+
+@pytest.mark.parametrize("term", ["mask", "dice"])
+def test_mask_terms_vanish_for_the_truth_and_ignore_unused_slots(make_parts, term):
+    model, _, batch = make_parts()
+    predictions = model(batch)
+    side = predictions.mask_logits.shape[-1]
+    ids = torch.nn.functional.interpolate(batch.target_ids[:, None].float(), size=(side, side), mode="nearest-exact")
+    truth = ids[batch.image_of_query] == batch.slot_ids[..., None, None]
+    predictions.mask_logits = torch.where(truth, 30.0, -30.0)
+    assert losses.TERMS[term].total(predictions, batch) < 1e-2
+    unused = (batch.slot_ids == 0)[..., None, None]
+    predictions.mask_logits = torch.where(unused, torch.randn(truth.shape), predictions.mask_logits)
+    assert losses.TERMS[term].total(predictions, batch) < 1e-2
+    predictions.mask_logits = -predictions.mask_logits
+    assert losses.TERMS[term].total(predictions, batch) > 1
+
+
+def test_patch_phrase_prefers_the_words_of_what_is_shown(make_parts):
+    model, tokenizer, batch = make_parts()
+    predictions = model(batch)
+    shape = predictions.image_token_logits.shape
+    told = torch.zeros(shape)
+    masks = batch.target_ids[:, None] == batch.object_ids[..., None, None]
+    cover = torch.nn.functional.adaptive_avg_pool2d(masks.float(), shape[1:3])
+    for image in range(shape[0]):
+        for column, words in enumerate(batch.object_words[image]):
+            for word in words[words >= 0].tolist():
+                told[image, :, :, word] += 20 * cover[image, column]
+    silent = losses.patch_phrase_total(predictions, batch)
+    predictions.image_token_logits = told
+    assert losses.patch_phrase_total(predictions, batch) < 0.7 * silent

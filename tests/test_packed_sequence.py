@@ -1,0 +1,112 @@
+"""One packed sequence an image says the same as prefix + branch alone, in training and in generation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from annexe.datasets.collate import Batch, Collator
+from annexe.models.annexe import Annexe
+
+LORA = ("model.language_model.lora.rank=4", "model.language_model.lora.dropout=0")
+WHOLE = ("model.language_model.lora.rank=0",)
+VARIED = ("model.language_model.initializer_range=0.3",)  # so that greedy responses differ and some end early
+
+
+def alone(model: Annexe, batch: Batch, branch: int, ids: list[int]) -> torch.Tensor:
+    """Final states [prefix + ids, D] of one branch run by the stock model: plain causal mask, plain positions."""
+    image = batch.text.branch_image[branch].item()
+    _, _, image_tokens, _ = model._encode(batch)
+    prefix = batch.text.input_ids[image, : batch.text.image_start]
+    words = model.language_model.embed(torch.cat([prefix, torch.tensor(ids, dtype=torch.int64)])[None])[0]
+    start = batch.text.image_start
+    embeddings = torch.cat([words[:start], image_tokens[image], words[start:]])
+    return model.language_model.llama.model(inputs_embeds=embeddings[None], use_cache=False).last_hidden_state[0]
+
+
+def branch_ids(batch: Batch, branch: int) -> list[int]:
+    """Prompt and response of one branch, cut out of the packed row."""
+    image, start = batch.text.branch_image[branch].item(), batch.text.branch_start[branch].item()
+    segment = batch.text.segment[image]
+    return batch.text.input_ids[image, segment == segment[start]].tolist()
+
+
+@pytest.mark.parametrize("options", [LORA, WHOLE], ids=["lora", "whole"])
+def test_states_and_losses_equal_each_branch_alone(make_parts, options):
+    model, _, batch = make_parts(*options)
+    with torch.no_grad():
+        _, _, _, embeddings = model._encode(batch)
+        hidden = model.language_model(embeddings, batch.text)
+        token_losses = F.cross_entropy(model(batch).token_logits, batch.text.targets, reduction="none")
+    assert len(set((batch.text.segment >= 0).sum(1).tolist())) > 1, "rows of one length would not test the padding"
+    first_token = 0
+    for branch in range(len(batch.text.branch_start)):
+        ids = branch_ids(batch, branch)
+        image, start = batch.text.branch_image[branch].item(), batch.text.branch_start[branch].item()
+        with torch.no_grad():
+            states = alone(model, batch, branch, ids)
+            length, prefix = batch.text.branch_length[branch].item(), batch.text.prefix_length
+            torch.testing.assert_close(hidden[image, :prefix], states[:prefix], atol=1e-5, rtol=0)
+            torch.testing.assert_close(hidden[image, start : start + len(ids)], states[prefix:], atol=1e-5, rtol=0)
+            response = torch.tensor(ids[length:])
+            logits = model.language_model.logits(states[prefix + length - 1 : -1])
+            losses = F.cross_entropy(logits, response, reduction="none")
+        packed = token_losses[first_token : first_token + len(response)]
+        torch.testing.assert_close(packed, losses, atol=1e-5, rtol=0)
+        first_token += len(response)
+    assert first_token == len(token_losses)
+
+
+@pytest.mark.parametrize("options", [LORA, WHOLE], ids=["lora", "whole"])
+def test_greedy_generation_equals_one_by_one_without_cache(make_parts, options):
+    model, tokenizer, batch = make_parts(*options, *VARIED)
+    prompts = Collator(tokenizer, model.num_image_tokens, 4, responses=False)(batch.samples)
+    with torch.no_grad():
+        _, _, _, embeddings = model._encode(prompts)
+        _, generated = model.language_model.generate(embeddings, prompts.text, max_new_tokens=10)
+        for branch, tokens in enumerate(generated):
+            ids, expected = branch_ids(prompts, branch), []
+            for _ in range(10):
+                state = alone(model, prompts, branch, ids + expected)[-1]
+                expected.append(model.language_model.logits(state).argmax().item())
+                if expected[-1] == tokenizer.eos_id:
+                    expected.pop()
+                    break
+            assert tokens == expected, f"branch {branch}"
+    assert len({tuple(tokens) for tokens in generated}) > 3, "all responses alike would test little"
+
+
+def test_prompts_are_the_same_tokens_in_training_and_generation(make_parts):
+    model, tokenizer, batch = make_parts()
+    prompts = Collator(tokenizer, model.num_image_tokens, 4, responses=False)(batch.samples)
+    for branch, length in enumerate(batch.text.branch_length.tolist()):
+        assert branch_ids(batch, branch)[:length] == branch_ids(prompts, branch)
+    assert torch.equal(
+        batch.text.input_ids[:, : batch.text.prefix_length], prompts.text.input_ids[:, : prompts.text.prefix_length]
+    )
+
+
+@pytest.mark.parametrize("decoder", ["query", "deconv"])
+def test_masks_of_generation_equal_those_of_training(make_parts, decoder):
+    """What conditions the masks is there at test time: the answer is not in it."""
+    model, tokenizer, batch = make_parts(f"model.pixel_decoder.type={decoder}")
+    prompts = Collator(tokenizer, model.num_image_tokens, 4, responses=False)(batch.samples)
+    with torch.no_grad():
+        trained, tested = model(batch), model(prompts)
+    torch.testing.assert_close(trained.mask_logits, tested.mask_logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(trained.presence_logits, tested.presence_logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("decoder", ["query", "deconv"])
+def test_a_batch_of_one_equals_its_place_in_a_larger_batch(make_parts, decoder):
+    model, tokenizer, batch = make_parts(f"model.pixel_decoder.type={decoder}")
+    collate = Collator(tokenizer, model.num_image_tokens, 4)
+    with torch.no_grad():
+        together = model(batch)
+        for image, sample in enumerate(batch.samples):
+            single = model(collate([sample]))
+            own = batch.image_of_query == image
+            torch.testing.assert_close(together.mask_logits[own], single.mask_logits, atol=1e-5, rtol=0)
+            torch.testing.assert_close(together.presence_logits[own], single.presence_logits, atol=1e-5, rtol=0)
+            torch.testing.assert_close(together.depth[image], single.depth[0], atol=1e-4, rtol=1e-5)

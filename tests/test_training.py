@@ -1,0 +1,143 @@
+"""Training as users run it: it learns, it accumulates exactly, it survives a kill, it validates, it keeps records."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from annexe.checkpoint import find_checkpoint, is_complete
+from annexe.config import load_config
+from annexe.optim import learning_rate
+from annexe.trainer import Trainer, sample_order, train
+from tests.conftest import ROOT, SMALLEST, TINY
+
+
+def log_of(folder, kind="train"):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def test_it_learns_validates_and_keeps_records(make_config, tmp_path):
+    config = make_config(
+        "run.max_steps=24", "run.validate_every=12", "run.validation_images=2", "run.learning_rate=3e-3",
+        "run.checkpoint_every=4", "run.keep_checkpoints=2",
+    )  # fmt: skip
+    train(config)
+    run = tmp_path / "run"
+    lines = log_of(run)
+    assert [line["step"] for line in lines] == list(range(1, 25))
+    assert sum(x["loss"] for x in lines[-4:]) < 0.8 * sum(x["loss"] for x in lines[:4])
+    assert {f"loss/{name}" for name in ("analysis", "answer", "depth", "presence", "mask", "dice")} <= set(lines[0])
+    assert lines[-1]["images"] == 48 and lines[-1]["epoch"] == 4.0 and lines[-1]["tokens"] > lines[-1]["queries"] > 48
+    validations = log_of(run, "validation")
+    assert [v["step"] for v in validations] == [12, 24]
+    assert {"grounding/ciou", "analysis/cider", "answer/exact_match", "depth/mae"} <= set(validations[0])
+    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
+    best = find_checkpoint(run, "best")
+    assert set(kept) == {"step-00000020", "step-00000024", best.name} and best.name in {
+        "step-00000012",
+        "step-00000024",
+    }
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["progress"]["images"] == 48 and len(manifest["data_fingerprint"]) == 64
+    assert torch.__version__.startswith(manifest["packages"]["torch"])
+    assert manifest["config"]["run"]["max_steps"] == 24
+
+
+def gradients(config) -> dict[str, torch.Tensor]:
+    """Gradients of the first step, as they reach the optimizer."""
+    trainer = Trainer(config)
+    taken = {}
+    trainer.optimizer.step = lambda: taken.update(
+        {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    )
+    batches = iter(trainer._loader())
+    trainer.train_step([next(batches) for _ in range(config.run.gradient_accumulation)])
+    return taken
+
+
+FREE = ("run.clip_norm=1e9", "model.language_model.lora.rank=4", "model.language_model.lora.dropout=0")
+
+
+def test_accumulation_equals_one_large_batch(make_config, tmp_path):
+    whole = gradients(make_config(*FREE, "run.batch_size=4", f"run.output_dir={tmp_path / 'a'}"))
+    split = gradients(
+        make_config(*FREE, "run.batch_size=1", "run.gradient_accumulation=4", f"run.output_dir={tmp_path / 'b'}")
+    )
+    for name, gradient in whole.items():
+        torch.testing.assert_close(split[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_every_epoch_is_a_permutation_of_its_own():
+    order = sample_order(seed=1, num_images=5, first=0, last=10)
+    assert [epoch for epoch, _ in order] == [0] * 5 + [1] * 5
+    first, second = [i for _, i in order[:5]], [i for _, i in order[5:]]
+    assert sorted(first) == sorted(second) == list(range(5)) and first != second
+    assert sample_order(1, 5, 3, 8) == order[3:8]
+
+
+def test_learning_rate_warms_up_and_falls(make_config):
+    run = make_config("run.max_steps=100", "run.warmup_steps=10").run
+    rates = [learning_rate(step, run) for step in range(101)]
+    assert rates[0] == run.warmup_learning_rate and rates[10] == run.learning_rate == max(rates)
+    assert rates[100] == pytest.approx(run.min_learning_rate) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_killed_at_a_random_step_it_resumes_bit_for_bit(scenes, tmp_path):
+    """With LoRA dropout on, so that the random state matters; also a checkpoint cut short is passed over."""
+
+    def command(folder):
+        options = [
+            *SMALLEST, f"datasets.ego_irgbench.data_root={scenes}", f"run.output_dir={folder}", "run.max_steps=14",
+            "run.checkpoint_every=3", "run.resume=auto", "model.language_model.lora.rank=4",
+            "model.language_model.lora.dropout=0.2",
+        ]  # fmt: skip
+        return [sys.executable, str(ROOT / "train.py"), "--cfg-path", str(TINY), "--options", *options]
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    subprocess.run(command(straight), check=True, env=environment, capture_output=True)
+    step = random.SystemRandom().randrange(4, 13)
+    process = subprocess.Popen(command(broken), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = broken / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= step):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    last = find_checkpoint(broken)
+    torn = last.with_name("step-00000099")
+    torn.mkdir()
+    for path in last.iterdir():
+        if path.is_file():
+            (torn / path.name).write_bytes(path.read_bytes())
+    (torn / "optimizer.pt").write_bytes((last / "optimizer.pt").read_bytes()[:-100])
+    assert not is_complete(torn) and find_checkpoint(broken) == last
+    subprocess.run(command(broken), check=True, env=environment, capture_output=True)
+    keys = ("step", "loss", "gradient_norm", "tokens")
+    expected = [[line[key] for key in keys] for line in log_of(straight)]
+    assert [[line[key] for key in keys] for line in log_of(broken)] == expected, f"killed at step {step}"
+    for name in ("model.safetensors", "optimizer.pt"):
+        written = [(folder / "checkpoints" / "step-00000014" / name).read_bytes() for folder in (straight, broken)]
+        assert written[0] == written[1], name
+
+
+def test_wandb_works_offline_without_an_account(make_config, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train(make_config("run.max_steps=2", "run.wandb.enabled=true", "run.wandb.mode=offline"))
+    assert list((tmp_path / "run").glob("wandb/offline-run-*"))
+
+
+def test_the_resolved_configuration_is_saved_and_loads_again(make_config, tmp_path):
+    train(make_config("run.max_steps=1", "run.warmup_steps=0"))
+    saved = load_config(tmp_path / "run" / "config.yaml")
+    assert saved.run.max_steps == 1 and saved.run.batch_size == 2
