@@ -73,10 +73,10 @@ def require_checkpoint(where: str, which: str) -> Path:
 
 
 def saved_model(folder: Path) -> dict[str, Any]:
-    """The ``model`` block that a checkpoint was trained with, its plug-ins imported."""
-    config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    import_plugins(config["imports"])
-    return config["model"]
+    """The ``model`` block that a checkpoint was trained with; plug-ins it names are imported."""
+    saved = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    import_plugins(saved["imports"])
+    return saved["model"]
 
 
 def save_checkpoint(

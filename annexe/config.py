@@ -151,7 +151,9 @@ def load_config(cfg_path: str | Path, options: list[str] = ()) -> Config:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (yaml.YAMLError, OSError, TypeError, ValueError) as error:
-        raise UserError(f"cannot read '{path}' and its options: {' '.join(str(error).split())}; mend the YAML") from None
+        raise UserError(
+            f"cannot read '{path}' and its options: {' '.join(str(error).split())}; mend the YAML"
+        ) from None
     import_plugins(config.imports)
     check_components(config)
     return config

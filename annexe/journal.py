@@ -118,7 +118,8 @@ class Journal:
             MofNCompleteColumn(),
             TextColumn("{task.fields[loss]}"),
         )
-        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=not self.enabled) as progress:
+        timing = (TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, *timing, refresh_per_second=2, disable=not self.enabled) as progress:
             task = progress.add_task("", total=total, loss="")
             yield lambda step: progress.update(task, completed=step, loss=self.loss)
 

@@ -75,13 +75,12 @@ class Trainer:
         self.accelerator = make_accelerator(run)
         self.output = Path(run.output_dir)
         resumed = self._resumed_from()
-        set_seed(run.seed + self.accelerator.process_index)
         self.train_set, self.validation_set = self._datasets()
         self.tokenizer = self._tokenizer(resumed)
-        torch.manual_seed(run.seed)  # every rank builds the same model
+        set_seed(run.seed)  # every rank builds the same model
         self.model = build_model(config.model, self.tokenizer).to(self.accelerator.device)
         self.optimizer = build_optimizer(self.model, run)
-        set_seed(run.seed + self.accelerator.process_index)
+        set_seed(run.seed + self.accelerator.process_index)  # and drops out its own
         self.progress = Progress()
         if resumed:
             load_weights(resumed, self.model)
@@ -95,6 +94,7 @@ class Trainer:
 
     def train(self) -> None:
         """Run every step that is left, with validation and checkpoints on the way."""
+        self._announce()
         window = Window(list(self.weights), self.accelerator.device)
         batches = iter(self._loader())
         with self.journal.bar(self.run.max_steps) as advance:
@@ -188,6 +188,22 @@ class Trainer:
             self.run.keep_checkpoints,
         )
         self.journal.write_manifest(self.progress, self.train_set.fingerprint())
+
+    def _announce(self) -> None:
+        parameters = list(self.model.parameters())
+        trained, total = (sum(p.numel() for p in ps) for ps in ([p for p in parameters if p.requires_grad], parameters))
+        log.info(
+            "step %d of %d: %.1f M parameters, %.1f M of them trained, on %d images with up to %d queries each, "
+            "%d process(es) on %s, under '%s'",
+            self.progress.step, self.run.max_steps, total / 1e6, trained / 1e6, len(self.train_set),
+            self.train_set.queries_per_image, self.accelerator.num_processes, self.accelerator.device, self.output,
+        )  # fmt: skip
+        if self.train_set.num_slots > self.model.pixel_decoder.num_slots:
+            log.warning(
+                "annotations use up to %d slots, model.pixel_decoder.num_slots is %d: the model trains on the first "
+                "ones, the metrics count all",
+                self.train_set.num_slots, self.model.pixel_decoder.num_slots,
+            )  # fmt: skip
 
     def _resumed_from(self) -> Path | None:
         if self.run.resume == "auto":

@@ -64,7 +64,7 @@ def test_mask_terms_vanish_for_the_truth_and_ignore_unused_slots(make_parts, ter
 
 
 def test_patch_phrase_prefers_the_words_of_what_is_shown(make_parts):
-    model, tokenizer, batch = make_parts()
+    model, _, batch = make_parts()
     predictions = model(batch)
     shape = predictions.image_token_logits.shape
     told = torch.zeros(shape)

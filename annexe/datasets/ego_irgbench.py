@@ -146,6 +146,11 @@ class EgoIRGBench(Dataset):
     def __len__(self) -> int:
         return len(self.stems)
 
+    @property
+    def num_slots(self) -> int:
+        """Slots that the annotation with the most targets uses."""
+        return max(slot + 1 for image in self.annotations for a in image for slot in (*a.slots, 0))
+
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         """The training sample (epoch, index): ``queries_per_image`` annotations, a wording drawn for each."""
         epoch, index = item

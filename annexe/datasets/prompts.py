@@ -9,7 +9,12 @@ PREFIX = "[INST] <Img>"
 ANALYSIS_BRANCH = "</Img> [caption] {instruction} [/INST] "
 QUERY_BRANCH = "</Img> [vqa] {instruction} {query} [/INST] "
 
-ANALYSIS_INSTRUCTIONS = ("Describe how the hands act on the objects.",)
+ANALYSIS_INSTRUCTIONS = (  # one is drawn for each training sample, the first is asked at test time
+    "Describe how the hands act on the objects.",
+    "Say what the hands do with the objects.",
+    "Which interaction does this image show?",
+    "Tell what each hand is doing.",
+)
 QUERY_INSTRUCTION = "Name and locate:"
 NO_TARGET_ANSWER = "There is no suitable referring result."
 

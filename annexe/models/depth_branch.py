@@ -14,6 +14,7 @@ from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, D
 
 from annexe.errors import unknown
 from annexe.registry import register
+from annexe.weights import require_random
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PATCH = 14
@@ -75,6 +76,7 @@ class DepthAnythingV2(nn.Module):
 
     def __init__(self, image_size: int, *, init: str, size: str = "vitb", frozen: bool = False) -> None:
         super().__init__()
+        require_random("depth_branch", init)
         if size not in SIZES:
             raise unknown("setting model.depth_branch.size", size, SIZES)
         shape = SIZES[size]

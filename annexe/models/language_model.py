@@ -15,6 +15,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from annexe.datasets.collate import PackedText
 from annexe.models.tokenizer import TextTokenizer
 from annexe.registry import register
+from annexe.weights import require_random
 
 
 @dataclass
@@ -64,6 +65,7 @@ class Llama(nn.Module):
         lora: Lora = Lora(),  # noqa: B008
     ) -> None:
         super().__init__()
+        require_random("language_model", init)
         self.tokenizer, self.hidden_size = tokenizer, hidden_size
         model = LlamaForCausalLM(
             LlamaConfig(

@@ -11,6 +11,7 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from annexe.registry import register
+from annexe.weights import require_random
 
 # Statistics of CLIP's training images, which EVA-CLIP was trained with.
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -39,6 +40,7 @@ class EvaViT(nn.Module):
         frozen: bool = True,
     ) -> None:
         super().__init__()
+        require_random("rgb_encoder", init)
         self.image_size, self.grid, self.embed_dim = image_size, image_size // patch_size, embed_dim
         self.vit = Eva(
             img_size=image_size,
