@@ -1,0 +1,179 @@
+"""Configuration and registry: strict, each default in one place, and open to components from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from annexe import registry
+from annexe.checkpoint import find_checkpoint, saved_model
+from annexe.config import Config, RunConfig, as_dict, load_config
+from annexe.errors import UserError
+from annexe.models import build_model, num_slots
+from annexe.models.tokenizer import load_tokenizer
+from annexe.registry import build, register, settings
+from annexe.trainer import train
+from tests.conftest import ROOT, SMALLEST, TINY
+
+CONFIGS = sorted([*ROOT.glob("train_configs/*.yaml"), *ROOT.glob("eval_configs/*.yaml")])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_file_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("EVA_WEIGHTS", "DEPTH_WEIGHTS", "LLAMA_PATH", "MINIGPT_WEIGHTS"):
+        monkeypatch.setenv(name, "weights")
+    config = load_config(path)
+    assert len(config.datasets) == 1
+    assert (config.model is not None) == (path.parent.name == "train_configs")
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "some.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "")).run == RunConfig()
+
+
+def test_numbers_and_null(tmp_path: Path) -> None:
+    path = write(tmp_path, "run: {learning_rate: 1e-4, weight_decay: 1, resume: null, betas: [0, 1e-1]}")
+    run = load_config(path, ["run.clip_norm=1e-4", "run.checkpoint=null"]).run
+    assert (run.learning_rate, run.weight_decay, run.clip_norm, run.betas) == (1e-4, 1.0, 1e-4, [0.0, 0.1])
+    assert all(isinstance(value, float) for value in (run.learning_rate, run.weight_decay, run.clip_norm, *run.betas))
+    assert run.resume is None and run.checkpoint is None
+
+
+def test_options_go_over_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "run: {seed: 1, max_steps: 2000, loss_weights: {mask: 2}}")
+    config = load_config(path, ["run.seed=5", "run.seed=7", "run.loss_weights.dice=4", "run.output_dir=a=b"])
+    assert (config.run.seed, config.run.max_steps, config.run.output_dir) == (7, 2000, "a=b")
+    assert (config.run.loss_weights.mask, config.run.loss_weights.dice) == (2.0, 4.0)
+
+
+@pytest.mark.parametrize(
+    "option", ["seed=1", "run.seeds=1", "run.seed=one", "run.seed=1.5", "model.rgb_encoder.frozen=perhaps"]
+)
+def test_nothing_unknown_and_nothing_of_another_type_passes(option: str) -> None:
+    with pytest.raises(UserError):
+        load_config(TINY, [option])
+
+
+def test_interpolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANNEXE_RUNS", "elsewhere")
+    path = write(
+        tmp_path, 'run: {output_dir: "${oc.env:ANNEXE_RUNS}/a", max_steps: 3000, warmup_steps: "${run.max_steps}"}'
+    )
+    config = load_config(path)
+    assert (config.run.output_dir, config.run.warmup_steps) == ("elsewhere/a", 3000)
+
+
+def test_resolved_configuration_loads_again(tmp_path: Path) -> None:
+    config = load_config(TINY, ["run.seed=3", "run.loss_weights.dice=0.5"])
+    path = tmp_path / "resolved.yaml"
+    OmegaConf.save(OmegaConf.create(as_dict(config)), path)
+    assert load_config(path) == config
+
+
+def test_configuration_saved_with_a_run_loads_again(make_config: Callable[..., Config], tmp_path: Path) -> None:
+    config = make_config("run.max_steps=2")
+    train(config)
+    assert load_config(tmp_path / "run" / "config.yaml") == config
+    assert load_config(find_checkpoint(tmp_path / "run") / "config.yaml") == config
+
+
+# Registry
+
+
+@pytest.fixture
+def shelf(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty registry for one test."""
+    monkeypatch.setattr(registry, "_COMPONENTS", {})
+
+
+@pytest.mark.usefixtures("shelf")
+def test_a_name_is_taken_once() -> None:
+    def lamp(*, watts: int = 5) -> int:
+        return watts
+
+    register("light", "lamp")(lamp)
+    register("light", "lamp")(lamp)  # importing a module twice is no second lamp
+    with pytest.raises(ValueError, match="light 'lamp' is registered twice"):
+        register("light", "lamp")(lambda *, watts=5: watts)
+    register("heat", "lamp")(lambda *, watts=5: watts)
+
+
+@pytest.mark.usefixtures("shelf")
+def test_unknown_names_list_the_choices() -> None:
+    register("light", "lamp")(lambda *, watts=5: watts)
+    register("light", "torch")(lambda *, watts=5: watts)
+    with pytest.raises(UserError, match=r"unknown light.type 'lmap'. Did you mean 'lamp'\? Choices: lamp, torch"):
+        build("light", {"type": "lmap"})
+    with pytest.raises(UserError, match=r"unknown light.type 'None'. Choices: lamp, torch"):
+        build("light", {})
+    with pytest.raises(UserError, match="Choices: none"):
+        build("sound", {"type": "bell"})
+
+
+@pytest.mark.usefixtures("shelf")
+def test_arguments_are_checked_before_the_component_is_made() -> None:
+    @register("light", "lamp")
+    def lamp(socket: str, *, watts: int, colour: str | None = None, sizes: list[int] = [1]) -> tuple:  # noqa: B006
+        return socket, watts, colour, sizes
+
+    assert build("light", {"type": "lamp", "watts": "7"}, "E27") == ("E27", 7, None, [1])
+    assert settings("light", {"type": "lamp", "watts": 7, "sizes": [2, 3]}, "here")["sizes"] == [2, 3]
+    with pytest.raises(UserError, match=r"here\.watts is missing"):
+        settings("light", {"type": "lamp"}, "here")
+    with pytest.raises(UserError, match=r"here\.wats: .* Did you mean 'watts'\? Choices: colour, sizes, watts"):
+        settings("light", {"type": "lamp", "wats": 7}, "here")
+    with pytest.raises(UserError, match=r"here\.socket"):  # injected by the code, not for YAML
+        settings("light", {"type": "lamp", "watts": 7, "socket": "E14"}, "here")
+    with pytest.raises(UserError, match=r"here\.watts.*'bright'"):
+        settings("light", {"type": "lamp", "watts": "bright"}, "here")
+
+
+PLUGIN = '''
+from annexe.models.pixel_decoder import QueryDecoder
+from annexe.registry import register
+
+
+@register("pixel_decoder", "shouting_query")
+class ShoutingDecoder(QueryDecoder):
+    """The query decoder with louder masks."""
+
+    def __init__(self, *parts: int, gain: float = 2.0, num_slots: int = 4) -> None:
+        super().__init__(*parts, num_slots=num_slots, hidden_size=32, num_layers=1, num_heads=4, pixel_dim=8)
+        self.gain = gain
+
+    def forward(self, *inputs):
+        presence, masks = super().forward(*inputs)
+        return presence, self.gain * masks
+'''
+
+
+def test_component_from_outside(
+    make_config: Callable[..., Config], scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_COMPONENTS", {kind: dict(names) for kind, names in registry._COMPONENTS.items()})
+    (tmp_path / "annexe_shouting.py").write_text(PLUGIN)
+    given = OmegaConf.load(TINY)
+    given.imports = ["annexe_shouting"]
+    given.model.pixel_decoder = {"type": "shouting_query", "gain": 3}
+    OmegaConf.save(given, tmp_path / "plugin.yaml")
+    own = (f"datasets.ego_irgbench.data_root={scenes}", f"run.output_dir={tmp_path / 'run'}", "run.max_steps=2")
+    options = [option for option in SMALLEST if "pixel_decoder" not in option]
+    config = load_config(tmp_path / "plugin.yaml", [*options, *own])
+    train(config)
+    checkpoint = find_checkpoint(tmp_path / "run")
+    model = build_model(saved_model(checkpoint), load_tokenizer(checkpoint / "tokenizer", num_slots(config)))
+    assert type(model.pixel_decoder).__name__ == "ShoutingDecoder" and model.pixel_decoder.gain == 3.0
+    assert torch.is_tensor(model.pixel_decoder.slot)
+    with pytest.raises(UserError, match="Did you mean 'gain'"):
+        load_config(tmp_path / "plugin.yaml", ["model.pixel_decoder.gian=1"])

@@ -1,0 +1,392 @@
+"""Wrong inputs: each ends in one line that names the thing and the fix, and a traceback never shows."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from annexe import cli
+from annexe.checkpoint import MANIFEST, find_checkpoint
+from annexe.config import Config, load_config
+from annexe.datasets import build_dataset
+from annexe.errors import UserError
+from annexe.evaluator import evaluate
+from annexe.trainer import train
+from tests.conftest import ROOT, SMALLEST, TINY
+
+MakeConfig = Callable[..., Config]
+
+
+def one_line(caught: pytest.ExceptionInfo[UserError], *parts: str) -> None:
+    """The message is one line without a traceback and holds ``parts``."""
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1, message
+    assert "Traceback" not in message
+    for part in parts:
+        assert part in message
+
+
+# Configuration
+
+
+@pytest.mark.parametrize(
+    ("option", "parts"),
+    [
+        ("runn.seed=1", ("runn", "Did you mean 'run'")),
+        ("run.max_step=1", ("run.max_step", "Did you mean 'max_steps'")),
+        ("run.loss_weights.masks=1", ("run.loss_weights.masks", "Did you mean 'mask'")),
+        ("model.merges=2", ("model.merges", "Did you mean 'merge'")),
+        ("model.rgb_encoder.dept=2", ("model.rgb_encoder.dept", "Did you mean 'depth'")),
+        ("model.language_model.lora.rnk=2", ("model.language_model.lora.rnk", "Did you mean 'rank'")),
+        ("datasets.ego_irgbench.data_rot=x", ("datasets.ego_irgbench.data_rot", "Did you mean 'data_root'")),
+        ("datasets.ego_irgbanch.data_root=x", ("ego_irgbanch", "Did you mean 'ego_irgbench'")),
+        ("model.pixel_decoder.type=querry", ("model.pixel_decoder.type", "Did you mean 'query'", "deconv")),
+        ("model.type=annex", ("model.type", "Did you mean 'annexe'")),
+        ("run.max_steps=many", ("run.max_steps", "'many'")),
+        ("run.learning_rate=fast", ("run.learning_rate", "'fast'")),
+        ("run.betas=[0.9]", ("run.betas", "two numbers")),
+        ("run.output_dir=null", ("run.output_dir", "None")),
+        ("model.rgb_encoder.depth=deep", ("model.rgb_encoder.depth", "'deep'")),
+        ("model.rgb_encoder=5", ("model.rgb_encoder", "block of settings")),
+        ("datasets.ego_irgbench=5", ("datasets.ego_irgbench", "block of settings")),
+        ("run=5", ("RunConfig", "5")),
+        ("run.device=tpu", ("run.device", "choose auto, cpu or cuda")),
+        ("run.checkpoint_every=0", ("run.checkpoint_every", "at least 1")),
+        ("run.warmup_steps=9999", ("run.warmup_steps", "lower it")),
+        ("run.seed", ("'run.seed'", "a.b=c")),
+        ("=3", ("'=3'", "a.b=c")),
+        ("run.betas=[1", ("flow sequence", "mend the YAML")),
+        ("run.output_dir=${oc.env:ANNEXE_NOT_SET}", ("run.output_dir", "ANNEXE_NOT_SET")),
+        ("imports=[annexe_no_such_plugin]", ("annexe_no_such_plugin", "PYTHONPATH")),
+    ],
+)
+def test_wrong_option(option: str, parts: tuple[str, ...]) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(TINY, [option])
+    one_line(caught, *parts)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("run: {seed: 1\n", "mend the YAML"),
+        ("run:\n  seed: 1\n  seed: 2\n", "duplicate key seed"),
+        ("- run\n- model\n", "mend the YAML"),
+        ("\x00\x01", "mend the YAML"),
+        ("only words", "only words"),
+        ("model: {type: annexe}\n", "model.rgb_encoder is missing"),
+        ("datasets: {ego_irgbench: {}}\n", "datasets.ego_irgbench.data_root is missing"),
+    ],
+)
+def test_wrong_file(text: str, part: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    one_line(caught, part)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(tmp_path / "none.yaml")
+    one_line(caught, "none.yaml", "--cfg-path")
+
+
+def test_model_and_data_set_have_to_be_named(make_config: MakeConfig) -> None:
+    for option, part in (("model=null", "no model block"), ("datasets=null", "datasets")):
+        with pytest.raises(UserError) as caught:
+            build_dataset(make_config(option), "train")
+        one_line(caught, part)
+
+
+# Data
+
+
+@pytest.fixture
+def root(scenes: Path, tmp_path: Path) -> Path:
+    """A data root that a test may spoil: the first two train scenes."""
+    out = tmp_path / "root"
+    for path in sorted((scenes / "dataset_split" / "train").glob("*.json"))[:2]:
+        for file in (
+            path,
+            *(scenes / f / f"{path.stem}.{e}" for f, e in (("RGB", "jpg"), ("depth", "png"), ("mask", "png"))),
+        ):
+            copy = out / file.relative_to(scenes)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+    return out
+
+
+@pytest.fixture
+def read(make_config: MakeConfig, root: Path) -> Callable[..., None]:
+    """Opens the spoilt root and reads every image of it."""
+
+    def run(*options: str, split: str = "train") -> None:
+        dataset = build_dataset(make_config(f"datasets.ego_irgbench.data_root={root}", *options), split)
+        for index in range(len(dataset)):
+            dataset[0, index]
+
+    return run
+
+
+def first(root: Path, folder: str) -> Path:
+    return sorted((root / folder).iterdir())[0]
+
+
+def edit_annotation(root: Path, change: Callable[[dict], object]) -> None:
+    path = first(root, "dataset_split/train")
+    entries = json.loads(path.read_text())
+    change(entries[1])
+    path.write_text(json.dumps(entries))
+
+
+def test_missing_data_root(read: Callable[..., None], root: Path) -> None:
+    shutil.rmtree(root)
+    with pytest.raises(UserError) as caught:
+        read()
+    one_line(caught, "data_root", str(root), "RGB/")
+
+
+def test_split_without_files(read: Callable[..., None]) -> None:
+    with pytest.raises(UserError) as caught:
+        read(split="val")
+    one_line(caught, "split 'val'", "data_root")
+
+
+@pytest.mark.parametrize("option", ["answer_format=sentences", "queries_per_image=0"])
+def test_wrong_data_setting(option: str, read: Callable[..., None]) -> None:
+    with pytest.raises(UserError) as caught:
+        read(f"datasets.ego_irgbench.{option}")
+    one_line(caught, option.split("=")[0])
+
+
+@pytest.mark.parametrize("text", ['{"caption": "a mug"}', "[]", '[{"caption": "a m', "", "\x00"])
+def test_json_that_is_no_list_of_annotations(text: str, read: Callable[..., None], root: Path) -> None:
+    path = first(root, "dataset_split/train")
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read()
+    one_line(caught, str(path))
+
+
+@pytest.mark.parametrize("field", ["caption", "answer", "tokens", "masks_idx", "with_mask", "questions"])
+def test_missing_field(field: str, read: Callable[..., None], root: Path) -> None:
+    edit_annotation(root, lambda entry: entry.pop(field))
+    with pytest.raises(UserError) as caught:
+        read()
+    one_line(caught, first(root, "dataset_split/train").name, "annotation 1", f"'{field}'")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("answer", 5), ("masks_idx", ["two"]), ("tokens", None), ("questions", []), ("questions", [5])]
+)
+def test_wrong_field(field: str, value: object, read: Callable[..., None], root: Path) -> None:
+    edit_annotation(root, lambda entry: entry.update({field: value}))
+    with pytest.raises(UserError) as caught:
+        read()
+    one_line(caught, "annotation 1", field, "remove the annotation")
+
+
+@pytest.mark.parametrize("folder", ["RGB", "depth", "mask"])
+def test_missing_image(folder: str, read: Callable[..., None], root: Path) -> None:
+    path = first(root, folder)
+    path.unlink()
+    with pytest.raises(UserError) as caught:
+        read()
+    one_line(caught, str(path), "restore it")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9])
+@pytest.mark.parametrize("folder", ["RGB", "depth", "mask"])
+def test_truncated_image(folder: str, share: float, read: Callable[..., None], root: Path) -> None:
+    path = first(root, folder)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(UserError) as caught:
+        read()
+    one_line(caught, str(path), "restore it")
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["cold cache", "warm cache"])
+def test_mask_id_that_is_not_in_the_png(warm: bool, read: Callable[..., None], root: Path) -> None:
+    if warm:
+        read()
+    edit_annotation(root, lambda entry: entry.update(masks_idx=[77, 0, 0]))
+    with pytest.raises(UserError) as caught:
+        read()
+    one_line(caught, "[77]", str(first(root, "mask")), "masks_idx")
+
+
+def test_mask_of_another_size(read: Callable[..., None], root: Path) -> None:
+    path = first(root, "mask")
+    Image.open(path).resize((960, 540), Image.Resampling.NEAREST).save(path)
+    with pytest.raises(UserError) as caught:
+        read()
+    one_line(caught, str(path), "960 x 540", "1920 x 1080")
+
+
+@pytest.mark.parametrize("folder", ["depth", "mask"])
+def test_png_with_several_channels(folder: str, read: Callable[..., None], root: Path) -> None:
+    path = first(root, folder)
+    Image.fromarray(np.zeros((1080, 1920, 3), np.uint8)).save(path)
+    with pytest.raises(UserError) as caught:
+        read()
+    one_line(caught, str(path), "one")
+
+
+def test_error_in_a_loader_worker_is_one_line(make_config: MakeConfig, root: Path) -> None:
+    for path in (root / "RGB").iterdir():
+        path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(UserError) as caught:
+        train(make_config("run.num_workers=1", "run.max_steps=2", f"datasets.ego_irgbench.data_root={root}"))
+    one_line(caught, "cannot read image", str(root / "RGB"), "restore it")
+
+
+# Runs and checkpoints
+
+
+@pytest.fixture
+def run_folder(make_config: MakeConfig, tmp_path: Path) -> Path:
+    """A run with checkpoints at steps 1 and 2."""
+    train(make_config("run.max_steps=2", "run.checkpoint_every=1"))
+    return tmp_path / "run"
+
+
+def test_checkpoint_of_another_model(run_folder: Path, make_config: MakeConfig, tmp_path: Path) -> None:
+    other = "model.language_model.hidden_size=48"
+    with pytest.raises(UserError) as caught:
+        train(make_config("run.max_steps=3", "run.resume=auto", other))
+    one_line(caught, "another model", str(run_folder), "config.yaml")
+    with pytest.raises(UserError) as caught:
+        evaluate(make_config(f"run.checkpoint={run_folder}", f"run.output_dir={tmp_path / 'eval'}", other))
+    one_line(caught, "another model", str(run_folder), "config.yaml")
+
+
+def test_checkpoint_cut_short_is_never_picked_up(run_folder: Path, make_config: MakeConfig) -> None:
+    older, newer = sorted((run_folder / "checkpoints").iterdir())
+    optimizer = newer / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:-1])
+    assert find_checkpoint(run_folder) == older
+    with pytest.raises(UserError) as caught:
+        train(make_config("run.max_steps=2", f"run.resume={newer}"))
+    one_line(caught, "no complete checkpoint", str(newer))
+    (older / MANIFEST).unlink()
+    assert find_checkpoint(run_folder) is None
+    train(make_config("run.max_steps=1", "run.resume=auto", "run.warmup_steps=1"))  # starts anew
+    assert find_checkpoint(run_folder) == older
+    train(make_config("run.max_steps=2", "run.resume=auto"))  # goes on from the complete one
+    assert find_checkpoint(run_folder) == newer
+
+
+def test_run_folder_that_is_taken(run_folder: Path, make_config: MakeConfig) -> None:
+    with pytest.raises(UserError) as caught:
+        train(make_config("run.max_steps=2"))
+    one_line(caught, "run.output_dir", str(run_folder), "run.resume=auto")
+
+
+def test_evaluation_needs_a_checkpoint(make_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        evaluate(make_config())
+    one_line(caught, "run.checkpoint")
+    with pytest.raises(UserError) as caught:
+        evaluate(make_config(f"run.checkpoint={tmp_path / 'nothing'}"))
+    one_line(caught, "no complete checkpoint", str(tmp_path / "nothing"))
+
+
+def test_loss_that_is_not_finite_leaves_the_last_checkpoint(make_config: MakeConfig, tmp_path: Path) -> None:
+    wild = ("run.learning_rate=1e30", "run.warmup_steps=1", "run.max_steps=8", "run.checkpoint_every=1")
+    with pytest.raises(UserError) as caught:
+        train(make_config(*wild))
+    one_line(caught, "not finite", "run.learning_rate", str(tmp_path / "run" / "checkpoints"))
+    assert find_checkpoint(tmp_path / "run") is not None
+
+
+def test_model_and_run_that_do_not_fit(make_config: MakeConfig) -> None:
+    with pytest.raises(UserError) as caught:
+        train(make_config("model.name_patches=false", "run.max_steps=2"))
+    one_line(caught, "patch_phrase", "model.name_patches")
+
+
+# The commands themselves
+
+
+def test_guard_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        raise UserError("[bold]thing[/bold] is wrong; " + "mend it " * 40)
+
+    with pytest.raises(SystemExit) as caught:
+        cli.guarded(work)
+    assert caught.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("error: [bold]thing[/bold] is wrong; mend it")
+    assert printed.err.count("\n") == 1
+
+
+def command(*arguments: object) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)], stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=environment
+    )
+
+
+ANNEXE = ("-c", "from annexe.cli import main; main()")
+EVALUATE = "eval_scripts/eval_egoirgbench.py"
+EVALUATION = ROOT / "eval_configs" / "annexe_tiny.yaml"
+
+
+def test_commands_end_in_one_line(scenes: Path, root: Path, tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("precious")
+    first(root, "RGB").write_bytes(b"\xff\xd8 no photo")
+    spoilt = (
+        *SMALLEST,
+        "run.num_workers=1",
+        f"datasets.ego_irgbench.data_root={root}",
+        f"run.output_dir={tmp_path / 'a'}",
+    )
+    started = {
+        "Did you mean 'seed'": command("train.py", "--cfg-path", TINY, "--options", "run.sed=1"),
+        "cannot read image": command("train.py", "--cfg-path", TINY, "--options", *spoilt),
+        "unknown data set 'egohos'": command(EVALUATE, "--cfg-path", EVALUATION, "--dataset", "egohos"),
+        "no complete checkpoint": command(
+            EVALUATE,
+            "--cfg-path",
+            EVALUATION,
+            "--options",
+            f"run.checkpoint={tmp_path}",
+            f"run.output_dir={tmp_path / 'b'}",
+        ),
+        "not empty": command(*ANNEXE, "synth", foreign, "--images", 4, "--seed", 1),
+    }
+    for part, process in started.items():
+        output, errors = process.communicate(timeout=120)
+        lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+        assert process.returncode == 2, errors
+        assert len(lines) == 1 and part in lines[0], errors
+        assert "Traceback" not in output + errors
+    assert [path.name for path in foreign.iterdir()] == ["thesis.txt"]
+
+
+def test_help_names_every_option() -> None:
+    started = {
+        ("--cfg-path", "--options"): command("train.py", "--help"),
+        ("--cfg-path", "--options", "--dataset"): command(EVALUATE, "--help"),
+        ("--version", *cli.TOOLS): command(*ANNEXE, "--help"),
+        ("out", "--images", "--seed", "--val", "--test", "--workers"): command(*ANNEXE, "synth", "--help"),
+    }
+    for names, process in started.items():
+        output, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        for name in names:
+            assert name in output
