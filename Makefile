@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 DATA := $(DEMO)/data
 
+.DELETE_ON_ERROR:
 .PHONY: help install demo test lint format clean-demo
 
 help:

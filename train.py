@@ -1,4 +1,4 @@
-"""Train ANNEXE: torchrun train.py --cfg-path train_configs/annexe_tiny.yaml [--options run.max_steps=100 ...]"""
+"""Train ANNEXE: torchrun train.py --cfg-path train_configs/annexe_tiny.yaml [--options run.batch_size=2 ...]"""
 
 from __future__ import annotations
 

@@ -72,11 +72,11 @@ def require_checkpoint(where: str, which: str) -> Path:
     return folder
 
 
-def saved_model(folder: Path) -> dict[str, Any]:
-    """The ``model`` block that a checkpoint was trained with; plug-ins it names are imported."""
+def saved_config(folder: Path) -> dict[str, Any]:
+    """The resolved configuration that a checkpoint was trained with; plug-ins it names are imported."""
     saved = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     import_plugins(saved["imports"])
-    return saved["model"]
+    return saved
 
 
 def save_checkpoint(
@@ -87,7 +87,7 @@ def save_checkpoint(
     config: dict[str, Any],
     accelerator: Accelerator,
     keep: int,
-) -> Path:
+) -> None:
     """Write a checkpoint beside the others, then drop all but the last ``keep`` and the best one."""
     folder = run_folder / "checkpoints" / f"step-{progress.step:08d}"
     part = folder.with_name(f"part-{folder.name}")
@@ -95,7 +95,7 @@ def save_checkpoint(
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    torch.save(_random_state(), part / f"rng-{accelerator.process_index}.pt")
+    torch.save(_random_state(accelerator.device), part / f"rng-{accelerator.process_index}.pt")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         tensors = {name: tensor.contiguous().cpu() for name, tensor in trained_tensors(model).items()}
@@ -111,7 +111,6 @@ def save_checkpoint(
         os.replace(part, folder)
         _prune(folder.parent, keep, progress.best_step)
     accelerator.wait_for_everyone()
-    return folder
 
 
 def load_weights(folder: Path, model: Annexe) -> None:
@@ -139,26 +138,30 @@ def load_weights(folder: Path, model: Annexe) -> None:
         parameter.copy_(tensors[name])
 
 
-def load_progress(folder: Path, optimizer: torch.optim.Optimizer, rank: int) -> Progress:
-    """Restore optimizer and random state, and return where training stood."""
+def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
+    """Restore the optimizer's moments and this rank's random state; betas and weight decay stay as configured."""
+    configured = [{key: group[key] for key in ("betas", "weight_decay")} for group in optimizer.param_groups]
     optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"))
-    rng = folder / f"rng-{rank}.pt"
+    for group, options in zip(optimizer.param_groups, configured, strict=True):
+        group.update(options)
+    rng = folder / f"rng-{accelerator.process_index}.pt"
     if rng.is_file():  # a run that goes on with more processes draws its dropout anew on the added ranks
-        _set_random_state(torch.load(rng, weights_only=True))
+        state = torch.load(rng, weights_only=True)
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state and accelerator.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], accelerator.device)
+
+
+def load_progress(folder: Path) -> Progress:
+    """Where training stood."""
     return Progress(**json.loads((folder / "state.json").read_text()))
 
 
-def _random_state() -> dict[str, Any]:
-    return {
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
 
 
 def _seal(folder: Path) -> None:
@@ -167,6 +170,9 @@ def _seal(folder: Path) -> None:
 
 
 def _prune(folder: Path, keep: int, best_step: int | None) -> None:
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        if old.name != f"step-{best_step or 0:08d}":
+    found = sorted(folder.glob("step-*"))
+    whole = [path for path in found if is_complete(path)]
+    kept = {*whole[-keep:], folder / f"step-{best_step or 0:08d}"}
+    for old in found:
+        if old not in kept:
             shutil.rmtree(old)

@@ -6,7 +6,7 @@ Three blocks: ``model`` and ``datasets`` name registered components (``annexe.re
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from annexe.errors import UserError, refused
+from annexe.errors import UserError, refused, unknown
 from annexe.registry import settings
 
 
@@ -41,6 +41,13 @@ class WandbConfig:
     mode: str = "online"
 
 
+# Metrics that can pick the best checkpoint: more is better.
+VALIDATION_METRICS = (
+    *("analysis/cider", "answer/cider", "answer/exact_match", "answer/exact_match_targets"),
+    *("grounding/ciou", "grounding/giou", "grounding/miou", "grounding/n_acc", "grounding/t_acc"),
+    *(f"grounding/precision@{threshold}" for threshold in ("0.5", "0.6", "0.7", "0.8", "0.9")),
+    *("presence/accuracy", "depth/delta1"),
+)
 _AT_LEAST_ONE = (
     "max_steps",
     "batch_size",
@@ -100,11 +107,16 @@ class RunConfig:
             raise UserError(f"run.device is '{self.device}'; choose auto, cpu or cuda")
         if self.mixed_precision not in ("auto", "fp32", "bf16"):
             raise UserError(f"run.mixed_precision is '{self.mixed_precision}'; choose auto, fp32 or bf16")
+        if self.validation_metric not in VALIDATION_METRICS:
+            raise unknown("run.validation_metric", self.validation_metric, VALIDATION_METRICS)
+        for name in ("seed", "num_workers", "warmup_steps", "validate_every"):
+            if getattr(self, name) < 0:
+                raise UserError(f"run.{name} is {getattr(self, name)}; it cannot be negative")
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise UserError(f"run.{name} is {getattr(self, name)}; it must be at least 1")
-        if len(self.betas) != 2:
-            raise UserError(f"run.betas is {self.betas}; AdamW takes two numbers, such as [0.9, 0.999]")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"run.betas is {self.betas}; AdamW takes two numbers from 0 to 1, such as [0.9, 0.999]")
         if self.warmup_steps > self.max_steps:
             raise UserError(
                 f"run.warmup_steps ({self.warmup_steps}) is larger than run.max_steps ({self.max_steps}); lower it"
@@ -169,24 +181,30 @@ def import_plugins(modules: list[str]) -> None:
 
 
 def check_components(config: Config) -> None:
-    """Check the settings of every component against its constructor, before anything large is built."""
+    """Check the settings of every component against its constructor, and fill in its defaults."""
     import annexe.datasets
     import annexe.models  # noqa: F401  (they register)
 
     for name, spec in config.datasets.items():
-        settings("dataset", {"type": name, **_block(spec, f"datasets.{name}")}, f"datasets.{name}")
+        config.datasets[name] = _filled("dataset", spec, f"datasets.{name}", type=name)
+        del config.datasets[name]["type"]
     if config.model is not None:
         for part in PARTS:
             if part not in config.model:
                 raise UserError(f"model.{part} is missing; a model needs {', '.join(PARTS)}")
-            settings(part, _block(config.model[part], f"model.{part}"), f"model.{part}")
-        settings("model", {k: v for k, v in config.model.items() if k not in PARTS}, "model")
+        parts = {part: _filled(part, config.model[part], f"model.{part}") for part in PARTS}
+        own = {key: value for key, value in config.model.items() if key not in PARTS}
+        config.model = _filled("model", own, "model") | parts
 
 
-def _block(spec: object, where: str) -> dict[str, Any]:
+def _filled(kind: str, spec: object, where: str, **more: str) -> dict[str, Any]:
+    """A component's block with the defaults of its constructor."""
     if not isinstance(spec, dict):
         raise UserError(f"{where} is '{spec}'; it must be a block of settings")
-    return spec
+    spec = {**more, **spec}
+    values = settings(kind, spec, where)
+    plain = {key: asdict(value) if is_dataclass(value) else value for key, value in values.items()}
+    return {"type": spec["type"]} | plain
 
 
 def as_dict(config: Config) -> dict[str, Any]:

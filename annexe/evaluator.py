@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -11,18 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import set_seed
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
-from annexe.checkpoint import load_weights, require_checkpoint, saved_model
+from annexe.checkpoint import load_progress, load_weights, require_checkpoint, saved_config
 from annexe.config import Config
 from annexe.datasets import build_dataset
 from annexe.datasets.collate import Batch, Collator, Sample
 from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.distributed import make_accelerator
 from annexe.errors import UserError
+from annexe.files import write_text
 from annexe.metrics import depth_errors, encode
 from annexe.models import build_model, num_slots
 from annexe.models.annexe import Annexe, Response
@@ -113,13 +114,6 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
     write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
 def read_records(path: Path) -> list[Record]:
     """Read a predictions file; a line that is not JSON is named by its number."""
     records = []
@@ -142,9 +136,11 @@ def evaluate(config: Config) -> dict[str, Any]:
     if run.checkpoint is None:
         raise UserError("run.checkpoint is missing; give a training run's output folder or one of its checkpoints")
     checkpoint = require_checkpoint(run.checkpoint, "best")
-    config = replace(config, model=config.model or saved_model(checkpoint))
-    output, dataset = Path(run.output_dir), build_dataset(config, run.split)
+    saved = saved_config(checkpoint)
+    config = replace(config, model=config.model or saved["model"])
+    output, dataset = Path(run.output_dir), build_dataset(config, run.split, cached=False)
     tokenizer = load_tokenizer(checkpoint / "tokenizer", num_slots(config))
+    set_seed(saved["run"]["seed"])  # frozen random weights are not in a checkpoint: the seed makes them again
     model = build_model(config.model, tokenizer).to(accelerator.device)
     load_weights(checkpoint, model)
     model = accelerator.prepare_model(model, evaluation_mode=True)
@@ -156,14 +152,17 @@ def evaluate(config: Config) -> dict[str, Any]:
         "answer_format": dataset.answer_format,
         "seed": run.seed,
         "checkpoint": str(checkpoint),
-        "step": int(checkpoint.name.removeprefix("step-")),
+        "step": load_progress(checkpoint).step,
         "batch_size": run.batch_size,
         "max_new_tokens": run.max_new_tokens,
         "data_fingerprint": dataset.fingerprint(),
     }
-    parts = Parts(output / "parts", meta, enabled=accelerator.is_main_process)
+    weights = (checkpoint / "model.safetensors").stat()
+    plan = {"meta": meta, "model": config.model, "precision": accelerator.mixed_precision, "made": weights.st_mtime_ns}
+    parts = Parts(output / "parts", plan, enabled=accelerator.is_main_process)
     accelerator.wait_for_everyone()
-    own = [number for number in parts.missing(len(batches))[accelerator.process_index :: accelerator.num_processes]]
+    own = range(len(batches))[accelerator.process_index :: accelerator.num_processes]
+    own = [number for number in own if not parts.file(number).is_file()]
     predicted = predict(
         model,
         dataset,
@@ -188,7 +187,6 @@ def finish(output: Path, parts: Parts, num_batches: int, truth: Truth, meta: dic
     records = [record for number in range(num_batches) for record in read_records(parts.file(number))]
     write_records(output / "predictions.jsonl", records)
     metrics = score_all(records, truth) | {"meta": meta}
-    write_text(output / "metrics.json", json.dumps(metrics, indent=1))
     log_file = checkpoint.parent.parent / "log.jsonl"
     write_report(
         output / "report.html",
@@ -198,28 +196,25 @@ def finish(output: Path, parts: Parts, num_batches: int, truth: Truth, meta: dic
         truth=truth,
         log=log_file if log_file.is_file() else None,
     )
+    write_text(output / "metrics.json", json.dumps(metrics, indent=1))  # last: where it is, everything is
     shutil.rmtree(parts.folder)
     show(metrics, output)
     return metrics
 
 
 class Parts:
-    """A folder with one file of records per finished batch, and the settings they were made with."""
+    """A folder with one file of records per finished batch, and all that they depend on."""
 
-    def __init__(self, folder: Path, meta: dict[str, Any], *, enabled: bool) -> None:
+    def __init__(self, folder: Path, plan: dict[str, Any], *, enabled: bool) -> None:
         self.folder = folder
-        plan = folder / "plan.json"
-        if enabled and not (plan.is_file() and json.loads(plan.read_text()) == meta):
+        path, wanted = folder / "plan.json", json.dumps(plan, sort_keys=True)
+        if enabled and not (path.is_file() and path.read_text(encoding="utf-8") == wanted):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            write_text(plan, json.dumps(meta))
+            write_text(path, wanted)
 
     def file(self, batch: int) -> Path:
         return self.folder / f"batch-{batch:06d}.jsonl"
-
-    def missing(self, num_batches: int) -> list[int]:
-        """Batches that are not done yet."""
-        return [number for number in range(num_batches) if not self.file(number).is_file()]
 
 
 def show(metrics: dict[str, Any], output: Path) -> None:

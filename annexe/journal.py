@@ -27,6 +27,7 @@ from torch import Tensor
 from annexe import __version__, checkpoint
 from annexe.config import Config, as_dict
 from annexe.errors import UserError
+from annexe.files import write_text
 
 PACKAGES = (
     "torch",
@@ -70,7 +71,7 @@ class Journal:
         self.previous = (time.perf_counter(), progress.images)
         if enabled:
             output.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(OmegaConf.create(as_dict(config)), output / "config.yaml")
+            write_text(output / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(as_dict(config))))
             self._rewind(progress.step)
             self.wandb = start_wandb(config, output) if config.run.wandb.enabled else None
 
@@ -78,7 +79,7 @@ class Journal:
         """Drop the lines of steps after the checkpoint that a resumed run starts from."""
         lines = self.path.read_text().splitlines(keepends=True) if step and self.path.is_file() else []
         whole = [line for line in lines if line.endswith("\n")]
-        self.path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+        write_text(self.path, "".join(line for line in whole if json.loads(line)["step"] <= step))
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record; a train record gets its speed since the one before."""
@@ -107,10 +108,10 @@ class Journal:
             "progress": asdict(progress),
             "config": as_dict(self.config),
         }
-        (self.output / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        write_text(self.output / "manifest.json", json.dumps(manifest, indent=1))
 
     @contextmanager
-    def bar(self, total: int) -> Iterator[Callable[[int], None]]:
+    def bar(self, done: int, total: int) -> Iterator[Callable[[int], None]]:
         """A progress bar over optimizer steps, showing the last logged loss."""
         columns = (
             TextColumn("training"),
@@ -120,7 +121,7 @@ class Journal:
         )
         timing = (TimeElapsedColumn(), TimeRemainingColumn())
         with Progress(*columns, *timing, refresh_per_second=2, disable=not self.enabled) as progress:
-            task = progress.add_task("", total=total, loss="")
+            task = progress.add_task("", completed=done, total=total, loss="")
             yield lambda step: progress.update(task, completed=step, loss=self.loss)
 
     def close(self) -> None:
@@ -142,7 +143,7 @@ def start_wandb(config: Config, output: Path) -> Any:
     try:
         import wandb
     except ImportError:
-        raise UserError("run.wandb.enabled needs the package wandb: pip install wandb") from None
+        raise UserError("run.wandb.enabled needs the package wandb: pip install 'annexe[wandb]'") from None
     settings = config.run.wandb
     return wandb.init(
         project=settings.project,

@@ -17,10 +17,12 @@ from annexe import losses
 from annexe.checkpoint import (
     Progress,
     find_checkpoint,
+    load_optimizer,
     load_progress,
     load_weights,
     require_checkpoint,
     save_checkpoint,
+    saved_config,
 )
 from annexe.config import Config, RunConfig, as_dict
 from annexe.datasets import build_dataset, prompts
@@ -84,12 +86,17 @@ class Trainer:
         self.progress = Progress()
         if resumed:
             load_weights(resumed, self.model)
-            self.progress = load_progress(resumed, self.optimizer, self.accelerator.process_index)
+            load_optimizer(resumed, self.optimizer, self.accelerator)
+            self.progress = load_progress(resumed)
         alone = self.accelerator.num_processes == 1  # torchrun with one process needs no DDP
         self.wrapped = self.accelerator.prepare_model(self.model, evaluation_mode=alone)
         self.weights = {name: getattr(run.loss_weights, name) for name in losses.TERMS}
-        if not self.model.name_patches and self.weights.pop("patch_phrase"):
-            raise UserError("run.loss_weights.patch_phrase needs model.name_patches=true; set it or the weight to 0")
+        if not self.model.name_patches:
+            if self.weights["patch_phrase"]:
+                raise UserError("run.loss_weights.patch_phrase needs model.name_patches=true; set it, or the weight 0")
+            del self.weights["patch_phrase"]
+        self.fingerprint = self.train_set.fingerprint() if self.accelerator.is_main_process else ""
+        self.truth = Truth(self.validation_set) if self.validation_set else None
         self.journal = Journal(config, self.output, self.progress, enabled=self.accelerator.is_main_process)
 
     def train(self) -> None:
@@ -97,7 +104,7 @@ class Trainer:
         self._announce()
         window = Window(list(self.weights), self.accelerator.device)
         batches = iter(self._loader())
-        with self.journal.bar(self.run.max_steps) as advance:
+        with self.journal.bar(self.progress.step, self.run.max_steps) as advance:
             while self.progress.step < self.run.max_steps:
                 micro_batches = [next(batches) for _ in range(self.run.gradient_accumulation)]
                 window.add(*self.train_step(micro_batches))
@@ -150,7 +157,6 @@ class Trainer:
 
     def validate(self) -> None:
         """Score the real metrics on the first validation images and remember the best step."""
-        truth = Truth(self.validation_set)
         number = min(self.run.validation_images, len(self.validation_set))
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         batches = plan_batches(number, self.run.batch_size)
@@ -165,16 +171,12 @@ class Trainer:
             autocast=self.accelerator.autocast,
         )
         records = gather_lists(self.accelerator, [record for batch in predicted for record in batch])
-        metrics = score(records, truth)
-        if self.run.validation_metric not in metrics:
-            raise UserError(
-                f"run.validation_metric '{self.run.validation_metric}' is not measured here; "
-                f"choices: {', '.join(sorted(metrics))}"
-            )
-        chosen = metrics[self.run.validation_metric]
+        metrics = score(records, self.truth)
+        chosen = metrics.get(self.run.validation_metric, 0.0)  # absent where there was nothing to measure
         if self.progress.best_score is None or chosen >= self.progress.best_score:
             self.progress.best_score, self.progress.best_step = chosen, self.progress.step
         self.journal.write({"kind": "validation", "step": self.progress.step, **metrics})
+        log.info("step %d: %s %.3f on %d images", self.progress.step, self.run.validation_metric, chosen, number)
 
     def save(self) -> None:
         """Write a checkpoint; every validated step is written, so the best one is there."""
@@ -187,7 +189,8 @@ class Trainer:
             self.accelerator,
             self.run.keep_checkpoints,
         )
-        self.journal.write_manifest(self.progress, self.train_set.fingerprint())
+        self.journal.write_manifest(self.progress, self.fingerprint)
+        log.info("step %d: checkpoint written", self.progress.step)
 
     def _announce(self) -> None:
         parameters = list(self.model.parameters())
@@ -207,15 +210,29 @@ class Trainer:
 
     def _resumed_from(self) -> Path | None:
         if self.run.resume == "auto":
-            return find_checkpoint(self.output)
+            return self._same_seed(find_checkpoint(self.output))
+        here = find_checkpoint(self.output)
         if self.run.resume:
-            return require_checkpoint(self.run.resume, "latest")
-        if find_checkpoint(self.output):
+            resumed = require_checkpoint(self.run.resume, "latest")
+            if here and here.resolve() != resumed.resolve():
+                raise UserError(
+                    f"run.resume '{resumed}' is not the last checkpoint of run.output_dir '{self.output}', which is "
+                    f"'{here.name}': what came after would be lost. Choose another run.output_dir"
+                )
+            return self._same_seed(resumed)
+        if here:
             raise UserError(
                 f"run.output_dir '{self.output}' holds a run already; set run.resume=auto to go on with it, "
                 "or choose another folder"
             )
         return None
+
+    def _same_seed(self, resumed: Path | None) -> Path | None:
+        """Order of samples and random frozen weights come from the seed, so a run keeps the one it began with."""
+        seed = saved_config(resumed)["run"]["seed"] if resumed else self.run.seed
+        if seed != self.run.seed:
+            raise UserError(f"run.seed is {self.run.seed} but '{resumed}' was trained with {seed}; set run.seed={seed}")
+        return resumed
 
     def _datasets(self) -> tuple[EgoIRGBench, EgoIRGBench | None]:
         train_set = build_dataset(self.config, "train")
@@ -237,7 +254,6 @@ class Trainer:
             batch_sampler=MicroBatches(self.run, len(self.train_set), self.progress, rank, world_size),
             collate_fn=Collator(self.tokenizer, self.model.num_image_tokens, self.model.pixel_decoder.num_slots),
             num_workers=self.run.num_workers,
-            pin_memory=self.accelerator.device.type == "cuda",
             generator=torch.Generator(),  # a loader draws its workers' seed: not from the run's random state
         )
 

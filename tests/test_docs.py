@@ -155,3 +155,10 @@ def test_the_annotation_of_the_data_page_is_accepted(tmp_path: Path):
     (annotation,) = read_annotations(tmp_path / "example.json")
     fields = {field.name for field in dataclasses.fields(annotation)}
     assert fields == json.loads(block)[0].keys() and annotation.slots == {0: 2, 1: 1}
+
+
+def test_every_test_named_in_the_pages_exists():
+    named = {match for page in PAGES for match in re.findall(r"(test_\w+\.py)::(test_\w+)", page.read_text())}
+    assert len(named) > 10
+    for file, function in named:
+        assert re.search(rf"^def {function}\(", (ROOT / "tests" / file).read_text(), re.M), f"{file}::{function}"

@@ -26,7 +26,6 @@ class Turn:
     query_id: int | str
     query: str
     answer: str
-    phrases: list[str]
     slot_ids: list[int]  # id in the mask PNG of slot k, 0 = unused
 
 

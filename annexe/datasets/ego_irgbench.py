@@ -100,7 +100,7 @@ class EgoIRGBench(Dataset):
         split: ``train``, ``val`` or ``test``.
         image_size: side of the square images, in pixels.
         seed: which annotations and wordings are drawn is a function of (seed, epoch, stem).
-        cache_dir: where resized pixels are kept.
+        cache_dir: where resized pixels are kept, if anywhere.
         data_root: folder with RGB/, depth/, mask/ and dataset_split/.
         queries_per_image: annotations drawn for a training sample; 1 gives the released one-query samples.
         answer_format: ``sentence`` trains on the answer, ``phrases`` on the target phrases joined by "and".
@@ -112,7 +112,7 @@ class EgoIRGBench(Dataset):
         split: str,
         image_size: int,
         seed: int,
-        cache_dir: Path,
+        cache_dir: Path | None,
         *,
         data_root: str,
         queries_per_image: int = 8,
@@ -213,7 +213,6 @@ class EgoIRGBench(Dataset):
             query_id=annotation.questions[question]["id"],
             query=annotation.questions[question]["query"],
             answer=self.reference(annotation),
-            phrases=annotation.tokens,
             slot_ids=annotation.masks_idx,
         )
 

@@ -116,6 +116,8 @@ class PixelReader:
         depth = np.asarray(read_image(depth_path).resize(square, Image.Resampling.NEAREST), dtype=np.float32)
         if depth.ndim != 2:
             raise UserError(f"depth map '{depth_path}' has several channels; it must have one, the distance")
+        if depth.size and not 0 <= depth.min() <= depth.max() <= 65535:
+            raise UserError(f"depth map '{depth_path}' has values outside 0 to 65535; write it as 8- or 16-bit PNG")
         return Pixels(
             image=np.asarray(photo.resize(square, Image.Resampling.BICUBIC)),
             depth=depth,

@@ -59,6 +59,7 @@ class Annexe(nn.Module):
         merge: consecutive patches that make one language-model token.
         name_patches: predict, for every image token, the words of the phrase it shows; needed by the ``patch_phrase``
             loss, which helps runs from scratch.
+        presence_threshold: a slot has a target where its presence, in [0, 1], is above.
     """
 
     def __init__(

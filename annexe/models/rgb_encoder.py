@@ -10,6 +10,7 @@ from timm.layers import build_sincos2d_pos_embed
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
+from annexe.errors import UserError
 from annexe.registry import register
 from annexe.weights import require_random
 
@@ -23,7 +24,7 @@ class EvaViT(nn.Module):
 
     Args:
         image_size: side of the square input, in pixels.
-        frozen: no gradient, no dropout.
+        frozen: no gradient.
         init: ``random`` declares that the weights are meant to be random.
     """
 
@@ -41,6 +42,8 @@ class EvaViT(nn.Module):
     ) -> None:
         super().__init__()
         require_random("rgb_encoder", init)
+        if image_size % patch_size:
+            raise UserError(f"model.rgb_encoder.image_size {image_size} is no multiple of the patch size {patch_size}")
         self.image_size, self.grid, self.embed_dim = image_size, image_size // patch_size, embed_dim
         self.vit = Eva(
             img_size=image_size,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from annexe.files import write_text
 from annexe.report.curves import read_curves
 from annexe.report.gallery import FAILURES, GROUPS, VERDICTS, build_cards
 from annexe.report.tables import bars, columns, headline, table
@@ -71,9 +71,7 @@ def write_report(
         verdicts=VERDICTS,
         failures=FAILURES,
     )
-    part = path.with_suffix(".part")
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, page)
 
 
 def _facts(standard: dict[str, Any], meta: dict[str, Any]) -> list[str]:

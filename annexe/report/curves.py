@@ -41,7 +41,8 @@ class Panel:
 
 def read_curves(log: Path) -> dict[str, list[Panel]]:
     """Heading -> panels of a ``log.jsonl``; headings without any record are left out."""
-    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+    records = [json.loads(line) for line in lines if line.endswith("\n")]  # a running job may be writing the last
     train = [record for record in records if record["kind"] == "train"]
     validation = [record for record in records if record["kind"] == "validation"]
     terms = sorted({key for record in train for key in record if key.startswith("loss/")})

@@ -85,16 +85,17 @@ def generate(
         UserError: the numbers make no sense, or `out` holds anything else.
     """
     settings = Settings(num_images, seed, val_fraction, test_fraction)
-    if num_images < 1 or seed < 0 or min(settings.split_sizes()) < 0:
+    if num_images < 1 or seed < 0 or min(settings.split_sizes()) < 0 or (num_workers or 1) < 1:
         raise UserError(
             f"Cannot make {num_images} images, seed {seed}, val {val_fraction} and test {test_fraction}: "
-            "give at least one image, a seed from 0 on, and fractions from 0 to 1 that sum to at most 1."
+            "give at least one image and worker, a seed from 0 on, and fractions from 0 to 1 that sum to at most 1."
         )
     if _is_complete(out, settings):
         return
+    out.mkdir(parents=True, exist_ok=True)
+    (out / _UNFINISHED).write_text(json.dumps(asdict(settings), indent=1) + "\n")
     for folder in ("RGB", "depth", "mask", "subsets", *(f"dataset_split/{split}" for split in SPLITS)):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    (out / _UNFINISHED).write_text(json.dumps(asdict(settings), indent=1) + "\n")
     jobs = list(_jobs(out, settings))
     stems = list(track(_run(jobs, num_workers), description="Drawing scenes", total=len(jobs)))
     unseen = [stem for stem, job in zip(stems, jobs, strict=True) if job.shows_unseen_pair]
@@ -126,9 +127,14 @@ def _jobs(out: Path, settings: Settings) -> Iterator[_Job]:
             yield _Job(out, settings.seed, split, index, number)
 
 
+def num_cores() -> int:
+    """Cores this process may use; not every system can tell it from the cores there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _run(jobs: list[_Job], num_workers: int | None) -> Iterator[str]:
     """Makes all images and yields their stems in order."""
-    num_workers = min(num_workers or len(os.sched_getaffinity(0)), len(jobs))
+    num_workers = min(num_workers or num_cores(), len(jobs))
     if num_workers == 1:
         yield from map(_make, jobs)
         return
