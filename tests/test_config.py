@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from annexe import registry
-from annexe.checkpoint import find_checkpoint, saved_model
+from annexe.checkpoint import find_checkpoint, saved_config
 from annexe.config import Config, RunConfig, as_dict, load_config
 from annexe.errors import UserError
 from annexe.models import build_model, num_slots
@@ -172,7 +172,7 @@ def test_component_from_outside(
     config = load_config(tmp_path / "plugin.yaml", [*options, *own])
     train(config)
     checkpoint = find_checkpoint(tmp_path / "run")
-    model = build_model(saved_model(checkpoint), load_tokenizer(checkpoint / "tokenizer", num_slots(config)))
+    model = build_model(saved_config(checkpoint)["model"], load_tokenizer(checkpoint / "tokenizer", num_slots(config)))
     assert type(model.pixel_decoder).__name__ == "ShoutingDecoder" and model.pixel_decoder.gain == 3.0
     assert torch.is_tensor(model.pixel_decoder.slot)
     with pytest.raises(UserError, match="Did you mean 'gain'"):

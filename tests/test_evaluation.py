@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from pycocotools import mask as coco_mask
 
 from annexe import evaluator
 from annexe.datasets import build_dataset
 from annexe.evaluator import evaluate
 from annexe.scoring import Truth, constant_baselines, score, score_all
-from annexe.trainer import train
+from annexe.trainer import Trainer, train
 from tests.conftest import SHARED
 
 KEYS = [
@@ -103,6 +104,21 @@ def test_evaluation_writes_predictions_metrics_and_report(trained, make_config, 
     assert set(queries[0]) == {"kind", "image", "annotation", "query_id", "query", "answer", "presence", "masks"}
     assert score_all(records, Truth(dataset))["standard"] == written["standard"]
     assert "<html" in (tmp_path / "eval" / "report.html").read_text()
+
+
+def test_the_evaluated_model_is_the_trained_one_down_to_its_frozen_random_weights(make_config, tmp_path, monkeypatch):
+    options = ("model.language_model.lora.rank=4", "model.rgb_encoder.frozen=true", "run.seed=5")
+    trainer = Trainer(make_config(*options, "run.max_steps=1", "run.warmup_steps=0"))
+    trainer.train()
+    load, seen = evaluator.load_weights, {}
+    monkeypatch.setattr(
+        evaluator, "load_weights", lambda folder, model: (load(folder, model), seen.update(model.state_dict()))
+    )
+    evaluate(make_config(f"run.checkpoint={tmp_path / 'run'}", f"run.output_dir={tmp_path / 'eval'}", *options[:2]))
+    trained = trainer.model.state_dict()
+    assert trained.keys() == seen.keys()
+    for name, tensor in trained.items():
+        assert torch.equal(seen[name], tensor), name
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_was(trained, make_config, tmp_path, monkeypatch):

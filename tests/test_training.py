@@ -15,6 +15,7 @@ import torch
 
 from annexe.checkpoint import find_checkpoint, is_complete
 from annexe.config import load_config
+from annexe.errors import UserError
 from annexe.optim import learning_rate
 from annexe.trainer import Trainer, sample_order, train
 from tests.conftest import ROOT, SMALLEST, TINY
@@ -128,6 +129,18 @@ def test_killed_at_a_random_step_it_resumes_bit_for_bit(scenes, tmp_path):
     for name in ("model.safetensors", "optimizer.pt"):
         written = [(folder / "checkpoints" / "step-00000014" / name).read_bytes() for folder in (straight, broken)]
         assert written[0] == written[1], name
+
+
+def test_going_back_does_not_overwrite_what_came_after(make_config, tmp_path):
+    options = ("run.max_steps=4", "run.checkpoint_every=2", "run.keep_checkpoints=2")
+    train(make_config(*options))
+    first = tmp_path / "run" / "checkpoints" / "step-00000002"
+    with pytest.raises(UserError, match="not the last checkpoint"):
+        train(make_config(*options, f"run.resume={first}"))
+    with pytest.raises(UserError, match=r"set run\.seed=0"):
+        train(make_config(*options, "run.resume=auto", "run.seed=1"))
+    train(make_config(*options, f"run.resume={first}", f"run.output_dir={tmp_path / 'other'}"))
+    assert [line["step"] for line in log_of(tmp_path / "other")] == [3, 4]
 
 
 def test_wandb_works_offline_without_an_account(make_config, tmp_path, monkeypatch):
