@@ -287,9 +287,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     paths: list[Path] = []
     read_image = transforms.read_image
 
-    def recording(path: Path, mode: str | None = None) -> Image.Image:
+    def recording(path: Path, *arguments: object, **options: object) -> Image.Image:
         paths.append(path)
-        return read_image(path, mode)
+        return read_image(path, *arguments, **options)
 
     monkeypatch.setattr(transforms, "read_image", recording)
     return paths

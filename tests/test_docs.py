@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from annexe import cli
-from annexe.config import LossWeights, RunConfig, load_config
+from annexe.config import LossWeights, RunConfig, WandbConfig, load_config
 from annexe.datasets.ego_irgbench import EgoIRGBench, read_annotations
 from annexe.registry import build
 
@@ -102,6 +102,7 @@ def test_every_annexe_command_parses():
 def test_every_setting_that_is_named_exists(page: Path):
     run = {field.name for field in dataclasses.fields(RunConfig)}
     run |= {f"loss_weights.{field.name}" for field in dataclasses.fields(LossWeights)}
+    run |= {f"wandb.{field.name}" for field in dataclasses.fields(WandbConfig)}
     parameters = inspect.signature(EgoIRGBench).parameters.values()
     known = {"run": run, "datasets.ego_irgbench": {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}}
     for block, name in _SETTING.findall(page.read_text()):
