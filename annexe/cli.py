@@ -16,7 +16,7 @@ from annexe import __version__
 from annexe.config import Config, load_config
 from annexe.errors import UserError, unknown
 
-TOOLS = ("synth",)
+TOOLS = ("synth", "weights", "convert-config")
 
 
 def guarded(work: Callable[[], None]) -> None:
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in TOOLS:
-        tool = importlib.import_module(f"annexe.tools.{name}")
+        tool = importlib.import_module(f"annexe.tools.{name.replace('-', '_')}")
         command = commands.add_parser(name, help=tool.HELP, description=tool.HELP)
         tool.add_arguments(command)
         command.set_defaults(run=tool.run)

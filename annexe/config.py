@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from annexe.errors import UserError, refused, unknown
@@ -143,15 +143,16 @@ def load_config(cfg_path: str | Path, options: list[str] = ()) -> Config:
         UserError: for a missing file, bad YAML, an unknown key or component, or a value of the wrong type.
     """
     path = Path(cfg_path)
-    if not path.is_file():
+    base = read_yaml(path)
+    if is_released(base):
         raise UserError(
-            f"no configuration file '{path}'; give --cfg-path a file such as train_configs/annexe_tiny.yaml"
+            f"{path} is of the released ANNEXE code; turn it into ours: annexe convert-config {path} NEW.yaml"
         )
     for option in options:
         if "=" not in option or option.startswith("="):
             raise UserError(f"option '{option}' is not of the form a.b=c")
     try:
-        base, over = OmegaConf.load(path), OmegaConf.from_dotlist(list(options))
+        over = OmegaConf.from_dotlist(list(options))
         for part in PARTS:  # another type takes none of the old one's settings along
             chosen = OmegaConf.select(over, f"model.{part}.type")
             if chosen is not None and chosen != OmegaConf.select(base, f"model.{part}.type"):
@@ -162,13 +163,40 @@ def load_config(cfg_path: str | Path, options: list[str] = ()) -> Config:
         raise UserError(f"{path}: {refused('', error)}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (yaml.YAMLError, OSError, TypeError, ValueError) as error:
+    except (yaml.YAMLError, TypeError, ValueError) as error:
         raise UserError(
             f"cannot read '{path}' and its options: {' '.join(str(error).split())}; mend the YAML"
         ) from None
     import_plugins(config.imports)
     check_components(config)
     return config
+
+
+def read_yaml(path: Path) -> DictConfig | ListConfig:
+    """A YAML file as it stands.
+
+    Raises:
+        UserError: for a missing file or bad YAML.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"no configuration file '{path}'; give --cfg-path a file such as train_configs/annexe_tiny.yaml"
+        )
+    try:
+        return OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
+        raise UserError(f"cannot read '{path}': {' '.join(str(error).split())}; mend the YAML") from None
+
+
+def is_released(config: DictConfig | ListConfig) -> bool:
+    """Whether a YAML file is one of the released ANNEXE code."""
+    if not isinstance(config, DictConfig):
+        return False
+    model, datasets = (config.get(key) for key in ("model", "datasets"))
+    has = [
+        isinstance(block, DictConfig) and name in block for block, name in ((model, "arch"), (datasets, "egoirgbench"))
+    ]
+    return any(has) or "evaluation_datasets" in config
 
 
 def import_plugins(modules: list[str]) -> None:

@@ -239,9 +239,10 @@ class Trainer:
         return train_set, build_dataset(self.config, "val") if self.run.validate_every else None
 
     def _tokenizer(self, resumed: Path | None) -> TextTokenizer:
-        """The run's tokenizer, trained on the train split's text by the main process of a new run."""
-        folder = resumed / "tokenizer" if resumed else self.output / "tokenizer"
-        if not resumed and self.accelerator.is_main_process:
+        """The Llama's tokenizer, or one trained on the train split's text by the main process of a new run."""
+        llama = self.config.model["language_model"].get("path")
+        folder = resumed / "tokenizer" if resumed else Path(llama) if llama else self.output / "tokenizer"
+        if not (resumed or llama) and self.accelerator.is_main_process:
             texts = sorted({*self.train_set.texts(), *prompts.texts()})
             train_tokenizer(texts, num_slots(self.config)).save(folder)
         self.accelerator.wait_for_everyone()

@@ -94,7 +94,7 @@ def test_every_annexe_command_parses():
     for words in (words for words in commands() if words[0] == "annexe"):
         assert words[1] in cli.TOOLS, words
         parser = argparse.ArgumentParser(exit_on_error=False)
-        importlib.import_module(f"annexe.tools.{words[1]}").add_arguments(parser)
+        importlib.import_module(f"annexe.tools.{words[1].replace('-', '_')}").add_arguments(parser)
         parser.parse_args(words[2:])
 
 

@@ -10,7 +10,7 @@ import torch
 from annexe import losses
 from annexe.datasets.collate import Collator
 from annexe.errors import UserError
-from annexe.models.depth_branch import IMAGENET_MEAN, IMAGENET_STD
+from annexe.models.normalise import STATISTICS
 from annexe.models.tokenizer import load_tokenizer, train_tokenizer
 
 DECODERS = pytest.mark.parametrize("decoder", ["query", "deconv"])
@@ -121,7 +121,7 @@ def test_depth_network_sees_imagenet_statistics(make_parts):
     seen = []
     model.depth_branch.model.backbone.embeddings.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     model.depth_branch(batch.images.float() / 255)
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in STATISTICS["imagenet"])
     torch.testing.assert_close(seen[0], (batch.images.float() / 255 - mean) / std)
 
 

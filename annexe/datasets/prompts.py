@@ -6,7 +6,7 @@ import re
 
 # One prefix an image, then one branch a task: BOS PREFIX <image tokens> BRANCH response EOS.
 PREFIX = "[INST] <Img>"
-ANALYSIS_BRANCH = "</Img> [caption] {instruction} [/INST] "
+ANALYSIS_BRANCH = "</Img> [caption] {instruction}  [/INST] "  # two spaces, as MiniGPT-v2 was trained
 QUERY_BRANCH = "</Img> [vqa] {instruction} {query} [/INST] "
 
 ANALYSIS_INSTRUCTIONS = (  # one is drawn for each training sample, the first is asked at test time

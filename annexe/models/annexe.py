@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from annexe import weights
 from annexe.datasets.collate import Batch
 from annexe.datasets.prompts import phrases_of
 from annexe.errors import UserError
@@ -56,6 +57,9 @@ class Annexe(nn.Module):
     """Wires the parts of the paper's figure.
 
     Args:
+        init_from: MiniGPT-v2 checkpoint, training run of the released code or run folder of ours: gives projector and
+            adapters, and whatever else it holds for the parts at hand.
+        init: ``random`` declares that projector and adapters are meant to start untrained.
         merge: consecutive patches that make one language-model token.
         name_patches: predict, for every image token, the words of the phrase it shows; needed by the ``patch_phrase``
             loss, which helps runs from scratch.
@@ -69,11 +73,14 @@ class Annexe(nn.Module):
         language_model: Llama,
         pixel_decoder: nn.Module,
         *,
+        init_from: str | None = None,
+        init: str | None = None,
         merge: int = 4,
         name_patches: bool = False,
         presence_threshold: float = 0.5,
     ) -> None:
         super().__init__()
+        weights.require_source("model", "init_from", init_from, init)
         if rgb_encoder.grid % merge:
             raise UserError(f"model.merge {merge} does not divide the {rgb_encoder.grid} patches of a row; change one")
         self.rgb_encoder, self.depth_branch = rgb_encoder, depth_branch
@@ -81,6 +88,9 @@ class Annexe(nn.Module):
         self.language_model, self.pixel_decoder = language_model, pixel_decoder
         self.num_image_tokens = rgb_encoder.grid**2 // merge
         self.name_patches, self.presence_threshold = name_patches, presence_threshold
+        if init_from is not None:
+            required = [name for name in self.state_dict() if name.startswith("projector.") or ".lora_" in name]
+            weights.load(self, "model", init_from, required)
 
     def forward(self, batch: Batch) -> Predictions:
         """Teacher-forced pass over a packed batch."""

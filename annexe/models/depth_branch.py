@@ -12,11 +12,11 @@ from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
 
+from annexe import weights as checkpoints
 from annexe.errors import unknown
+from annexe.models.normalise import Normalise
 from annexe.registry import register
-from annexe.weights import require_random
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PATCH = 14
 
 
@@ -38,6 +38,14 @@ SIZES = {
     "vits": Size(384, 12, 6, (3, 6, 9, 12), (48, 96, 192, 384), 64),
     "vitb": Size(768, 12, 12, (3, 6, 9, 12), (96, 192, 384, 768), 128),
     "vitl": Size(1024, 24, 16, (5, 12, 18, 24), (256, 512, 1024, 1024), 256),
+}
+
+
+TRAINED = {  # names of parameters begin with
+    "all": ("",),
+    "dpt": ("neck.", "head."),
+    "released": ("neck.convs.3.", "neck.fusion_stage.layers.0.", "head."),
+    "none": (),
 }
 
 
@@ -70,13 +78,27 @@ class DepthAnythingV2(nn.Module):
 
     Args:
         size: tiny, vits, vitb or vitl.
+        weights: checkpoint of this size; its positions are resized to the image size.
         init: ``random`` declares that the weights are meant to be random.
-        frozen: train nothing of it.
+        statistics: mean and standard deviation that pixels are normalised by: imagenet, clip or annexe.
+        trained: all, dpt (neck and head), released (what the released code trains: the coarsest fusion layer with its
+            input convolution, and the head) or none.
     """
 
-    def __init__(self, image_size: int, *, init: str, size: str = "vitb", frozen: bool = False) -> None:
+    def __init__(
+        self,
+        image_size: int,
+        *,
+        weights: str | None = None,
+        init: str | None = None,
+        size: str = "vitb",
+        statistics: str = "imagenet",
+        trained: str = "all",
+    ) -> None:
         super().__init__()
-        require_random("depth_branch", init)
+        checkpoints.require_source("model.depth_branch", "weights", weights, init)
+        if trained not in TRAINED:
+            raise unknown("setting model.depth_branch.trained", trained, TRAINED)
         if size not in SIZES:
             raise unknown("setting model.depth_branch.size", size, SIZES)
         shape = SIZES[size]
@@ -103,21 +125,23 @@ class DepthAnythingV2(nn.Module):
             )
         )
         self.num_channels, self.grid = shape.fusion, image_size // PATCH
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+        self.normalise = Normalise("model.depth_branch", statistics)
         embeddings = self.model.backbone.embeddings
         embeddings.position_embeddings.data[0, 1:] = build_sincos2d_pos_embed([self.grid] * 2, dim=shape.hidden)
         initialise(self.model.neck, self.model.head)
         self.model.to(memory_format=torch.channels_last)  # a fifth off a training step of the tiny model on CPU
+        if weights is not None:
+            checkpoints.load(self, "depth_branch", weights)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name.startswith(TRAINED[trained]))
         # These five never take part in a forward pass, so they would never get a gradient.
         embeddings.mask_token.requires_grad_(False)
         self.model.neck.fusion_stage.layers[0].residual_layer1.requires_grad_(False)
-        if frozen:
-            self.requires_grad_(False)
 
     def forward(self, images: Tensor) -> DepthFeatures:
         """Depth and features of ``images`` float[B, 3, S, S] in [0, 1]."""
-        pixels = (images - self.mean) / self.std
-        tapped = self.model.backbone.forward_with_filtered_kwargs(pixels).feature_maps  # 4 x [B, 1 + G * G, D]
+        tapped = self.model.backbone.forward_with_filtered_kwargs(
+            self.normalise(images)
+        ).feature_maps  # 4 x [B, 1 + G * G, D]
         maps = self.model.neck(list(tapped), self.grid, self.grid)
         return DepthFeatures(depth=self.model.head(maps, self.grid, self.grid), maps=list(maps))

@@ -5,17 +5,24 @@ Legend: B images, N packed tokens, R branches, L prompt tokens of a branch, D wi
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from annexe.datasets.collate import PackedText
+from annexe.errors import UserError, unknown
 from annexe.models.tokenizer import TextTokenizer
 from annexe.registry import register
-from annexe.weights import require_random
+from annexe.weights import require_source
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -43,20 +50,61 @@ def packed_attention_mask(segment: Tensor) -> Tensor:
     return (causal & ((key == 0) | (key == query)))[:, None]
 
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_llama(path: str, dtype: torch.dtype) -> LlamaForCausalLM:
+    """A Llama from its Hugging Face folder, every tensor of it.
+
+    Raises:
+        UserError: for a folder that is no Llama, is damaged, or lacks a tensor.
+    """
+    if not (Path(path) / "config.json").is_file():
+        raise UserError(f"no Llama in '{path}' (config.json is missing); give its Hugging Face folder")
+    try:
+        kind = AutoConfig.from_pretrained(path, local_files_only=True).model_type
+        if kind != "llama":
+            raise UserError(f"'{path}' holds a model of type '{kind}'; model.language_model.path takes a llama")
+        model, info = LlamaForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation="sdpa", local_files_only=True, output_loading_info=True
+        )
+    except UserError:
+        raise
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, SafetensorError, UnpicklingError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"cannot load the Llama in '{path}' ({type(error).__name__}: {first}); fetch it again"
+        ) from None
+    faults = [f"missing {key}" for key in info["missing_keys"]] + [
+        f"{key} does not fit" for key in info["mismatched_keys"]
+    ]
+    if faults:
+        raise UserError(f"the Llama in '{path}' is not whole: {'; '.join(faults[:3])}; fetch it again")
+    log.info(
+        "model.language_model.path: %d tensors from '%s'; %d left over", len(model.state_dict()), path,
+        len(info["unexpected_keys"]),
+    )  # fmt: skip
+    return model
+
+
 @register("language_model", "llama")
 class Llama(nn.Module):
     """Llama 2 with LoRA and ``num_slots`` mask placeholders of our own beside its tables.
 
     Args:
         tokenizer: its vocabulary sets the size of the tables.
+        path: Hugging Face folder, which brings the sizes and the tokenizer with it; the sizes below are for ``init``.
         init: ``random`` declares that the weights are meant to be random.
+        dtype: of the Llama itself, float32 or bfloat16; adapters, placeholders and everything else stay float32.
     """
 
     def __init__(
         self,
         tokenizer: TextTokenizer,
         *,
-        init: str,
+        path: str | None = None,
+        init: str | None = None,
+        dtype: str = "float32",
         hidden_size: int = 4096,
         num_layers: int = 32,
         num_heads: int = 32,
@@ -65,29 +113,39 @@ class Llama(nn.Module):
         lora: Lora = Lora(),  # noqa: B008
     ) -> None:
         super().__init__()
-        require_random("language_model", init)
-        self.tokenizer, self.hidden_size = tokenizer, hidden_size
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=tokenizer.vocab_size,
-                hidden_size=hidden_size,
-                num_hidden_layers=num_layers,
-                num_attention_heads=num_heads,
-                intermediate_size=mlp_dim,
-                initializer_range=initializer_range,
-                attn_implementation="sdpa",
-                bos_token_id=tokenizer.bos_id,
-                eos_token_id=tokenizer.eos_id,
+        require_source("model.language_model", "path", path, init)
+        if dtype not in DTYPES:
+            raise unknown("setting model.language_model.dtype", dtype, DTYPES)
+        if path is not None:
+            model = load_llama(path, DTYPES[dtype])
+        else:
+            model = LlamaForCausalLM(
+                LlamaConfig(
+                    vocab_size=tokenizer.vocab_size,
+                    hidden_size=hidden_size,
+                    num_hidden_layers=num_layers,
+                    num_attention_heads=num_heads,
+                    intermediate_size=mlp_dim,
+                    initializer_range=initializer_range,
+                    attn_implementation="sdpa",
+                    bos_token_id=tokenizer.bos_id,
+                    eos_token_id=tokenizer.eos_id,
+                )
+            ).to(DTYPES[dtype])
+        if model.config.vocab_size != tokenizer.vocab_size:
+            raise UserError(
+                f"the Llama in '{path}' has {model.config.vocab_size} words and its tokenizer {tokenizer.vocab_size}; "
+                "take both from one folder"
             )
-        )
+        self.tokenizer, self.hidden_size = tokenizer, model.config.hidden_size
         if lora.rank > 0:
             model = get_peft_model(
                 model,
                 LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets),
             )
         self.model = model
-        self.mask_embedding = nn.Embedding(tokenizer.num_slots, hidden_size)
-        self.mask_head = nn.Linear(hidden_size, tokenizer.num_slots, bias=False)
+        self.mask_embedding = nn.Embedding(tokenizer.num_slots, self.hidden_size)
+        self.mask_head = nn.Linear(self.hidden_size, tokenizer.num_slots, bias=False)
         for table in (self.mask_embedding, self.mask_head):
             nn.init.normal_(table.weight, std=initializer_range)
 
@@ -104,7 +162,8 @@ class Llama(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float[..., D] -> float[..., V + S]."""
-        return torch.cat([self.llama.lm_head(hidden), self.mask_head(hidden)], dim=-1)
+        head = self.llama.lm_head
+        return torch.cat([head(hidden.to(head.weight.dtype)).to(hidden.dtype), self.mask_head(hidden)], dim=-1)
 
     def forward(self, embeddings: Tensor, text: PackedText, cache: DynamicCache | None = None) -> Tensor:
         """Hidden states float[B, N, D] of packed ``embeddings`` float[B, N, D]; ``cache`` keeps keys and values."""
@@ -114,7 +173,7 @@ class Llama(nn.Module):
             position_ids=text.position_ids,
             past_key_values=cache,
             use_cache=cache is not None,
-        ).last_hidden_state
+        ).last_hidden_state.to(self.mask_head.weight.dtype)
 
     @torch.no_grad()
     def generate(self, embeddings: Tensor, text: PackedText, max_new_tokens: int) -> tuple[Tensor, list[list[int]]]:
@@ -138,13 +197,17 @@ class Llama(nn.Module):
             if finished.all():
                 break
             seen = torch.cat([seen, seen.new_ones(len(seen), 1)], dim=1)
-            state = self.llama.model(
-                inputs_embeds=self.embed(token[:, None]),
-                attention_mask=seen[:, None, None],
-                position_ids=position[:, None],
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state[:, -1]
+            state = (
+                self.llama.model(
+                    inputs_embeds=self.embed(token[:, None]),
+                    attention_mask=seen[:, None, None],
+                    position_ids=position[:, None],
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+                .last_hidden_state[:, -1]
+                .to(state.dtype)
+            )
             position = position + 1
         rows = torch.stack(responses, dim=1).tolist()
         return hidden, [

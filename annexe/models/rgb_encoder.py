@@ -5,17 +5,14 @@ Legend: B images, S image side, G = S / patch patches a side, P = G * G, D encod
 
 from __future__ import annotations
 
-import torch
 from timm.layers import build_sincos2d_pos_embed
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
+from annexe import weights as checkpoints
 from annexe.errors import UserError
+from annexe.models.normalise import Normalise
 from annexe.registry import register
-from annexe.weights import require_random
-
-# Statistics of CLIP's training images, which EVA-CLIP was trained with.
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 @register("rgb_encoder", "eva_vit")
@@ -24,15 +21,19 @@ class EvaViT(nn.Module):
 
     Args:
         image_size: side of the square input, in pixels.
-        frozen: no gradient.
+        weights: checkpoint of the same architecture; its positions are resized to this image size.
         init: ``random`` declares that the weights are meant to be random.
+        statistics: mean and standard deviation that pixels are normalised by: clip, imagenet or annexe.
+        frozen: no gradient.
     """
 
     def __init__(
         self,
         *,
         image_size: int,
-        init: str,
+        weights: str | None = None,
+        init: str | None = None,
+        statistics: str = "clip",
         patch_size: int = 14,
         embed_dim: int = 1408,
         depth: int = 39,
@@ -41,7 +42,7 @@ class EvaViT(nn.Module):
         frozen: bool = True,
     ) -> None:
         super().__init__()
-        require_random("rgb_encoder", init)
+        checkpoints.require_source("model.rgb_encoder", "weights", weights, init)
         if image_size % patch_size:
             raise UserError(f"model.rgb_encoder.image_size {image_size} is no multiple of the patch size {patch_size}")
         self.image_size, self.grid, self.embed_dim = image_size, image_size // patch_size, embed_dim
@@ -58,17 +59,21 @@ class EvaViT(nn.Module):
             use_fc_norm=False,
         )
         self.norm = nn.LayerNorm(embed_dim)  # MiniGPT-4's ln_vision, outside the ViT
-        self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(CLIP_STD).view(3, 1, 1), persistent=False)
+        self.normalise = Normalise("model.rgb_encoder", statistics)
         # The library's random table (std 0.02) is invisible beside patch embeddings: left and right would start equal.
         positions = build_sincos2d_pos_embed([self.grid, self.grid], dim=embed_dim)
         self.vit.pos_embed.data[0, 1:] = positions
+        if weights is not None:
+            required = [
+                f"vit.{name}" for name in self.vit.state_dict()
+            ]  # ln_vision comes from no file: it stays 1 and 0
+            checkpoints.load(self, "rgb_encoder", weights, required)
         if frozen:
             self.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode ``images`` float[B, 3, S, S] in [0, 1] to patches float[B, P, D], row by row, CLS dropped."""
-        tokens = self.vit((images - self.mean) / self.std)  # [B, 1 + P, D]
+        tokens = self.vit(self.normalise(images))  # [B, 1 + P, D]
         return self.norm(tokens)[:, 1:]
 
 

@@ -65,8 +65,9 @@ def load_tokenizer(folder: str | Path, num_slots: int) -> TextTokenizer:
     Raises:
         UserError: if there is none.
     """
-    if not (Path(folder) / "tokenizer_config.json").is_file():
-        raise UserError(f"no tokenizer in '{folder}' (tokenizer_config.json is missing); give a Hugging Face folder")
+    for name in ("tokenizer_config.json", "tokenizer.json"):  # built from tokenizer.model alone, spaces merge otherwise
+        if not (Path(folder) / name).is_file():
+            raise UserError(f"no tokenizer in '{folder}' ({name} is missing); give a whole Hugging Face folder")
     return TextTokenizer(AutoTokenizer.from_pretrained(str(folder)), num_slots)
 
 

@@ -1,0 +1,424 @@
+"""Public weights: parity with the original modules, key lists, damaged and dangerous files, export."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from annexe import weights
+from annexe.checkpoint import find_checkpoint, load_weights, saved_config, trained_tensors
+from annexe.cli import main
+from annexe.datasets import prompts
+from annexe.datasets.collate import Collator, Sample, Turn
+from annexe.errors import UserError
+from annexe.models import build_model
+from annexe.models.annexe import Annexe
+from annexe.models.depth_branch import DepthAnythingV2
+from annexe.models.language_model import Llama, Lora
+from annexe.models.pixel_decoder import QueryDecoder
+from annexe.models.rgb_encoder import EvaViT, Projector
+from annexe.models.tokenizer import TextTokenizer, load_tokenizer
+from annexe.trainer import train
+from tests.conftest import SHARED
+
+PARITY = SHARED / "parity"
+TOLERANCE = 1e-4  # absolute, float32 on CPU
+
+needs_parity = pytest.mark.skipif(not PARITY.is_dir(), reason=f"the parity fixtures are not at {PARITY}")
+slow = pytest.mark.skipif(not os.environ.get("ANNEXE_SLOW"), reason="takes minutes and 9 GB; set ANNEXE_SLOW=1")
+
+
+@pytest.fixture(scope="session")
+def recipe():
+    """The deterministic weights and inputs of the parity fixtures."""
+    spec = importlib.util.spec_from_file_location("recipe", PARITY / "recipe.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def manifest(name: str) -> dict[str, list[int]]:
+    return json.loads((PARITY / f"{name}.json").read_text())["tensors"]
+
+
+def on_meta(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
+    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+
+
+def assert_parity(recipe, fixture: str, outputs: dict[str, Tensor]) -> None:
+    for name, errors in recipe.compare(PARITY / f"{fixture}_seed0.npz", outputs).items():
+        assert errors["max_abs"] <= TOLERANCE, (name, errors)
+
+
+def eva(path: Path | None, size: int, depth: int, **options) -> EvaViT:
+    source = {"init": "random"} if path is None else {"weights": str(path)}
+    return EvaViT(image_size=size, depth=depth, statistics="annexe", **source, **options).eval()
+
+
+# --- RGB encoder -----------------------------------------------------------------------------------------------------
+
+
+@needs_parity
+@pytest.mark.parametrize("size", [224, 448])
+@pytest.mark.parametrize("depth", [4, pytest.param(39, marks=slow)])
+def test_eva_equals_the_original(recipe, tmp_path, depth, size):
+    shapes = manifest("eva_vit_g_224" if depth == 39 else "fixture_eva_d4_224")
+    torch.save(recipe.weights_from_manifest({"tensors": shapes}, 0), tmp_path / "eva.pth")
+    model = eva(tmp_path / "eva.pth", size, depth)
+    outputs: dict[str, Tensor] = {}
+    for index, block in enumerate(model.vit.blocks[:3] if depth == 4 else ()):
+        block.register_forward_hook(lambda _m, _i, out, index=index: outputs.update({f"block{index}": out}))
+    with torch.no_grad():
+        images = recipe.image(0, size, 2 if depth == 4 else 1)
+        outputs["tokens"] = model.vit(model.normalise(images))
+        if depth == 4:
+            outputs["pos_embed"] = model.vit.pos_embed
+            probe = recipe.tensor(0, "eps_probe", (4, 1408), 0.001)
+            outputs["norm1_eps_probe"] = model.vit.blocks[0].norm1(probe)
+    assert_parity(recipe, f"eva_d{depth}_{size}", outputs)
+
+
+@needs_parity
+@pytest.mark.parametrize("size", [224, 448])
+def test_image_tokens_equal_the_original(recipe, tmp_path, size):
+    torch.save(recipe.weights_from_manifest(PARITY / "fixture_eva_d4_224.json", 0), tmp_path / "eva.pth")
+    head = recipe.weights_from_manifest(PARITY / "fixture_image_path.json", 0)
+    model, projector = eva(tmp_path / "eva.pth", size, 4), Projector(1408, 256, 4)
+    model.norm.load_state_dict({k.removeprefix("ln_vision."): v for k, v in head.items() if k.startswith("ln_vision.")})
+    projector.linear.load_state_dict({k.removeprefix("llama_proj."): v for k, v in head.items() if "llama_proj" in k})
+    outputs: dict[str, Tensor] = {}
+    model.norm.register_forward_hook(lambda _m, _i, out: outputs.update(ln_vision=out))
+    with torch.no_grad():
+        outputs["image_embeds"] = projector(model(recipe.image(0, size, 2)))
+        seen = dict(outputs)
+        seen["ln_vision_eps_probe"] = model.norm(recipe.tensor(0, "eps_probe", (4, 1408), 0.001))
+    assert_parity(recipe, f"image_path_d4_{size}", seen)
+
+
+BLIP2_NAMES = (
+    ("cls_token", "embeddings.class_embedding"),
+    ("pos_embed", "embeddings.position_embedding"),
+    ("patch_embed.proj.weight", "embeddings.patch_embedding.weight"),
+    ("patch_embed.proj.bias", "embeddings.patch_embedding.bias"),
+    ("blocks.", "encoder.layers."),
+    (".norm", ".layer_norm"),
+    (".attn.qkv.", ".self_attn.qkv."),
+    (".attn.proj.", ".self_attn.projection."),
+)
+
+
+@needs_parity
+def test_the_transformers_form_of_eva_gives_the_same_model(recipe, tmp_path):
+    original = recipe.weights_from_manifest(PARITY / "fixture_eva_d4_224.json", 0)
+    torch.save({"model": {f"visual_encoder.{k}": v.half() for k, v in original.items()}}, tmp_path / "lavis.pth")
+    renamed = {}
+    for key, value in original.items():
+        if key.endswith(("q_bias", "v_bias")):
+            continue
+        key = next((theirs for ours, theirs in BLIP2_NAMES[:3] if key == ours), key)
+        for ours, theirs in BLIP2_NAMES[3:]:
+            key = key.replace(ours, theirs)
+        renamed[f"vision_model.{key}"] = value.half()
+    for block in range(4):
+        q, v = (original[f"blocks.{block}.attn.{name}_bias"] for name in "qv")
+        key = f"vision_model.encoder.layers.{block}.self_attn.qkv.bias"
+        renamed[key] = torch.cat([q, torch.zeros_like(q), v]).half()
+    torch.save(renamed, tmp_path / "blip2.bin")
+    first, second = (eva(tmp_path / name, 224, 4).state_dict() for name in ("lavis.pth", "blip2.bin"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# --- Depth branch ----------------------------------------------------------------------------------------------------
+
+
+@needs_parity
+@pytest.mark.parametrize("size", [448, 518])
+@pytest.mark.parametrize("name", ["vits", "vitb"])
+def test_depth_anything_equals_the_original(recipe, tmp_path, name, size):
+    original = recipe.weights_from_manifest(PARITY / f"depth_anything_v2_{name}.json", 0)
+    torch.save(original, tmp_path / "depth.pth")
+    branch = DepthAnythingV2(size, weights=str(tmp_path / "depth.pth"), size=name, statistics="annexe").eval()
+    with torch.no_grad():
+        images = recipe.image(0, size, 2 if size == 448 else 1)
+        tapped = branch.model.backbone.forward_with_filtered_kwargs(branch.normalise(images)).feature_maps
+        outputs = {"depth": branch(images).depth, "pos_embed": branch.model.backbone.embeddings.position_embeddings}
+        width = tapped[0].shape[-1]
+        outputs["norm_eps_probe"] = branch.model.backbone.layernorm(recipe.tensor(0, "eps_probe", (4, width), 0.001))
+    for index, tokens in enumerate(tapped):
+        outputs |= {f"feat{index}_patch": tokens[:, 1:], f"feat{index}_cls": tokens[:, 0]}
+    assert_parity(recipe, f"depth_{name}_{size}", outputs)
+
+
+@needs_parity
+def test_the_transformers_form_of_depth_anything_gives_the_same_model(recipe, tmp_path):
+    original = recipe.weights_from_manifest(PARITY / "depth_anything_v2_vits.json", 0)
+    torch.save(original, tmp_path / "depth.pth")
+    first = DepthAnythingV2(518, weights=str(tmp_path / "depth.pth"), size="vits")
+    first.model.save_pretrained(tmp_path / "folder")
+    second = DepthAnythingV2(518, weights=str(tmp_path / "folder"), size="vits")
+    other = second.state_dict()
+    assert all(torch.equal(value, other[name]) for name, value in first.state_dict().items())
+
+
+# --- Key lists -------------------------------------------------------------------------------------------------------
+
+
+def full_size(part: str) -> nn.Module:
+    """A part at full size on the meta device, where it takes no memory."""
+    with torch.device("meta"):
+        if part == "eva_vit_g_224":
+            return eva(None, 224, 39)
+        if part.startswith("depth_anything_v2_"):
+            return DepthAnythingV2(518, init="random", size=part.rpartition("_")[2])
+        tokenizer = load_tokenizer(PARITY / "toy_tokenizer", num_slots=4)
+        rgb = eva(None, 448, 39)
+        depth = DepthAnythingV2(448, init="random", size="vitb", trained="released")
+        language = Llama(tokenizer, init="random")
+        decoder = QueryDecoder(4096, 1408, 128, 32)
+        return Annexe(rgb, depth, language, decoder, init="random")
+
+
+MATCHED = {  # matched and left-over tensors of each list
+    "eva_vit_g_224": (511, 0),
+    "depth_anything_v2_vits": (287, 0),  # 12 fused query-key-value weights and biases fill three tensors each
+    "depth_anything_v2_vitb": (287, 0),
+    "depth_anything_v2_vitl": (503, 0),
+    "minigpt_v2_ckpt": (130, 0),
+    "annexe_ckpt": (147, 60),  # 128 of LoRA, 2 of the projector, 17 of the depth head; its heads and buffers stay
+}
+
+
+@needs_parity
+@pytest.mark.parametrize("name", MATCHED)
+def test_every_public_key_list_finds_its_place(name):
+    model, shapes = full_size(name), manifest(name)
+    report, _ = weights.match(name, on_meta(shapes), model.state_dict())
+    assert (len(report.matched), len(report.unexpected)) == MATCHED[name]
+    assert not report.misfits
+    if name in ("minigpt_v2_ckpt", "annexe_ckpt"):
+        assert not [ours for ours in report.missing if "lora_" in ours or ours.startswith("projector.")]
+    else:
+        assert not [ours for ours in report.missing if not ours.startswith("norm.")]
+
+
+@needs_parity
+def test_what_a_public_file_holds_beyond_its_list_is_left_over():
+    shapes = manifest("eva_vit_g_224")
+    extra = json.loads((PARITY / "eva_vit_g_224.json").read_text())["extra_in_public_file"]
+    more = extra["confirmed_by_third_party"] | extra["plausible_unverified"]
+    report, _ = weights.match("eva", on_meta(shapes | more), full_size("eva_vit_g_224").state_dict())
+    assert set(report.unexpected) == set(more)
+    assert "blocks.39* (13)" in str(report)
+
+
+@needs_parity
+@pytest.mark.parametrize("fault", ["removed", "renamed", "reshaped"])
+@pytest.mark.parametrize("name", MATCHED)
+def test_a_list_with_one_fault_stops_and_names_the_key(name, fault, tmp_path, monkeypatch):
+    model, tensors = full_size(name), on_meta(manifest(name))
+    key = next(k for k in tensors if k.endswith(("blocks.1.mlp.fc1.weight", "layers.1.self_attn.q_proj.lora_A.weight")))
+    tensor = tensors.pop(key)
+    if fault == "renamed":
+        tensors[key.replace(".1.", ".one.")] = tensor
+    elif fault == "reshaped":
+        tensors[key] = torch.empty(3, 5, device="meta")
+    monkeypatch.setattr(weights, "read_tensors", lambda source: tensors)
+    part = {"e": "rgb_encoder", "d": "depth_branch"}.get(name[0], "model")
+    wanted = model.state_dict()
+    required = (
+        [n for n in wanted if "lora_" in n] if part == "model" else [n for n in wanted if not n.startswith("norm.")]
+    )
+    with pytest.raises(UserError, match=key.replace(".", r"\.")):
+        weights.load(model, part, name, required)
+
+
+# --- Damaged and dangerous files -------------------------------------------------------------------------------------
+
+
+class Payload:
+    """What a malicious file would run."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+def test_files_that_are_no_sound_checkpoint_give_one_clear_error(tmp_path):
+    (tmp_path / "text.pth").write_text("no weights here")
+    torch.save({"blocks.0.attn.q_bias": torch.zeros(1000)}, tmp_path / "whole.pth")
+    (tmp_path / "short.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:900])
+    (tmp_path / "other.pth").write_bytes(pickle.dumps({"a": 1}))
+    torch.save({"unheard.of": torch.zeros(1)}, tmp_path / "strange.pth")
+    (tmp_path / "empty").mkdir()
+    for name, message in {
+        "text.pth": "not a checkpoint",
+        "short.pth": "damaged or cut short",
+        "other.pth": "not a checkpoint",
+        "strange.pth": "no known format",
+        "empty": "holds no weights",
+        "absent.pth": "no checkpoint",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            weights.load(nn.Linear(1, 1), "rgb_encoder", str(tmp_path / name))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickled_object_with_code_is_refused_and_not_run(tmp_path, zipped):
+    target = tmp_path / "executed"
+    torch.save({"model": Payload(target)}, tmp_path / "bad.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match="could run code; nothing was loaded"):
+        weights.read_tensors(tmp_path / "bad.pth")
+    assert not target.exists()
+
+
+def test_every_block_has_to_say_where_its_weights_come_from(make_config):
+    for option, message in {
+        "model.rgb_encoder.init=null": "model.rgb_encoder.weights to a checkpoint, or model.rgb_encoder.init to random",
+        "model.depth_branch.init=null": "model.depth_branch.weights",
+        "model.language_model.init=null": "model.language_model.path",
+        "model.init=null": "model.init_from",
+        "model.rgb_encoder.weights=somewhere": "remove one",
+    }.items():
+        config = make_config(option)
+        with pytest.raises(UserError, match=message):
+            build_model(config.model, toy_tokenizer_or_skip())
+
+
+def toy_tokenizer_or_skip() -> TextTokenizer:
+    if not PARITY.is_dir():
+        pytest.skip(f"the parity fixtures are not at {PARITY}")
+    return load_tokenizer(PARITY / "toy_tokenizer", num_slots=4)
+
+
+# --- Language model, prompt and export -------------------------------------------------------------------------------
+
+
+def save_llama(folder: Path, config: dict, state: dict[str, Tensor] | None = None) -> None:
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(LlamaConfig(**config))
+    if state is not None:
+        llama.load_state_dict(state)
+    llama.save_pretrained(folder)
+
+
+@needs_parity
+def test_llama_with_minigpt_adapters_equals_the_original(recipe, tmp_path):
+    """Base from its folder, adapters and projector from a checkpoint with the old names."""
+    kit = json.loads((PARITY / "fixture_llama_lora_tiny.json").read_text())
+    tensors = recipe.weights_from_manifest(kit, 0)
+    base = {k.removeprefix("llama_model.base_model.model.").replace("lm_head.0.", "lm_head."): v
+            for k, v in tensors.items() if "lora_" not in k and "inv_freq" not in k}  # fmt: skip
+    save_llama(tmp_path / "llama", kit["config"], base)
+    head = recipe.weights_from_manifest(PARITY / "fixture_image_path.json", 0)
+    lora = {k: v for k, v in tensors.items() if "lora_" in k or "inv_freq" in k}
+    torch.save({"model": lora | head}, tmp_path / "minigpt.pth")
+    tokenizer = TextTokenizer(toy_tokenizer_or_skip().base, num_slots=4)
+    tokenizer.vocab_size = 320 if len(tokenizer.base) != 320 else tokenizer.vocab_size
+    language = Llama(tokenizer, path=str(tmp_path / "llama"), lora=Lora(rank=64, alpha=16))
+    rgb = EvaViT(image_size=56, init="random", depth=1)
+    depth = DepthAnythingV2(56, init="random", size="tiny")
+    model = Annexe(rgb, depth, language, QueryDecoder(256, 1408, 16, 4, hidden_size=32, num_heads=4),
+                   init_from=str(tmp_path / "minigpt.pth")).eval()  # fmt: skip
+    assert torch.equal(model.projector.linear.weight, head["llama_proj.weight"])
+    assert torch.equal(model.rgb_encoder.norm.weight, head["ln_vision.weight"])
+    embeds = recipe.tensor(0, "llama/embeds", (2, 24, 256), 1.0)
+    lens = np.load(PARITY / "llama_lora_tiny_seed0.npz")["lens"].tolist()
+    mask = (torch.arange(24) < torch.tensor(lens)[:, None]).long()
+    with torch.no_grad():
+        logits = model.language_model.llama(inputs_embeds=embeds, attention_mask=mask).logits
+    assert_parity(recipe, "llama_lora_tiny", {"logits_valid": logits[mask.bool()]})
+
+
+@needs_parity
+def test_prompt_rows_equal_those_of_the_original(monkeypatch):
+    tokenizer = toy_tokenizer_or_skip()
+    kit = json.loads((PARITY / "prompt_traces.json").read_text())
+    samples, traces = kit["samples"], kit["traces"]["toy_legacy_True"]
+    tag = "<Img><ImageHere></Img> [caption] "
+    request = "Based on the image, describe the things need to be segmented accorting to this prompt:"
+    monkeypatch.setattr(prompts, "QUERY_INSTRUCTION", request)
+    for row in range(2):
+        query = samples["vqa_query"][row].partition(request)[2].strip()
+        pixels = np.zeros((2, 2, 3), np.uint8)
+        sample = Sample("stem", pixels, np.zeros((2, 2), np.float32), pixels[..., 0], samples["answer"][row],
+                        [Turn(0, 0, query, samples["vqa_answer"][row], [1])], (2, 2),
+                        instruction=samples["instruction_input"][row].removeprefix(tag).removesuffix(" "))  # fmt: skip
+        text = Collator(tokenizer, kit["n_image_tokens"], 4)([sample]).text
+        for branch, trace in ((1, traces["train_caption"]), (2, traces["train_vqa"])):
+            columns = [c for c, s in enumerate(text.segment[0].tolist()) if s in (0, branch)]
+            length = sum(trace["attention_mask"][row])
+            theirs = [0 if isinstance(token, str) else token for token in trace["sequence"][row][:length]]
+            assert text.input_ids[0, columns].tolist() == theirs
+            assert text.position_ids[0, columns].tolist() == list(range(length))
+            labels = dict(zip(text.supervised.tolist(), text.targets.tolist(), strict=True))
+            ours = [labels.get(columns[i - 1], -100) if i else -100 for i in range(length)]
+            assert ours == trace["labels"][row][:length]
+
+
+@pytest.fixture
+def llama_run(make_config: Callable, tmp_path: Path) -> Path:
+    """A short run with adapters over a Llama from its folder."""
+    save_llama(
+        tmp_path / "llama",
+        {"vocab_size": len(toy_tokenizer_or_skip().base), "hidden_size": 64, "intermediate_size": 128,
+         "num_hidden_layers": 2, "num_attention_heads": 4},
+    )  # fmt: skip
+    toy_tokenizer_or_skip().save(tmp_path / "llama")
+    train(
+        make_config(
+            "model.language_model.init=null",
+            f"model.language_model.path={tmp_path / 'llama'}",
+            "model.language_model.lora.rank=4",
+            "run.max_steps=3",
+            "run.learning_rate=0.01",
+        )
+    )
+    return tmp_path / "run"
+
+
+@needs_parity
+def test_an_exported_run_loads_with_peft_and_transformers_alone(llama_run, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["annexe", "weights", "export", str(llama_run), str(out), "--merge"])
+    main()
+    checkpoint = find_checkpoint(llama_run)
+    ours = build_model(saved_config(checkpoint)["model"], load_tokenizer(checkpoint / "tokenizer", 4))
+    load_weights(checkpoint, ours)
+    language = ours.eval().language_model
+    ids = torch.randint(3, language.tokenizer.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
+    with torch.no_grad():
+        plain = stock(ids).logits
+        mine = language.llama(ids).logits
+        adapted = peft.PeftModel.from_pretrained(stock, out / "adapter").eval()(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(out / "llama")(ids).logits
+    assert (mine - plain).abs().max() > 1e-3  # the adapter does something
+    assert (mine - adapted).abs().max() <= 1e-5
+    assert (mine - merged).abs().max() <= 1e-5  # float32 base; 2e-2 where it is bfloat16
+    assert (out / "heads.safetensors").is_file()
+
+
+@needs_parity
+def test_a_new_run_starts_from_an_old_one(llama_run, make_config, tmp_path):
+    config = make_config(
+        "model.init=null", f"model.init_from={llama_run}", "model.language_model.init=null",
+        f"model.language_model.path={tmp_path / 'llama'}", "model.language_model.lora.rank=4",
+    )  # fmt: skip
+    model = build_model(config.model, load_tokenizer(tmp_path / "llama", 4))
+    saved = load_file(find_checkpoint(llama_run) / "model.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in trained_tensors(model).items())
