@@ -14,6 +14,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -337,11 +338,23 @@ def test_llama_with_minigpt_adapters_equals_the_original(recipe, tmp_path):
     assert torch.equal(model.projector.linear.weight, head["llama_proj.weight"])
     assert torch.equal(model.rgb_encoder.norm.weight, head["ln_vision.weight"])
     embeds = recipe.tensor(0, "llama/embeds", (2, 24, 256), 1.0)
-    lens = np.load(PARITY / "llama_lora_tiny_seed0.npz")["lens"].tolist()
+    kit = np.load(PARITY / "llama_lora_tiny_seed0.npz")
+    lens = kit["lens"].tolist()
     mask = (torch.arange(24) < torch.tensor(lens)[:, None]).long()
+    llama, lefts = model.language_model.llama, [24 - length for length in lens]
+    shifted = torch.stack(
+        [row.roll(left, 0) * (torch.arange(24) >= left)[:, None] for row, left in zip(embeds, lefts, strict=True)]
+    )
     with torch.no_grad():
-        logits = model.language_model.llama(inputs_embeds=embeds, attention_mask=mask).logits
-    assert_parity(recipe, "llama_lora_tiny", {"logits_valid": logits[mask.bool()]})
+        logits = llama(inputs_embeds=embeds, attention_mask=mask).logits
+        last = llama(inputs_embeds=shifted, attention_mask=mask.flip(1)).logits[:, -1]
+        words = llama.generate(
+            inputs_embeds=shifted, attention_mask=mask.flip(1), max_new_tokens=8, do_sample=False, pad_token_id=0
+        )
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), torch.from_numpy(kit["targets"])[:, 1:].flatten())
+    outputs = {"logits_valid": logits[mask.bool()], "last_logits_leftpad": last, "loss": loss.view(1)}
+    assert_parity(recipe, "llama_lora_tiny", outputs)
+    assert words.tolist() == kit["greedy_ids"][:, 1:].tolist()  # the original puts a BOS in front
 
 
 @needs_parity

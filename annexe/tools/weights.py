@@ -100,7 +100,7 @@ def export_run(run_folder: str, out: Path, *, merge: bool) -> None:
     elif not adapter.is_dir():
         _save_whole(settings, {n.removeprefix(_LLAMA): t for n, t in tensors.items() if n.startswith(_LLAMA)}, part)
     if (part / "llama").is_dir():
-        load_tokenizer(checkpoint / "tokenizer", 0).save(part / "llama")
+        load_tokenizer(checkpoint / "tokenizer", 1).save(part / "llama")
         lines.append("- llama/: `AutoModelForCausalLM.from_pretrained('llama')`")
     lines += ["", "The `<MSK_k>` placeholders are rows of our own in heads.safetensors (mask_embedding, mask_head)."]
     (part / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -110,7 +110,7 @@ def export_run(run_folder: str, out: Path, *, merge: bool) -> None:
 
 def _save_whole(settings: dict, tensors: dict, folder: Path) -> None:
     """Save a language model that was trained whole, in its own sizes."""
-    tokenizer = load_tokenizer(folder / "tokenizer", 0)
+    tokenizer = load_tokenizer(folder / "tokenizer", 1)
     language = Llama(tokenizer, lora=Lora(rank=0), **{k: v for k, v in settings.items() if k not in ("type", "lora")})
     language.model.load_state_dict(tensors)
     language.model.save_pretrained(folder / "llama")
