@@ -1,7 +1,8 @@
 """Checkpoints: folders with what is trained and where training stands, written whole or not at all.
 
 ``<output_dir>/checkpoints/step-00001000/``: model.safetensors (trained tensors), adapter/ (peft, if there is LoRA),
-tokenizer/, optimizer.pt, state.json, rng-<rank>.pt, config.yaml and, written last, files.json with every file's size.
+tokenizer/, optimizer.pt, state.json, frozen.json (by which frozen weights are known again), rng-<rank>.pt, config.yaml
+and, written last, files.json with every file's size. However many processes write it, any number can go on with it.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from annexe.config import import_plugins
+from annexe.distributed import like, whole
 from annexe.errors import UserError
 from annexe.models.annexe import Annexe
 
 MANIFEST = "files.json"
+_ADAPTED = "language_model.model."
 
 
 @dataclass
@@ -41,6 +44,17 @@ class Progress:
 def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Every trainable parameter by its name."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def frozen_probe(model: nn.Module) -> dict[str, list[float]]:
+    """A few values of the first frozen matrix of every part: they tell whether the frozen weights are the same."""
+    probe: dict[str, list[float]] = {}
+    for name, p in model.named_parameters():
+        part = name.partition(".")[0]
+        known = any(key.startswith(f"{part}.") for key in probe)
+        if p.ndim == 2 and p.is_floating_point() and not p.requires_grad and not known:
+            probe[name] = p.detach().flatten()[p.numel() // 2 :][:8].float().tolist()
+    return probe
 
 
 def is_complete(folder: Path) -> bool:
@@ -85,10 +99,15 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     config: dict[str, Any],
+    frozen: dict[str, list[float]],
     accelerator: Accelerator,
     keep: int,
-) -> None:
-    """Write a checkpoint beside the others, then drop all but the last ``keep`` and the best one."""
+) -> int:
+    """Write a checkpoint beside the others, then drop all but the last ``keep`` and the best one.
+
+    Returns:
+        Its size in bytes (on the main process).
+    """
     folder = run_folder / "checkpoints" / f"step-{progress.step:08d}"
     part = folder.with_name(f"part-{folder.name}")
     if accelerator.is_main_process:
@@ -96,29 +115,43 @@ def save_checkpoint(
         part.mkdir(parents=True)
     accelerator.wait_for_everyone()
     torch.save(_random_state(accelerator.device), part / f"rng-{accelerator.process_index}.pt")
+    tensors, moments = whole(trained_tensors(model)), whole(optimizer.state_dict())
     accelerator.wait_for_everyone()
+    size = 0
     if accelerator.is_main_process:
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in trained_tensors(model).items()}
-        save_file(tensors, part / "model.safetensors")
-        if hasattr(model.language_model.model, "peft_config"):
-            model.language_model.model.save_pretrained(part / "adapter")
-        model.language_model.tokenizer.save(part / "tokenizer")
-        torch.save(optimizer.state_dict(), part / "optimizer.pt")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part / "model.safetensors")
+        language = model.language_model
+        if hasattr(language.model, "peft_config"):
+            own = {n.removeprefix(_ADAPTED): t for n, t in tensors.items() if n.startswith(_ADAPTED)}
+            language.model.save_pretrained(part / "adapter", state_dict=own)
+        language.tokenizer.save(part / "tokenizer")
+        torch.save(moments, part / "optimizer.pt")
         (part / "state.json").write_text(json.dumps(asdict(progress), indent=1))
+        (part / "frozen.json").write_text(json.dumps(frozen, indent=1))
         OmegaConf.save(OmegaConf.create(config), part / "config.yaml")
-        _seal(part)
+        size = _seal(part)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(part, folder)
         _prune(folder.parent, keep, progress.best_step)
     accelerator.wait_for_everyone()
+    return size
 
 
 def load_weights(folder: Path, model: Annexe) -> None:
     """Load the trained tensors of a checkpoint into ``model``; every one has to fit.
 
     Raises:
-        UserError: naming the first tensors that are missing, left over or of another shape.
+        UserError: naming the first tensors that are missing, left over or of another shape, or frozen and not those
+            that the checkpoint was trained with.
     """
+    frozen = frozen_probe(model)
+    for name, values in json.loads((folder / "frozen.json").read_text()).items():
+        here, there = torch.tensor(frozen.get(name, [])), torch.tensor(values)
+        if here.shape != there.shape or not torch.allclose(here, there, atol=1e-6, rtol=0.02):
+            raise UserError(
+                f"the frozen weights of {name.partition('.')[0]} are not those that '{folder}' was trained with "
+                f"({name} differs): take the same files; with init: random also the same kind of device"
+            )
     tensors = load_file(folder / "model.safetensors")
     wanted = trained_tensors(model)
     faults = [f"missing {name}" for name in wanted.keys() - tensors.keys()]
@@ -141,7 +174,12 @@ def load_weights(folder: Path, model: Annexe) -> None:
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
     """Restore the optimizer's moments and this rank's random state; betas and weight decay stay as configured."""
     configured = [{key: group[key] for key in ("betas", "weight_decay")} for group in optimizer.param_groups]
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"))
+    saved = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, state in saved["state"].items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = like(state[name], parameters[index])
+    optimizer.load_state_dict(saved)
     for group, options in zip(optimizer.param_groups, configured, strict=True):
         group.update(options)
     rng = folder / f"rng-{accelerator.process_index}.pt"
@@ -164,9 +202,10 @@ def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
     return state
 
 
-def _seal(folder: Path) -> None:
+def _seal(folder: Path) -> int:
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     (folder / MANIFEST).write_text(json.dumps(files, indent=1))
+    return sum(files.values())
 
 
 def _prune(folder: Path, keep: int, best_step: int | None) -> None:

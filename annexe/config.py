@@ -70,6 +70,10 @@ class RunConfig:
     device: str = "auto"
     mixed_precision: str = "auto"
 
+    # Several GPUs (torchrun): the whole model on each, or its weights spread over all
+    parallel: str = "ddp"
+    timeout_minutes: float = 15
+
     # Schedule: optimizer steps; one epoch is one pass over the training images.
     max_steps: int = 1000
     batch_size: int = 4
@@ -107,6 +111,10 @@ class RunConfig:
             raise UserError(f"run.device is '{self.device}'; choose auto, cpu or cuda")
         if self.mixed_precision not in ("auto", "fp32", "bf16"):
             raise UserError(f"run.mixed_precision is '{self.mixed_precision}'; choose auto, fp32 or bf16")
+        if self.parallel not in ("ddp", "fsdp"):
+            raise UserError(f"run.parallel is '{self.parallel}'; choose ddp or fsdp")
+        if self.timeout_minutes <= 0:
+            raise UserError(f"run.timeout_minutes is {self.timeout_minutes}; it must be above 0")
         if self.validation_metric not in VALIDATION_METRICS:
             raise unknown("run.validation_metric", self.validation_metric, VALIDATION_METRICS)
         for name in ("seed", "num_workers", "warmup_steps", "validate_every"):

@@ -1,4 +1,4 @@
-"""One process or many: the accelerator, sums over ranks, objects gathered on every rank."""
+"""One process or many: the accelerator, the model on several GPUs, sums over ranks, objects gathered on every rank."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
 
 from annexe.config import RunConfig
 from annexe.errors import UserError
-
-PROCESS_TIMEOUT = timedelta(minutes=15)
+from annexe.models.annexe import Annexe
 
 
 def make_accelerator(run: RunConfig) -> Accelerator:
@@ -26,8 +28,57 @@ def make_accelerator(run: RunConfig) -> Accelerator:
     return Accelerator(
         cpu=not on_cuda,
         mixed_precision="bf16" if bf16 else "no",
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(minutes=run.timeout_minutes)),
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+        ],
     )
+
+
+def distribute(accelerator: Accelerator, model: Annexe, parallel: str) -> nn.Module:
+    """What the training step calls: ``model`` itself, wrapped in DDP, or, under ``fsdp``, sharded in place.
+
+    FSDP shards by block of the encoder and of the language model; what is left belongs to the root.
+
+    Raises:
+        UserError: for FSDP with a quantised base, whose packed weights cannot be sharded.
+    """
+    alone = accelerator.num_processes == 1  # torchrun with one process needs neither
+    if parallel == "ddp" or alone:
+        return accelerator.prepare_model(model, evaluation_mode=alone)
+    blocks = [*model.rgb_encoder.vit.blocks, *model.language_model.llama.model.layers]
+    if any(p.dtype in (torch.int8, torch.uint8) for p in model.parameters()):
+        raise UserError(
+            "run.parallel=fsdp cannot spread an int8 or nf4 language model; set run.parallel=ddp, "
+            "or model.language_model.dtype=bfloat16"
+        )
+    model.to(memory_format=torch.contiguous_format)  # all that FSDP takes
+    for block in blocks:
+        fully_shard(block)
+    fully_shard(model)
+    register_fsdp_forward_method(model, "generate")
+    return accelerator.prepare_model(model, evaluation_mode=True)
+
+
+def whole(value: Any) -> Any:
+    """``value`` with every sharded tensor in it gathered on every rank, and all its tensors on the CPU."""
+
+    def gathered(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return (leaf.full_tensor() if isinstance(leaf, DTensor) else leaf).detach().cpu()
+
+    return tree_map(gathered, value)
+
+
+def like(value: Tensor, parameter: Tensor) -> Tensor:
+    """``value``, the same on all ranks, laid out as ``parameter`` is: sharded, or with its strides.
+
+    The fused AdamW takes moments of other strides than the parameter's without a word and mixes them up.
+    """
+    if not isinstance(parameter, DTensor):
+        return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
 def sum_over_ranks(accelerator: Accelerator, values: Tensor) -> Tensor:

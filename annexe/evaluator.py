@@ -25,9 +25,8 @@ from annexe.distributed import make_accelerator
 from annexe.errors import UserError
 from annexe.files import write_text
 from annexe.metrics import depth_errors, encode
-from annexe.models import build_model, num_slots
+from annexe.models import build_model, tokenizer_of
 from annexe.models.annexe import Annexe, Response
-from annexe.models.tokenizer import load_tokenizer
 from annexe.report import write_report
 from annexe.scoring import Record, Truth, score_all
 
@@ -139,9 +138,10 @@ def evaluate(config: Config) -> dict[str, Any]:
     saved = saved_config(checkpoint)
     config = replace(config, model=config.model or saved["model"])
     output, dataset = Path(run.output_dir), build_dataset(config, run.split, cached=False)
-    tokenizer = load_tokenizer(checkpoint / "tokenizer", num_slots(config))
+    tokenizer = tokenizer_of(config, checkpoint / "tokenizer")
     set_seed(saved["run"]["seed"])  # frozen random weights are not in a checkpoint: the seed makes them again
-    model = build_model(config.model, tokenizer).to(accelerator.device)
+    bf16 = accelerator.mixed_precision == "bf16"
+    model = build_model(config.model, tokenizer, accelerator.device, bf16=bf16)
     load_weights(checkpoint, model)
     model = accelerator.prepare_model(model, evaluation_mode=True)
     batches = plan_batches(len(dataset), run.batch_size)

@@ -60,10 +60,10 @@ def presence_total(predictions: Predictions, batch: Batch) -> Tensor:
 
 def _used_masks(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Logits and truth of the used slots alone, both float[slots in use, h, w], at the logits' size."""
-    query, slot = (batch.slot_ids > 0).nonzero(as_tuple=True)
+    query, slot = batch.used_slots
     ids = F.interpolate(batch.target_ids[:, None].float(), size=logits.shape[-2:], mode="nearest-exact")[:, 0]
     wanted = batch.slot_ids[query, slot][:, None, None]
-    return logits[query, slot].float(), (ids[batch.image_of_query[query]] == wanted).float()
+    return logits[query, slot].float(), (ids[batch.queries.image[query]] == wanted).float()
 
 
 def mask_total(predictions: Predictions, batch: Batch) -> Tensor:

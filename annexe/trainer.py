@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,6 +18,7 @@ from annexe import losses
 from annexe.checkpoint import (
     Progress,
     find_checkpoint,
+    frozen_probe,
     load_optimizer,
     load_progress,
     load_weights,
@@ -28,12 +30,12 @@ from annexe.config import Config, RunConfig, as_dict
 from annexe.datasets import build_dataset, prompts
 from annexe.datasets.collate import Batch, Collator
 from annexe.datasets.ego_irgbench import EgoIRGBench
-from annexe.distributed import gather_lists, make_accelerator, sum_over_ranks
+from annexe.distributed import distribute, gather_lists, make_accelerator, sum_over_ranks
 from annexe.errors import UserError
 from annexe.evaluator import plan_batches, predict
 from annexe.journal import Journal, Window
-from annexe.models import build_model, num_slots
-from annexe.models.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
+from annexe.models import build_model, num_slots, tokenizer_of
+from annexe.models.tokenizer import TextTokenizer, train_tokenizer
 from annexe.optim import build_optimizer, learning_rate
 from annexe.scoring import Truth, score
 
@@ -80,16 +82,18 @@ class Trainer:
         self.train_set, self.validation_set = self._datasets()
         self.tokenizer = self._tokenizer(resumed)
         set_seed(run.seed)  # every rank builds the same model
-        self.model = build_model(config.model, self.tokenizer).to(self.accelerator.device)
-        self.optimizer = build_optimizer(self.model, run)
+        bf16 = self.accelerator.mixed_precision == "bf16"
+        self.model = build_model(config.model, self.tokenizer, self.accelerator.device, bf16=bf16)
+        self.frozen = frozen_probe(self.model)
         set_seed(run.seed + self.accelerator.process_index)  # and drops out its own
-        self.progress = Progress()
         if resumed:
             load_weights(resumed, self.model)
+        self.wrapped = distribute(self.accelerator, self.model, run.parallel)
+        self.optimizer = build_optimizer(self.model, run)
+        self.progress = Progress()
+        if resumed:
             load_optimizer(resumed, self.optimizer, self.accelerator)
             self.progress = load_progress(resumed)
-        alone = self.accelerator.num_processes == 1  # torchrun with one process needs no DDP
-        self.wrapped = self.accelerator.prepare_model(self.model, evaluation_mode=alone)
         self.weights = {name: getattr(run.loss_weights, name) for name in losses.TERMS}
         if not self.model.name_patches:
             if self.weights["patch_phrase"]:
@@ -160,17 +164,19 @@ class Trainer:
         number = min(self.run.validation_images, len(self.validation_set))
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         batches = plan_batches(number, self.run.batch_size)
+        own = batches[rank::world_size]
+        filler = -(-len(batches) // world_size) - len(own)  # under FSDP every rank has to take part in every batch
         predicted = predict(
             self.model,
             self.validation_set,
-            batches[rank::world_size],
+            own + batches[:1] * filler,
             queries_per_annotation=1,
             max_new_tokens=self.run.max_new_tokens,
             num_workers=self.run.num_workers,
             device=self.accelerator.device,
             autocast=self.accelerator.autocast,
         )
-        records = gather_lists(self.accelerator, [record for batch in predicted for record in batch])
+        records = gather_lists(self.accelerator, [r for batch in list(predicted)[: len(own)] for r in batch])
         metrics = score(records, self.truth)
         chosen = metrics.get(self.run.validation_metric, 0.0)  # absent where there was nothing to measure
         if self.progress.best_score is None or chosen >= self.progress.best_score:
@@ -180,17 +186,20 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint; every validated step is written, so the best one is there."""
-        save_checkpoint(
+        started = time.perf_counter()
+        size = save_checkpoint(
             self.output,
             self.model,
             self.optimizer,
             self.progress,
             as_dict(self.config),
+            self.frozen,
             self.accelerator,
             self.run.keep_checkpoints,
         )
         self.journal.write_manifest(self.progress, self.fingerprint)
-        log.info("step %d: checkpoint written", self.progress.step)
+        seconds = time.perf_counter() - started
+        log.info("step %d: checkpoint of %.2f GB written in %.1f s", self.progress.step, size / 1e9, seconds)
 
     def _announce(self) -> None:
         parameters = list(self.model.parameters())
@@ -246,7 +255,7 @@ class Trainer:
             texts = sorted({*self.train_set.texts(), *prompts.texts()})
             train_tokenizer(texts, num_slots(self.config)).save(folder)
         self.accelerator.wait_for_everyone()
-        return load_tokenizer(folder, num_slots(self.config))
+        return tokenizer_of(self.config, folder)
 
     def _loader(self) -> DataLoader:
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -259,7 +268,7 @@ class Trainer:
         )
 
     def _count(self, batches: list[Batch]) -> None:
-        seen = [[len(b.samples), len(b.image_of_query), int((b.text.segment >= 0).sum())] for b in batches]
+        seen = [[len(b.samples), len(b.queries.image), int((b.text.segment >= 0).sum())] for b in batches]
         total = torch.tensor(seen, device=self.accelerator.device).sum(0)
         images, queries, tokens = sum_over_ranks(self.accelerator, total).tolist()
         self.progress.step += 1
@@ -282,8 +291,14 @@ class Trainer:
                 "loss": loss,
                 **{f"loss/{name}": value for name, value in terms.items()},
                 "gradient_norm": window.norm,
+                **self._gpu_memory(),
             }
         )
+
+    def _gpu_memory(self) -> dict[str, float]:
+        """Most memory that tensors took on this rank's GPU so far, in GB (1e9 bytes)."""
+        cuda = self.accelerator.device.type == "cuda"
+        return {"gpu_memory": torch.cuda.max_memory_allocated() / 1e9} if cuda else {}
 
 
 def train(config: Config) -> None:

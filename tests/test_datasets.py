@@ -370,7 +370,7 @@ def test_batch_holds_slots_and_images_of_queries(make_config: Callable[..., Conf
     samples = [dataset[0, index] for index in range(3)]
     batch = Collator(tokenizer, 16, num_slots=2)(samples)
     turns = [turn for sample in samples for turn in sample.turns]
-    assert batch.image_of_query.tolist() == [i for i, sample in enumerate(samples) for _ in sample.turns]
+    assert batch.queries.image.tolist() == [i for i, sample in enumerate(samples) for _ in sample.turns]
     assert batch.slot_ids.tolist() == [[*turn.slot_ids, 0, 0][:2] for turn in turns]
     assert batch.images.shape == (3, 3, SIZE, SIZE) and batch.images.dtype == torch.uint8
     np.testing.assert_array_equal(batch.images[1].permute(1, 2, 0), samples[1].image)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing
+from safetensors.torch import load_file
 
 from annexe.evaluator import evaluate
 from annexe.trainer import train
@@ -80,3 +81,37 @@ def test_evaluation_files_equal_those_of_one_process(trained, make_config, tmp_p
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
         "metrics.json", "predictions.jsonl", "report.html"
     ]  # fmt: skip
+
+
+FSDP = ("run.parallel=fsdp", "model.language_model.lora.rank=4", "model.language_model.lora.dropout=0")
+
+
+def test_fsdp_trains_validates_and_resumes_as_one_process_does(make_config, tmp_path):
+    """Frozen and trained weights sharded, generation in the middle, checkpoints that any number of processes reads."""
+
+    def config(name, batch_size, *options):
+        return make_config(
+            *FSDP, f"run.batch_size={batch_size}", f"run.output_dir={tmp_path / name}", "run.max_steps=4",
+            "run.checkpoint_every=2", "run.validate_every=2", "run.validation_images=3", *options,
+        )  # fmt: skip
+
+    train(config("one", 4))
+    run_distributed(train, config("two", 2))
+    halfway = tmp_path / "two" / "checkpoints" / "step-00000002"
+    train(config("after", 4, f"run.resume={halfway}"))
+    run_distributed(train, config("again", 2, f"run.resume={halfway}"))
+
+    def lines(name, kind):
+        written = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        return [line for line in written if line["kind"] == kind]
+
+    expected = [line["loss"] for line in lines("one", "train")]
+    assert [line["loss"] for line in lines("two", "train")] == pytest.approx(expected, rel=1e-4)
+    for name in ("after", "again"):
+        assert [line["loss"] for line in lines(name, "train")] == pytest.approx(expected[2:], rel=1e-4), name
+    assert [v["step"] for v in lines("two", "validation")] == [2, 4]
+    files = [tmp_path / name / "checkpoints" / "step-00000004" / "model.safetensors" for name in ("one", "two")]
+    one, two = (load_file(file) for file in files)
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=2e-4, rtol=0, msg=lambda m, n=name: f"{n}: {m}")

@@ -53,7 +53,7 @@ def test_mask_terms_vanish_for_the_truth_and_ignore_unused_slots(make_parts, ter
     predictions = model(batch)
     side = predictions.mask_logits.shape[-1]
     ids = torch.nn.functional.interpolate(batch.target_ids[:, None].float(), size=(side, side), mode="nearest-exact")
-    truth = ids[batch.image_of_query] == batch.slot_ids[..., None, None]
+    truth = ids[batch.queries.image] == batch.slot_ids[..., None, None]
     predictions.mask_logits = torch.where(truth, 30.0, -30.0)
     assert losses.TERMS[term].total(predictions, batch) < 1e-2
     unused = (batch.slot_ids == 0)[..., None, None]

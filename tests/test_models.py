@@ -32,7 +32,7 @@ def test_every_trainable_parameter_gets_a_gradient(make_parts, decoder, rank):
 def test_shapes_and_mask_gradients_reach_the_language_model(make_parts, decoder):
     model, _, batch = make_parts(f"model.pixel_decoder.type={decoder}", "model.language_model.lora.rank=4")
     predictions = model(batch)
-    num_queries = len(batch.image_of_query)
+    num_queries = len(batch.queries.image)
     assert predictions.presence_logits.shape == (num_queries, 4)
     side = model.rgb_encoder.grid * (8 if decoder == "query" else 16)
     assert predictions.mask_logits.shape == (num_queries, 4, side, side)
@@ -74,7 +74,7 @@ def test_another_query_gives_other_masks(make_parts, decoder):
     for turn in batch.samples[0].turns:
         turn.query = "the stapler that nobody holds"
     after = model(Collator(tokenizer, model.num_image_tokens, 4)(batch.samples)).mask_logits
-    own = batch.image_of_query == 0
+    own = batch.queries.image == 0
     assert (before[own] - after[own]).abs().amax((1, 2, 3)).min() > 1e-4
     torch.testing.assert_close(before[~own], after[~own], atol=1e-5, rtol=0)
 
@@ -109,7 +109,7 @@ def test_presence_gates_masks(make_parts):
         rejected = model.generate(prompts, 2)
         model.pixel_decoder.presence.bias.fill_(5.0)
         accepted = model.generate(prompts, 2)
-    assert len(rejected) == len(accepted) == len(batch.image_of_query)
+    assert len(rejected) == len(accepted) == len(batch.queries.image)
     assert all(response.targets == [] and response.presence < 0.01 for response in rejected)
     found = [target for response in accepted for target in response.targets]
     assert found and all(target.mask.shape == (1080, 1920) and target.mask.any() for target in found)

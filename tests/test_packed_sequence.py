@@ -106,7 +106,7 @@ def test_a_batch_of_one_equals_its_place_in_a_larger_batch(make_parts, decoder):
         together = model(batch)
         for image, sample in enumerate(batch.samples):
             single = model(collate([sample]))
-            own = batch.image_of_query == image
+            own = batch.queries.image == image
             torch.testing.assert_close(together.mask_logits[own], single.mask_logits, atol=1e-5, rtol=0)
             torch.testing.assert_close(together.presence_logits[own], single.presence_logits, atol=1e-5, rtol=0)
             torch.testing.assert_close(together.depth[image], single.depth[0], atol=1e-4, rtol=1e-5)

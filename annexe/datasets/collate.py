@@ -47,8 +47,10 @@ class Sample:
 def _to_device(record: Any, device: torch.device) -> Any:
     moved = {f.name: getattr(record, f.name) for f in fields(record)}
     for name, value in moved.items():
-        if isinstance(value, Tensor | PackedText):
-            moved[name] = value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
+        if isinstance(value, Tensor):
+            moved[name] = value.to(device, non_blocking=True)
+        elif isinstance(value, PackedText | QueryIndex):
+            moved[name] = value.to(device)
     return replace(record, **moved)
 
 
@@ -75,6 +77,18 @@ class PackedText:
 
 
 @dataclass
+class QueryIndex:
+    """Where the queries of a batch belong."""
+
+    image: Tensor  # int64[Q], in ascending order
+    place: Tensor  # int64[Q], number of the query among those of its image
+    most: int  # queries of the image that has most
+
+    def to(self, device: torch.device) -> QueryIndex:
+        return _to_device(self, device)
+
+
+@dataclass
 class Batch:
     """What the model sees, and the truth the losses compare with."""
 
@@ -82,8 +96,9 @@ class Batch:
     depth: Tensor  # float32[B, S, S], distance, 0 = invalid
     target_ids: Tensor  # uint8[B, S, S]
     text: PackedText
-    image_of_query: Tensor  # int64[Q]
+    queries: QueryIndex
     slot_ids: Tensor  # uint8[Q, num_slots], 0 = slot unused
+    used_slots: Tensor  # int64[2, U], query and slot of every target
     object_ids: Tensor  # uint8[B, O], mask ids that have a phrase, 0 = none
     object_words: Tensor  # int64[B, O, W], token ids of that phrase, -1 = none
     samples: list[Sample]
@@ -153,14 +168,20 @@ class Collator:
             branches.append([(encode(p), [*encode(r), eos] if self.responses else []) for p, r in pairs])
         prefix = [self.tokenizer.bos_id, *encode(prompts.PREFIX)]
         slots = [[*turn.slot_ids, *[0] * self.num_slots][: self.num_slots] for s in samples for turn in s.turns]
+        slot_ids = torch.tensor(slots, dtype=torch.uint8).view(-1, self.num_slots)
         object_ids, object_words = self._phrases(samples)
         return Batch(
             images=torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2).contiguous(),
             depth=torch.from_numpy(np.stack([s.depth for s in samples])),
             target_ids=torch.from_numpy(np.stack([s.target_ids for s in samples])),
             text=PackedText(**pack(branches, prefix, self.num_image_tokens)),
-            image_of_query=torch.tensor([i for i, s in enumerate(samples) for _ in s.turns], dtype=torch.int64),
-            slot_ids=torch.tensor(slots, dtype=torch.uint8).view(-1, self.num_slots),
+            queries=QueryIndex(
+                image=torch.tensor([i for i, s in enumerate(samples) for _ in s.turns], dtype=torch.int64),
+                place=torch.tensor([k for s in samples for k in range(len(s.turns))], dtype=torch.int64),
+                most=max(len(s.turns) for s in samples),
+            ),
+            slot_ids=slot_ids,
+            used_slots=torch.stack(slot_ids.nonzero(as_tuple=True)),
             object_ids=object_ids,
             object_words=object_words,
             samples=samples,

@@ -118,7 +118,7 @@ class Annexe(nn.Module):
         answers = [text for text, query in zip(texts, is_query.tolist(), strict=True) if query]
         scores, depth_maps = presence.float().sigmoid().tolist(), depth.depth.float().cpu().numpy()
         responses = []
-        for query, image in enumerate(batch.image_of_query.tolist()):
+        for query, image in enumerate(batch.queries.image.tolist()):
             targets = self._targets(scores[query], masks[query], answers[query], batch.samples[image].original_size)
             responses.append(Response(analyses[image], answers[query], max(scores[query]), targets, depth_maps[image]))
         return responses
@@ -143,8 +143,8 @@ class Annexe(nn.Module):
         offsets = torch.arange(text.max_branch_length, device=hidden.device)
         mask = offsets < length[:, None]  # [Q, L]
         columns = torch.where(mask, start[:, None] + offsets, 0)
-        prompt = hidden[batch.image_of_query[:, None], columns] * mask[..., None]
-        return self.pixel_decoder(prompt, mask, patches, maps, batch.image_of_query)
+        prompt = hidden[batch.queries.image[:, None], columns] * mask[..., None]
+        return self.pixel_decoder(prompt, mask, patches, maps, batch.queries)
 
     def _targets(self, scores: list[float], logits: Tensor, answer: str, size: tuple[int, int]) -> list[Target]:
         phrases = phrases_of(answer)

@@ -5,24 +5,23 @@ Legend: B images, N packed tokens, R branches, L prompt tokens of a branch, D wi
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
-from pathlib import Path
-from pickle import UnpicklingError
+from functools import partial
 
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, DynamicCache, LlamaConfig, LlamaForCausalLM
+from torch.distributed import ReduceOp, all_reduce
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from annexe.datasets.collate import PackedText
 from annexe.errors import UserError, unknown
+from annexe.models.llama import DTYPES, QUANTISED, load_llama, random_llama
 from annexe.models.tokenizer import TextTokenizer
 from annexe.registry import register
 from annexe.weights import require_source
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -50,43 +49,6 @@ def packed_attention_mask(segment: Tensor) -> Tensor:
     return (causal & ((key == 0) | (key == query)))[:, None]
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def load_llama(path: str, dtype: torch.dtype) -> LlamaForCausalLM:
-    """A Llama from its Hugging Face folder, every tensor of it.
-
-    Raises:
-        UserError: for a folder that is no Llama, is damaged, or lacks a tensor.
-    """
-    if not (Path(path) / "config.json").is_file():
-        raise UserError(f"no Llama in '{path}' (config.json is missing); give its Hugging Face folder")
-    try:
-        kind = AutoConfig.from_pretrained(path, local_files_only=True).model_type
-        if kind != "llama":
-            raise UserError(f"'{path}' holds a model of type '{kind}'; model.language_model.path takes a llama")
-        model, info = LlamaForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", local_files_only=True, output_loading_info=True
-        )
-    except UserError:
-        raise
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, SafetensorError, UnpicklingError) as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"cannot load the Llama in '{path}' ({type(error).__name__}: {first}); fetch it again"
-        ) from None
-    faults = [f"missing {key}" for key in info["missing_keys"]] + [
-        f"{key} does not fit" for key in info["mismatched_keys"]
-    ]
-    if faults:
-        raise UserError(f"the Llama in '{path}' is not whole: {'; '.join(faults[:3])}; fetch it again")
-    log.info(
-        "model.language_model.path: %d tensors from '%s'; %d left over", len(model.state_dict()), path,
-        len(info["unexpected_keys"]),
-    )  # fmt: skip
-    return model
-
-
 @register("language_model", "llama")
 class Llama(nn.Module):
     """Llama 2 with LoRA and ``num_slots`` mask placeholders of our own beside its tables.
@@ -95,7 +57,11 @@ class Llama(nn.Module):
         tokenizer: its vocabulary sets the size of the tables.
         path: Hugging Face folder, which brings the sizes and the tokenizer with it; the sizes below are for ``init``.
         init: ``random`` declares that the weights are meant to be random.
-        dtype: of the Llama itself, float32 or bfloat16; adapters, placeholders and everything else stay float32.
+        dtype: of the Llama itself: float32, bfloat16, or int8 or nf4 for small cards (needs bitsandbytes and LoRA);
+            adapters and placeholders stay float32.
+        vocab_size: rows of the tables where they are to have more than the tokenizer has words.
+        checkpointed_blocks: blocks, from the first on, that keep no activations but compute them again in the backward
+            pass (activation checkpointing): slower, smaller.
     """
 
     def __init__(
@@ -109,29 +75,35 @@ class Llama(nn.Module):
         num_layers: int = 32,
         num_heads: int = 32,
         mlp_dim: int = 11008,
+        vocab_size: int | None = None,
         initializer_range: float = 0.02,
+        checkpointed_blocks: int = 0,
         lora: Lora = Lora(),  # noqa: B008
     ) -> None:
         super().__init__()
         require_source("model.language_model", "path", path, init)
-        if dtype not in DTYPES:
-            raise unknown("setting model.language_model.dtype", dtype, DTYPES)
+        if dtype not in (*DTYPES, *QUANTISED):
+            raise unknown("setting model.language_model.dtype", dtype, (*DTYPES, *QUANTISED))
+        if dtype in QUANTISED and lora.rank == 0:
+            raise UserError(f"model.language_model.dtype {dtype} cannot be trained whole; set lora.rank above 0")
         if path is not None:
-            model = load_llama(path, DTYPES[dtype])
+            model = load_llama(path, dtype)
         else:
-            model = LlamaForCausalLM(
-                LlamaConfig(
-                    vocab_size=tokenizer.vocab_size,
-                    hidden_size=hidden_size,
-                    num_hidden_layers=num_layers,
-                    num_attention_heads=num_heads,
-                    intermediate_size=mlp_dim,
-                    initializer_range=initializer_range,
-                    attn_implementation="sdpa",
-                    bos_token_id=tokenizer.bos_id,
-                    eos_token_id=tokenizer.eos_id,
-                )
-            ).to(DTYPES[dtype])
+            sizes = LlamaConfig(
+                vocab_size=tokenizer.vocab_size,
+                hidden_size=hidden_size,
+                num_hidden_layers=num_layers,
+                num_attention_heads=num_heads,
+                intermediate_size=mlp_dim,
+                initializer_range=initializer_range,
+                attn_implementation="sdpa",
+                bos_token_id=tokenizer.bos_id,
+                eos_token_id=tokenizer.eos_id,
+            )
+            model = random_llama(sizes, dtype)
+        for block in model.model.layers[:checkpointed_blocks]:
+            block.gradient_checkpointing = True
+            block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         if model.config.vocab_size != tokenizer.vocab_size:
             raise UserError(
                 f"the Llama in '{path}' has {model.config.vocab_size} words and its tokenizer {tokenizer.vocab_size}; "
@@ -194,7 +166,7 @@ class Llama(nn.Module):
             token = self.logits(state).argmax(-1).masked_fill(finished, self.tokenizer.eos_id)  # [R]
             responses.append(token)
             finished = finished | (token == self.tokenizer.eos_id)
-            if finished.all():
+            if self._all(finished):
                 break
             seen = torch.cat([seen, seen.new_ones(len(seen), 1)], dim=1)
             state = (
@@ -213,6 +185,14 @@ class Llama(nn.Module):
         return hidden, [
             row[: row.index(self.tokenizer.eos_id)] if self.tokenizer.eos_id in row else row for row in rows
         ]
+
+    def _all(self, finished: Tensor) -> bool:
+        """Whether every row is finished; under FSDP on every rank, for all have to take the same number of steps."""
+        done = finished.all()
+        if isinstance(self.llama.model.layers[0], FSDPModule):
+            done = done.to(torch.uint8)
+            all_reduce(done, ReduceOp.MIN)
+        return bool(done)
 
     def _branch_cache(self, packed: DynamicCache, text: PackedText) -> tuple[DynamicCache, Tensor]:
         """Keys and values of prefix + branch, a row a branch, and which of the columns are real: bool[R, P + L]."""

@@ -14,16 +14,15 @@ import torch.nn.functional as F
 from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 
+from annexe.datasets.collate import QueryIndex
 from annexe.registry import register
 
 
-def spread(rows: Tensor, image_of_query: Tensor, num_images: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Lay per-query rows [Q, ...] out per image, padded: [B, queries of the fullest image, ...], and the way back."""
-    counts = torch.bincount(image_of_query, minlength=num_images)
-    place = torch.arange(len(image_of_query), device=rows.device) - (counts.cumsum(0) - counts)[image_of_query]
-    padded = rows.new_zeros(num_images, int(counts.max()), *rows.shape[1:])
-    padded[image_of_query, place] = rows
-    return padded, (image_of_query, place)
+def spread(rows: Tensor, queries: QueryIndex, num_images: int) -> Tensor:
+    """Lay per-query rows [Q, ...] out per image, padded: [B, queries of the fullest image, ...]."""
+    padded = rows.new_zeros(num_images, queries.most, *rows.shape[1:])
+    padded[queries.image, queries.place] = rows
+    return padded
 
 
 class SlotLayer(nn.Module):
@@ -36,14 +35,14 @@ class SlotLayer(nn.Module):
         self.pixel_attention = nn.MultiheadAttention(width, num_heads, batch_first=True)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, slots: Tensor, keys: Tensor, values: Tensor, image_of_query: Tensor) -> Tensor:
+    def forward(self, slots: Tensor, keys: Tensor, values: Tensor, queries: QueryIndex) -> Tensor:
         """``slots`` [Q, K, H], ``keys`` and ``values`` [B, G * G, H] -> [Q, K, H]."""
         x = self.norms[0](slots)
         slots = slots + self.slot_attention(x, x, x, need_weights=False)[0]
         # All slots of an image attend to its pixels together: keys are projected once an image, not once a query.
-        per_image, back = spread(self.norms[1](slots), image_of_query, len(keys))  # [B, n, K, H]
+        per_image = spread(self.norms[1](slots), queries, len(keys))  # [B, n, K, H]
         read = self.pixel_attention(per_image.flatten(1, 2), keys, values, need_weights=False)[0]
-        slots = slots + read.view_as(per_image)[back]
+        slots = slots + read.view_as(per_image)[queries.image, queries.place]
         return slots + self.mlp(self.norms[2](slots))
 
 
@@ -83,7 +82,7 @@ class QueryDecoder(nn.Module):
         self.pixel_out = nn.Conv2d(pixel_dim, pixel_dim, 3, padding=1)
 
     def forward(
-        self, prompt: Tensor, prompt_mask: Tensor, patches: Tensor, maps: list[Tensor], image_of_query: Tensor
+        self, prompt: Tensor, prompt_mask: Tensor, patches: Tensor, maps: list[Tensor], queries: QueryIndex
     ) -> tuple[Tensor, Tensor]:
         """Decode every query.
 
@@ -92,7 +91,7 @@ class QueryDecoder(nn.Module):
             prompt_mask: bool[Q, L].
             patches: float[B, G * G, E] of the RGB encoder.
             maps: the depth branch's four fused maps, coarse to fine.
-            image_of_query: int[Q].
+            queries: the image of every query.
 
         Returns:
             Presence logits float[Q, K] and mask logits float[Q, K, h, w].
@@ -104,12 +103,12 @@ class QueryDecoder(nn.Module):
         values = rgb + self.depth(coarse).flatten(2).transpose(1, 2)  # [B, G * G, H]
         keys = values + self.position
         for layer in self.layers:
-            slots = layer(slots, keys, values, image_of_query)
+            slots = layer(slots, keys, values, queries)
         slots = self.norm(slots)
         pixels = self._pixels(rgb, maps[-1])  # [B, C, h, w]
         embeddings = self.mask_embedding(slots) / pixels.shape[1] ** 0.5
-        per_image, back = spread(embeddings, image_of_query, len(pixels))  # [B, n, K, C]
-        masks = torch.einsum("bnkc,bchw->bnkhw", per_image, pixels)[back]
+        per_image = spread(embeddings, queries, len(pixels))  # [B, n, K, C]
+        masks = torch.einsum("bnkc,bchw->bnkhw", per_image, pixels)[queries.image, queries.place]
         return self.presence(slots).squeeze(-1), masks
 
     def _pixels(self, rgb: Tensor, finest: Tensor) -> Tensor:
@@ -152,7 +151,7 @@ class DeconvDecoder(nn.Module):
         )  # fmt: skip
 
     def forward(
-        self, prompt: Tensor, prompt_mask: Tensor, patches: Tensor, maps: list[Tensor], image_of_query: Tensor
+        self, prompt: Tensor, prompt_mask: Tensor, patches: Tensor, maps: list[Tensor], queries: QueryIndex
     ) -> tuple[Tensor, Tensor]:
         """As `QueryDecoder.forward`; ``patches`` are not used, as in the released design."""
         length = prompt_mask.sum(1, keepdim=True)  # [Q, 1]
@@ -161,7 +160,7 @@ class DeconvDecoder(nn.Module):
         rows = prompt.gather(1, columns)  # [Q, 256, D]
         presence = self.presence_cnn(F.adaptive_avg_pool1d(rows, 64 * 64).unflatten(2, (64, 64)))
         text = F.adaptive_max_pool1d(rows, self.grid**2).unflatten(2, (self.grid, self.grid))
-        pixels = self.pixels(F.adaptive_avg_pool2d(maps[0], self.grid))[image_of_query]  # [Q, 256, G, G]
+        pixels = self.pixels(F.adaptive_avg_pool2d(maps[0], self.grid))[queries.image]  # [Q, 256, G, G]
         classes = self.deconv(text + pixels)  # [Q, K + 1, h, w]
         others = [
             torch.logsumexp(classes[:, [c for c in range(self.num_slots + 1) if c != slot]], dim=1)

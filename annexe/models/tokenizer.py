@@ -18,12 +18,13 @@ _TEMPLATE_TOKENS = ("[INST]", "[/INST]", "<Img>", "</Img>", "[caption]", "[vqa]"
 class TextTokenizer:
     """A Hugging Face tokenizer plus ``num_slots`` mask placeholders.
 
-    Placeholder k has id ``len(base) + k``: the base vocabulary, and with it the language model's tables, stay as
-    they are. Text around placeholders is encoded piece by piece, so that it decodes the same for every tokenizer.
+    Placeholder k has id ``vocab_size + k``: the base vocabulary, and with it the language model's tables, stay as they
+    are. ``vocab_size`` is for tables with more rows than the tokenizer has words. Text around placeholders is encoded
+    piece by piece, so that it decodes the same for every tokenizer.
     """
 
-    def __init__(self, base: PreTrainedTokenizerBase, num_slots: int) -> None:
-        self.base, self.num_slots, self.vocab_size = base, num_slots, len(base)
+    def __init__(self, base: PreTrainedTokenizerBase, num_slots: int, vocab_size: int | None = None) -> None:
+        self.base, self.num_slots, self.vocab_size = base, num_slots, max(len(base), vocab_size or 0)
         self.bos_id, self.eos_id = base.bos_token_id, base.eos_token_id
 
     def encode(self, text: str) -> list[int]:
@@ -59,7 +60,7 @@ class TextTokenizer:
         self.base.save_pretrained(folder)
 
 
-def load_tokenizer(folder: str | Path, num_slots: int) -> TextTokenizer:
+def load_tokenizer(folder: str | Path, num_slots: int, vocab_size: int | None = None) -> TextTokenizer:
     """Load the tokenizer in a Hugging Face folder.
 
     Raises:
@@ -68,7 +69,7 @@ def load_tokenizer(folder: str | Path, num_slots: int) -> TextTokenizer:
     for name in ("tokenizer_config.json", "tokenizer.json"):  # built from tokenizer.model alone, spaces merge otherwise
         if not (Path(folder) / name).is_file():
             raise UserError(f"no tokenizer in '{folder}' ({name} is missing); give a whole Hugging Face folder")
-    return TextTokenizer(AutoTokenizer.from_pretrained(str(folder)), num_slots)
+    return TextTokenizer(AutoTokenizer.from_pretrained(str(folder)), num_slots, vocab_size)
 
 
 def train_tokenizer(texts: Iterable[str], num_slots: int, vocab_size: int = 1024) -> TextTokenizer:

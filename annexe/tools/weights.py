@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from annexe.checkpoint import require_checkpoint, saved_config
 from annexe.errors import UserError
-from annexe.models.language_model import DTYPES, Llama, Lora, load_llama
+from annexe.models.language_model import Llama, Lora
+from annexe.models.llama import QUANTISED, load_llama
 from annexe.models.tokenizer import load_tokenizer
 from annexe.weights import read_tensors, recognise
 
@@ -95,7 +96,7 @@ def export_run(run_folder: str, out: Path, *, merge: bool) -> None:
             "- adapter/: `PeftModel.from_pretrained(llama, 'adapter')` on the stock Llama, vocabulary as it is"
         )
     if merge and adapter.is_dir():
-        llama = load_llama(settings["path"], DTYPES[settings["dtype"]])
+        llama = load_llama(settings["path"], "bfloat16" if settings["dtype"] in QUANTISED else settings["dtype"])
         PeftModel.from_pretrained(llama, adapter).merge_and_unload().save_pretrained(part / "llama")
     elif not adapter.is_dir():
         _save_whole(settings, {n.removeprefix(_LLAMA): t for n, t in tensors.items() if n.startswith(_LLAMA)}, part)
@@ -110,7 +111,7 @@ def export_run(run_folder: str, out: Path, *, merge: bool) -> None:
 
 def _save_whole(settings: dict, tensors: dict, folder: Path) -> None:
     """Save a language model that was trained whole, in its own sizes."""
-    tokenizer = load_tokenizer(folder / "tokenizer", 1)
+    tokenizer = load_tokenizer(folder / "tokenizer", 1, settings["vocab_size"])
     language = Llama(tokenizer, lora=Lora(rank=0), **{k: v for k, v in settings.items() if k not in ("type", "lora")})
     language.model.load_state_dict(tensors)
     language.model.save_pretrained(folder / "llama")
