@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 
+import torch
 from rich.console import Console
 from rich.logging import RichHandler
 
@@ -16,7 +17,7 @@ from annexe import __version__
 from annexe.config import Config, load_config
 from annexe.errors import UserError, unknown
 
-TOOLS = ("synth", "weights", "convert-config")
+TOOLS = ("synth", "weights", "convert-config", "plan")
 
 
 def guarded(work: Callable[[], None]) -> None:
@@ -53,6 +54,8 @@ def run_script(work: Callable[[Config], object], description: str, *, choose_dat
                 raise unknown("data set", name, config.datasets)
             config.datasets = {name: config.datasets[name]}
         work(config)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
     guarded(load_and_work)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -24,15 +26,28 @@ def make_accelerator(run: RunConfig) -> Accelerator:
     if run.device == "cuda" and not cuda:
         raise UserError("run.device is cuda but torch sees no GPU; set run.device=cpu or auto")
     on_cuda = cuda and run.device != "cpu"
+    timeout = timedelta(minutes=run.timeout_minutes)
+    if "TORCHELASTIC_RESTART_COUNT" in os.environ and not dist.is_initialized():
+        join_group("nccl" if on_cuda else "gloo", timeout)
     bf16 = run.mixed_precision == "bf16" or (run.mixed_precision == "auto" and on_cuda)
     return Accelerator(
         cpu=not on_cuda,
         mixed_precision="bf16" if bf16 else "no",
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(minutes=run.timeout_minutes)),
+            InitProcessGroupKwargs(timeout=timeout),
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )
+
+
+def join_group(backend: str, timeout: timedelta) -> None:
+    """Join torchrun's process group under keys of this attempt alone.
+
+    torchrun starts processes anew with the store of those that died, whose addresses still stand in it.
+    """
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def distribute(accelerator: Accelerator, model: Annexe, parallel: str) -> nn.Module:
@@ -43,16 +58,17 @@ def distribute(accelerator: Accelerator, model: Annexe, parallel: str) -> nn.Mod
     Raises:
         UserError: for FSDP with a quantised base, whose packed weights cannot be sharded.
     """
-    alone = accelerator.num_processes == 1  # torchrun with one process needs neither
-    if parallel == "ddp" or alone:
-        return accelerator.prepare_model(model, evaluation_mode=alone)
+    if accelerator.num_processes == 1:  # needs neither
+        return accelerator.prepare_model(model, evaluation_mode=True)
+    model.to(memory_format=torch.contiguous_format)  # all that FSDP takes, and what DDP's buckets are made for
+    if parallel == "ddp":
+        return accelerator.prepare_model(model)
     blocks = [*model.rgb_encoder.vit.blocks, *model.language_model.llama.model.layers]
     if any(p.dtype in (torch.int8, torch.uint8) for p in model.parameters()):
         raise UserError(
             "run.parallel=fsdp cannot spread an int8 or nf4 language model; set run.parallel=ddp, "
             "or model.language_model.dtype=bfloat16"
         )
-    model.to(memory_format=torch.contiguous_format)  # all that FSDP takes
     for block in blocks:
         fully_shard(block)
     fully_shard(model)

@@ -106,6 +106,8 @@ class Trainer:
     def train(self) -> None:
         """Run every step that is left, with validation and checkpoints on the way."""
         self._announce()
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # what making the model took does not count
         window = Window(list(self.weights), self.accelerator.device)
         batches = iter(self._loader())
         with self.journal.bar(self.progress.step, self.run.max_steps) as advance:
@@ -203,7 +205,8 @@ class Trainer:
 
     def _announce(self) -> None:
         parameters = list(self.model.parameters())
-        trained, total = (sum(p.numel() for p in ps) for ps in ([p for p in parameters if p.requires_grad], parameters))
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        total = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in parameters)  # NF4: two a byte
         log.info(
             "step %d of %d: %.1f M parameters, %.1f M of them trained, on %d images with up to %d queries each, "
             "%d process(es) on %s, under '%s'",
@@ -296,7 +299,7 @@ class Trainer:
         )
 
     def _gpu_memory(self) -> dict[str, float]:
-        """Most memory that tensors took on this rank's GPU so far, in GB (1e9 bytes)."""
+        """Most memory that tensors took on this rank's GPU since training began, in GB (1e9 bytes)."""
         cuda = self.accelerator.device.type == "cuda"
         return {"gpu_memory": torch.cuda.max_memory_allocated() / 1e9} if cuda else {}
 

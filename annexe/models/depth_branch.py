@@ -35,6 +35,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(64, 4, 2, (1, 2, 3, 4), (32, 32, 64, 64), 16, 8),
+    "small": Size(192, 6, 3, (2, 3, 5, 6), (48, 96, 192, 192), 48, 16),
     "vits": Size(384, 12, 6, (3, 6, 9, 12), (48, 96, 192, 384), 64),
     "vitb": Size(768, 12, 12, (3, 6, 9, 12), (96, 192, 384, 768), 128),
     "vitl": Size(1024, 24, 16, (5, 12, 18, 24), (256, 512, 1024, 1024), 256),
@@ -77,7 +78,7 @@ class DepthAnythingV2(nn.Module):
     """Depth Anything V2 (NeurIPS 2024) in one backbone pass.
 
     Args:
-        size: tiny, vits, vitb or vitl.
+        size: tiny or small (from scratch), vits, vitb or vitl (as published).
         weights: checkpoint of this size; its positions are resized to the image size.
         init: ``random`` declares that the weights are meant to be random.
         statistics: mean and standard deviation that pixels are normalised by: imagenet, clip or annexe.
@@ -140,8 +141,6 @@ class DepthAnythingV2(nn.Module):
 
     def forward(self, images: Tensor) -> DepthFeatures:
         """Depth and features of ``images`` float[B, 3, S, S] in [0, 1]."""
-        tapped = self.model.backbone.forward_with_filtered_kwargs(
-            self.normalise(images)
-        ).feature_maps  # 4 x [B, 1 + G * G, D]
-        maps = self.model.neck(list(tapped), self.grid, self.grid)
+        tapped = self.model.backbone.forward_with_filtered_kwargs(self.normalise(images))
+        maps = self.model.neck(list(tapped.feature_maps), self.grid, self.grid)  # of 4 x [B, 1 + G * G, D]
         return DepthFeatures(depth=self.model.head(maps, self.grid, self.grid), maps=list(maps))

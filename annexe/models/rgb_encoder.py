@@ -64,9 +64,7 @@ class EvaViT(nn.Module):
         positions = build_sincos2d_pos_embed([self.grid, self.grid], dim=embed_dim)
         self.vit.pos_embed.data[0, 1:] = positions
         if weights is not None:
-            required = [
-                f"vit.{name}" for name in self.vit.state_dict()
-            ]  # ln_vision comes from no file: it stays 1 and 0
+            required = [f"vit.{name}" for name in self.vit.state_dict()]  # ln_vision is in no file: it stays 1 and 0
             checkpoints.load(self, "rgb_encoder", weights, required)
         if frozen:
             self.requires_grad_(False)
