@@ -232,7 +232,7 @@ def test_a_proposal_fits_the_card(
     proposal = record(card)["proposal"]
     assert proposal["options"] == ["model.language_model.checkpointed_blocks=1"]  # half of the two
     assert proposal["needs"] <= card
-    assert f"--options {' '.join(proposal['options'])}" in capsys.readouterr().out
+    assert f"--options {' '.join([*options, *proposal['options']])}\n" in capsys.readouterr().out
     again = record(card, *proposal["options"])
     assert again["fits"] and again["peak"] == pytest.approx(proposal["peak"], rel=1e-6)
 

@@ -213,7 +213,7 @@ class LiveBytes(TorchDispatchMode):
                 hook.remove()
 
     def _free(self, key: int, _: weakref.ref) -> None:
-        self._live.pop(key)
+        self.current -= self._live.pop(key)[0]
 
 
 # In float32 under CUDA's autocast, of what models use; under the CPU's these stay in bfloat16.
@@ -556,7 +556,7 @@ def run(arguments: argparse.Namespace) -> None:
     plan = plan_of(config)
     proposal = None if plan.needs <= card else propose(plan_of, config, arguments.gpus, card)
     notes.append(f"lengths: {source}")
-    show(plan, proposal, arguments.card, notes)
+    show(plan, proposal, arguments.card, notes, arguments.options)
     if arguments.json is not None:
         record = numbers(plan) | {"card": arguments.card, "fits": plan.needs <= card, "notes": notes, "proposal": None}
         if proposal is not None:
@@ -608,8 +608,10 @@ def numbers(plan: Plan) -> dict[str, Any]:
     }
 
 
-def show(plan: Plan, proposal: tuple[dict[str, Any], Plan] | None, card: float, notes: list[str]) -> None:
-    """Print tables and proposal for a card of ``card`` GB."""
+def show(
+    plan: Plan, proposal: tuple[dict[str, Any], Plan] | None, card: float, notes: list[str], given: list[str]
+) -> None:
+    """Print the table and what to put behind the options ``given`` for a card of ``card`` GB."""
     record = numbers(plan)
     columns = ("weights", "gradients", "optimizer", "activations")
     title = (
@@ -633,8 +635,10 @@ def show(plan: Plan, proposal: tuple[dict[str, Any], Plan] | None, card: float, 
         options, smaller = proposal
         lines += [
             f"For a card of {card:g} GB (peak {smaller.peak / GB:.1f} GB, needs {smaller.needs / GB:.1f} GB):",
-            f"--options {' '.join(as_options(options))}",
+            f"--options {' '.join([*given, *as_options(options)])}",
         ]
+        if options.get("model.language_model.dtype") in QUANTISED:
+            lines.append("This takes bitsandbytes: pip install 'annexe[quantise]'")
     console = Console(soft_wrap=True)
     console.print(table)
     for line in lines:
