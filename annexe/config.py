@@ -201,10 +201,9 @@ def is_released(config: DictConfig | ListConfig) -> bool:
     if not isinstance(config, DictConfig):
         return False
     model, datasets = (config.get(key) for key in ("model", "datasets"))
-    has = [
-        isinstance(block, DictConfig) and name in block for block, name in ((model, "arch"), (datasets, "egoirgbench"))
-    ]
-    return any(has) or "evaluation_datasets" in config
+    theirs = ((model, "arch"), (datasets, "egoirgbench"))
+    has = any(isinstance(block, DictConfig) and name in block for block, name in theirs)
+    return has or "evaluation_datasets" in config
 
 
 def import_plugins(modules: list[str]) -> None:

@@ -24,9 +24,8 @@ Settings = dict[str, Any]
 def _root(path: str, up: int) -> str:
     """The data root that a path of theirs lies in."""
     parts = Path(path).parts
-    return (
-        str(Path(*parts[: parts.index("dataset_split")])) if "dataset_split" in parts else str(Path(path).parents[up])
-    )
+    known = "dataset_split" in parts
+    return str(Path(*parts[: parts.index("dataset_split")]) if known else Path(path).parents[up])
 
 
 def _statistics(values: Any) -> str:
@@ -41,6 +40,8 @@ _MAPPED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "model.image_size": ("model.rgb_encoder.image_size", int),
     "model.llama_model": ("model.language_model.path", str),
     "model.ckpt": ("model.init_from", str),
+    "model.low_resource": ("model.language_model.dtype", lambda on: "int8" if on else "bfloat16"),
+    "model.use_grad_checkpoint": ("model.language_model.checkpointed_blocks", lambda on: 32 if on else 0),
     "model.lora_r": ("model.language_model.lora.rank", int),
     "model.lora_alpha": ("model.language_model.lora.alpha", float),
     "datasets.egoirgbench.batch_size": ("run.batch_size", int),
@@ -80,8 +81,6 @@ _WITHOUT_COUNTERPART = {
     "model.end_sym": "the tokenizer's end of sequence",
     "model.prompt_template": "MiniGPT-v2's template is fixed, in training and generation alike",
     "model.chat_template": "MiniGPT-v2's template is fixed, in training and generation alike",
-    "model.use_grad_checkpoint": "activations are kept",
-    "model.low_resource": "the Llama is held in model.language_model.dtype",
     "datasets.egoirgbench.sample_ratio": "there is one data set",
     "datasets.egoirgbench.vis_processor": "resizing is fixed: bicubic to a square",
     "datasets.egoirgbench.text_processor": "texts stay as they are",
