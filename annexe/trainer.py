@@ -70,6 +70,12 @@ class MicroBatches:
             yield sample_order(self.run.seed, self.num_images, first, first + size)
 
 
+def seen_in(batches: list[Batch]) -> Tensor:
+    """Images, queries and tokens of some batches, float64[3]."""
+    seen = [[len(b.samples), len(b.queries.image), int((b.text.segment >= 0).sum())] for b in batches]
+    return torch.tensor(seen, dtype=torch.float64).sum(0)
+
+
 class Trainer:
     """One training run: built from a configuration, resumed where asked, run to ``max_steps``."""
 
@@ -99,6 +105,9 @@ class Trainer:
             if self.weights["patch_phrase"]:
                 raise UserError("run.loss_weights.patch_phrase needs model.name_patches=true; set it, or the weight 0")
             del self.weights["patch_phrase"]
+        device = self.accelerator.device
+        self.term_weights = torch.tensor(list(self.weights.values()), device=device)
+        self.seen = torch.zeros(3, dtype=torch.float64, device=device)  # images, queries, tokens not yet in progress
         self.fingerprint = self.train_set.fingerprint() if self.accelerator.is_main_process else ""
         self.truth = Truth(self.validation_set) if self.validation_set else None
         self.journal = Journal(config, self.output, self.progress, enabled=self.accelerator.is_main_process)
@@ -136,14 +145,16 @@ class Trainer:
         Returns:
             Each term's total on this rank, its units over all ranks, and the gradient norm.
         """
-        names = list(self.weights)
-        batches = [batch.to(self.accelerator.device) for batch in batches]
-        units = sum_over_ranks(self.accelerator, losses.counts(batches, names))
-        factor = torch.tensor(list(self.weights.values()), device=units.device) / units.clamp(min=1)
+        names, device = list(self.weights), self.accelerator.device
+        counted = torch.cat([losses.counts(batches, names), seen_in(batches)])  # on the CPU, where nothing has to wait
+        batches = [batch.to(device) for batch in batches]
+        counted = sum_over_ranks(self.accelerator, counted.to(device, non_blocking=True))
+        units, seen = counted[: len(names)], counted[len(names) :]
+        factor = self.term_weights / units.clamp(min=1)
         self.wrapped.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.progress.step, self.run)
-        totals = torch.zeros(len(names), device=units.device)
+        totals = torch.zeros(len(names), device=device)
         for number, batch in enumerate(batches, start=1):
             with nullcontext() if number == len(batches) else self.accelerator.no_sync(self.wrapped):
                 term_totals = losses.totals(self.wrapped(batch), batch, names)
@@ -158,7 +169,8 @@ class Trainer:
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._count(batches)
+        self.progress.step += 1
+        self.seen += seen
         return totals, units, norm
 
     def validate(self) -> None:
@@ -189,6 +201,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint; every validated step is written, so the best one is there."""
         started = time.perf_counter()
+        self._read_counters()
         size = save_checkpoint(
             self.output,
             self.model,
@@ -270,16 +283,16 @@ class Trainer:
             generator=torch.Generator(),  # a loader draws its workers' seed: not from the run's random state
         )
 
-    def _count(self, batches: list[Batch]) -> None:
-        seen = [[len(b.samples), len(b.queries.image), int((b.text.segment >= 0).sum())] for b in batches]
-        total = torch.tensor(seen, device=self.accelerator.device).sum(0)
-        images, queries, tokens = sum_over_ranks(self.accelerator, total).tolist()
-        self.progress.step += 1
-        self.progress.images += images
-        self.progress.queries += queries
-        self.progress.tokens += tokens
+    def _read_counters(self) -> None:
+        """Bring what the device counted since the last call into the progress."""
+        images, queries, tokens = self.seen.tolist()
+        self.seen.zero_()
+        self.progress.images += int(images)
+        self.progress.queries += int(queries)
+        self.progress.tokens += int(tokens)
 
     def _log_window(self, window: Window) -> None:
+        self._read_counters()
         terms = window.means(sum_over_ranks(self.accelerator, window.totals))
         loss = sum(self.weights[name] * value for name, value in terms.items())
         self.journal.write(
