@@ -58,17 +58,17 @@ def distribute(accelerator: Accelerator, model: Annexe, parallel: str) -> nn.Mod
     Raises:
         UserError: for FSDP with a quantised base, whose packed weights cannot be sharded.
     """
+    if parallel == "fsdp" and any(p.dtype in (torch.int8, torch.uint8) for p in model.parameters()):
+        raise UserError(
+            "run.parallel=fsdp cannot spread an int8 or nf4 language model; set run.parallel=ddp, "
+            "or model.language_model.dtype=bfloat16"
+        )
     if accelerator.num_processes == 1:  # needs neither
         return accelerator.prepare_model(model, evaluation_mode=True)
     model.to(memory_format=torch.contiguous_format)  # all that FSDP takes, and what DDP's buckets are made for
     if parallel == "ddp":
         return accelerator.prepare_model(model)
     blocks = [*model.rgb_encoder.vit.blocks, *model.language_model.llama.model.layers]
-    if any(p.dtype in (torch.int8, torch.uint8) for p in model.parameters()):
-        raise UserError(
-            "run.parallel=fsdp cannot spread an int8 or nf4 language model; set run.parallel=ddp, "
-            "or model.language_model.dtype=bfloat16"
-        )
     for block in blocks:
         fully_shard(block)
     fully_shard(model)

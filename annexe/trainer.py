@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -26,10 +25,11 @@ from annexe.checkpoint import (
     save_checkpoint,
     saved_config,
 )
-from annexe.config import Config, RunConfig, as_dict
+from annexe.config import Config, as_dict
 from annexe.datasets import build_dataset, prompts
 from annexe.datasets.collate import Batch, Collator
 from annexe.datasets.ego_irgbench import EgoIRGBench
+from annexe.datasets.sampling import MicroBatches
 from annexe.distributed import distribute, gather_lists, make_accelerator, sum_over_ranks
 from annexe.errors import UserError
 from annexe.evaluator import plan_batches, predict
@@ -40,34 +40,6 @@ from annexe.optim import build_optimizer, learning_rate
 from annexe.scoring import Truth, score
 
 log = logging.getLogger(__name__)
-
-
-def sample_order(seed: int, num_images: int, first: int, last: int) -> list[tuple[int, int]]:
-    """(epoch, image) of the training samples ``first`` to ``last``: every epoch is a permutation of its own."""
-    order = []
-    for epoch in range(first // num_images, (last - 1) // num_images + 1):
-        permutation = np.random.default_rng([seed, epoch]).permutation(num_images).tolist()
-        start = epoch * num_images
-        order += [(epoch, permutation[i - start]) for i in range(max(first, start), min(last, start + num_images))]
-    return order
-
-
-class MicroBatches:
-    """Batch sampler of one rank: its share of every micro-batch that is left from ``progress`` on."""
-
-    def __init__(self, run: RunConfig, num_images: int, progress: Progress, rank: int, world_size: int) -> None:
-        self.run, self.num_images, self.rank, self.world_size = run, num_images, rank, world_size
-        self.first_image = progress.images  # copied: progress moves on while batches are drawn
-        self.num_batches = (run.max_steps - progress.step) * run.gradient_accumulation
-
-    def __len__(self) -> int:
-        return self.num_batches
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        size = self.run.batch_size
-        for number in range(self.num_batches):
-            first = self.first_image + (number * self.world_size + self.rank) * size
-            yield sample_order(self.run.seed, self.num_images, first, first + size)
 
 
 def seen_in(batches: list[Batch]) -> Tensor:
@@ -274,10 +246,17 @@ class Trainer:
         return tokenizer_of(self.config, folder)
 
     def _loader(self) -> DataLoader:
-        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        own = MicroBatches(
+            self.run,
+            len(self.train_set),
+            step=self.progress.step,
+            first_image=self.progress.images,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+        )
         return DataLoader(
             self.train_set,
-            batch_sampler=MicroBatches(self.run, len(self.train_set), self.progress, rank, world_size),
+            batch_sampler=own,
             collate_fn=Collator(self.tokenizer, self.model.num_image_tokens, self.model.pixel_decoder.num_slots),
             num_workers=self.run.num_workers,
             generator=torch.Generator(),  # a loader draws its workers' seed: not from the run's random state

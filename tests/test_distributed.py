@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +19,8 @@ from safetensors.torch import load_file
 
 from annexe.evaluator import evaluate
 from annexe.trainer import train
-from tests.test_training import FREE, gradients
+from tests.conftest import ROOT, SMALLEST, TINY
+from tests.test_training import FREE, gradients, log_of
 
 
 def in_process(rank: int, world_size: int, port: int, work, arguments: tuple) -> None:
@@ -96,7 +102,7 @@ def test_fsdp_trains_validates_and_resumes_as_one_process_does(make_config, tmp_
         )  # fmt: skip
 
     train(config("one", 4))
-    run_distributed(train, config("two", 2))
+    run_distributed(train, config("two", 1, "run.gradient_accumulation=2"))
     halfway = tmp_path / "two" / "checkpoints" / "step-00000002"
     train(config("after", 4, f"run.resume={halfway}"))
     run_distributed(train, config("again", 2, f"run.resume={halfway}"))
@@ -115,3 +121,39 @@ def test_fsdp_trains_validates_and_resumes_as_one_process_does(make_config, tmp_
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=2e-4, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_killed_rank_ends_the_job_and_a_restart_goes_on(scenes, tmp_path):
+    """torchrun with one restart: the group has to form again although the dead one's keys are still in the store."""
+
+    def command(folder):
+        options = [
+            *SMALLEST, f"datasets.ego_irgbench.data_root={scenes}", f"run.output_dir={folder}", "run.max_steps=30",
+            "run.checkpoint_every=5", "run.resume=auto", "run.batch_size=1",
+        ]  # fmt: skip
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        return [
+            *torchrun,
+            "--max-restarts",
+            "1",
+            str(ROOT / "train.py"),
+            "--cfg-path",
+            str(TINY),
+            "--options",
+            *options,
+        ]
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    subprocess.run(command(straight), check=True, env=environment, capture_output=True)
+    agent = subprocess.Popen(command(broken), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    log = broken / "log.jsonl"
+    while agent.poll() is None and not (log.exists() and log.read_text().count("\n") >= 8):
+        time.sleep(0.01)
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(agent.pid)], capture_output=True, text=True)
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    output = agent.communicate()[0].decode()
+    assert agent.returncode == 0, output[-2000:]
+    assert re.search(r"step (5|10|15|20|25) of 30", output), "it did not go on from a checkpoint"
+    losses = [[line["loss"] for line in log_of(folder)] for folder in (straight, broken)]
+    assert len(losses[0]) == 30 and losses[1] == losses[0]

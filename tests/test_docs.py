@@ -19,6 +19,7 @@ import yaml
 
 from annexe import cli
 from annexe.config import LossWeights, RunConfig, WandbConfig, load_config
+from annexe.datasets.collate import QueryIndex
 from annexe.datasets.ego_irgbench import EgoIRGBench, read_annotations
 from annexe.registry import build
 
@@ -146,7 +147,8 @@ def test_the_plug_in_of_the_architecture_page_works(tmp_path: Path, monkeypatch:
     decoder = build("pixel_decoder", config.model["pixel_decoder"], 12, 10, 6, 2)
     maps = [torch.rand(2, 6, side, side) for side in (2, 4, 8, 16)]
     prompt, mask = torch.rand(3, 5, 12), torch.arange(5) < torch.tensor([[5], [3], [4]])
-    presence, masks = decoder(prompt, mask, torch.rand(2, 4, 10), maps, torch.tensor([0, 0, 1]))
+    queries = QueryIndex(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0]), most=2)
+    presence, masks = decoder(prompt, mask, torch.rand(2, 4, 10), maps, queries)
     assert presence.shape == (3, 4) and masks.shape == (3, 4, 16, 16)
 
 

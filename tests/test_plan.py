@@ -18,22 +18,11 @@ from annexe.cli import main
 from annexe.config import Config
 from annexe.datasets import build_dataset
 from annexe.datasets.collate import Collator
+from annexe.datasets.made_up import even_branches, longest_batch, made_up_batch, nominal_branches, real_branches
+from annexe.memory import CudaRules, LiveBytes, Plan, measure, without_files
 from annexe.models import build_model, num_slots
 from annexe.optim import build_optimizer
-from annexe.tools.plan import (
-    CudaRules,
-    LiveBytes,
-    Plan,
-    candidates,
-    even_branches,
-    longest_batch,
-    made_up_batch,
-    measure,
-    nominal_branches,
-    real_branches,
-    with_options,
-    without_files,
-)
+from annexe.tools.plan import candidates, with_options
 from tests.conftest import ROOT, SMALLEST, TINY
 
 FULL = ROOT / "train_configs" / "annexe.yaml"

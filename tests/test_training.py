@@ -15,9 +15,10 @@ import torch
 
 from annexe.checkpoint import find_checkpoint, is_complete
 from annexe.config import load_config
+from annexe.datasets.sampling import sample_order
 from annexe.errors import UserError
 from annexe.optim import learning_rate
-from annexe.trainer import Trainer, sample_order, train
+from annexe.trainer import Trainer, train
 from tests.conftest import ROOT, SMALLEST, TINY
 
 
