@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from annexe.config import Config
+from annexe.datasets import egohos  # noqa: F401  (it registers)
 from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.errors import UserError
 from annexe.registry import build

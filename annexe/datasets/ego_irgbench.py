@@ -6,11 +6,11 @@ A sample is one image with some of its annotations, one query drawn for each (AN
 from __future__ import annotations
 
 import hashlib
-import json
+import itertools
+import logging
+import os
 import re
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,78 +18,19 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from annexe.datasets import prompts
+from annexe.datasets.annotations import Annotation, read_annotations
 from annexe.datasets.collate import Sample, Turn
-from annexe.datasets.transforms import PixelReader
+from annexe.datasets.index import Annotations, Index, open_index
+from annexe.datasets.stems import CATEGORIES, annotation_folders, category, check_known, read_list
+from annexe.datasets.transforms import PIXEL_FILES, PixelReader
 from annexe.errors import UserError, unknown
 from annexe.registry import register
 
-CATEGORIES = {
-    1: "toy car", 2: "mug", 3: "laptop", 4: "storage furniture", 5: "bottle", 6: "safe", 7: "bowl", 8: "bucket",
-    9: "scissors", 11: "pliers", 12: "kettle", 13: "knife", 14: "trash can", 17: "lamp", 18: "stapler", 20: "chair",
-}  # fmt: skip
-"""HOI4D's category numbers (CVPR 2022), the C field of a stem."""
-
-_BARE_PLACEHOLDER = re.compile(r"<MSK>")
+log = logging.getLogger(__name__)
 
 
-@dataclass
-class Annotation:
-    """One question of an image in all its wordings, its answer and its targets."""
-
-    caption: str
-    answer: str
-    tokens: list[str]
-    masks_idx: list[int]
-    with_mask: bool
-    questions: list[dict[str, Any]]
-
-    @property
-    def slots(self) -> dict[int, int]:
-        """Slot -> id in the mask PNG, used slots alone."""
-        return {slot: mask_id for slot, mask_id in enumerate(self.masks_idx) if mask_id}
-
-    def phrase(self, slot: int) -> str:
-        return self.tokens[slot] if slot < len(self.tokens) else ""
-
-
-_FIELDS: dict[str, Callable[[Any], Any]] = {
-    "caption": str,
-    "answer": lambda answer: _BARE_PLACEHOLDER.sub("<MSK_0>", answer),
-    "tokens": lambda tokens: [str(token) for token in tokens],
-    "masks_idx": lambda ids: [int(mask_id) for mask_id in ids],
-    "with_mask": bool,
-    "questions": lambda questions: [{"query": str(q["query"]), "id": q["id"]} for q in questions],
-}
-"""How each field of an annotation is read."""
-
-
-def read_annotations(path: Path) -> list[Annotation]:
-    """Read one annotation file.
-
-    Raises:
-        UserError: naming the file, the annotation and the field that is wrong.
-    """
-    try:
-        entries = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"'{path}' is not JSON ({error}); restore it from the original data") from None
-    if not isinstance(entries, list) or not entries:
-        raise UserError(f"'{path}' holds no list of annotations; each file must be a JSON list with at least one")
-    return [_annotation(entry, f"'{path}', annotation {number}") for number, entry in enumerate(entries)]
-
-
-def _annotation(entry: Any, where: str) -> Annotation:
-    values = {}
-    for name, convert in _FIELDS.items():
-        try:
-            values[name] = convert(entry[name])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{where}: field '{name}' is missing or wrong ({error!r}); mend it or remove the annotation"
-            ) from None
-    if not values["questions"]:
-        raise UserError(f"{where} has no questions; add one or remove the annotation")
-    return Annotation(**values)
+class MissingSplit(UserError):
+    """The data has no such split."""
 
 
 @register("dataset", "ego_irgbench")
@@ -105,6 +46,8 @@ class EgoIRGBench(Dataset):
         queries_per_image: annotations drawn for a training sample; 1 gives the released one-query samples.
         answer_format: ``sentence`` trains on the answer, ``phrases`` on the target phrases joined by "and".
         cache: keep resized pixels on disk.
+        exclude: file of stems to leave out: one a line, or a report of `annexe doctor`.
+        split_dir: folder with train.txt, val.txt and test.txt, one stem a line, in place of the split on disk.
     """
 
     def __init__(
@@ -118,6 +61,8 @@ class EgoIRGBench(Dataset):
         queries_per_image: int = 8,
         answer_format: str = "sentence",
         cache: bool = True,
+        exclude: str | None = None,
+        split_dir: str | None = None,
     ) -> None:
         if answer_format not in ("sentence", "phrases"):
             raise unknown("datasets.ego_irgbench.answer_format", answer_format, ("sentence", "phrases"))
@@ -129,19 +74,12 @@ class EgoIRGBench(Dataset):
             raise UserError(
                 f"datasets.ego_irgbench.data_root: no folder '{self.root}'; give the folder that holds RGB/"
             )
-        files = sorted((self.root / "dataset_split" / split).glob("*.json"))
-        if not files:
-            raise UserError(
-                f"split '{split}' has no files: '{self.root / 'dataset_split' / split}' holds no *.json; "
-                "choose another split or another data_root"
-            )
-        self.stems = [path.stem for path in files]
-        self.annotations = [read_annotations(path) for path in files]
+        self.split_dir, self.exclude = (Path(path) if path else None for path in (split_dir, exclude))
+        self._places = self._select(split)
+        self.stems = list(self._places)
+        self.annotations = Annotations(self._places.values())
         self.pixels = PixelReader(self.root, image_size, cache_dir if cache else None)
-        for stem in self.stems:
-            for path in self.pixels.files(stem):
-                if not path.is_file():
-                    raise UserError(f"missing file '{path}'; restore it or take '{stem}' out of split '{split}'")
+        self._check_files()
 
     def __len__(self) -> int:
         return len(self.stems)
@@ -149,25 +87,41 @@ class EgoIRGBench(Dataset):
     @property
     def num_slots(self) -> int:
         """Slots that the annotation with the most targets uses."""
-        return max(slot + 1 for image in self.annotations for a in image for slot in (*a.slots, 0))
+        return max(1, *(int(index.num_slots[row]) for index, row in self._places.values()))
+
+    def question(self, stem: str, annotation: int, query_id: int | str) -> dict[str, Any]:
+        """The wording with the key (stem, annotation, query id); its annotation alone is decoded."""
+        index, row = self._places[stem]
+        for question in index.annotation(row, annotation).questions:
+            if question["id"] == query_id:
+                return question
+        raise KeyError((stem, annotation, query_id))
+
+    def annotations_of(self, split: str) -> Annotations:
+        """Annotations of another split of the same data; none where there is no such split."""
+        try:
+            return Annotations(self._select(split).values())
+        except MissingSplit:
+            return Annotations(())
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         """The training sample (epoch, index): ``queries_per_image`` annotations, a wording drawn for each."""
         epoch, index = item
         random = np.random.default_rng([self.seed, epoch, zlib.crc32(self.stems[index].encode())])
-        number = min(self.queries_per_image, len(self.annotations[index]))
-        chosen = random.permutation(len(self.annotations[index]))[:number].tolist()
-        turns = [self._turn(index, a, int(random.integers(len(self.annotations[index][a].questions)))) for a in chosen]
+        annotations = self.annotations[index]
+        chosen = random.permutation(len(annotations))[: self.queries_per_image].tolist()
+        turns = [self._turn(index, a, int(random.integers(len(annotations[a].questions)))) for a in chosen]
         instruction = prompts.ANALYSIS_INSTRUCTIONS[int(random.integers(len(prompts.ANALYSIS_INSTRUCTIONS)))]
         return self._sample(index, turns, instruction)
 
-    def evaluation_sample(self, index: int, queries_per_annotation: int = 1) -> Sample:
-        """Every annotation of an image with its first ``queries_per_annotation`` wordings in a seeded order."""
+    def evaluation_sample(self, index: int, queries_per_annotation: int | str = 1) -> Sample:
+        """Every annotation with its first ``queries_per_annotation`` wordings, or ``all``, in a seeded order."""
+        number_asked = None if queries_per_annotation == "all" else queries_per_annotation
         turns = []
         for number, annotation in enumerate(self.annotations[index]):
             key = zlib.crc32(f"{self.stems[index]}/{number}".encode())
             order = np.random.default_rng([self.seed, key]).permutation(len(annotation.questions))
-            turns += [self._turn(index, number, question) for question in order[:queries_per_annotation].tolist()]
+            turns += [self._turn(index, number, question) for question in order[:number_asked].tolist()]
         return self._sample(index, turns, prompts.ANALYSIS_INSTRUCTIONS[0])
 
     def texts(self) -> list[str]:
@@ -195,16 +149,76 @@ class EgoIRGBench(Dataset):
         if hand:
             return f"{hand[1]}_hand"
         named = [name for name in CATEGORIES.values() if name in words]
-        number = re.search(r"_C(\d+)_", stem)
-        return (named or [CATEGORIES.get(int(number[1]), "other") if number else "other"])[0].replace(" ", "_")
+        return (named or [category(stem)])[0].replace(" ", "_")
 
     def fingerprint(self) -> str:
         """Hash of every file's name and size, so that a run can be told from one on changed data."""
         digest = hashlib.sha256()
-        for stem in self.stems:
-            files = (self.root / "dataset_split" / self.split / f"{stem}.json", *self.pixels.files(stem))
-            digest.update(f"{stem}:{[path.stat().st_size for path in files]}".encode())
+        root = str(self.root)  # strings: for 80,000 files pathlib takes as long as the disk
+        for stem, (index, _) in self._places.items():
+            pixels = (os.path.join(root, folder, f"{stem}{ending}") for folder, ending in PIXEL_FILES)
+            sizes = [os.stat(file).st_size for file in (os.path.join(index.folder, f"{stem}.json"), *pixels)]
+            digest.update(f"{stem}:{sizes}".encode())
         return digest.hexdigest()
+
+    def _select(self, split: str) -> dict[str, tuple[Index, int]]:
+        """Stem -> its index and its row there, for every image of a split, in the order of the file names."""
+        folders = self.root / "dataset_split"
+        if self.split_dir is None:
+            if not any((folders / split).glob("*.json")):
+                raise MissingSplit(
+                    f"split '{split}' has no files: '{folders / split}' holds no *.json; "
+                    "choose another split or another data_root"
+                )
+            places = open_index(folders / split).places()
+        else:
+            path = self.split_dir / f"{split}.txt"
+            if self.split_dir.is_dir() and not path.is_file():
+                raise MissingSplit(f"split '{split}' has no list '{path}'; choose another split or another split_dir")
+            listed = read_list(path, "datasets.ego_irgbench.split_dir")
+            places = self._listed(set(listed), path)
+        if self.exclude is not None:
+            excluded = set(read_list(self.exclude, "datasets.ego_irgbench.exclude"))
+            check_known(excluded, itertools.chain(*annotation_folders(self.root).values()), self.exclude, self.root)
+            left = {stem: place for stem, place in places.items() if stem not in excluded}
+            log.info(
+                "%s leaves out %d of %d images of split '%s'", self.exclude, len(places) - len(left), len(places), split
+            )
+            places = left
+        if not places:
+            raise UserError(
+                f"split '{split}' is empty: its lists leave no image; mend datasets.ego_irgbench.exclude or split_dir"
+            )
+        for stem, (index, row) in places.items():
+            if index.num_annotations(row) == 0:
+                read_annotations(index.folder / f"{stem}.json")  # says what is wrong with it
+        return places
+
+    def _listed(self, stems: set[str], path: Path) -> dict[str, tuple[Index, int]]:
+        """Places of the ``stems`` that the list in ``path`` names, whichever split on disk holds them."""
+        places: dict[str, tuple[Index, int]] = {}
+        for folder in annotation_folders(self.root):
+            own = open_index(self.root / "dataset_split" / folder).places()
+            for stem in stems & own.keys():
+                if stem in places:
+                    raise UserError(
+                        f"'{stem}' has annotations in '{places[stem][0].folder}' and in '{own[stem][0].folder}'; "
+                        "remove one of the two"
+                    )
+                places[stem] = own[stem]
+        check_known(stems, places, path, self.root)
+        return dict(sorted(places.items(), key=lambda item: f"{item[0]}.json"))
+
+    def _check_files(self) -> None:
+        """Look for every photo, depth map and id map; listing three folders is faster than asking file by file."""
+        for folder, ending in PIXEL_FILES:
+            names = set(os.listdir(self.root / folder)) if (self.root / folder).is_dir() else set()
+            for stem in self.stems:
+                if f"{stem}{ending}" not in names:
+                    raise UserError(
+                        f"missing file '{self.root / folder / stem}{ending}'; "
+                        f"restore it or take '{stem}' out of split '{self.split}'"
+                    )
 
     def _turn(self, index: int, number: int, question: int) -> Turn:
         annotation = self.annotations[index][number]

@@ -21,6 +21,10 @@ from annexe.errors import UserError
 log = logging.getLogger(__name__)
 
 
+PIXEL_FILES = (("RGB", ".jpg"), ("depth", ".png"), ("mask", ".png"))
+"""Folder and ending of photo, depth map and id map."""
+
+
 @dataclass
 class Pixels:
     """One image at the model's size."""
@@ -76,11 +80,8 @@ class PixelReader:
 
     def files(self, stem: str) -> tuple[Path, Path, Path]:
         """Photo, depth map and id map of a stem."""
-        return (
-            self.root / "RGB" / f"{stem}.jpg",
-            self.root / "depth" / f"{stem}.png",
-            self.root / "mask" / f"{stem}.png",
-        )
+        photo, depth, mask = (self.root / folder / f"{stem}{ending}" for folder, ending in PIXEL_FILES)
+        return photo, depth, mask
 
     def read(self, stem: str, ids: Collection[int]) -> Pixels:
         """Pixels of ``stem``; every one of the mask ``ids`` has to be in its id map."""

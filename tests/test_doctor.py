@@ -1,0 +1,448 @@
+"""annexe doctor: every planted fault is found, by its name and at its image; clean data have none."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from annexe import cli
+from annexe.datasets.checks import ERROR, NOTE, PROBLEMS
+from annexe.datasets.ego_irgbench import EgoIRGBench
+from annexe.datasets.survey import Survey, survey
+from annexe.errors import UserError
+from tests.conftest import SHARED
+
+Fault = Callable[["Planted"], None]
+
+
+class Planted:
+    """A copy of a clean data root with two train images and one in val and test, and tools to spoil the first."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        stems = {s: sorted(p.stem for p in (root / "dataset_split" / s).iterdir()) for s in ("train", "val", "test")}
+        self.stem, self.second = stems["train"]
+        (self.val,) = stems["val"]
+        self.json = root / "dataset_split" / "train" / f"{self.stem}.json"
+        self.photo, self.depth, self.mask = self.files(self.stem)
+
+    def files(self, stem: str) -> tuple[Path, Path, Path]:
+        folders = (("RGB", "jpg"), ("depth", "png"), ("mask", "png"))
+        photo, depth, mask = (self.root / folder / f"{stem}.{ending}" for folder, ending in folders)
+        return photo, depth, mask
+
+    def edit(self, change: Callable[[list[dict[str, Any]]], object]) -> None:
+        """Change the annotations; the first one of the copy has two targets, the second one, the third none."""
+        entries = json.loads(self.json.read_text())
+        change(entries)
+        self.json.write_text(json.dumps(entries, ensure_ascii=False), encoding="utf-8")
+
+    def pixels(self, path: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+        Image.fromarray(change(np.array(Image.open(path)))).save(path, quality=95)
+
+    def rename(self, stem: str) -> None:
+        """Give the first image another stem."""
+        for path in (self.json, *self.files(self.stem)):
+            path.rename(path.with_name(stem + path.suffix))
+
+
+@pytest.fixture(scope="module")
+def clean(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four clean scenes; the first annotations of the first one have two targets, one and none."""
+    root = tmp_path_factory.mktemp("clean") / "data"
+    for split, number in (("train", 2), ("val", 1), ("test", 1)):
+        chosen = [path for path in sorted((scenes / "dataset_split" / split).iterdir()) if with_all_kinds(path)]
+        for path in chosen[:number]:
+            pixels = [scenes / f / f"{path.stem}.{e}" for f, e in (("RGB", "jpg"), ("depth", "png"), ("mask", "png"))]
+            for file in (path, *pixels):
+                (root / file.relative_to(scenes)).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, root / file.relative_to(scenes))
+    path = sorted((root / "dataset_split" / "train").iterdir())[0]
+    entries = json.loads(path.read_text())
+    first = [next(e for e in entries if len(targets(e)) == number) for number in (2, 1, 0)]
+    path.write_text(json.dumps([*first, *(e for e in entries if e not in first)]))
+    return root
+
+
+def targets(entry: dict[str, Any]) -> list[int]:
+    return [mask_id for mask_id in entry["masks_idx"] if mask_id]
+
+
+def with_all_kinds(path: Path) -> bool:
+    return {0, 1, 2} <= {len(targets(entry)) for entry in json.loads(path.read_text())}
+
+
+@pytest.fixture
+def planted(clean: Path, tmp_path: Path) -> Planted:
+    shutil.copytree(clean, tmp_path / "data")
+    return Planted(tmp_path / "data")
+
+
+def resized(width: int, height: int) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda pixels: np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST))
+
+
+def in_colours(pixels: np.ndarray) -> np.ndarray:
+    return np.stack([pixels.astype(np.uint8)] * 3, axis=2)
+
+
+def cut(path: Path, share: float) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+
+
+def copy_image(planted: Planted, split: str) -> None:
+    """The first photo once more as another image, the second one of its split or the one in val."""
+    stem = planted.second if split == "train" else planted.val
+    shutil.copyfile(planted.photo, planted.files(stem)[0])
+
+
+def save(path: Path, image: Image.Image, **options: Any) -> None:
+    content = io.BytesIO()
+    image.save(content, **options)
+    path.write_bytes(content.getvalue())
+
+
+def to_palette(path: Path) -> None:
+    save(path, Image.fromarray(np.asarray(Image.open(path)) % 200).convert("P"), format="PNG")
+
+
+def rotated(planted: Planted) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(planted.photo, Image.open(planted.photo), format="JPEG", exif=exif)
+
+
+def question(entries: list[dict[str, Any]], annotation: int, number: int = 0) -> dict[str, Any]:
+    return entries[annotation]["questions"][number]
+
+
+def set_field(annotation: int, **values: Any) -> Fault:
+    return lambda planted: planted.edit(lambda entries: entries[annotation].update(values))
+
+
+def set_query(annotation: int, **values: Any) -> Fault:
+    return lambda planted: planted.edit(lambda entries: question(entries, annotation).update(values))
+
+
+def borrow_query(annotation: int, other: int) -> Fault:
+    """The first wording of one annotation for a question of another."""
+
+    def change(entries: list[dict[str, Any]]) -> None:
+        question(entries, annotation, 1)["query"] = question(entries, other)["query"].upper()
+
+    return lambda planted: planted.edit(change)
+
+
+def repeat_annotation(planted: Planted) -> None:
+    planted.edit(lambda entries: entries.append(entries[0]))
+
+
+def repeat_key(planted: Planted) -> None:
+    planted.json.write_text(planted.json.read_text().replace('{"', '{"answer": "", "', 1))
+
+
+def repeat_id(planted: Planted) -> None:
+    planted.edit(lambda entries: question(entries, 0, 1).update(id=question(entries, 0)["id"]))
+
+
+def split_over_slots(planted: Planted) -> None:
+    """The first annotation names one id in both of its slots."""
+    planted.edit(lambda entries: entries[0]["masks_idx"].__setitem__(1, entries[0]["masks_idx"][0]))
+
+
+def many_ids(pixels: np.ndarray) -> np.ndarray:
+    pixels[:1, :200] = np.arange(50, 250)
+    return pixels
+
+
+def raw(content: bytes) -> Fault:
+    return lambda planted: planted.json.write_bytes(content)
+
+
+def touch(name: str) -> Fault:
+    def make(planted: Planted) -> None:
+        path = planted.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"left over")
+
+    return make
+
+
+FAULTS: list[tuple[str, str, Fault]] = [
+    # Files
+    ("missing-photo", "missing photo", lambda p: p.photo.unlink()),
+    ("missing-depth", "missing depth map", lambda p: p.depth.unlink()),
+    ("missing-mask", "missing id map", lambda p: p.mask.unlink()),
+    ("missing-photo", "link to nowhere", lambda p: (p.photo.unlink(), p.photo.symlink_to("gone.jpg"))),
+    ("empty-file", "photo of zero bytes", lambda p: p.photo.write_bytes(b"")),
+    ("empty-file", "id map of zero bytes", lambda p: p.mask.write_bytes(b"")),
+    ("empty-file", "annotations of zero bytes", raw(b"")),
+    ("orphan-file", "photo without annotations", lambda p: p.json.unlink()),
+    ("extension", "photo in capitals", lambda p: p.photo.rename(p.photo.with_suffix(".JPG"))),
+    ("extension", "id map as JPEG", lambda p: p.mask.rename(p.mask.with_suffix(".jpeg"))),
+    ("extension", "annotations in capitals", lambda p: p.json.rename(p.json.with_suffix(".JSON"))),
+    ("other-file", "left-over file", touch("RGB/Thumbs.db")),
+    # Names and splits
+    ("stem-pattern", "stem without HOI4D's fields", lambda p: p.rename("IMG_0001")),
+    ("stem-category", "category 10", lambda p: p.rename(re.sub(r"_C\d+_", "_C10_", p.stem))),
+    ("stem-in-two-splits", "image in train and test", lambda p: shutil.copy(p.json, p.root / "dataset_split/test")),
+    ("missing-split", "no val", lambda p: shutil.rmtree(p.root / "dataset_split" / "val")),
+    ("other-split", "validation", lambda p: shutil.copytree(p.json.parent, p.root / "dataset_split/validation")),
+    ("subset-stem", "strange stem in a subset", touch("subsets/hard.txt")),
+    ("duplicate-image", "one photo twice in train", lambda p: copy_image(p, "train")),
+    ("duplicate-across-splits", "one photo in train and val", lambda p: copy_image(p, "val")),
+    # Annotation files
+    ("not-utf-8", "Latin-1", lambda p: p.json.write_bytes(p.json.read_bytes().replace(b"image", b"im\xe4ge"))),
+    ("not-utf-8", "UTF-16", lambda p: p.json.write_bytes(p.json.read_text().encode("utf-16"))),
+    ("byte-order-mark", "byte order mark", lambda p: p.json.write_bytes(b"\xef\xbb\xbf" + p.json.read_bytes())),
+    ("not-json", "JSON cut short", lambda p: cut(p.json, 0.7)),
+    ("no-annotations", "empty list", raw(b"[]")),
+    ("no-annotations", "an object", raw(b'{"caption": "a mug"}')),
+    ("duplicate-key", "a key twice", repeat_key),
+    # Fields
+    ("missing-field", "no caption", lambda p: p.edit(lambda entries: entries[0].pop("caption"))),
+    ("missing-field", "question without id", lambda p: p.edit(lambda entries: question(entries, 0).pop("id"))),
+    ("wrong-field", "answer is a number", set_field(0, answer=5)),
+    ("wrong-field", "ids are words", set_field(0, masks_idx=["two"])),
+    ("wrong-field", "questions are numbers", set_field(0, questions=[5])),
+    ("wrong-field", "annotation is text", lambda p: p.edit(lambda entries: entries.append("a mug"))),
+    ("field-type", "ids are texts", set_field(2, masks_idx=["0", "0"])),
+    ("field-type", "caption is null", lambda p: p.edit(lambda e: [entry.update(caption=None) for entry in e])),
+    ("field-type", "with_mask is text", set_field(0, with_mask="yes")),
+    ("field-type", "query is a number", set_query(0, query=7)),
+    ("no-questions", "no questions", set_field(0, questions=[])),
+    ("empty-text", "empty caption", lambda p: p.edit(lambda e: [entry.update(caption=" ") for entry in e])),
+    ("empty-text", "empty query", set_query(1, query="")),
+    ("mojibake", "UTF-8 read as Latin-1", set_query(0, query="the cafÃ© mug")),
+    ("mojibake", "quotation mark read as cp1252", set_query(0, query="the mugâ€™s handle")),
+    ("control-character", "line break", set_query(0, query="the\nmug")),
+    ("duplicate-query-id", "one id twice", repeat_id),
+    ("duplicate-query", "one wording twice", borrow_query(0, 0)),
+    ("repeated-query", "one annotation twice", repeat_annotation),
+    ("ambiguous-query", "one wording, other targets", borrow_query(1, 0)),
+    ("captions-differ", "another caption", set_field(1, caption="In this image, nothing happens.")),
+    # Targets
+    ("with-mask", "target, but with_mask 0", set_field(0, with_mask=0)),
+    ("with-mask", "no target, but with_mask 1", set_field(2, with_mask=True)),
+    ("answer-placeholders", "a placeholder too few", set_field(0, answer="The mask of the right hand is <MSK_0>.")),
+    ("answer-placeholders", "a placeholder without target", set_field(2, answer="The mask of the mug is <MSK_0>.")),
+    ("placeholder-form", "underscore is missing", set_field(1, answer="The mask of the mug is <MSK0>.")),
+    ("target-without-phrase", "empty token", lambda p: p.edit(lambda e: e[0]["tokens"].__setitem__(1, ""))),
+    ("target-without-phrase", "token is missing", lambda p: p.edit(lambda e: e[0].update(tokens=e[0]["tokens"][:1]))),
+    ("phrase-without-target", "token of no slot", lambda p: p.edit(lambda e: e[0]["tokens"].__setitem__(3, "the mug"))),
+    ("long-masks-idx", "seven entries", lambda p: p.edit(lambda e: e[0]["masks_idx"].extend([0, 0, 0]))),
+    ("target-twice", "one id in two slots", split_over_slots),
+    ("id-range", "id 300", lambda p: p.edit(lambda e: e[1]["masks_idx"].__setitem__(0, 300))),
+    ("id-range", "negative id", lambda p: p.edit(lambda e: e[1]["masks_idx"].__setitem__(0, -1))),
+    ("target-without-pixels", "id without pixels", lambda p: p.edit(lambda e: e[1]["masks_idx"].__setitem__(0, 77))),
+    # Pixels
+    ("unreadable-image", "photo is text", lambda p: p.photo.write_text("no photo")),
+    ("unreadable-image", "depth header is broken", lambda p: p.depth.write_bytes(p.depth.read_bytes()[1:])),
+    ("truncated-image", "photo cut short", lambda p: cut(p.photo, 0.9)),
+    ("truncated-image", "depth cut short", lambda p: cut(p.depth, 0.5)),
+    ("truncated-image", "id map cut short", lambda p: cut(p.mask, 0.8)),
+    ("photo-format", "photo is a PNG", lambda p: save(p.photo, Image.open(p.photo), format="PNG")),
+    ("photo-colour", "grey photo", lambda p: save(p.photo, Image.open(p.photo).convert("L"), format="JPEG")),
+    ("photo-rotated", "EXIF rotation", rotated),
+    ("photo-blank", "black photo", lambda p: p.pixels(p.photo, np.zeros_like)),
+    ("mask-size", "id map of half the size", lambda p: p.pixels(p.mask, resized(960, 540))),
+    ("mask-size", "photo of half the size", lambda p: p.pixels(p.photo, resized(960, 540))),
+    ("mask-channels", "id map in colours", lambda p: p.pixels(p.mask, in_colours)),
+    ("mask-channels", "id map with alpha", lambda p: p.pixels(p.mask, lambda ids: np.stack([ids] * 4, axis=2))),
+    ("mask-values", "ids of 16 bits", lambda p: p.pixels(p.mask, lambda ids: ids.astype(np.uint16) * 300)),
+    ("mask-many-ids", "interpolated ids", lambda p: p.pixels(p.mask, many_ids)),
+    ("mask-empty", "empty id map", lambda p: p.pixels(p.mask, np.zeros_like)),
+    ("depth-size", "depth of half the size", lambda p: p.pixels(p.depth, resized(960, 540))),
+    ("depth-channels", "depth in colours", lambda p: p.pixels(p.depth, in_colours)),
+    ("depth-palette", "depth in palette colours", lambda p: to_palette(p.depth)),
+    ("depth-empty", "nothing measured", lambda p: p.pixels(p.depth, np.zeros_like)),
+    ("depth-flat", "one distance", lambda p: p.pixels(p.depth, lambda d: np.full_like(d, 700))),
+    ("depth-bits", "8 bits", lambda p: p.pixels(p.depth, lambda d: (d >> 4).astype(np.uint8))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("code", "name", "fault"), FAULTS, ids=[name for _, name, _ in FAULTS])
+def test_planted_fault_is_found(code: str, name: str, fault: Fault, planted: Planted) -> None:
+    """It has its name and its image, and it is an error exactly where the data set refuses the image."""
+    fault(planted)
+    found = survey(planted.root, 1)
+    assert code in {problem.code for problem in found.problems}
+    of_the_image = {p.stem for p in found.problems if p.split == "train" and p.severity == ERROR}
+    assert of_the_image <= {planted.stem}  # the sound images stay out of it
+    if code not in ("stem-pattern", "stem-category", "missing-split", "other-split", "subset-stem", "other-file"):
+        assert any(p.code == code and planted.stem in (p.stem, *map(in_split, p.places)) for p in found.problems)
+    if name != "UTF-16":  # the only error that the reader could read
+        assert refused(planted.root, "train") == bool(of_the_image)
+
+
+def in_split(place: str) -> str:
+    return place.partition("/")[2]
+
+
+def test_every_problem_is_planted() -> None:
+    assert {code for code, _, _ in FAULTS} == PROBLEMS.keys() and len(PROBLEMS) >= 25
+
+
+def refused(root: Path, split: str) -> bool:
+    """Whether the data set refuses an image of a split."""
+    try:
+        dataset = EgoIRGBench(split, 56, 0, None, data_root=str(root))
+        for index in range(len(dataset)):
+            dataset[0, index]
+    except UserError:
+        return True
+    return False
+
+
+@pytest.fixture(scope="module")
+def found_clean(scenes: Path) -> Survey:
+    return survey(scenes, 2)
+
+
+def test_nothing_is_found_in_clean_scenes(found_clean: Survey) -> None:
+    assert found_clean.problems == [] and found_clean.quarantine == []
+
+
+def test_counts(scenes: Path, found_clean: Survey) -> None:
+    entries = {
+        split: [
+            entry for path in (scenes / "dataset_split" / split).iterdir() for entry in json.loads(path.read_text())
+        ]
+        for split in ("train", "val", "test")
+    }
+    for split, own in entries.items():
+        size = found_clean.counts["size"][split]
+        assert size["images"] == len(list((scenes / "dataset_split" / split).iterdir()))
+        assert size["annotations"] == len(own) and size["queries"] == sum(len(e["questions"]) for e in own)
+        kinds = found_clean.counts["annotations with targets"][split]
+        assert kinds["none"] == sum(not targets(e) for e in own)
+        assert kinds["single"] == sum(len(targets(e)) == 1 for e in own)
+        assert kinds["multi"] == sum(len(targets(e)) > 1 for e in own)
+        hands = found_clean.counts["targets"][split]
+        assert hands["right hand"] == sum(2 in targets(e) for e in own)
+        assert hands["left hand"] == sum(3 in targets(e) for e in own)
+        assert found_clean.counts["category"][split].total() == size["images"]
+        assert found_clean.counts["depth"][split] == {"16 bits": size["images"]}
+    holes = [np.mean(np.asarray(Image.open(path)) == 0) for path in (scenes / "depth").iterdir()]
+    assert found_clean.depth_holes()["mean"] == pytest.approx(np.mean(holes))
+
+
+def test_processes_find_the_same(planted: Planted) -> None:
+    planted.mask.unlink()
+    planted.edit(lambda entries: question(entries, 0).update(query=""))
+    one, two = survey(planted.root, 1).as_dict(), survey(planted.root, 2).as_dict()
+    assert one == two and one["quarantine"] == [planted.stem]
+
+
+def test_all_problems_are_collected(planted: Planted) -> None:
+    cut(planted.photo, 0.5)
+    planted.edit(lambda entries: [entry.update(with_mask=not entry["with_mask"]) for entry in entries])
+    planted.files(planted.val)[1].unlink()
+    touch("mask/lost.png")(planted)
+    found = survey(planted.root, 1)
+    codes = {(problem.code, problem.stem) for problem in found.problems}
+    assert codes == {
+        ("truncated-image", planted.stem),
+        ("with-mask", planted.stem),
+        ("missing-depth", planted.val),
+        ("orphan-file", "lost"),
+    }
+    (flags,) = [problem for problem in found.problems if problem.code == "with-mask"]
+    assert flags.number == len(flags.places) == len(json.loads(planted.json.read_text()))
+
+
+def test_ids_that_no_annotation_names_are_counted(planted: Planted) -> None:
+    before = survey(planted.root, 1)
+    entries = json.loads(planted.json.read_text())
+    named = {mask_id for entry in entries for mask_id in targets(entry)}
+    planted.pixels(planted.mask, lambda ids: np.where(np.isin(ids, list(named)), ids, 0))
+    assert survey(planted.root, 1).unnamed_ids == before.unnamed_ids - 1
+
+
+def test_leaks(planted: Planted) -> None:
+    assert survey(planted.root, 1).leaks["val"]["sequence"] == 0
+    frame = f"{planted.val.rpartition('_')[0]}_99999"
+    planted.rename(frame)
+    shares = survey(planted.root, 1).leaks["val"]
+    assert shares == {"sequence": 1.0, "instance": 1.0, "room": 1.0}
+
+
+@pytest.mark.skipif(not (SHARED / "real_samples").is_dir(), reason="the two real samples are not here")
+def test_real_samples_have_notes_alone() -> None:
+    found = survey(SHARED / "real_samples", 1)
+    assert {problem.severity for problem in found.problems} == {NOTE} and found.quarantine == []
+
+
+# The command
+
+
+@pytest.fixture
+def doctor(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., tuple[int, str]]]:
+    """Runs `annexe doctor`; returns exit code and what it printed, the progress bar left out."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["annexe", "doctor", *map(str, arguments), "--workers", "1"])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as exit_:
+            code = exit_.code
+        printed = capsys.readouterr()
+        return code, printed.out or printed.err
+
+    return run
+
+
+def test_command_ends_with_a_verdict(doctor: Callable[..., tuple[int, str]], planted: Planted) -> None:
+    code, output = doctor(planted.root)
+    assert code == 0
+    assert output.splitlines()[-1] == "sound: 4 images, 0 errors, 0 warnings, 0 notes, 0 images in quarantine"
+    planted.edit(lambda entries: question(entries, 0).update(query=""))
+    code, output = doctor(planted.root)
+    assert code == 0 and "empty-text" in output
+    cut(planted.photo, 0.5)
+    code, output = doctor(planted.root)
+    assert code == 1 and "truncated-image" in output
+    assert output.splitlines()[-1] == "not sound: 4 images, 1 errors, 1 warnings, 0 notes, 1 images in quarantine"
+
+
+def test_the_data_set_leaves_out_the_quarantine(
+    doctor: Callable[..., tuple[int, str]], planted: Planted, tmp_path: Path
+) -> None:
+    cut(planted.mask, 0.5)
+    planted.files(planted.val)[0].write_text("no photo")
+    code, _ = doctor(planted.root, "--json", tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert code == 1 and report["quarantine"] == sorted([planted.stem, planted.val])
+    assert report["verdict"].startswith("not sound") and len(report["problems"]) == 2
+    assert refused(planted.root, "train")
+    dataset = EgoIRGBench("train", 56, 0, None, data_root=str(planted.root), exclude=str(tmp_path / "report.json"))
+    assert dataset.stems == [planted.second] and dataset[0, 0].stem == planted.second
+
+
+@pytest.mark.parametrize(("arguments", "part"), [((), "dataset_split"), (("--json", "no/where.json"), "--json")])
+def test_wrong_arguments(
+    arguments: tuple[str, ...], part: str, doctor: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    code, output = doctor(tmp_path, *arguments)
+    assert code == 2 and output.startswith("error: ") and part in output and output.count("\n") == 1
+
+
+def test_report_is_the_same_each_time(planted: Planted) -> None:
+    planted.depth.unlink()
+    os.utime(planted.json)
+    assert survey(planted.root, 1).as_dict() == survey(planted.root, 1).as_dict()

@@ -1,0 +1,333 @@
+"""The index: the same annotations as the files, mapped, rebuilt when files change or the index is damaged; lists."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import shutil
+import time
+from collections.abc import Iterator
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from annexe.datasets import index as index_module
+from annexe.datasets.annotations import read_annotations
+from annexe.datasets.ego_irgbench import EgoIRGBench
+from annexe.datasets.index import Index, StaleIndex, index_file, open_index
+from annexe.errors import UserError
+from tests.test_datasets import annotation, write_image
+
+NUM_IMAGES = 6
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Six small images, with one to three annotations of their own each."""
+    for number in range(NUM_IMAGES):
+        entries = [annotation(answer=f"Answer {number} {k}: é <MSK_0>.") for k in range(number % 3 + 1)]
+        for k, entry in enumerate(entries):
+            entry["questions"] = [{"query": f"Wording {number} {k} {q}?", "id": q} for q in range(3)]
+            entry["questions"][1] |= {"is_sentence": 1, "id": "one"}
+        write_image(tmp_path / "data", entries, stem=stem_of(number))
+    return tmp_path / "data"
+
+
+def stem_of(number: int) -> str:
+    return f"ZY20210800001_H1_C11_N07_S185_s02_T2_{number:05d}"
+
+
+@pytest.fixture
+def folder(root: Path) -> Path:
+    return root / "dataset_split" / "train"
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Annotation files that were read, as they are."""
+    read: list[Path] = []
+
+    def recording(path: Path) -> list:
+        read.append(path)
+        return read_annotations(path)
+
+    monkeypatch.setattr(index_module, "read_annotations", recording)
+    return read
+
+
+def open_set(root: Path, split: str = "train", **settings: str) -> EgoIRGBench:
+    return EgoIRGBench(split, 56, 0, None, data_root=str(root), **settings)
+
+
+def contents(index: Index) -> list[list]:
+    return [index.annotations(row) for row in range(len(index.stems))]
+
+
+def test_it_holds_what_the_files_hold(scenes: Path) -> None:
+    for split in ("train", "val", "test"):
+        paths = sorted((scenes / "dataset_split" / split).glob("*.json"))
+        index = open_index(scenes / "dataset_split" / split)
+        assert index.stems == [path.stem for path in paths]
+        assert contents(index) == [read_annotations(path) for path in paths]
+        assert index.num_slots.tolist() == [max(s + 1 for a in own for s in (*a.slots, -1)) for own in contents(index)]
+
+
+def test_questions_keep_whether_they_are_sentences(root: Path) -> None:
+    questions = open_set(root).annotations[0][0].questions
+    assert [question["is_sentence"] for question in questions] == [False, True, False]
+
+
+def test_second_opening_reads_no_annotation_file(root: Path, built: list[Path]) -> None:
+    first = open_set(root)
+    assert len(built) == NUM_IMAGES
+    second = open_set(root)
+    assert len(built) == NUM_IMAGES
+    assert list(first.annotations) == list(second.annotations) and first.texts() == second.texts()
+
+
+@pytest.mark.parametrize("change", ["content", "time", "new", "gone", "renamed"])
+def test_it_follows_the_files(change: str, root: Path, folder: Path, built: list[Path]) -> None:
+    open_set(root)
+    path = folder / f"{stem_of(2)}.json"
+    content = path.read_text()
+    if change == "content":
+        path.write_text(content.replace("Answer 2 0", "Other answer"))
+    elif change == "time":  # as many bytes as before
+        path.write_text(content.replace("Answer 2 0", "ANSWER 2 0"))
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1000))
+    elif change == "new":
+        write_image(root, [annotation()], stem=stem_of(17))
+    elif change == "gone":
+        path.unlink()
+    else:
+        write_image(root, [annotation()], stem=stem_of(18))
+        path.rename(folder / f"{stem_of(18)}.json")
+    built.clear()
+    dataset = open_set(root)
+    paths = sorted(folder.glob("*.json"))
+    assert len(built) == len(paths)
+    assert dataset.stems == [path.stem for path in paths]
+    assert list(dataset.annotations) == [read_annotations(path) for path in paths]
+
+
+def test_damaged_index_is_made_again(root: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "annexe")
+    good = contents(open_index(folder))
+    path = index_file(folder)
+    whole = path.read_bytes()
+    random = np.random.default_rng(0)
+    damaged = [b"", b"annexe", whole[:-1], whole + b"\x00", whole[len(whole) // 2 :], bytes(len(whole))]
+    damaged += [whole[: int(n)] for n in random.integers(len(whole), size=20)]
+    for at in random.integers(len(whole), size=40):
+        damaged.append(whole[:at] + bytes([whole[at] ^ 0x41]) + whole[at + 1 :])
+    for number, wrong in enumerate(damaged):
+        path.write_bytes(wrong)
+        caplog.clear()
+        assert contents(open_index(folder)) == good, number
+        assert "damaged" in caplog.text and str(path) in caplog.text, number
+        assert path.read_bytes() == whole
+    assert [file.suffix for file in path.parent.iterdir() if file.name.startswith(path.stem)] == [".index"]
+
+
+def test_a_build_that_fails_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANNEXE_CACHE", str(folder.parent / "cache"))
+
+    def killed(path: Path) -> list:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(index_module, "read_annotations", killed)
+    with pytest.raises(KeyboardInterrupt):
+        open_index(folder)
+    assert list((folder.parent / "cache" / "index").iterdir()) == []
+
+
+def _open(folder: Path) -> list[list]:
+    return contents(open_index(folder))
+
+
+def test_processes_may_build_at_once(folder: Path) -> None:
+    expected = [read_annotations(path) for path in sorted(folder.glob("*.json"))]
+    with get_context("fork").Pool(4) as pool:
+        assert pool.map(_open, [folder] * 12, chunksize=1) == [expected] * 12
+    assert len(list(index_file(folder).parent.glob(f"{index_file(folder).stem}*"))) == 1
+
+
+def test_a_loader_worker_maps_the_same_file(root: Path, folder: Path, built: list[Path]) -> None:
+    dataset = open_set(root)
+    built.clear()
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert built == [] and list(copy.annotations) == list(dataset.annotations)
+    assert copy[0, 1].turns == dataset[0, 1].turns
+    with pytest.raises(StaleIndex):
+        Index(index_file(folder), folder, "another state")
+
+
+def test_folders_do_not_share_an_index(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(root, tmp_path / "copy")
+    one, other = root / "dataset_split" / "train", tmp_path / "copy" / "dataset_split" / "train"
+    assert index_file(one) != index_file(other)
+    monkeypatch.chdir(root)
+    assert index_file(Path("dataset_split/train")) == index_file(one)
+
+
+@pytest.mark.parametrize(
+    ("settings", "place"),
+    [
+        ({"ANNEXE_CACHE": "/a"}, "/a/index"),
+        ({"ANNEXE_CACHE": "", "XDG_CACHE_HOME": "/b"}, "/b/annexe/index"),
+        ({"ANNEXE_CACHE": "", "XDG_CACHE_HOME": "", "HOME": "/c"}, "/c/.cache/annexe/index"),
+    ],
+)
+def test_place(settings: dict[str, str], place: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert str(index_file(folder).parent) == place
+
+
+def test_place_that_cannot_be_written(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("ANNEXE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"cannot write the index.*ANNEXE_CACHE") as caught:
+        open_set(root)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_read_only_data_root_stays_as_it_is(root: Path) -> None:
+    before = sorted(root.rglob("*"))
+    open_set(root)
+    assert sorted(root.rglob("*")) == before
+
+
+def test_question_by_key(root: Path) -> None:
+    dataset = open_set(root)
+    for stem, image in zip(dataset.stems, dataset.annotations, strict=True):
+        for number, own in enumerate(image):
+            for question in own.questions:
+                assert dataset.question(stem, number, question["id"]) == question
+    for key in (("nothing", 0, 0), (stem_of(0), 0, "1"), (stem_of(0), 0, 99)):
+        with pytest.raises(KeyError):
+            dataset.question(*key)
+    for number in (-1, 1):
+        with pytest.raises(IndexError):
+            dataset.question(stem_of(0), number, 0)
+
+
+def test_opening_and_looking_up_are_fast(tmp_path: Path) -> None:
+    """A twentieth of the full size, with room for a busy machine; docs/data.md has the figures of all of it."""
+    entries = [annotation(questions=[{"query": f"Wording {q}?", "id": q} for q in range(20)]) for _ in range(4)]
+    write_image(tmp_path, entries, stem="source")
+    folder = tmp_path / "dataset_split" / "train"
+    (source,) = folder.iterdir()
+    for number in range(1000):
+        for name, ending in (("RGB", "jpg"), ("depth", "png"), ("mask", "png")):
+            os.link(tmp_path / name / f"{source.stem}.{ending}", tmp_path / name / f"{stem_of(number)}.{ending}")
+        shutil.copyfile(source, folder / f"{stem_of(number)}.json")
+    open_set(tmp_path)
+    start = time.process_time()
+    dataset = open_set(tmp_path)
+    assert time.process_time() - start < 0.5
+    start = time.process_time()
+    for number in range(1000):
+        dataset.question(stem_of(number), 3, 19)
+    assert time.process_time() - start < 0.5
+
+
+def test_fingerprint(root: Path) -> None:
+    before = open_set(root).fingerprint()
+    assert before == open_set(root).fingerprint()
+    path = root / "depth" / f"{stem_of(3)}.png"
+    path.write_bytes(path.read_bytes() + b"\x00")
+    changed = open_set(root).fingerprint()
+    assert changed != before
+    (root / "dataset_split" / "train" / f"{stem_of(3)}.json").unlink()
+    assert open_set(root).fingerprint() not in (before, changed)
+
+
+# Lists
+
+
+@pytest.fixture
+def lists(root: Path, tmp_path: Path) -> Iterator[Path]:
+    """Images 4 and 5 lie in val on disk; the lists put 5 and 0 into train, 4 into test."""
+    (root / "dataset_split" / "val").mkdir()
+    for number in (4, 5):
+        path = root / "dataset_split" / "train" / f"{stem_of(number)}.json"
+        path.rename(root / "dataset_split" / "val" / path.name)
+    out = tmp_path / "lists"
+    out.mkdir()
+    (out / "train.txt").write_text(f"{stem_of(5)}\n\n{stem_of(0)}\n")
+    (out / "test.txt").write_text(f"{stem_of(4)}\n")
+    return out
+
+
+def test_split_lists(root: Path, lists: Path) -> None:
+    train, test = (open_set(root, split, split_dir=str(lists)) for split in ("train", "test"))
+    assert train.stems == [stem_of(0), stem_of(5)] and test.stems == [stem_of(4)]
+    assert [own[0].answer for own in train.annotations] == ["Answer 0 0: é <MSK_0>.", "Answer 5 0: é <MSK_0>."]
+    assert train[0, 1].stem == stem_of(5) and train.fingerprint() != open_set(root).fingerprint()
+    assert [own[0].answer for own in test.annotations_of("train")] == [own[0].answer for own in train.annotations]
+    assert len(test.annotations_of("val")) == 0
+
+
+def test_exclude(root: Path, lists: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "annexe")
+    (tmp_path / "exclude.txt").write_text(f"{stem_of(0)}\n{stem_of(2)}\n{stem_of(4)}\n")
+    dataset = open_set(root, exclude=str(tmp_path / "exclude.txt"))
+    assert dataset.stems == [stem_of(1), stem_of(3)]
+    assert "leaves out 2 of 4 images of split 'train'" in caplog.text
+    assert open_set(root, split_dir=str(lists), exclude=str(tmp_path / "exclude.txt")).stems == [stem_of(5)]
+    report = tmp_path / "report.json"
+    report.write_text(json.dumps({"quarantine": [stem_of(1), stem_of(5)], "problems": []}))
+    assert open_set(root, exclude=str(report)).stems == [stem_of(0), stem_of(2), stem_of(3)]
+
+
+def test_an_excluded_image_may_be_broken(root: Path, folder: Path, tmp_path: Path) -> None:
+    (folder / f"{stem_of(1)}.json").write_text("[{")
+    (root / "mask" / f"{stem_of(2)}.png").unlink()
+    (tmp_path / "exclude.txt").write_text(f"{stem_of(1)}\n")
+    with pytest.raises(UserError, match=f"{stem_of(1)}.json' is not JSON"):
+        open_set(root)
+    with pytest.raises(UserError, match=f"missing file .*{stem_of(2)}.png"):
+        open_set(root, exclude=str(tmp_path / "exclude.txt"))
+    (tmp_path / "exclude.txt").write_text(f"{stem_of(1)}\n{stem_of(2)}\n")
+    assert len(open_set(root, exclude=str(tmp_path / "exclude.txt"))) == NUM_IMAGES - 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "content", "part"),
+    [
+        ("exclude", "nobody\n", "names 1 images that"),
+        ("exclude", "".join(f"{stem_of(n)}\n" for n in range(NUM_IMAGES)), "is empty"),
+        ("exclude", None, "datasets.ego_irgbench.exclude: cannot read"),
+        ("exclude", "\xff", "no list of stems"),
+        ("split_dir", f"{stem_of(0)}\nnobody\nno one\n", "names 2 images that"),
+        ("split_dir", "", "is empty"),
+        ("split_dir", None, "split 'train' has no list"),
+    ],
+)
+def test_wrong_list(setting: str, content: str | None, part: str, root: Path, tmp_path: Path) -> None:
+    path = tmp_path / "train.txt"
+    if content is not None:
+        path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError) as caught:
+        open_set(root, **{setting: str(path if setting == "exclude" else tmp_path)})
+    assert part in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"quarantine": 5}', "{"])
+def test_report_without_quarantine(text: str, root: Path, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(text)
+    with pytest.raises(UserError, match="no list of stems"):
+        open_set(root, exclude=str(tmp_path / "report.json"))
+
+
+def test_listed_image_in_two_folders(root: Path, lists: Path) -> None:
+    shutil.copy(root / "dataset_split" / "val" / f"{stem_of(5)}.json", root / "dataset_split" / "train")
+    with pytest.raises(UserError, match=f"'{stem_of(5)}' has annotations in .*train' and in .*val'"):
+        open_set(root, split_dir=str(lists))
+    with pytest.raises(UserError, match="no folder"):
+        open_set(root / "nothing", split_dir=str(lists))
