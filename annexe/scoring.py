@@ -6,76 +6,127 @@ The records are the lines of ``predictions.jsonl``; nothing here needs a model.
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from pycocotools import mask as coco_mask
-
-from annexe.datasets.ego_irgbench import Annotation, EgoIRGBench, read_annotations
+from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.datasets.prompts import NO_TARGET_ANSWER
-from annexe.datasets.transforms import read_id_map
-from annexe.errors import UserError
-from annexe.metrics import DepthMetrics, GroundingMetrics, TextMetrics, encode
+from annexe.measure import Measured, Record, Truth, blind_masks, measure_records
+from annexe.metrics import (
+    AnnexeRelease,
+    ClusterBootstrap,
+    DepthMetrics,
+    EarlRelease,
+    GroundingMetrics,
+    MaskCalibration,
+    ObjectWithoutHand,
+    ParaphraseAgreement,
+    PresenceRisk,
+    TextMetrics,
+    normalise,
+)
+from annexe.metrics.consistency import Agreement
+from annexe.metrics.masks import QueryResult
 
-Record = dict[str, Any]
+__all__ = ["PROTOCOLS", "QueryScore", "Record", "Truth", "constant_baselines", "query_scores", "score", "score_all"]
+
+PROTOCOLS = ("standard", "annexe_release", "earl_release")
+KINDS = ("none", "single", "multi")  # by the number of targets
 
 
-class Truth:
-    """What a data set says is right, by stem and annotation number; masks as RLE at the original size."""
+@dataclass(frozen=True)
+class QueryScore:
+    """How well one query was answered.
 
-    def __init__(self, dataset: EgoIRGBench) -> None:
-        self.dataset = dataset
-        self._index = {stem: number for number, stem in enumerate(dataset.stems)}
-        self._masks: dict[str, dict[int, dict]] = {}
+    Attributes:
+        target_kind: ``single``, ``multi`` or ``none``.
+        groups: hand or category of each of its targets, every one once, by slot.
+        rejected: no predicted mask has a pixel.
+        presence: as predicted; where the system gave none, 0 for a rejected query and 1 for any other.
+        answer_matches: the answer equals the reference, both normalised.
+    """
 
-    def annotations(self, stem: str) -> list[Annotation]:
-        """Annotations of an image of the split."""
-        if stem not in self._index:
-            raise UserError(f"predicted image '{stem}' is not in split '{self.dataset.split}'; score the right split")
-        return self.dataset.annotations[self._index[stem]]
+    image: str
+    annotation: int
+    query_id: int | str
+    query: str
+    is_sentence: bool
+    target_kind: str
+    groups: tuple[str, ...]
+    intersection: int
+    union: int
+    iou: float
+    rejected: bool
+    presence: float
+    answer_matches: bool
 
-    def masks(self, stem: str) -> dict[int, dict]:
-        """Mask id -> RLE, for every id that an annotation of the image names."""
-        if stem not in self._masks:
-            ids = read_id_map(self.dataset.pixels.files(stem)[2])
-            named = {mask_id for annotation in self.annotations(stem) for mask_id in annotation.slots.values()}
-            self._masks[stem] = {mask_id: encode(ids == mask_id) for mask_id in sorted(named)}
-        return self._masks[stem]
+
+@dataclass(frozen=True)
+class System:
+    """The records of one system and what was measured of them, query by query in their order."""
+
+    images: list[Record]
+    queries: list[Record]
+    results: list[QueryResult]
+    agreements: dict[str, list[Agreement]]  # by stem
+
+    def of(self, stems: Collection[str]) -> System:
+        """The part that belongs to some images."""
+        chosen = [n for n, record in enumerate(self.queries) if record["image"] in stems]
+        return System(
+            [record for record in self.images if record["image"] in stems],
+            [self.queries[number] for number in chosen],
+            [self.results[number] for number in chosen],
+            {stem: own for stem, own in self.agreements.items() if stem in stems},
+        )
 
 
 def score(records: list[Record], truth: Truth) -> dict[str, float]:
     """The standard metrics of a set of records (grounding after ReLA, CVPR 2023)."""
-    analysis, answer, grounding, depth = TextMetrics(), TextMetrics(), GroundingMetrics(), DepthMetrics()
+    return _standard(_measured(records, truth), truth)
+
+
+def score_all(
+    records: list[Record],
+    truth: Truth,
+    *,
+    protocols: Collection[str] = PROTOCOLS,
+    workers: int = 1,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """All that ``metrics.json`` holds but ``meta``.
+
+    Args:
+        records: lines of a predictions file.
+        truth: the data set that was predicted.
+        protocols: of `PROTOCOLS`; with ``standard`` come intervals, breakdowns, the constant baselines on the same
+            queries, and the root's subsets.
+        workers: processes; any number gives the same result.
+        progress: show a bar.
+    """
     images, queries = (_of_kind(records, kind) for kind in ("image", "query"))
-    for record in images:
-        analysis.update(record["image"], record["analysis"], truth.annotations(record["image"])[0].caption)
-        if record["depth"]:
-            depth.update(record["depth"])
-    for record in queries:
-        stem, number = record["image"], record["annotation"]
-        annotation, masks = truth.annotations(stem)[number], truth.masks(stem)
-        reference = truth.dataset.reference(annotation)
-        key = f"{stem}/{number}/{record['query_id']}"
-        answer.update(key, record["answer"], reference, has_target=bool(annotation.slots))
-        targets = {slot: masks[mask_id] for slot, mask_id in annotation.slots.items()}
-        labels = {slot: truth.dataset.label(stem, annotation.phrase(slot)) for slot in targets}
-        grounding.update({mask["slot"]: mask["rle"] for mask in record["masks"]}, targets, labels)
-    metrics = analysis.compute("analysis") | answer.compute("answer") | grounding.compute() | depth.compute()
-    num_images = len({record["image"] for record in records})
-    return metrics | {"num_queries": len(queries), "num_images": num_images}
-
-
-def score_all(records: list[Record], truth: Truth) -> dict[str, Any]:
-    """Standard metrics of the records, of the constant baselines on the same queries, and of the root's subsets."""
-    metrics = {"standard": score(records, truth)}
-    metrics["baselines"] = {name: score(made, truth) for name, made in constant_baselines(records, truth).items()}
-    metrics["subsets"] = {}
-    for path in sorted((truth.dataset.root / "subsets").glob("*.txt")):
-        stems = set(path.read_text(encoding="utf-8").split())
-        chosen = [record for record in records if record["image"] in stems]
-        if chosen:
-            metrics["subsets"][path.stem] = score(chosen, truth)
+    is_standard = "standard" in protocols
+    measured = measure_records(queries, truth, baselines=is_standard, workers=workers, progress=progress)
+    model = System(images, queries, measured.results["model"], measured.agreements)
+    metrics: dict[str, Any] = {}
+    if is_standard:
+        metrics["standard"] = _standard(model, truth)
+        scores = _query_scores(model, truth)
+        metrics["intervals"] = bootstrap(scores, model.results).compute()
+        metrics["breakdowns"] = _breakdowns(scores, model.results)
+        metrics["baselines"] = {name: _standard(s, truth) for name, s in _baselines(records, truth, measured).items()}
+        metrics["subsets"] = _subsets(model, truth)
+    if "annexe_release" in protocols:
+        metrics["annexe_release"] = _annexe_release(model, truth)
+    if "earl_release" in protocols:
+        metrics["earl_release"] = _earl_release(model)
     return metrics
+
+
+def query_scores(records: list[Record], truth: Truth) -> list[QueryScore]:
+    """The score of every query record, in their order."""
+    return _query_scores(_measured(records, truth), truth)
 
 
 def constant_baselines(records: list[Record], truth: Truth) -> dict[str, list[Record]]:
@@ -86,23 +137,157 @@ def constant_baselines(records: list[Record], truth: Truth) -> dict[str, list[Re
     """
     analysis, answer = _frequent_texts(truth.dataset)
     images = [{**record, "analysis": analysis, "depth": None} for record in _of_kind(records, "image")]
-    constant, reject = list(images), list(images)
+    answers = {"constant": answer, "reject": NO_TARGET_ANSWER}
+    baselines = {name: list(images) for name in answers}
+    blind: dict[str, dict] = {}
     for record in _of_kind(records, "query"):
-        masks = list(truth.masks(record["image"]).values())
-        union = [{"slot": 0, "phrase": "", "score": 1.0, "rle": coco_mask.merge(masks)}] if masks else []
-        constant.append({**record, "answer": answer, "masks": union})
-        reject.append({**record, "answer": NO_TARGET_ANSWER, "masks": []})
-    return {"constant": constant, "reject": reject}
+        stem = record["image"]
+        if stem not in blind:
+            blind[stem] = blind_masks(truth.masks(stem))
+        for name, predicted in blind[stem].items():
+            masks = [{"slot": slot, "phrase": "", "score": 1.0, "rle": rle} for slot, rle in predicted.items()]
+            own = {"answer": answers[name], "presence": float(bool(masks)), "masks": masks}
+            baselines[name].append({**record, **own})
+    return baselines
 
 
-def _of_kind(records: list[Record], kind: str) -> list[Record]:
+def bootstrap(scores: list[QueryScore], results: list[QueryResult]) -> ClusterBootstrap:
+    """The queries by the video that their image is a frame of: its stem without the last field."""
+    clusters = ClusterBootstrap()
+    for query, result in zip(scores, results, strict=True):
+        clusters.update(query.image.rpartition("_")[0] or query.image, result, query.answer_matches)
+    return clusters
+
+
+def scored(records: list[Record], truth: Truth, *, workers: int, progress: bool) -> ClusterBootstrap:
+    """The records, measured and by video, ready for intervals and comparisons."""
+    system = _measured(records, truth, workers=workers, progress=progress)
+    return bootstrap(_query_scores(system, truth), system.results)
+
+
+def _measured(records: list[Record], truth: Truth, **how: Any) -> System:
+    images, queries = (_of_kind(records, kind) for kind in ("image", "query"))
+    measured = measure_records(queries, truth, **how)
+    return System(images, queries, measured.results["model"], measured.agreements)
+
+
+def _standard(system: System, truth: Truth) -> dict[str, float]:
+    analysis, answer, depth = TextMetrics(), TextMetrics(), DepthMetrics()
+    grounding, calibration, risk = GroundingMetrics(), MaskCalibration(), PresenceRisk()
+    paraphrases, hands = ParaphraseAgreement(), ObjectWithoutHand()
+    for record in system.images:
+        analysis.update(record["image"], record["analysis"], truth.annotations(record["image"])[0].caption)
+        if record.get("depth"):
+            depth.update(record["depth"])
+    for record, result in zip(system.queries, system.results, strict=True):
+        stem, number = record["image"], record["annotation"]
+        annotation = truth.annotations(stem)[number]
+        key = f"{stem}/{number}/{record['query_id']}"
+        reference = truth.dataset.reference(annotation)
+        answer.update(key, record["answer"], reference, has_target=bool(annotation.slots))
+        for metric in (grounding, calibration, hands):
+            metric.add(result)
+        if "presence" in record:
+            risk.add(result, record["presence"])
+    for questions in system.agreements.values():
+        for question in questions:
+            paraphrases.update(question)
+    metrics = analysis.compute("analysis") | answer.compute("answer")
+    for metric in (grounding, depth, calibration, risk, paraphrases, hands):
+        metrics |= metric.compute()
+    num_images = len({record["image"] for record in (*system.images, *system.queries)})
+    return metrics | {"num_queries": len(system.queries), "num_images": num_images}
+
+
+def _annexe_release(system: System, truth: Truth) -> dict[str, float]:
+    metric = AnnexeRelease()
+    for record in system.images:
+        metric.add_analysis(record["analysis"], truth.annotations(record["image"])[0].caption)
+    for record, result in zip(system.queries, system.results, strict=True):
+        annotation = truth.annotations(record["image"])[record["annotation"]]
+        height, width = truth.size(record["image"])
+        metric.add_query(record["answer"], truth.dataset.reference(annotation), result, height * width)
+    return metric.compute()
+
+
+def _earl_release(system: System) -> dict[str, float]:
+    metric = EarlRelease()
+    for result in system.results:
+        metric.add(result)
+    return metric.compute()
+
+
+def _query_scores(system: System, truth: Truth) -> list[QueryScore]:
+    return [_query_score(*pair, truth) for pair in zip(system.queries, system.results, strict=True)]
+
+
+def _query_score(record: Record, result: QueryResult, truth: Truth) -> QueryScore:
+    annotation = truth.annotations(record["image"])[record["annotation"]]
+    question = next(question for question in annotation.questions if question["id"] == record["query_id"])
+    return QueryScore(
+        image=record["image"],
+        annotation=record["annotation"],
+        query_id=record["query_id"],
+        query=question["query"],
+        is_sentence=question.get("is_sentence", False),
+        target_kind=KINDS[min(len(result.targets), 2)],
+        groups=tuple(dict.fromkeys(target.label for target in result.targets if target.label)),
+        intersection=result.overlap.intersection,
+        union=result.overlap.union,
+        iou=result.overlap.iou,
+        rejected=result.rejected,
+        presence=record.get("presence", float(not result.rejected)),
+        answer_matches=normalise(record["answer"]) == normalise(truth.dataset.reference(annotation)),
+    )
+
+
+def _breakdowns(scores: list[QueryScore], results: list[QueryResult]) -> dict[str, dict[str, dict[str, float]]]:
+    """Mask scores and exact match by number of targets, wording, and what is asked for."""
+    parts: dict[str, dict[str, list[int]]] = {"target_kind": {}, "wording": {}, "group": {}}
+    for number, query in enumerate(scores):
+        parts["target_kind"].setdefault(query.target_kind, []).append(number)
+        parts["wording"].setdefault("sentence" if query.is_sentence else "phrase", []).append(number)
+        for group in query.groups:
+            parts["group"].setdefault(group, []).append(number)
+    return {
+        name: {value: _part([(scores[n], results[n]) for n in chosen]) for value, chosen in sorted(by_value.items())}
+        for name, by_value in parts.items()
+    }
+
+
+def _part(queries: list[tuple[QueryScore, QueryResult]]) -> dict[str, float]:
+    grounding = GroundingMetrics()
+    for _, result in queries:
+        grounding.add(result)
+    metrics = {name: value for name, value in grounding.compute().items() if not name.startswith("grounding/miou/")}
+    num_exact = sum(query.answer_matches for query, _ in queries)
+    return metrics | {"answer/exact_match": num_exact / len(queries), "num_queries": len(queries)}
+
+
+def _subsets(model: System, truth: Truth) -> dict[str, dict[str, float]]:
+    """Standard metrics on every list of stems of the data root that has predictions."""
+    subsets = {}
+    for path in sorted((truth.dataset.root / "subsets").glob("*.txt")):
+        chosen = model.of(set(path.read_text(encoding="utf-8").split()))
+        if chosen.images or chosen.queries:
+            subsets[path.stem] = _standard(chosen, truth)
+    return subsets
+
+
+def _baselines(records: list[Record], truth: Truth, measured: Measured) -> dict[str, System]:
+    return {
+        name: System(_of_kind(made, "image"), _of_kind(made, "query"), measured.results[name], {})
+        for name, made in constant_baselines(records, truth).items()
+    }
+
+
+def _of_kind(records: Iterable[Record], kind: str) -> list[Record]:
     return [record for record in records if record["kind"] == kind]
 
 
 def _frequent_texts(dataset: EgoIRGBench) -> tuple[str, str]:
     """Most frequent analysis and answer of the train split, or of the data set itself where there is none."""
-    files = sorted(Path(dataset.root / "dataset_split" / "train").glob("*.json"))
-    images = [read_annotations(path) for path in files] or dataset.annotations
+    images = dataset.annotations_of("train") or dataset.annotations
     analyses = Counter(annotations[0].caption for annotations in images)
     answers = Counter(dataset.reference(annotation) for annotations in images for annotation in annotations)
     return analyses.most_common(1)[0][0], answers.most_common(1)[0][0]

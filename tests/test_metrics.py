@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from nltk.translate.meteor_score import single_meteor_score
 from pycocoevalcap.cider.cider import Cider
+from pycocotools import mask as coco_mask
 
 from annexe.errors import UserError
 from annexe.metrics import (
@@ -22,6 +24,7 @@ from annexe.metrics import (
     normalise,
 )
 from annexe.metrics import text as text_module
+from annexe.metrics.masks import encode_ids, fault_of
 
 PAIRS = [
     ("a", "the right hand holds a red mug", "the right hand holds a mug", True),
@@ -123,6 +126,41 @@ def test_cider_equals_pycocoevalcap_and_sides_are_not_swapped():
     assert computed != pytest.approx(Cider().compute_score(predictions, references)[0])
 
 
+def random_pairs(number: int) -> list[tuple[str, str, str, bool]]:
+    """Sentences of the words of the synthetic scenes: some equal, some near, some empty."""
+    rng = np.random.default_rng(7)
+    words = ["the", "right", "left", "hand", "holds", "lifts", "a", "red", "mug", "cup", "bottle", "and", "opens", "it"]
+    pairs = []
+    for index in range(number):
+        reference = [words[n] for n in rng.integers(len(words), size=rng.integers(1, 14))]
+        prediction = [word if rng.random() < 0.8 else words[rng.integers(len(words))] for word in reference]
+        prediction = prediction[: rng.integers(len(prediction) + 1)] if rng.random() < 0.3 else prediction
+        pairs.append((f"{index:04}", " ".join(prediction), " ".join(reference), True))
+    return pairs + [(f"again {key}", *rest) for key, *rest in pairs[:50]]
+
+
+def test_cider_equals_pycocoevalcap_on_many_pairs():
+    pairs = random_pairs(1000)
+    predictions, references = ({key: [pair[side]] for key, *pair in pairs} for side in (0, 1))
+    expected, _ = Cider().compute_score(references, predictions)
+    assert 0 < expected == text_metrics(pairs).compute("answer")["answer/cider"]
+
+
+@pytest.mark.parametrize("has_wordnet", [True, False])
+def test_meteor_equals_nltk_on_many_pairs(has_wordnet: bool, monkeypatch):
+    """Without WordNet nltk itself is asked with a word base that knows no synonym."""
+    if has_wordnet and text_module.load_wordnet() is None:
+        pytest.skip("WordNet is not installed (apt-get install wordnet-base)")
+    synonyms = text_module.load_wordnet()
+    if not has_wordnet:
+        synonyms = SimpleNamespace(synsets=lambda word: [])
+        monkeypatch.setattr(text_module, "load_wordnet", lambda: None)
+    pairs = random_pairs(1000)
+    scores = [single_meteor_score(r.split(), p.split(), wordnet=synonyms) for _, p, r, _ in pairs]
+    name = "answer/meteor" if has_wordnet else "answer/meteor_without_synonyms"
+    assert text_metrics(pairs).compute("answer")[name] == math.fsum(scores) / len(scores)
+
+
 def test_exact_match():
     computed = text_metrics([*PAIRS, ("e", "Mug.", "mug", True)]).compute("answer")
     assert computed["answer/exact_match"] == 2 / 5
@@ -173,6 +211,33 @@ def test_rle_round_trip():
         assert np.array_equal(decoded, mask)
 
 
+def test_masks_of_an_id_map_are_those_of_its_ids():
+    rng = np.random.default_rng(2)
+    maps = [rng.integers(0, 4, (7, 5)), np.zeros((3, 4)), np.full((3, 4), 2), np.array([[0, 2], [1, 2]])]
+    maps += [np.repeat(rng.integers(0, 3, (4, 1)), 6, axis=1) for _ in range(20)]
+    for ids in maps:
+        ids = ids.astype(np.uint8)
+        rles = encode_ids(ids, [1, 2, 3])
+        for number in (1, 2, 3):
+            expected = coco_mask.encode(np.asfortranarray(ids == number, dtype=np.uint8))
+            assert (
+                rles[number] == encode(ids == number) == {"size": [*ids.shape], "counts": expected["counts"].decode()}
+            )
+
+
+def test_faults_of_run_length_codes():
+    rng = np.random.default_rng(6)
+    sizes = [(1, 1), (7, 5), (60, 40), (1080, 1920)]
+    for size in sizes * 5:
+        mask = rng.random(size) < rng.choice([0, 0.001, 0.5, 1])
+        rle = encode(mask)
+        assert fault_of(rle) is None
+        assert fault_of({"size": [size[0] + 1, size[1]], "counts": rle["counts"]}) is not None
+    rle = encode(rng.random((60, 40)) < 0.5)
+    for counts in (rle["counts"][:-1], rle["counts"] + "1", rle["counts"][1:], "", "p1", " ", "\u20ac1", "oooooooooo1"):
+        assert fault_of({"size": [60, 40], "counts": counts}) is not None, counts
+
+
 @pytest.mark.parametrize("targets", [{}, {0: EMPTY}])
 @pytest.mark.parametrize(
     ("predicted", "expected"),
@@ -209,6 +274,8 @@ def test_one_target_query(predicted: dict, iou: float, rejected: bool, precision
             "num_no_target_queries": 0,
         },
         **{f"precision@0.{5 + index}": value for index, value in enumerate(precision)},
+        **{f"slot_precision@0.{tenths}": own_iou >= tenths / 10 for tenths in range(5, 10)},
+        "slot_ciou": own_iou,
     }
 
 
@@ -238,53 +305,78 @@ def test_corpus_worked_by_hand():
         "grounding/t_acc": 2 / 3,
         "grounding/precision@0.5": 2 / 3,
         **{f"grounding/precision@0.{tenths}": 1 / 3 for tenths in (6, 7, 8, 9)},
+        # Slot by slot: 10 / 20, 0 / 20, 0 / 30 and 0 / 30.
+        "grounding/slot_ciou": 10 / 100,
+        "grounding/slot_precision@0.5": 1 / 4,
+        **{f"grounding/slot_precision@0.{tenths}": 0 for tenths in (6, 7, 8, 9)},
         "presence/accuracy": 3 / 5,
         "grounding/num_target_queries": 3,
         "grounding/num_no_target_queries": 2,
     }
 
 
+def random_mask(rng: np.random.Generator) -> np.ndarray:
+    """Scattered pixels, nothing, everything, one pixel, or a half of the map that touches another's half."""
+    kind = rng.choice(["scattered", "empty", "full", "pixel", "left", "right"], p=[0.5, 0.1, 0.1, 0.1, 0.1, 0.1])
+    mask = np.zeros((5, 6), bool)
+    if kind == "scattered":
+        return rng.random((5, 6)) < rng.choice([0.3, 0.9])
+    if kind == "pixel":
+        mask[rng.integers(5), rng.integers(6)] = True
+    else:
+        mask[:, {"empty": slice(0), "full": slice(6), "left": slice(3), "right": slice(3, 6)}[kind]] = True
+    return mask
+
+
 def random_query(rng: np.random.Generator) -> tuple[dict, dict]:
-    """Returns predicted and true boolean masks by slot; some slots are unused, some masks empty."""
-    sides = []
-    for _ in range(2):
-        slots = [slot for slot in range(3) if rng.random() < 0.4]
-        sides.append({slot: rng.random((5, 6)) < rng.choice([0, 0.3, 0.9]) for slot in slots})
+    """Returns predicted and true boolean masks by slot; a third of the queries is answered perfectly."""
+    sides = [{slot: random_mask(rng) for slot in range(3) if rng.random() < 0.4} for _ in range(2)]
     if rng.random() < 0.3:
         sides[0] = sides[1]
     return sides[0], sides[1]
 
 
+def slow_overlap(predicted: list[np.ndarray], targets: list[np.ndarray]) -> tuple[int, int, int, int]:
+    """Pixels in both, in either, in predicted and in true masks, counted one by one."""
+    both = either = in_predicted = in_true = 0
+    for pixel in np.ndindex(5, 6):
+        first, second = any(mask[pixel] for mask in predicted), any(mask[pixel] for mask in targets)
+        both += first and second
+        either += first or second
+        in_predicted += first
+        in_true += second
+    return both, either, in_predicted, in_true
+
+
 def slow_grounding(queries: list[tuple[dict, dict]]) -> dict[str, float]:
     """The definitions once more, pixel by pixel."""
-    intersections = unions = 0
+    intersections = unions = slot_intersections = slot_unions = 0
     ious, target_ious, slot_ious, rejections, acceptances = [], [], [], [], []
     for predicted, targets in queries:
-        pixels = [
-            tuple(any(mask[pixel] for mask in side.values()) for side in (predicted, targets))
-            for pixel in np.ndindex(5, 6)
-        ]
-        intersection, union = pixels.count((True, True)), len(pixels) - pixels.count((False, False))
-        intersections, unions = intersections + intersection, unions + union
-        rejected = not any(in_predicted for in_predicted, _ in pixels)
-        if any(in_target for _, in_target in pixels):
-            ious.append(intersection / union)
-            target_ious.append(ious[-1])
-            acceptances.append(not rejected)
+        both, either, in_predicted, in_true = slow_overlap([*predicted.values()], [*targets.values()])
+        intersections, unions = intersections + both, unions + either
+        if in_true:
+            ious.append(both / either)
+            target_ious.append(both / either)
+            acceptances.append(in_predicted > 0)
         else:
-            ious.append(float(rejected))
-            rejections.append(rejected)
+            ious.append(1.0 if in_predicted == 0 else 0.0)
+            rejections.append(in_predicted == 0)
         for slot, target in targets.items():
-            if target.any():
-                own = predicted.get(slot, np.zeros_like(target))
-                slot_ious.append((own & target).sum() / (own | target).sum())
+            both, either, _, in_true = slow_overlap([predicted[slot]] if slot in predicted else [], [target])
+            if in_true:
+                slot_ious.append(both / either)
+                slot_intersections, slot_unions = slot_intersections + both, slot_unions + either
+    thresholds = (0.5, 0.6, 0.7, 0.8, 0.9)
     return {
         "grounding/ciou": intersections / unions,
         "grounding/giou": np.mean(ious),
         "grounding/miou": np.mean(slot_ious),
         "grounding/n_acc": np.mean(rejections),
         "grounding/t_acc": np.mean(acceptances),
-        **{f"grounding/precision@{x}": np.mean(np.array(target_ious) >= x) for x in (0.5, 0.6, 0.7, 0.8, 0.9)},
+        "grounding/slot_ciou": slot_intersections / slot_unions,
+        **{f"grounding/precision@{x}": np.mean(np.array(target_ious) >= x) for x in thresholds},
+        **{f"grounding/slot_precision@{x}": np.mean(np.array(slot_ious) >= x) for x in thresholds},
         "presence/accuracy": np.mean(rejections + acceptances),
         "grounding/num_target_queries": len(target_ious),
         "grounding/num_no_target_queries": len(rejections),
@@ -301,7 +393,7 @@ def grounding_metrics(queries: list[tuple[dict, dict]], labels: dict[int, str]) 
 
 def test_grounding_equals_slow_loops():
     rng = np.random.default_rng(1)
-    queries = [random_query(rng) for _ in range(100)]
+    queries = [random_query(rng) for _ in range(500)]
     assert grounding_metrics(queries, {}).compute() == pytest.approx(slow_grounding(queries), abs=1e-12)
 
 

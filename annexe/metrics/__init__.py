@@ -1,13 +1,33 @@
-"""Metrics of text, masks and depth: objects with `update`, `merge` and `compute`.
+"""Metrics of text, masks and depth: objects that take samples one by one, then `merge` and `compute`.
 
 They keep raw integers or per-sample terms and divide last, so merged parts equal the whole exactly, in any
-order.
+order. The released scores alone depend on the order, as they did.
 """
 
 from __future__ import annotations
 
+from annexe.metrics.bootstrap import ClusterBootstrap, differences
+from annexe.metrics.confidence import MaskCalibration, PresenceRisk
+from annexe.metrics.consistency import ObjectWithoutHand, ParaphraseAgreement
 from annexe.metrics.depth import DepthMetrics, depth_errors
 from annexe.metrics.masks import GroundingMetrics, decode, encode
+from annexe.metrics.released import AnnexeRelease, EarlRelease
 from annexe.metrics.text import TextMetrics, normalise
 
-__all__ = ["DepthMetrics", "GroundingMetrics", "TextMetrics", "decode", "depth_errors", "encode", "normalise"]
+__all__ = [
+    "AnnexeRelease",
+    "ClusterBootstrap",
+    "DepthMetrics",
+    "EarlRelease",
+    "GroundingMetrics",
+    "MaskCalibration",
+    "ObjectWithoutHand",
+    "ParaphraseAgreement",
+    "PresenceRisk",
+    "TextMetrics",
+    "decode",
+    "depth_errors",
+    "differences",
+    "encode",
+    "normalise",
+]

@@ -9,13 +9,15 @@ import math
 import re
 import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import nltk
+import numpy as np
 from nltk.corpus import wordnet
 from nltk.translate.meteor_score import single_meteor_score
-from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.cider.cider_scorer import CiderScorer, cook_refs, cook_test
 
 from annexe.errors import UserError
 
@@ -90,18 +92,13 @@ class TextMetrics:
         if not self.pairs:
             return {}
         pairs = [self.pairs[key] for key in sorted(self.pairs)]
-        synonyms = load_wordnet()
-        meteor_name = "meteor" if synonyms is not None else "meteor_without_synonyms"
-        metrics = {
-            f"{prefix}/{meteor_name}": _meteor(pairs, synonyms or _NoSynonyms()),
-            f"{prefix}/cider": _cider(pairs),
-        }
+        metrics = {f"{prefix}/{meteor_name()}": meteor(pairs), f"{prefix}/cider": cider(pairs)}
         flagged = [pair for pair in pairs if pair.has_target is not None]
         if flagged:
-            metrics[f"{prefix}/exact_match"] = _exact_match(flagged)
+            metrics[f"{prefix}/exact_match"] = exact_match(flagged)
         with_target = [pair for pair in flagged if pair.has_target]
         if with_target:
-            metrics[f"{prefix}/exact_match_targets"] = _exact_match(with_target)
+            metrics[f"{prefix}/exact_match_targets"] = exact_match(with_target)
         return metrics
 
     def _add(self, key: str, pair: TextPair) -> None:
@@ -110,6 +107,7 @@ class TextMetrics:
         self.pairs[key] = pair
 
 
+@functools.lru_cache(maxsize=2**16)
 def normalise(text: str) -> str:
     """Lower-cases and removes mask placeholders and punctuation; words stay apart by one space.
 
@@ -173,17 +171,41 @@ class _NoSynonyms:
         return []
 
 
-def _meteor(pairs: list[TextPair], synonyms: object) -> float:
-    scores = (single_meteor_score(pair.reference.split(), pair.prediction.split(), wordnet=synonyms) for pair in pairs)
-    return math.fsum(scores) / len(pairs)
+def meteor_name() -> str:
+    """What METEOR is called here: it counts synonyms only where WordNet is installed."""
+    return "meteor" if load_wordnet() is not None else "meteor_without_synonyms"
 
 
-def _cider(pairs: list[TextPair]) -> float:
-    references = {index: [pair.reference] for index, pair in enumerate(pairs)}
-    predictions = {index: [pair.prediction] for index, pair in enumerate(pairs)}
-    score, _ = Cider().compute_score(references, predictions)
-    return float(score)
+def meteor(pairs: list[TextPair]) -> float:
+    """Mean METEOR as nltk computes it."""
+    has_synonyms = load_wordnet() is not None
+    return math.fsum(_meteor_of(pair.prediction, pair.reference, has_synonyms) for pair in pairs) / len(pairs)
 
 
-def _exact_match(pairs: list[TextPair]) -> float:
+@functools.lru_cache(maxsize=2**18)
+def _meteor_of(prediction: str, reference: str, has_synonyms: bool) -> float:
+    synonyms = load_wordnet() if has_synonyms else _NoSynonyms()
+    return single_meteor_score(reference.split(), prediction.split(), wordnet=synonyms)
+
+
+def cider(pairs: list[TextPair]) -> float:
+    """CIDEr-D as pycocoevalcap computes it over the corpus of the pairs, bit for bit.
+
+    Its `Cider` scores every pair; here those that are equal, of which answers have many, are scored once.
+    """
+    scorer = CiderScorer()
+    for reference, number in Counter(pair.reference for pair in pairs).items():
+        for ngram in cook_test(reference):
+            scorer.document_frequency[ngram] += number
+    sides = [(pair.prediction, pair.reference) for pair in pairs]
+    distinct = list(dict.fromkeys(sides))
+    scorer.ctest = [cook_test(prediction) for prediction, _ in distinct]
+    # The scorer takes the size of the corpus from the length of this list, and stops where the tests end.
+    scorer.crefs = [cook_refs([reference]) for _, reference in distinct] + [[]] * (len(pairs) - len(distinct))
+    scores = dict(zip(distinct, scorer.compute_cider(), strict=True))
+    return float(np.mean(np.array([scores[side] for side in sides])))
+
+
+def exact_match(pairs: list[TextPair]) -> float:
+    """Share of predictions equal to their reference."""
     return sum(pair.prediction == pair.reference for pair in pairs) / len(pairs)

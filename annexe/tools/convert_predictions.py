@@ -1,0 +1,110 @@
+"""`annexe convert-predictions`: mask images and a table of answers to a predictions file."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import track
+
+from annexe.datasets.transforms import read_image
+from annexe.errors import UserError
+from annexe.files import write_text
+from annexe.metrics.masks import Rle, encode_ids
+
+HELP = "make predictions.jsonl of mask images and a table of answers"
+
+REQUIRED = ("image", "annotation", "query_id", "answer")
+_NAME = re.compile(r"(?P<annotation>\d+)_(?P<query_id>.+)_(?P<slot>\d+)\.png")
+
+Key = tuple[str, int, str]  # image, annotation, query id as text
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("masks", type=Path, help="folder of IMAGE/ANNOTATION_QUERY_SLOT.png, 0 = outside of the mask")
+    parser.add_argument(
+        "answers",
+        type=Path,
+        help=f"rows of {', '.join(REQUIRED)}, optionally presence and analysis: .tsv with a header, or .jsonl",
+    )
+    parser.add_argument("out", type=Path, help="predictions.jsonl to write")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    masks = find_masks(arguments.masks)
+    analyses: dict[str, str] = {}
+    lines: list[dict[str, Any]] = []
+    for where, row in read_rows(arguments.answers):
+        key = (row["image"], row["annotation"], str(row["query_id"]))
+        query = {name: row[name] for name in REQUIRED} | {
+            "masks": [{"slot": slot, "rle": path} for slot, path in sorted(masks.pop(key, {}).items())]
+        }
+        if row.get("presence") is not None:
+            query["presence"] = row["presence"]
+        if row.get("analysis") is not None and analyses.setdefault(row["image"], row["analysis"]) != row["analysis"]:
+            raise UserError(f"{where}: image '{row['image']}' has another analysis further up; give one per image")
+        lines.append({"kind": "query", **query})
+    if masks:
+        path = next(iter(next(iter(masks.values())).values()))
+        raise UserError(f"no row of '{arguments.answers}' belongs to mask '{path}'; add one, or rename the file")
+    for line in track(lines, "reading masks", transient=True):
+        for mask in line["masks"]:
+            mask["rle"] = read_mask(mask["rle"])
+    images = [{"kind": "image", "image": image, "analysis": analysis} for image, analysis in analyses.items()]
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(arguments.out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (*images, *lines)))
+
+
+def find_masks(folder: Path) -> dict[Key, dict[int, Path]]:
+    """Query -> slot -> mask file of every PNG below the folder."""
+    if not folder.is_dir():
+        raise UserError(f"no folder '{folder}'; give the one that holds IMAGE/ANNOTATION_QUERY_SLOT.png")
+    masks: dict[Key, dict[int, Path]] = {}
+    for path in sorted(folder.rglob("*.png")):
+        match = _NAME.fullmatch(path.name)
+        if not match or path.parent.parent != folder:
+            raise UserError(f"mask '{path}' is not named IMAGE/ANNOTATION_QUERY_SLOT.png; rename it or take it away")
+        key = (path.parent.name, int(match["annotation"]), match["query_id"])
+        masks.setdefault(key, {})[int(match["slot"])] = path
+    return masks
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(Where it stands, row) of a table of answers; in a TSV numbers are read as such."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read answers '{path}' ({error}); give a .tsv or .jsonl file") from None
+    is_table = path.suffix == ".tsv"
+    rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if is_table else lines
+    for number, line in enumerate(rows, start=2 if is_table else 1):
+        where = f"'{path}', line {number}"
+        try:
+            row = _typed(line) if is_table else json.loads(line)
+            missing = [name for name in REQUIRED if row.get(name) is None]
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{where} is wrong ({error}); mend it or remove it") from None
+        if missing:
+            raise UserError(f"{where} has no {', '.join(missing)}; a row needs {', '.join(REQUIRED)}")
+        yield where, row
+
+
+def read_mask(path: Path) -> Rle:
+    """RLE of the pixels that are not 0, in any channel but the fourth."""
+    pixels = np.asarray(read_image(path))
+    inside = pixels[..., :3].any(axis=2) if pixels.ndim == 3 else pixels > 0
+    return encode_ids(inside.astype(np.uint8), [1])[1]
+
+
+def _typed(row: dict[str, str]) -> dict[str, Any]:
+    """A row of text with its numbers as numbers; empty fields are left out."""
+    typed: dict[str, Any] = {name: text for name, text in row.items() if text or name == "answer"}
+    typed |= {"annotation": int(row["annotation"])} if row.get("annotation") else {}
+    typed |= {"query_id": int(row["query_id"])} if (row.get("query_id") or "").isdecimal() else {}
+    return typed | ({"presence": float(row["presence"])} if row.get("presence") else {})

@@ -1,0 +1,218 @@
+"""Calibration, risk and coverage, agreement and intervals: each against values worked by hand or slow loops."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from annexe.metrics import (
+    ClusterBootstrap,
+    GroundingMetrics,
+    MaskCalibration,
+    ObjectWithoutHand,
+    ParaphraseAgreement,
+    PresenceRisk,
+    differences,
+    encode,
+)
+from annexe.metrics.bootstrap import METRICS
+from annexe.metrics.consistency import agreement
+from annexe.metrics.masks import QueryResult, measure
+
+
+def rectangle(top: int, left: int, bottom: int, right: int) -> dict:
+    mask = np.zeros((6, 10), bool)
+    mask[top:bottom, left:right] = True
+    return encode(mask)
+
+
+EMPTY = rectangle(0, 0, 0, 0)
+TARGET = rectangle(0, 0, 4, 5)  # 20 pixels
+HALF = rectangle(0, 0, 2, 5)  # the upper 10 of them
+ELSEWHERE = rectangle(4, 5, 6, 10)  # 10 pixels apart from the target
+HAND_AND_MUG = {0: "right_hand", 1: "mug"}
+
+
+def test_calibration_worked_by_hand():
+    metric = MaskCalibration()
+    metric.add(measure({0: TARGET}, {0: TARGET}, {}, {0: 0.95}))  # right, last bin
+    metric.add(measure({0: HALF}, {0: TARGET}, {}, {0: 1.0}))  # IoU 0.5 is right, last bin
+    metric.add(measure({0: ELSEWHERE, 1: TARGET}, {0: TARGET}, {}, {0: 0.96, 1: 0.3}))  # wrong; slot 1 has no target
+    metric.add(measure({0: ELSEWHERE}, {}, {}, {0: 0.31}))  # no target, the bin of 0.3
+    metric.add(measure({0: EMPTY}, {0: TARGET}, {}, {0: 0.9}))  # no pixel, no mask
+    metric.add(measure({0: TARGET}, {0: TARGET}, {}))  # without a score
+    # |2.91 - 2| + |0.61 - 0| over 5 masks
+    assert metric.compute() == pytest.approx(
+        {"calibration/ece": 1.52 / 5, "calibration/confidence": 3.52 / 5, "calibration/accuracy": 2 / 5}
+    )
+    assert MaskCalibration().compute() == {}
+
+
+def test_risk_worked_by_hand():
+    right, missed, refused = (measure(p, t, {}) for p, t in (({0: HALF}, {0: TARGET}), ({}, {0: TARGET}), ({}, {})))
+    metric = PresenceRisk()
+    metric.add(right, 0.9)
+    metric.add(refused, 0.2)  # sure of 0.8
+    metric.add(missed, 0.2)  # as sure, and wrong: each of the two counts 1 / 2
+    metric.add(right, 0.6)
+    # Wrong among the surest: 0, 1/2 of 2, 1 of 3, 1 of 4.
+    assert metric.compute() == pytest.approx(
+        {
+            "presence/aurc": (0 + 0.25 + 1 / 3 + 0.25) / 4,
+            "presence/risk@0.5": 0.25,
+            "presence/risk@0.7": 1 / 3,
+            "presence/risk@0.8": 0.25,
+            "presence/risk@0.9": 0.25,
+            "presence/risk@1.0": 0.25,
+        }
+    )
+
+
+def random_results(seed: int, number: int = 60) -> list[QueryResult]:
+    rng = np.random.default_rng(seed)
+    choices = [EMPTY, TARGET, HALF, ELSEWHERE]
+    results = []
+    for _ in range(number):
+        predicted, targets = (
+            {slot: choices[rng.integers(4)] for slot in range(2) if rng.random() < 0.6} for _ in range(2)
+        )
+        results.append(measure(predicted, targets, HAND_AND_MUG, {slot: float(rng.random()) for slot in predicted}))
+    return results
+
+
+def test_risk_of_all_is_the_share_of_wrong_decisions_and_order_does_not_matter():
+    results = random_results(1)
+    presences = np.random.default_rng(2).integers(0, 5, len(results)) / 4  # many equal ones
+    risk, grounding = PresenceRisk(), GroundingMetrics()
+    for result, presence in zip(results, presences, strict=True):
+        risk.add(result, float(presence))
+        grounding.add(result)
+    other = PresenceRisk()
+    other.decisions = risk.decisions[::-1]
+    assert risk.compute() == other.compute()
+    assert risk.compute()["presence/risk@1.0"] == pytest.approx(1 - grounding.compute()["presence/accuracy"])
+
+
+def test_agreement_worked_by_hand():
+    # Pairs: TARGET with HALF 10 / 20, each of them with nothing 0; two of the answers are equal.
+    question = agreement([[TARGET], [HALF], []], ["The mug.", "mug", "the mug"])
+    assert question == pytest.approx((0.5 / 3, 1 / 3))
+    assert agreement([[], [EMPTY]], ["a", "b"]) == (1, 0)
+    assert agreement([[HALF, TARGET], [TARGET]], ["a", "a"]) == (1, 1)  # the union counts
+    metric, more = ParaphraseAgreement(), ParaphraseAgreement()
+    metric.update(question)
+    more.update(agreement([[TARGET], [TARGET]], ["a", "a"]))
+    metric.merge(more)
+    assert metric.compute() == pytest.approx(
+        {
+            "paraphrase/iou": (0.5 / 3 + 1) / 2,
+            "paraphrase/equal_answers": (1 / 3 + 1) / 2,
+            "paraphrase/num_questions": 2,
+        }
+    )
+    assert ParaphraseAgreement().compute() == {}
+
+
+@pytest.mark.parametrize(
+    ("predicted", "counts"),
+    [
+        ({1: ELSEWHERE}, 1),
+        ({0: EMPTY, 1: HALF}, 1),
+        ({0: HALF, 1: ELSEWHERE}, 0),
+        ({0: TARGET}, 0),
+        ({}, 0),
+        ({2: TARGET}, 0),
+    ],
+)
+def test_object_without_hand(predicted: dict, counts: int):
+    metric = ObjectWithoutHand()
+    metric.add(measure(predicted, {0: TARGET, 1: ELSEWHERE}, HAND_AND_MUG))
+    metric.add(measure({1: TARGET}, {1: TARGET}, HAND_AND_MUG))  # asks for no hand
+    metric.add(measure({}, {0: TARGET}, HAND_AND_MUG))  # asks for no object
+    assert metric.compute() == {
+        "consistency/object_without_hand": counts,
+        "consistency/num_hand_and_object_queries": 1,
+    }
+
+
+def clusters_of(results: list[QueryResult], num_clusters: int, exact: list[bool]) -> ClusterBootstrap:
+    bootstrap = ClusterBootstrap()
+    for number, (result, is_exact) in enumerate(zip(results, exact, strict=True)):
+        bootstrap.update(f"video {number % num_clusters}", result, is_exact)
+    return bootstrap
+
+
+def test_bootstrap_measures_what_the_metrics_do():
+    results = random_results(3)
+    grounding = GroundingMetrics()
+    for result in results:
+        grounding.add(result)
+    exact = [number % 3 == 0 for number in range(len(results))]
+    same = clusters_of(results, 7, exact)
+    compared = differences(same, same)
+    assert list(compared) == list(METRICS)
+    for name, row in compared.items():
+        if name in grounding.compute():
+            assert row.first == pytest.approx(grounding.compute()[name], abs=1e-12), name
+    assert compared["answer/exact_match"].first == pytest.approx(sum(exact) / len(exact))
+    assert all((row.difference, row.low, row.high, row.p) == (0, 0, 0, 1) for row in compared.values())
+
+
+def test_intervals_equal_slow_resampling():
+    """The same draws, one cluster after the other."""
+    results, num_clusters = random_results(4), 7
+    clusters = clusters_of(results, num_clusters, [False] * len(results))
+    rng = np.random.default_rng(0)
+    values = []
+    for times in rng.multinomial(num_clusters, [1 / num_clusters] * num_clusters, size=1000):
+        metric = GroundingMetrics()
+        for number, result in enumerate(results):
+            for _ in range(times[number % num_clusters]):
+                metric.add(result)
+        values.append(metric.compute())
+    for name in ("grounding/ciou", "grounding/giou", "grounding/t_acc", "grounding/miou", "grounding/precision@0.5"):
+        expected = np.quantile([value[name] for value in values], [0.025, 0.975])
+        assert clusters.compute()[name] == pytest.approx(expected), name
+    low, high = clusters.compute()["grounding/giou"]
+    assert low < differences(clusters, clusters)["grounding/giou"].first < high
+
+
+def test_frames_of_one_video_do_not_narrow_the_interval():
+    results = random_results(5, 20)
+    alone = clusters_of(results, 20, [False] * 20)
+    repeated = clusters_of(results * 10, 20, [False] * 200)
+    assert repeated.compute().keys() == alone.compute().keys()
+    for name, interval in repeated.compute().items():
+        assert interval == pytest.approx(alone.compute()[name]), name
+    as_if_apart = clusters_of(results * 10, 200, [False] * 200).compute()["grounding/giou"]
+    low, high = alone.compute()["grounding/giou"]
+    assert as_if_apart[1] - as_if_apart[0] < (high - low) / 2
+
+
+def test_order_and_merging_of_queries_do_not_matter():
+    results = random_results(6)
+    whole = clusters_of(results, 60, [True] * 60)
+    merged = ClusterBootstrap()
+    for number in np.random.default_rng(0).permutation(60).tolist():
+        part = ClusterBootstrap()
+        part.update(f"video {number}", results[number], True)
+        merged.merge(part)
+    assert merged.compute() == whole.compute()
+
+
+def test_a_clear_difference_is_significant_and_chance_is_not():
+    good = [measure({0: TARGET}, {0: TARGET}, {})] * 40
+    bad = [measure({0: ELSEWHERE}, {0: TARGET}, {})] * 40
+    half = [(good if number % 2 else bad)[0] for number in range(40)]
+    other_half = [(bad if number % 2 else good)[0] for number in range(40)]
+    exact = [True] * 40
+    clear = differences(clusters_of(bad, 40, exact), clusters_of(good, 40, exact))["grounding/giou"]
+    assert (clear.difference, clear.low, clear.high) == (1, 1, 1) and clear.p == pytest.approx(2 / 1001)
+    chance = differences(clusters_of(half, 40, exact), clusters_of(other_half, 40, exact))["grounding/giou"]
+    assert chance.difference == 0 and chance.low < 0 < chance.high and chance.p > 0.5
+
+
+def test_one_video_gives_neither_interval_nor_p():
+    clusters = clusters_of(random_results(7), 1, [True] * 60)
+    assert clusters.compute() == {}
+    assert {(row.low, row.high, row.p) for row in differences(clusters, clusters).values()} == {(None, None, None)}
