@@ -37,6 +37,8 @@ $(DEMO)/eval/metrics.json: $(DEMO)/trained
 		run.output_dir=$(DEMO)/eval datasets.ego_irgbench.data_root=$(DATA)
 
 $(DEMO)/report.html: $(DEMO)/eval/metrics.json
+	rm -rf $(DEMO)/report
+	cp -r $(DEMO)/eval/report $(DEMO)/report
 	cp $(DEMO)/eval/report.html $@
 
 test: install lint

@@ -1,21 +1,35 @@
-"""The HTML report of a run: metrics beside baselines, curves, and examples good and bad, in one file."""
+"""The report of a run: a page with metrics beside baselines and curves, and a browser of every query.
+
+``report.html`` is the page; the folder ``report`` beside it holds the browser, its data and small pictures. Both work
+from disk and from any web server.
+"""
 
 from __future__ import annotations
 
 import datetime
+import shutil
 from collections import Counter
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from annexe.files import write_text
+from annexe.report.breakdowns import COLUMNS as BREAKDOWN_COLUMNS
+from annexe.report.breakdowns import breakdowns
+from annexe.report.browser import DETAILS_PER_FILE, Browser, Workers, choose_pictured, judge_all
 from annexe.report.curves import read_curves
-from annexe.report.gallery import FAILURES, GROUPS, VERDICTS, build_cards
+from annexe.report.examples import choose, show
+from annexe.report.pictures import OUTLINE_WIDTH
+from annexe.report.published import comparison
 from annexe.report.tables import bars, columns, headline, table
+from annexe.report.verdicts import RIGHT, VERDICTS
 from annexe.scoring import Record, Truth
 
 __all__ = ["write_report"]
+
+NUM_EXAMPLES = 12
 
 
 def write_report(
@@ -26,52 +40,143 @@ def write_report(
     records: list[Record],
     truth: Truth,
     log: Path | None,
-    num_examples: int = 60,
+    max_pictures: int = 2000,
+    num_workers: int | None = None,
 ) -> None:
-    """Write one self-contained HTML page, whole or not at all.
+    """Write the page and, beside it, the folder of the same name without ``.html``.
+
+    Both are made under other names and renamed when whole; an older report is replaced as a whole. The page comes
+    last: where it is, its folder is too.
 
     Args:
         path: the HTML file; its folder exists.
-        title: heading of the page.
-        metrics: the content of ``metrics.json``: ``standard`` and, if there, ``baselines``, ``subsets`` and
-            ``meta``. Of ``meta``, ``step`` and ``date`` stand at the top, all of it at the bottom.
+        title: heading of the pages.
+        metrics: the content of ``metrics.json``: ``standard`` and, if there, ``baselines``, ``subsets``, ``meta`` and
+            the scores by other protocols. Of ``meta``, ``step`` and ``date`` stand at the top, all of it at the bottom.
         records: lines of ``predictions.jsonl``.
         truth: the data set that was predicted.
         log: ``log.jsonl`` of the training run; without one the page has no curves.
-        num_examples: queries in the gallery; about 80 kB of page each.
+        max_pictures: queries that get pictures; the others are listed without. It bounds time and size.
+        num_workers: processes; all cores if None.
 
     Raises:
         UserError: the records do not fit the truth, or a photo cannot be read.
     """
-    environment = Environment(
+    folder = path.with_suffix("")
+    part, old = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old")
+    for left_over in (part, old):
+        _remove(left_over)
+    part.mkdir()
+    with Workers(len({record["image"] for record in records}), num_workers) as workers:
+        examples = judge_all(records, truth, workers)
+        browser = Browser(part, examples, choose_pictured(examples, max_pictures), truth, records)
+        files = browser.write(workers)
+    shared = {
+        "title": title,
+        "report_name": path.name,
+        "folder": folder.name,
+        "verdicts": _verdicts(browser),
+        "picture_note": _picture_note(browser),
+    }
+    for name, text in _browser_files(files, shared).items():
+        (part / name).write_text(text, encoding="utf-8")
+    page = _page(metrics, log, browser, shared)
+    _replace(path, page, folder, part, old)
+
+
+def _page(metrics: dict[str, Any], log: Path | None, browser: Browser, shared: dict[str, Any]) -> str:
+    """The summary."""
+    meta = {"date": datetime.date.today().isoformat()} | metrics.get("meta", {})
+    all_columns = columns(metrics)
+    groups = table(all_columns, metrics.get("intervals", {}))
+    examples = choose(browser.examples, browser.pictured, NUM_EXAMPLES)
+    return (
+        _environment()
+        .get_template("template.html")
+        .render(
+            **shared,
+            facts=_facts(metrics["standard"], meta),
+            meta=meta,
+            columns=all_columns,
+            groups=groups,
+            headline=headline(groups),
+            bars=bars(metrics),
+            breakdown_columns=list(BREAKDOWN_COLUMNS.values()),
+            breakdowns=breakdowns(metrics),
+            published=comparison(metrics, meta),
+            is_drawn=(browser.truth.dataset.root / "synthetic.json").is_file(),
+            curves=read_curves(log) if log else {},
+            num_queries=len(browser.examples),
+            examples=[show(browser, position) for position in examples],
+            outline_width=OUTLINE_WIDTH,
+        )
+    )
+
+
+def _browser_files(files: dict[str, int], shared: dict[str, Any]) -> dict[str, str]:
+    """Name -> text of the browser's page and of what it loads besides data."""
+    page = {
+        "files": files,
+        "detailsPerFile": DETAILS_PER_FILE,
+        "verdicts": shared["verdicts"],
+        "pictureNote": shared["picture_note"],
+    }
+    texts = {"queries.html": _environment().get_template("browser.html").render(**shared, page=page)}
+    for name in ("browser.js", "browser.css"):
+        texts[name] = resources.files(__name__).joinpath(name).read_text(encoding="utf-8")
+    return texts
+
+
+def _replace(path: Path, page: str, folder: Path, part: Path, old: Path) -> None:
+    """Put page and folder in place of older ones; a kill in between leaves no page rather than half a report."""
+    path.unlink(missing_ok=True)
+    if folder.exists():
+        folder.rename(old)
+    part.rename(folder)
+    write_text(path, page)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _environment() -> Environment:
+    return Environment(
         loader=PackageLoader("annexe.report", ""),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    meta = {"date": datetime.date.today().isoformat()} | metrics.get("meta", {})
-    all_columns = columns(metrics)
-    groups = table(all_columns)
-    cards = build_cards(records, truth, num_examples)
-    page = environment.get_template("template.html").render(
-        title=title,
-        facts=_facts(metrics["standard"], meta),
-        meta=meta,
-        columns=all_columns,
-        groups=groups,
-        headline=headline(groups),
-        bars=bars(metrics),
-        curves=read_curves(log) if log else {},
-        cards=cards,
-        num_queries=sum(record["kind"] == "query" for record in records),
-        group_names=GROUPS,
-        group_counts=Counter(card.example.group for card in cards),
-        num_failures=sum(card.is_failure for card in cards),
-        verdicts=VERDICTS,
-        failures=FAILURES,
-    )
-    write_text(path, page)
+
+
+def _verdicts(browser: Browser) -> list[dict[str, Any]]:
+    """Every verdict with its definition, its colour, and how many queries have it."""
+    counts = Counter(example.judgement.verdict for example in browser.examples)
+    tones = dict.fromkeys(VERDICTS, "bad") | {"boundary": "rough"} | dict.fromkeys(RIGHT, "good")
+    return [
+        {"name": name, "meaning": meaning, "tone": tones[name], "count": counts[name]}
+        for name, meaning in VERDICTS.items()
+    ]
+
+
+def _picture_note(browser: Browser) -> str:
+    """Which queries have pictures, in a sentence."""
+    num_queries, num_pictured = len(browser.examples), len(browser.pictured)
+    num_right = sum(example.is_right for example in browser.examples)
+    num_errors = num_queries - num_right
+    if num_pictured == num_queries:
+        return "Every query has pictures."
+    if num_pictured < num_errors:
+        chosen = f"a fixed choice of the {num_errors:,} errors and none of the others"
+    else:
+        others = f"{num_pictured - num_errors:,} of the {num_right:,} others"
+        chosen = f"all {num_errors:,} errors and a fixed choice of {others}"
+    return f"{num_pictured:,} of {num_queries:,} queries have pictures: {chosen}."
 
 
 def _facts(standard: dict[str, Any], meta: dict[str, Any]) -> list[str]:

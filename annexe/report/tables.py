@@ -79,7 +79,38 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             for tenth in range(5, 10)
         ),
     ),
-    "Presence": (Metric("presence/accuracy", "Accuracy", "queries rejected exactly when they have no target"),),
+    "Presence": (
+        Metric("presence/accuracy", "Accuracy", "queries rejected exactly when they have no target"),
+        Metric(
+            "presence/aurc",
+            "AURC",
+            "share of wrong decisions, mean over the surest 1, 2, … all of them",
+            higher_is_better=False,
+        ),
+    ),
+    "Confidence and consistency": (
+        Metric("calibration/ece", "ECE", "mask scores against the share of right masks", higher_is_better=False),
+        Metric("paraphrase/iou", "IoU, wordings", "between the masks of two wordings of a query", won_by_default=True),
+        Metric("paraphrase/equal_answers", "Equal answers", "to two wordings of a query", won_by_default=True),
+        Metric(
+            "consistency/object_without_hand",
+            "Object without hand",
+            "both were asked for, and the object alone was found",
+            higher_is_better=False,
+            won_by_default=True,
+        ),
+    ),
+    "EgoHOS": tuple(
+        Metric(f"egohos/iou_{key}", name, f"IoU of {what}, pixels summed over all photos")
+        for key, name, what in (
+            ("left_hand", "Left hand", "the left hand"),
+            ("right_hand", "Right hand", "the right hand"),
+            ("left_object", "Object, left", "the object of the left hand"),
+            ("right_object", "Object, right", "the object of the right hand"),
+            ("both_object", "Object, both", "the object of both hands"),
+            ("mean", "Mean", "the five, plain mean"),
+        )
+    ),
     "Depth": (
         Metric("depth/mae", "MAE", "mean error of maps scaled to 0…1", is_share=False, higher_is_better=False),
         Metric(
@@ -117,10 +148,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A metric with its cell in every column."""
+    """A metric with its cell in every column, and the model's 95 % interval where it was measured."""
 
     metric: Metric
     cells: list[Cell]
+    interval: str | None
 
 
 @dataclass(frozen=True)
@@ -142,11 +174,11 @@ def columns(metrics: Metrics) -> list[Column]:
     return found
 
 
-def table(all_columns: list[Column]) -> dict[str, list[Row]]:
-    """Group -> its rows; what no column has is left out."""
+def table(all_columns: list[Column], intervals: dict[str, list[float]]) -> dict[str, list[Row]]:
+    """Group -> its rows; what no column has is left out. ``intervals`` has [low, high] of the model's metrics."""
     groups = {}
     for name, group in GROUPS.items():
-        rows = [_row(metric, all_columns) for metric in group]
+        rows = [_row(metric, all_columns, intervals.get(metric.key)) for metric in group]
         rows = [row for row in rows if any(cell.value is not None for cell in row.cells)]
         if rows:
             groups[name] = rows
@@ -171,7 +203,7 @@ def bars(metrics: Metrics) -> list[Bar]:
     return sorted(found, key=lambda bar: (not bar.name.endswith(" hand"), -bar.value, bar.name))
 
 
-def _row(metric: Metric, all_columns: list[Column]) -> Row:
+def _row(metric: Metric, all_columns: list[Column], interval: list[float] | None) -> Row:
     own = all_columns[0].values.get(metric.key)
     not_above = tuple(
         column.name
@@ -187,7 +219,7 @@ def _row(metric: Metric, all_columns: list[Column]) -> Row:
         value = column.values.get(metric.key)
         text = "–" if value is None else metric.text(value)
         cells.append(Cell(column, value, text, not_above if column.kind == "model" else ()))
-    return Row(metric, cells)
+    return Row(metric, cells, "–".join(metric.text(end) for end in interval) if interval else None)
 
 
 def _with_mean(values: Metrics) -> Metrics:

@@ -1,0 +1,85 @@
+"""Numbers that others published on Ego-IRGBench, to stand beside ours, each with the protocol behind it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from annexe.report.tables import Metrics
+
+DATASET = "ego_irgbench"
+COLUMNS = ("analysis/meteor", "analysis/cider", "answer/meteor", "answer/cider", "grounding/ciou")
+_RELEASED = "ANNEXE's released script"
+_EARL = "EARL's script"
+
+PUBLISHED: dict[str, dict[str, tuple[str, tuple[float, ...]]]] = {
+    "test": {
+        "ANNEXE": (_RELEASED, (0.563, 1.494, 0.365, 2.590, 0.3602)),
+        "Sa2VA-8B": (_EARL, (0.188, 0.115, 0.754, 2.656, 0.3269)),
+        "Seg-R1-7B": (_EARL, (0.292, 0.289, 0.774, 2.483, 0.4610)),
+        "Seg-Zero": (_EARL, (0.309, 0.049, 0.742, 2.380, 0.5711)),
+        "Qwen3-VL-8B": (_EARL, (0.136, 0.044, 0.882, 5.000, 0.2331)),
+        "EARL": (_EARL, (0.542, 1.522, 0.939, 6.682, 0.6548)),
+    },
+    "val": {
+        "ANNEXE": (_RELEASED, (0.563, 1.516, 0.363, 2.543, 0.3514)),
+        "Sa2VA-8B": (_EARL, (0.189, 0.120, 0.448, 2.644, 0.3489)),
+        "Seg-R1-7B": (_EARL, (0.289, 0.285, 0.771, 2.488, 0.4505)),
+        "Seg-Zero": (_EARL, (0.310, 0.052, 0.740, 2.349, 0.5803)),
+        "Qwen3-VL-8B": (_EARL, (0.188, 0.119, 0.898, 4.540, 0.2405)),
+        "EARL": (_EARL, (0.541, 1.520, 0.933, 6.610, 0.6271)),
+    },
+}
+"""Split -> model -> protocol and values in the order of ``COLUMNS`` (EARL, 2026, table 1)."""
+
+OWN = {
+    "standard": ("standard, as in the table of metrics", COLUMNS),
+    "annexe_release": (
+        f"{_RELEASED}, re-implemented",
+        (
+            "analysis/meteor_swapped",
+            "analysis/cider_swapped",
+            "answer/meteor_swapped",
+            "answer/cider_swapped",
+            "grounding/batch_class_iou",
+        ),
+    ),
+    "earl_release": (f"{_EARL}, re-implemented", (*[None] * 4, "grounding/mean_target_iou")),
+}
+"""Block of the metrics -> the protocol behind it, and its keys in the order of ``COLUMNS``."""
+
+
+@dataclass(frozen=True)
+class PublishedRow:
+    """One line of the comparison; values are None where there are none."""
+
+    model: str
+    is_own: bool
+    protocol: str
+    values: list[float | None]
+
+
+def comparison(metrics: Metrics, meta: dict[str, Any]) -> dict[str, list[PublishedRow]]:
+    """Split -> its published rows, with ours on top of the split that was evaluated; nothing for other data sets."""
+    if meta.get("dataset", DATASET) != DATASET:
+        return {}
+    return {
+        split: (_own_rows(metrics) if split == meta.get("split") else [])
+        + [PublishedRow(model, False, protocol, list(values)) for model, (protocol, values) in rows.items()]
+        for split, rows in PUBLISHED.items()
+    }
+
+
+def _own_rows(metrics: Metrics) -> list[PublishedRow]:
+    rows = [
+        PublishedRow("This model", True, protocol, [_value(metrics[block], key) for key in keys])
+        for block, (protocol, keys) in OWN.items()
+        if block in metrics
+    ]
+    return [row for row in rows if row.values != [None] * len(COLUMNS)]
+
+
+def _value(scores: dict[str, Any], key: str | None) -> float | None:
+    if key is None:
+        return None
+    return scores.get(key, scores.get(key.replace("/meteor", "/meteor_without_synonyms")))
