@@ -8,6 +8,7 @@ and, written last, files.json with every file's size. However many processes wri
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from dataclasses import asdict, dataclass
@@ -24,6 +25,8 @@ from annexe.config import import_plugins
 from annexe.distributed import like, whole
 from annexe.errors import UserError
 from annexe.models.annexe import Annexe
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "files.json"
 _ADAPTED = "language_model.model."
@@ -47,14 +50,19 @@ def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def frozen_probe(model: nn.Module) -> dict[str, list[float]]:
-    """A few values of the first frozen matrix of every part: they tell whether the frozen weights are the same."""
-    probe: dict[str, list[float]] = {}
-    for name, p in model.named_parameters():
-        part = name.partition(".")[0]
-        known = any(key.startswith(f"{part}.") for key in probe)
-        if p.ndim == 2 and p.is_floating_point() and not p.requires_grad and not known:
-            probe[name] = p.detach().flatten()[p.numel() // 2 :][:8].float().tolist()
-    return probe
+    """A few values of the first matrix and the last vector of every frozen part: by these it is known again.
+
+    The vector of the RGB encoder is its outer norm, which comes from ``model.init_from`` or from nowhere.
+    """
+    frozen = [(n, p) for n, p in model.named_parameters() if p.is_floating_point() and not p.requires_grad]
+    matrices = {name.partition(".")[0]: name for name, p in reversed(frozen) if p.ndim == 2 and min(p.shape) > 1}
+    vectors = {part: name for name, p in frozen if p.ndim == 1 and (part := name.partition(".")[0]) in matrices}
+    chosen = {*matrices.values(), *vectors.values()}
+    return {name: _few_values(p) for name, p in frozen if name in chosen}
+
+
+def _few_values(parameter: nn.Parameter) -> list[float]:
+    return parameter.detach().flatten()[parameter.numel() // 2 :][:8].float().tolist()
 
 
 def is_complete(folder: Path) -> bool:
@@ -137,6 +145,33 @@ def save_checkpoint(
     return size
 
 
+def without_sources(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The ``model`` block ``spec`` without the files of weights that the checkpoint in ``folder`` makes needless.
+
+    Those of a part that was trained whole are, and so is a ``model.init_from`` that is not there: `load_weights`
+    then checks that frozen weights are the right ones all the same.
+
+    Raises:
+        UserError: for a file that is needed and not there, with the setting that takes its new place.
+    """
+    frozen = {name.partition(".")[0] for name in json.loads((folder / "frozen.json").read_text())}
+    spec = {key: dict(value) if isinstance(value, dict) else value for key, value in spec.items()}
+    for part in ("rgb_encoder", "depth_branch"):
+        if spec[part].get("weights") is not None and part not in frozen:
+            spec[part] |= {"weights": None, "init": "random"}
+    if spec.get("init_from") is not None and not Path(spec["init_from"]).exists():
+        log.warning("model.init_from '%s' is not here; what was trained from it is in '%s'", spec["init_from"], folder)
+        spec |= {"init_from": None, "init": "random"}
+    for part, setting in (("rgb_encoder", "weights"), ("depth_branch", "weights"), ("language_model", "path")):
+        path = spec[part].get(setting)
+        if path is not None and not Path(path).exists():
+            raise UserError(
+                f"model.{part}.{setting}: '{path}' is not here, and the checkpoint '{folder}' cannot do "
+                f"without it; say where it is: --options model.{part}.{setting}=PATH"
+            )
+    return spec
+
+
 def load_weights(folder: Path, model: Annexe) -> None:
     """Load the trained tensors of a checkpoint into ``model``; every one has to fit.
 
@@ -144,7 +179,7 @@ def load_weights(folder: Path, model: Annexe) -> None:
         UserError: naming the first tensors that are missing, left over or of another shape, or frozen and not those
             that the checkpoint was trained with.
     """
-    frozen = frozen_probe(model)
+    frozen = {name: _few_values(p) for name, p in model.named_parameters() if not p.requires_grad}
     for name, values in json.loads((folder / "frozen.json").read_text()).items():
         here, there = torch.tensor(frozen.get(name, [])), torch.tensor(values)
         if here.shape != there.shape or not torch.allclose(here, there, atol=1e-6, rtol=0.02):

@@ -17,7 +17,7 @@ from annexe import __version__
 from annexe.config import Config, load_config
 from annexe.errors import UserError, unknown
 
-TOOLS = ("synth", "weights", "convert-config", "plan")
+TOOLS = ("synth", "doctor", "split", "score", "compare", "convert-predictions", "weights", "convert-config", "plan")
 
 
 def guarded(work: Callable[[], None]) -> None:
@@ -31,8 +31,11 @@ def guarded(work: Callable[[], None]) -> None:
         sys.exit(2)
 
 
-def run_script(work: Callable[[Config], object], description: str, *, choose_dataset: bool = False) -> None:
-    """Entry of a torchrun script: ``--cfg-path`` and ``--options`` to a configuration, then ``work`` on it."""
+def run_script(work: Callable[[Config], object], description: str, *, evaluation: bool = False) -> None:
+    """Entry of a torchrun script: ``--cfg-path`` and ``--options`` to a configuration, then ``work`` on it.
+
+    An evaluation also takes ``--dataset``, and its model settings stand over those of its checkpoint.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cfg-path", required=True, metavar="YAML", help="configuration file")
     parser.add_argument(
@@ -42,12 +45,12 @@ def run_script(work: Callable[[Config], object], description: str, *, choose_dat
         metavar="A.B=C",
         help="settings put over the file, such as run.batch_size=8 datasets.ego_irgbench.data_root=DIR",
     )
-    if choose_dataset:
+    if evaluation:
         parser.add_argument("--dataset", metavar="NAME", help="which data set of the file (default: its only one)")
     arguments = parser.parse_args()
 
     def load_and_work() -> None:
-        config = load_config(arguments.cfg_path, arguments.options)
+        config = load_config(arguments.cfg_path, arguments.options, onto_checkpoint=evaluation)
         name = getattr(arguments, "dataset", None)
         if name is not None:
             if name not in config.datasets:

@@ -56,7 +56,6 @@ _AT_LEAST_ONE = (
     "validation_images",
     "checkpoint_every",
     "keep_checkpoints",
-    "queries_per_annotation",
     "max_new_tokens",
 )
 
@@ -103,7 +102,7 @@ class RunConfig:
     # Evaluation
     checkpoint: str | None = None
     split: str = "test"
-    queries_per_annotation: int = 1
+    queries_per_annotation: int | str = 1  # or all
     max_new_tokens: int = 50
 
     def __post_init__(self) -> None:
@@ -123,6 +122,9 @@ class RunConfig:
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise UserError(f"run.{name} is {getattr(self, name)}; it must be at least 1")
+        asked = self.queries_per_annotation
+        if asked != "all" and (not isinstance(asked, int) or asked < 1):
+            raise UserError(f"run.queries_per_annotation is {asked!r}; set it to all, or to a number from 1 on")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"run.betas is {self.betas}; AdamW takes two numbers from 0 to 1, such as [0.9, 0.999]")
         if self.warmup_steps > self.max_steps:
@@ -144,8 +146,11 @@ class Config:
 PARTS = ("rgb_encoder", "depth_branch", "language_model", "pixel_decoder")
 
 
-def load_config(cfg_path: str | Path, options: list[str] = ()) -> Config:
+def load_config(cfg_path: str | Path, options: list[str] = (), *, onto_checkpoint: bool = False) -> Config:
     """Read a YAML file, put ``a.b=c`` options over it, and check every key and value.
+
+    Args:
+        onto_checkpoint: where there are model settings, they stand over those that ``run.checkpoint`` was trained with.
 
     Raises:
         UserError: for a missing file, bad YAML, an unknown key or component, or a value of the wrong type.
@@ -161,6 +166,8 @@ def load_config(cfg_path: str | Path, options: list[str] = ()) -> Config:
             raise UserError(f"option '{option}' is not of the form a.b=c")
     try:
         over = OmegaConf.from_dotlist(list(options))
+        if onto_checkpoint:
+            base = _onto_checkpoint(base, over)
         for part in PARTS:  # another type takes none of the old one's settings along
             chosen = OmegaConf.select(over, f"model.{part}.type")
             if chosen is not None and chosen != OmegaConf.select(base, f"model.{part}.type"):
@@ -178,6 +185,21 @@ def load_config(cfg_path: str | Path, options: list[str] = ()) -> Config:
     import_plugins(config.imports)
     check_components(config)
     return config
+
+
+def _onto_checkpoint(base: DictConfig, over: DictConfig) -> DictConfig:
+    """``base`` with its model settings, if it or ``over`` has any, put over those of the checkpoint both name."""
+    named = OmegaConf.select(OmegaConf.merge(base, over), "run.checkpoint")
+    if named is None or ("model" not in base and "model" not in over):
+        return base
+    from annexe.checkpoint import require_checkpoint, saved_config  # here, for it imports the model
+
+    saved = {"model": saved_config(require_checkpoint(named, "best"))["model"]}
+    for part in PARTS:
+        chosen = OmegaConf.select(base, f"model.{part}.type")
+        if chosen not in (None, saved["model"][part]["type"]):
+            saved["model"][part] = {}
+    return OmegaConf.merge(saved, base)
 
 
 def read_yaml(path: Path) -> DictConfig | ListConfig:

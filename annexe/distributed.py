@@ -72,7 +72,7 @@ def distribute(accelerator: Accelerator, model: Annexe, parallel: str) -> nn.Mod
     for block in blocks:
         fully_shard(block)
     fully_shard(model)
-    register_fsdp_forward_method(model, "generate")
+    register_fsdp_forward_method(model, "draft")
     return accelerator.prepare_model(model, evaluation_mode=True)
 
 

@@ -2,39 +2,51 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import shutil
-from collections.abc import Iterable, Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
-from annexe.checkpoint import load_progress, load_weights, require_checkpoint, saved_config
+from annexe.checkpoint import load_progress, load_weights, require_checkpoint, saved_config, without_sources
 from annexe.config import Config
 from annexe.datasets import build_dataset
 from annexe.datasets.collate import Batch, Collator, Sample
 from annexe.datasets.ego_irgbench import EgoIRGBench
+from annexe.datasets.egohos import EgoHOS, category_ious
 from annexe.distributed import make_accelerator
 from annexe.errors import UserError
-from annexe.files import write_text
+from annexe.files import locked, write_text
 from annexe.metrics import depth_errors, encode
 from annexe.models import build_model, tokenizer_of
-from annexe.models.annexe import Annexe, Response
+from annexe.models.annexe import Annexe, Draft
 from annexe.report import write_report
-from annexe.scoring import Record, Truth, score_all
+from annexe.scoring import Record, Truth, constant_baselines, score_all
+
+log = logging.getLogger(__name__)
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 class EvaluationSet(Dataset):
     """The images of a data set as evaluation samples."""
 
-    def __init__(self, dataset: EgoIRGBench, queries_per_annotation: int) -> None:
+    def __init__(self, dataset: EgoIRGBench | EgoHOS, queries_per_annotation: int | str) -> None:
         self.dataset, self.queries_per_annotation = dataset, queries_per_annotation
 
     def __len__(self) -> int:
@@ -51,16 +63,20 @@ def plan_batches(num_images: int, batch_size: int) -> list[list[int]]:
 
 def predict(
     model: Annexe,
-    dataset: EgoIRGBench,
+    dataset: EgoIRGBench | EgoHOS,
     batches: list[list[int]],
     *,
-    queries_per_annotation: int,
+    queries_per_annotation: int | str,
     max_new_tokens: int,
     num_workers: int,
     device: torch.device,
     autocast: Any,
 ) -> Iterator[list[Record]]:
-    """Records of each batch in turn: an image line an image, a query line a query."""
+    """Records of each batch in turn: an image line an image, a query line a query.
+
+    ``num_workers`` processes load the batches ahead of the device, and as many threads bring the masks of those behind
+    it to their full size; with 0 the main thread does both.
+    """
     tokenizer = model.language_model.tokenizer
     collate = Collator(tokenizer, model.num_image_tokens, model.pixel_decoder.num_slots, responses=False)
     loader = DataLoader(
@@ -70,25 +86,48 @@ def predict(
         num_workers=num_workers,
         generator=torch.Generator(),
     )
+
+    def drafts() -> Iterator[tuple[Batch, list[Draft]]]:
+        for batch in loader:
+            with autocast():
+                yield batch, model.draft(batch.to(device), max_new_tokens)
+
     training = model.training
     model.eval()
-    for batch in loader:
-        with autocast():
-            responses = model.generate(batch.to(device), max_new_tokens)
-        yield records_of(batch, responses)
+    yield from in_threads(records_of, drafts(), num_workers)
     model.train(training)
 
 
-def records_of(batch: Batch, responses: list[Response]) -> list[Record]:
+def in_threads(work: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> Iterator[Result]:
+    """``work`` on each item, results in order; items are drawn while threads work, up to two a thread ahead.
+
+    Threads, not processes: upsampling and run-length encoding release the interpreter's lock.
+    """
+    if not num_threads:
+        yield from map(work, items)
+        return
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(num_threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > 2 * num_threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def records_of(predicted: tuple[Batch, list[Draft]]) -> list[Record]:
     """The lines of ``predictions.jsonl`` for one batch."""
+    batch, drafts = predicted
     records: list[Record] = []
     first = 0
     for sample in batch.samples:
-        own = responses[first : first + len(sample.turns)]
+        own = drafts[first : first + len(sample.turns)]
         first += len(sample.turns)
         depth = depth_errors(own[0].depth, sample.depth)
         records.append({"kind": "image", "image": sample.stem, "analysis": own[0].analysis, "depth": depth})
-        for turn, response in zip(sample.turns, own, strict=True):
+        for turn, draft in zip(sample.turns, own, strict=True):
+            response = draft.complete()
             masks = [
                 {"slot": t.slot, "phrase": t.phrase, "score": round(t.score, 6), "rle": encode(t.mask)}
                 for t in response.targets
@@ -130,20 +169,22 @@ def evaluate(config: Config) -> dict[str, Any]:
     Batches are formed once, in one fixed order, and ranks take whole ones; each is written as it is done, so that a
     killed evaluation goes on where it was. Under ``run.output_dir``: predictions.jsonl, metrics.json, report.html.
     """
-    run = config.run
-    accelerator = make_accelerator(run)
+    accelerator = make_accelerator(config.run)
+    alone = locked(Path(config.run.output_dir)) if accelerator.is_main_process else nullcontext()
+    with alone:
+        return _evaluate(config, accelerator)
+
+
+def _evaluate(config: Config, accelerator: Accelerator) -> dict[str, Any]:
+    run, output = config.run, Path(config.run.output_dir)
     if run.checkpoint is None:
         raise UserError("run.checkpoint is missing; give a training run's output folder or one of its checkpoints")
     checkpoint = require_checkpoint(run.checkpoint, "best")
     saved = saved_config(checkpoint)
-    config = replace(config, model=config.model or saved["model"])
-    output, dataset = Path(run.output_dir), build_dataset(config, run.split, cached=False)
-    tokenizer = tokenizer_of(config, checkpoint / "tokenizer")
-    set_seed(saved["run"]["seed"])  # frozen random weights are not in a checkpoint: the seed makes them again
-    bf16 = accelerator.mixed_precision == "bf16"
-    model = build_model(config.model, tokenizer, accelerator.device, bf16=bf16)
-    load_weights(checkpoint, model)
-    model = accelerator.prepare_model(model, evaluation_mode=True)
+    config = replace(config, model=without_sources(config.model or saved["model"], checkpoint))
+    dataset = build_dataset(config, run.split, cached=False)
+    _warn_of_other_answers(dataset, saved)
+    model = _restored(config, checkpoint, saved["run"]["seed"], accelerator)
     batches = plan_batches(len(dataset), run.batch_size)
     meta = {
         "dataset": next(iter(config.datasets)),
@@ -158,11 +199,12 @@ def evaluate(config: Config) -> dict[str, Any]:
         "data_fingerprint": dataset.fingerprint(),
     }
     weights = (checkpoint / "model.safetensors").stat()
-    plan = {"meta": meta, "model": config.model, "precision": accelerator.mixed_precision, "made": weights.st_mtime_ns}
-    parts = Parts(output / "parts", plan, enabled=accelerator.is_main_process)
+    made_from = {"meta": meta, "model": config.model, "precision": accelerator.mixed_precision}
+    parts = Parts(output / "parts", made_from | {"weights": [weights.st_size, weights.st_mtime_ns]})
     accelerator.wait_for_everyone()
     own = range(len(batches))[accelerator.process_index :: accelerator.num_processes]
     own = [number for number in own if not parts.file(number).is_file()]
+    started = time.perf_counter()
     predicted = predict(
         model,
         dataset,
@@ -179,14 +221,42 @@ def evaluate(config: Config) -> dict[str, Any]:
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return {}
-    return finish(output, parts, len(batches), Truth(dataset), meta, checkpoint)
+    log.info("%d of %d batches predicted in %.1f s", len(own), len(batches), time.perf_counter() - started)
+    records = [record for number in range(len(batches)) for record in read_records(parts.file(number))]
+    metrics = finish(output, records, Truth(dataset), meta, checkpoint)
+    shutil.rmtree(output / "parts")
+    return metrics
 
 
-def finish(output: Path, parts: Parts, num_batches: int, truth: Truth, meta: dict, checkpoint: Path) -> dict[str, Any]:
-    """Join the parts, score, and write predictions, metrics and report."""
-    records = [record for number in range(num_batches) for record in read_records(parts.file(number))]
+def _warn_of_other_answers(dataset: EgoIRGBench | EgoHOS, saved: dict[str, Any]) -> None:
+    """Say so where answers are compared with others than the model was trained to give."""
+    ((name, trained_on),) = saved["datasets"].items()
+    trained = trained_on.get("answer_format")
+    if None not in (trained, dataset.answer_format) and trained != dataset.answer_format:
+        log.warning(
+            "the checkpoint was trained with answer_format=%s and is evaluated with %s: answer scores will be low; set "
+            "--options datasets.%s.answer_format=%s", trained, dataset.answer_format, name, trained,
+        )  # fmt: skip
+
+
+def _restored(config: Config, checkpoint: Path, seed: int, accelerator: Accelerator) -> Annexe:
+    """The trained model on this process's device."""
+    tokenizer = tokenizer_of(config, checkpoint / "tokenizer")
+    set_seed(seed)  # frozen random weights are not in a checkpoint: the seed makes them again
+    bf16 = accelerator.mixed_precision == "bf16"
+    model = build_model(config.model, tokenizer, accelerator.device, bf16=bf16)
+    load_weights(checkpoint, model)
+    return accelerator.prepare_model(model, evaluation_mode=True)
+
+
+def finish(output: Path, records: list[Record], truth: Truth, meta: dict, checkpoint: Path) -> dict[str, Any]:
+    """Write predictions, score them, write metrics and report."""
+    started = time.perf_counter()
+    asked = [(r["image"], r["annotation"], r["query_id"]) for r in records if r["kind"] == "query"]
     write_records(output / "predictions.jsonl", records)
-    metrics = score_all(records, truth) | {"meta": meta}
+    counts = {"num_queries": len(asked), "num_annotations": len({key[:2] for key in asked})}
+    metrics = scores_of(records, truth) | {"meta": meta | counts}
+    scored = time.perf_counter()
     log_file = checkpoint.parent.parent / "log.jsonl"
     write_report(
         output / "report.html",
@@ -197,21 +267,37 @@ def finish(output: Path, parts: Parts, num_batches: int, truth: Truth, meta: dic
         log=log_file if log_file.is_file() else None,
     )
     write_text(output / "metrics.json", json.dumps(metrics, indent=1))  # last: where it is, everything is
-    shutil.rmtree(parts.folder)
+    log.info("scored in %.1f s, reported in %.1f s", scored - started, time.perf_counter() - scored)
     show(metrics, output)
     return metrics
 
 
-class Parts:
-    """A folder with one file of records per finished batch, and all that they depend on."""
+def scores_of(records: list[Record], truth: Truth) -> dict[str, Any]:
+    """All scores; of EgoHOS, which has no sentences, those of masks alone, with the IoU of its categories."""
+    if not isinstance(truth.dataset, EgoHOS):
+        return score_all(records, truth)
+    queries = [record for record in records if record["kind"] == "query"]
+    metrics = score_all(queries, truth)
 
-    def __init__(self, folder: Path, plan: dict[str, Any], *, enabled: bool) -> None:
-        self.folder = folder
-        path, wanted = folder / "plan.json", json.dumps(plan, sort_keys=True)
-        if enabled and not (path.is_file() and path.read_text(encoding="utf-8") == wanted):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            write_text(path, wanted)
+    def of_masks(scores: dict[str, float], records: list[Record]) -> dict[str, float]:
+        kept = {name: value for name, value in scores.items() if not name.startswith(("analysis/", "answer/"))}
+        return category_ious(records, truth) | kept
+
+    baselines = constant_baselines(queries, truth)
+    return {
+        "standard": of_masks(metrics["standard"], queries),
+        "baselines": {name: of_masks(metrics["baselines"][name], made) for name, made in baselines.items()},
+        "subsets": {},
+    }
+
+
+class Parts:
+    """A folder with one file of records per finished batch, named after all that the records depend on."""
+
+    def __init__(self, folder: Path, made_from: dict[str, Any]) -> None:
+        digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+        self.folder = folder / digest[:16]
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def file(self, batch: int) -> Path:
         return self.folder / f"batch-{batch:06d}.jsonl"

@@ -9,4 +9,4 @@ from annexe.cli import run_script
 from annexe.evaluator import evaluate
 
 if __name__ == "__main__":
-    run_script(evaluate, __doc__, choose_dataset=True)
+    run_script(evaluate, __doc__, evaluation=True)

@@ -57,7 +57,15 @@ def test_every_key_is_mapped_or_named(old):
     assert new["run"]["max_steps"] == 320 * 2544
     assert new["run"]["learning_rate"] == 1e-5
     assert not [note for note in notes if "unknown to us" in note]
-    assert len(notes) == 20
+    assert len(notes) == 18
+    assert (new["model"]["language_model"]["dtype"], new["model"]["language_model"]["checkpointed_blocks"]) == (
+        "bfloat16",
+        0,
+    )
+    small = OmegaConf.load(old)
+    small.model.update(low_resource=True, use_grad_checkpoint=True)
+    language = convert(OmegaConf.to_container(small))[0]["model"]["language_model"]
+    assert (language["dtype"], language["checkpointed_blocks"]) == ("int8", 32)
     _, more = convert(OmegaConf.to_container(OmegaConf.load(old)) | {"extra": {"key": 1}})
     assert "extra.key: unknown to us, left out" in more
 

@@ -85,7 +85,7 @@ def test_evaluation_files_equal_those_of_one_process(trained, make_config, tmp_p
     keys = [(r["image"], r["annotation"], r["query_id"]) for r in records if r["kind"] == "query"]
     assert len(keys) == len(set(keys)) and sum(r["kind"] == "image" for r in records) == 5
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
-        "metrics.json", "predictions.jsonl", "report.html"
+        ".lock", "metrics.json", "predictions.jsonl", "report", "report.html"
     ]  # fmt: skip
 
 

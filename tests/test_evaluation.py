@@ -1,8 +1,16 @@
-"""Evaluation end to end: files, metrics, baselines, subsets, going on after an interruption, real photos."""
+"""Evaluation end to end: files, metrics, baselines, subsets, kills, locks, threads, moved weights, real photos."""
 
 from __future__ import annotations
 
 import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,11 +18,13 @@ import torch
 from pycocotools import mask as coco_mask
 
 from annexe import evaluator
+from annexe.config import load_config
 from annexe.datasets import build_dataset
-from annexe.evaluator import evaluate
+from annexe.errors import UserError
+from annexe.evaluator import evaluate, in_threads
 from annexe.scoring import Truth, constant_baselines, score, score_all
 from annexe.trainer import Trainer, train
-from tests.conftest import SHARED
+from tests.conftest import ROOT, SHARED, SMALLEST
 
 KEYS = [
     "analysis/cider",
@@ -147,13 +157,168 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(trained, make_config, tm
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
 
 
-def test_all_queries_can_be_asked(trained, make_config, tmp_path):
-    config = make_config(
-        f"run.checkpoint={trained}", f"run.output_dir={tmp_path / 'all'}", "run.queries_per_annotation=3"
-    )
-    metrics = evaluate(config)
-    dataset = build_dataset(make_config(), "test")
-    assert metrics["standard"]["num_queries"] == sum(min(3, len(a.questions)) for i in dataset.annotations for a in i)
+def same_files(one: Path, other: Path) -> None:
+    for name in ("predictions.jsonl", "metrics.json"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def evaluation_options(scenes: Path, trained: Path, output: Path) -> list[str]:
+    return [
+        *(option for option in SMALLEST if option.startswith("run.")),
+        f"datasets.ego_irgbench.data_root={scenes}", f"run.checkpoint={trained}", f"run.output_dir={output}",
+        "run.split=test", "run.batch_size=1",
+    ]  # fmt: skip
+
+
+def test_killed_three_times_it_gives_the_same_files(trained, scenes, tmp_path):
+    """At random moments, found by how many of the five batches are done."""
+    settings = ROOT / "eval_configs" / "annexe_tiny.yaml"
+    masks = "model.presence_threshold=0"  # else a model that is hardly trained gives none
+    options = [*evaluation_options(scenes, trained, tmp_path / "whole"), masks]
+    metrics = evaluate(load_config(settings, options, onto_checkpoint=True))
+    assert metrics["standard"]["grounding/t_acc"] > 0.5
+    broken = tmp_path / "broken"
+    command = [sys.executable, ROOT / "eval_scripts" / "eval_egoirgbench.py", "--cfg-path", settings, "--options"]
+    command += [*evaluation_options(scenes, trained, broken), masks]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def done() -> int:
+        return len(list(broken.glob("parts/*/batch-*.jsonl")))
+
+    kills = sorted(random.SystemRandom().sample(range(5), 3))
+    for kill in kills:
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not ((broken / ".lock").exists() and done() >= kill):
+            time.sleep(0.002)
+        before = done()
+        time.sleep(random.SystemRandom().random() / 20)
+        process.kill()
+        process.wait()
+        assert process.returncode == -signal.SIGKILL, f"it ended before it could be killed; kills {kills}"
+        assert not (broken / "metrics.json").exists() and done() >= before >= kill
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    same_files(tmp_path / "whole", broken)
+
+
+def test_two_evaluations_of_one_folder_refuse_each_other_and_a_killed_one_does_not(trained, make_config, tmp_path):
+    folder = tmp_path / "eval"
+    hold = "import sys, time; from pathlib import Path; from annexe.files import locked\n"
+    hold += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    holder = subprocess.Popen([sys.executable, "-c", hold, folder], stdout=subprocess.PIPE, cwd=ROOT)
+    assert holder.stdout.readline() == b"held\n"
+    config = make_config(f"run.checkpoint={trained}", f"run.output_dir={folder}")
+    try:
+        with pytest.raises(UserError) as caught:
+            evaluate(config)
+    finally:
+        holder.kill()
+        holder.communicate()
+    message = str(caught.value)
+    assert str(folder) in message and f"process {holder.pid} " in message and "run.output_dir" in message
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+    evaluate(config)
+    assert (folder / "metrics.json").is_file()
+
+
+def test_threads_behind_the_model_change_nothing(trained, make_config, tmp_path):
+    for name, workers in (("plain", 0), ("threads", 2)):
+        options = (f"run.output_dir={tmp_path / name}", f"run.num_workers={workers}", "run.batch_size=1")
+        evaluate(make_config(f"run.checkpoint={trained}", "model.presence_threshold=0", *options))
+    same_files(tmp_path / "plain", tmp_path / "threads")
+
+
+def test_threads_keep_order_and_a_bounded_number_of_items():
+    drawn, finished = [], []
+
+    def items():
+        for number in range(30):
+            drawn.append(number)
+            assert len(drawn) - len(finished) <= 2 * 3 + 2
+            yield number
+
+    def work(number: int) -> int:
+        time.sleep(random.random() / 200)
+        return number
+
+    for result in in_threads(work, items(), 3):
+        finished.append(result)
+    assert finished == drawn == list(range(30))
+    with pytest.raises(ZeroDivisionError):
+        list(in_threads(lambda number: 1 // number, [1, 0, 1], 2))
+
+
+@pytest.mark.parametrize("number", [1, 3, "all"])
+def test_one_some_or_all_wordings_are_asked(trained, make_config, tmp_path, number):
+    output = (f"run.output_dir={tmp_path / 'eval'}", f"run.queries_per_annotation={number}", "run.max_new_tokens=1")
+    metrics = evaluate(make_config(f"run.checkpoint={trained}", *output))
+    annotations = [a for image in build_dataset(make_config(), "test").annotations for a in image]
+    wordings = [len(a.questions) for a in annotations]
+    expected = sum(wordings) if number == "all" else sum(min(number, most) for most in wordings)
+    assert metrics["meta"]["num_queries"] == metrics["standard"]["num_queries"] == expected
+    assert metrics["meta"]["num_annotations"] == len(annotations)
+    assert metrics["meta"]["queries_per_annotation"] == number
+
+
+@pytest.mark.parametrize("number", ["0", "some", "1.5", "null"])
+def test_another_number_of_wordings_is_refused(make_config, number):
+    with pytest.raises(UserError, match=r"run\.queries_per_annotation"):
+        make_config(f"run.queries_per_annotation={number}")
+
+
+def test_answers_of_another_format_are_pointed_out(trained, make_config, tmp_path, caplog):
+    for form, warned in (("sentence", False), ("phrases", True)):
+        caplog.clear()
+        options = (f"datasets.ego_irgbench.answer_format={form}", f"run.output_dir={tmp_path / form}")
+        with caplog.at_level(logging.WARNING, "annexe"):
+            evaluate(make_config(f"run.checkpoint={trained}", *options, "run.max_new_tokens=1"))
+        assert ("answer_format=sentence" in caplog.text) == warned
+
+
+def test_weights_that_training_started_from_may_move_or_go(make_parts, make_config, scenes, tmp_path):
+    """Frozen ones are asked for by the name of their setting, those that were trained are not missed."""
+    model, _, _ = make_parts()
+    encoder, depth, moved, first = (tmp_path / name for name in ("eva.pth", "depth.pth", "moved.pth", "first"))
+    torch.save(model.rgb_encoder.vit.state_dict(), encoder)
+    torch.save(model.depth_branch.model.state_dict(), depth)
+    sources = (
+        "run.max_steps=1", "run.warmup_steps=0", "model.rgb_encoder.frozen=true",
+        f"model.rgb_encoder.weights={encoder}", "model.rgb_encoder.init=null",
+        f"model.depth_branch.weights={depth}", "model.depth_branch.init=null",
+    )  # fmt: skip
+    train(make_config(*sources, f"run.output_dir={first}"))
+    started = (f"model.init_from={first}", "model.init=null", f"run.output_dir={tmp_path / 'second'}")
+    train(make_config(*sources, *started))
+
+    def config(name, *options):
+        own = evaluation_options(scenes, tmp_path / "second", tmp_path / name)
+        settings = ROOT / "eval_configs" / "annexe_tiny.yaml"
+        return load_config(settings, [*own, "run.batch_size=2", *options], onto_checkpoint=True)
+
+    evaluate(config("before"))
+    depth.unlink()
+    shutil.rmtree(first)
+    encoder.rename(moved)
+    with pytest.raises(UserError) as caught:
+        evaluate(config("after"))
+    assert str(encoder) in str(caught.value) and "--options model.rgb_encoder.weights=PATH" in str(caught.value)
+    evaluate(config("after", f"model.rgb_encoder.weights={moved}"))
+    same_files(tmp_path / "before", tmp_path / "after")
+    torch.save({key: value + 1 for key, value in torch.load(moved).items()}, encoder)
+    with pytest.raises(UserError, match="frozen weights of rgb_encoder"):
+        evaluate(config("other", f"model.rgb_encoder.weights={encoder}"))
+
+
+def test_a_file_s_model_settings_stand_over_those_of_the_checkpoint(trained, scenes, tmp_path):
+    settings = ROOT / "eval_configs" / "annexe_tiny.yaml"
+    own = evaluation_options(scenes, trained, tmp_path / "eval")
+    saved = load_config(trained / "config.yaml").model
+    assert load_config(settings, own, onto_checkpoint=True).model is None  # evaluation takes the saved ones
+    changed = load_config(settings, [*own, "model.presence_threshold=0.25"], onto_checkpoint=True).model
+    assert changed == saved | {"presence_threshold": 0.25}
+    other = load_config(settings, [*own, "model.pixel_decoder.type=deconv"], onto_checkpoint=True).model
+    assert other["pixel_decoder"]["type"] == "deconv" and "num_layers" not in other["pixel_decoder"]
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        load_config(settings, ["run.checkpoint=nowhere", "model.merge=2"], onto_checkpoint=True)
 
 
 @pytest.mark.skipif(not (SHARED / "real_samples").is_dir(), reason="no ../shared/real_samples on this machine")

@@ -53,6 +53,32 @@ class Response:
     depth: np.ndarray  # float32[S, S], inverse depth up to scale and shift
 
 
+@dataclass
+class Draft:
+    """A `Response` whose masks are still small: all that the device has to do for it, kept on the CPU."""
+
+    analysis: str
+    answer: str
+    scores: list[float]  # presence of every slot, in [0, 1]
+    slots: list[int]  # those above the threshold
+    mask_logits: Tensor  # float32[len(slots), h, w]
+    size: tuple[int, int]  # height, width of the original image
+    depth: np.ndarray
+
+    def complete(self) -> Response:
+        """Bring the masks to the size of the image."""
+        targets: list[Target] = []
+        if self.slots:
+            full = F.interpolate(self.mask_logits[None], size=self.size, mode="bilinear", align_corners=False)[0] > 0
+            phrases = phrases_of(self.answer)
+            targets = [
+                Target(slot, phrases.get(slot, ""), self.scores[slot], mask)
+                for slot, mask in zip(self.slots, full.numpy(), strict=True)
+                if mask.any()
+            ]
+        return Response(self.analysis, self.answer, max(self.scores), targets, self.depth)
+
+
 class Annexe(nn.Module):
     """Wires the parts of the paper's figure.
 
@@ -105,9 +131,13 @@ class Annexe(nn.Module):
             image_token_logits=self._name(image_tokens) if self.name_patches else None,
         )
 
-    @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int) -> list[Response]:
         """Greedy responses to a packed batch of prompts, one a query; masks come with the prefill."""
+        return [draft.complete() for draft in self.draft(batch, max_new_tokens)]
+
+    @torch.no_grad()
+    def draft(self, batch: Batch, max_new_tokens: int) -> list[Draft]:
+        """What `generate` leaves to the device."""
         patches, depth, _, embeddings = self._encode(batch)
         hidden, tokens = self.language_model.generate(embeddings, batch.text, max_new_tokens)
         presence, masks = self._ground(hidden, patches, depth.maps, batch)
@@ -117,11 +147,12 @@ class Annexe(nn.Module):
         analyses = [text for text, query in zip(texts, is_query.tolist(), strict=True) if not query]
         answers = [text for text, query in zip(texts, is_query.tolist(), strict=True) if query]
         scores, depth_maps = presence.float().sigmoid().tolist(), depth.depth.float().cpu().numpy()
-        responses = []
+        drafts = []
         for query, image in enumerate(batch.queries.image.tolist()):
-            targets = self._targets(scores[query], masks[query], answers[query], batch.samples[image].original_size)
-            responses.append(Response(analyses[image], answers[query], max(scores[query]), targets, depth_maps[image]))
-        return responses
+            slots = [slot for slot, score in enumerate(scores[query]) if score > self.presence_threshold]
+            logits, size = masks[query, slots].float().cpu(), batch.samples[image].original_size
+            drafts.append(Draft(analyses[image], answers[query], scores[query], slots, logits, size, depth_maps[image]))
+        return drafts
 
     def _name(self, image_tokens: Tensor) -> Tensor:
         return self.language_model.logits(image_tokens).unflatten(1, (self.rgb_encoder.grid, -1))
@@ -145,16 +176,3 @@ class Annexe(nn.Module):
         columns = torch.where(mask, start[:, None] + offsets, 0)
         prompt = hidden[batch.queries.image[:, None], columns] * mask[..., None]
         return self.pixel_decoder(prompt, mask, patches, maps, batch.queries)
-
-    def _targets(self, scores: list[float], logits: Tensor, answer: str, size: tuple[int, int]) -> list[Target]:
-        phrases = phrases_of(answer)
-        slots = [slot for slot, score in enumerate(scores) if score > self.presence_threshold]
-        if not slots:
-            return []
-        full = F.interpolate(logits[slots][None].float(), size=size, mode="bilinear", align_corners=False)[0] > 0
-        masks = full.cpu().numpy()
-        return [
-            Target(slot, phrases.get(slot, ""), scores[slot], mask)
-            for slot, mask in zip(slots, masks, strict=True)
-            if mask.any()
-        ]

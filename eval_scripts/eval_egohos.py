@@ -1,0 +1,12 @@
+"""Evaluate a checkpoint on EgoHOS: IoU of hands and touched objects, predictions and a report under run.output_dir.
+
+torchrun eval_scripts/eval_egohos.py --cfg-path eval_configs/egohos.yaml --dataset egohos
+"""
+
+from __future__ import annotations
+
+from annexe.cli import run_script
+from annexe.evaluator import evaluate
+
+if __name__ == "__main__":
+    run_script(evaluate, __doc__, evaluation=True)
