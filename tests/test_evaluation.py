@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from pycocotools import mask as coco_mask
@@ -22,6 +23,7 @@ from annexe.config import load_config
 from annexe.datasets import build_dataset
 from annexe.errors import UserError
 from annexe.evaluator import evaluate, in_threads
+from annexe.metrics import encode
 from annexe.scoring import Truth, constant_baselines, score, score_all
 from annexe.trainer import Trainer, train
 from tests.conftest import ROOT, SHARED, SMALLEST
@@ -225,6 +227,14 @@ def test_threads_behind_the_model_change_nothing(trained, make_config, tmp_path)
         options = (f"run.output_dir={tmp_path / name}", f"run.num_workers={workers}", "run.batch_size=1")
         evaluate(make_config(f"run.checkpoint={trained}", "model.presence_threshold=0", *options))
     same_files(tmp_path / "plain", tmp_path / "threads")
+
+
+def test_masks_are_encoded_as_pycocotools_does():
+    random_values = np.random.default_rng(0)
+    for shape in ((1, 1), (5, 7), (1080, 1920)):
+        for mask in (np.zeros(shape, bool), np.ones(shape, bool), random_values.random(shape) > 0.5):
+            expected = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+            assert encode(mask) == {"size": list(shape), "counts": expected["counts"].decode()}
 
 
 def test_threads_keep_order_and_a_bounded_number_of_items():
