@@ -179,9 +179,9 @@ def load_weights(folder: Path, model: Annexe) -> None:
         UserError: naming the first tensors that are missing, left over or of another shape, or frozen and not those
             that the checkpoint was trained with.
     """
-    frozen = {name: _few_values(p) for name, p in model.named_parameters() if not p.requires_grad}
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     for name, values in json.loads((folder / "frozen.json").read_text()).items():
-        here, there = torch.tensor(frozen.get(name, [])), torch.tensor(values)
+        here, there = torch.tensor(_few_values(frozen[name]) if name in frozen else []), torch.tensor(values)
         if here.shape != there.shape or not torch.allclose(here, there, atol=1e-6, rtol=0.02):
             raise UserError(
                 f"the frozen weights of {name.partition('.')[0]} are not those that '{folder}' was trained with "

@@ -68,7 +68,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="annexe", description="Egocentric interaction reasoning and grounding.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in TOOLS:
+    asked = sys.argv[1:2]
+    for name in asked if asked and asked[0] in TOOLS else TOOLS:  # one tool does not wait for the imports of all
         tool = importlib.import_module(f"annexe.tools.{name.replace('-', '_')}")
         command = commands.add_parser(name, help=tool.HELP, description=tool.HELP)
         tool.add_arguments(command)

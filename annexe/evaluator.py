@@ -90,7 +90,8 @@ def predict(
     def drafts() -> Iterator[tuple[Batch, list[Draft]]]:
         for batch in loader:
             with autocast():
-                yield batch, model.draft(batch.to(device), max_new_tokens)
+                drafted = model.draft(batch.to(device), max_new_tokens)
+            yield batch, drafted
 
     training = model.training
     model.eval()

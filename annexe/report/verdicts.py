@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from annexe.metrics import encode
-from annexe.metrics.masks import Rle
+from annexe.metrics.masks import Rle, encode_ids
 
 GOOD_IOU = 0.7
 FOUND_IOU = 0.1  # a mask lies on the object that has most of its pixels, if their IoU is at least this
@@ -41,7 +40,7 @@ class Judgement:
 
 def objects_of(ids: np.ndarray) -> dict[int, Rle]:
     """Every id of an id map, uint8[H, W], but 0 -> its mask."""
-    return {int(mask_id): encode(ids == mask_id) for mask_id in np.flatnonzero(np.bincount(ids.ravel())) if mask_id}
+    return encode_ids(ids, (np.flatnonzero(np.bincount(ids.ravel())[1:]) + 1).tolist())
 
 
 def judge(predicted: list[Rle], targets: set[int], objects: dict[int, Rle], iou: float) -> Judgement:
