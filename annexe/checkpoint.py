@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Progress:
     tokens: int = 0
     best_score: float | None = None
     best_step: int | None = None
+    thresholds: list[float] = field(default_factory=list)  # of each slot's presence, as calibrated on val
 
 
 def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

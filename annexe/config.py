@@ -28,6 +28,7 @@ class LossWeights:
     presence: float = 1.0
     mask: float = 3.0
     dice: float = 3.0
+    focal: float = 0.0
     patch_phrase: float = 0.0
 
 

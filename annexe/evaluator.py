@@ -142,6 +142,7 @@ def records_of(predicted: tuple[Batch, list[Draft]]) -> list[Record]:
                     "query": turn.query,
                     "answer": response.answer,
                     "presence": round(response.presence, 6),
+                    "slot_scores": [round(score, 6) for score in draft.scores],
                     "masks": masks,
                 }
             )
@@ -197,6 +198,7 @@ def _evaluate(config: Config, accelerator: Accelerator) -> dict[str, Any]:
         "step": load_progress(checkpoint).step,
         "batch_size": run.batch_size,
         "max_new_tokens": run.max_new_tokens,
+        "presence_thresholds": model.thresholds(),
         "data_fingerprint": dataset.fingerprint(),
     }
     weights = (checkpoint / "model.safetensors").stat()
@@ -247,6 +249,7 @@ def _restored(config: Config, checkpoint: Path, seed: int, accelerator: Accelera
     bf16 = accelerator.mixed_precision == "bf16"
     model = build_model(config.model, tokenizer, accelerator.device, bf16=bf16)
     load_weights(checkpoint, model)
+    model.calibrated_thresholds = load_progress(checkpoint).thresholds
     return accelerator.prepare_model(model, evaluation_mode=True)
 
 

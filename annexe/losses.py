@@ -54,30 +54,52 @@ def depth_total(predictions: Predictions, batch: Batch) -> Tensor:
 
 
 def presence_total(predictions: Predictions, batch: Batch) -> Tensor:
-    truth = (batch.slot_ids > 0).float()
-    return F.binary_cross_entropy_with_logits(predictions.presence_logits.float(), truth, reduction="sum")
+    """Cross entropy of every slot, summed; where the decoder says something at every layer, the mean over layers."""
+    said, truth = predictions.groundings, (batch.slot_ids > 0).float()
+    each = [F.binary_cross_entropy_with_logits(g.presence.float(), truth, reduction="sum") for g in said]
+    return sum(each) / len(said)
 
 
-def _used_masks(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Logits and truth of the used slots alone, both float[slots in use, h, w], at the logits' size."""
+def _mask_total(predictions: Predictions, batch: Batch, term: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """``term`` of every used slot from logits and truth float[slots in use, h, w], at the size of the logits.
+
+    Summed over slots; where the decoder says something at every layer, the mean over layers.
+    """
     query, slot = batch.used_slots
-    ids = F.interpolate(batch.target_ids[:, None].float(), size=logits.shape[-2:], mode="nearest-exact")[:, 0]
-    wanted = batch.slot_ids[query, slot][:, None, None]
-    return logits[query, slot].float(), (ids[batch.queries.image[query]] == wanted).float()
+    wanted, total = batch.slot_ids[query, slot][:, None, None], 0
+    for _, masks in predictions.groundings:
+        ids = F.interpolate(batch.target_ids[:, None].float(), size=masks.shape[-2:], mode="nearest-exact")[:, 0]
+        total = total + term(masks[query, slot].float(), (ids[batch.queries.image[query]] == wanted).float()).sum()
+    return total / len(predictions.groundings)
 
 
 def mask_total(predictions: Predictions, batch: Batch) -> Tensor:
-    """Cross entropy of every pixel, mean over a slot's pixels, summed over the used slots."""
-    logits, truth = _used_masks(predictions.mask_logits, batch)
-    return F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / logits.shape[-2:].numel()
+    """Cross entropy of every pixel, mean over a slot's pixels."""
+
+    def term(logits: Tensor, truth: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean((-2, -1))
+
+    return _mask_total(predictions, batch, term)
+
+
+def focal_total(predictions: Predictions, batch: Batch) -> Tensor:
+    """As `mask_total`, each pixel weighted by the square of its error (RetinaNet, ICCV 2017)."""
+
+    def term(logits: Tensor, truth: Tensor) -> Tensor:
+        each = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+        return ((logits.sigmoid() - truth).square() * each).mean((-2, -1))
+
+    return _mask_total(predictions, batch, term)
 
 
 def dice_total(predictions: Predictions, batch: Batch) -> Tensor:
-    """1 - dice of every used slot, summed (V-Net, 3DV 2016)."""
-    logits, truth = _used_masks(predictions.mask_logits, batch)
-    score = logits.sigmoid()
-    dice = (2 * (score * truth).sum((-2, -1)) + 1) / (score.sum((-2, -1)) + truth.sum((-2, -1)) + 1)
-    return (1 - dice).sum()
+    """1 - dice of every used slot (V-Net, 3DV 2016)."""
+
+    def term(logits: Tensor, truth: Tensor) -> Tensor:
+        score = logits.sigmoid()
+        return 1 - (2 * (score * truth).sum((-2, -1)) + 1) / (score.sum((-2, -1)) + truth.sum((-2, -1)) + 1)
+
+    return _mask_total(predictions, batch, term)
 
 
 def patch_phrase_total(predictions: Predictions, batch: Batch) -> Tensor:
@@ -101,6 +123,7 @@ TERMS: dict[str, Term] = {
     "depth": Term(depth_total, lambda b: (b.depth > 0).flatten(1).any(1).sum()),
     "presence": Term(presence_total, lambda b: torch.tensor(b.slot_ids.numel(), device=b.slot_ids.device)),
     "mask": Term(mask_total, lambda b: (b.slot_ids > 0).sum()),
+    "focal": Term(focal_total, lambda b: (b.slot_ids > 0).sum()),
     "dice": Term(dice_total, lambda b: (b.slot_ids > 0).sum()),
     "patch_phrase": Term(patch_phrase_total, lambda b: (b.object_ids > 0).sum()),
 }

@@ -15,6 +15,7 @@ from annexe.datasets.prompts import NO_TARGET_ANSWER
 from annexe.measure import Measured, Record, Truth, blind_masks, measure_records
 from annexe.metrics import (
     AnnexeRelease,
+    AnswerContradictions,
     ClusterBootstrap,
     DepthMetrics,
     EarlRelease,
@@ -24,6 +25,7 @@ from annexe.metrics import (
     ParaphraseAgreement,
     PresenceRisk,
     TextMetrics,
+    best_threshold,
     normalise,
 )
 from annexe.metrics.consistency import Agreement
@@ -124,6 +126,20 @@ def score_all(
     return metrics
 
 
+def calibrated(records: list[Record], truth: Truth) -> list[float]:
+    """Thresholds of presence, slot by slot, by which most queries are judged right.
+
+    Needs records with ``slot_scores``. A slot that is never, or always, in use keeps 0.5.
+    """
+    queries = [record for record in _of_kind(records, "query") if "slot_scores" in record]
+    used = [truth.annotations(record["image"])[record["annotation"]].slots for record in queries]
+    num_slots = max((len(record["slot_scores"]) for record in queries), default=0)
+    return [
+        best_threshold([record["slot_scores"][slot] for record in queries], [slot in slots for slots in used])
+        for slot in range(num_slots)
+    ]
+
+
 def query_scores(records: list[Record], truth: Truth) -> list[QueryScore]:
     """The score of every query record, in their order."""
     return _query_scores(_measured(records, truth), truth)
@@ -174,7 +190,7 @@ def _measured(records: list[Record], truth: Truth, **how: Any) -> System:
 def _standard(system: System, truth: Truth) -> dict[str, float]:
     analysis, answer, depth = TextMetrics(), TextMetrics(), DepthMetrics()
     grounding, calibration, risk = GroundingMetrics(), MaskCalibration(), PresenceRisk()
-    paraphrases, hands = ParaphraseAgreement(), ObjectWithoutHand()
+    paraphrases, hands, contradictions = ParaphraseAgreement(), ObjectWithoutHand(), AnswerContradictions()
     for record in system.images:
         analysis.update(record["image"], record["analysis"], truth.annotations(record["image"])[0].caption)
         if record.get("depth"):
@@ -187,13 +203,14 @@ def _standard(system: System, truth: Truth) -> dict[str, float]:
         answer.update(key, record["answer"], reference, has_target=bool(annotation.slots))
         for metric in (grounding, calibration, hands):
             metric.add(result)
+        contradictions.add(result, record["answer"])
         if "presence" in record:
             risk.add(result, record["presence"])
     for questions in system.agreements.values():
         for question in questions:
             paraphrases.update(question)
     metrics = analysis.compute("analysis") | answer.compute("answer")
-    for metric in (grounding, depth, calibration, risk, paraphrases, hands):
+    for metric in (grounding, depth, calibration, risk, paraphrases, hands, contradictions):
         metrics |= metric.compute()
     num_images = len({record["image"] for record in (*system.images, *system.queries)})
     return metrics | {"num_queries": len(system.queries), "num_images": num_images}

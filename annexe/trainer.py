@@ -37,7 +37,7 @@ from annexe.journal import Journal, Window
 from annexe.models import build_model, num_slots, tokenizer_of
 from annexe.models.tokenizer import TextTokenizer, train_tokenizer
 from annexe.optim import build_optimizer, learning_rate
-from annexe.scoring import Truth, score
+from annexe.scoring import Truth, calibrated, score
 
 log = logging.getLogger(__name__)
 
@@ -72,11 +72,14 @@ class Trainer:
         if resumed:
             load_optimizer(resumed, self.optimizer, self.accelerator)
             self.progress = load_progress(resumed)
+            self.model.calibrated_thresholds = self.progress.thresholds
         self.weights = {name: getattr(run.loss_weights, name) for name in losses.TERMS}
         if not self.model.name_patches:
             if self.weights["patch_phrase"]:
                 raise UserError("run.loss_weights.patch_phrase needs model.name_patches=true; set it, or the weight 0")
             del self.weights["patch_phrase"]
+        if not self.weights["focal"]:
+            del self.weights["focal"]
         device = self.accelerator.device
         self.term_weights = torch.tensor(list(self.weights.values()), device=device)
         self.seen = torch.zeros(3, dtype=torch.float64, device=device)  # images, queries, tokens not yet in progress
@@ -165,6 +168,7 @@ class Trainer:
         records = gather_lists(self.accelerator, [r for batch in list(predicted)[: len(own)] for r in batch])
         metrics = score(records, self.truth)
         chosen = metrics.get(self.run.validation_metric, 0.0)  # absent where there was nothing to measure
+        self.progress.thresholds = self.model.calibrated_thresholds = calibrated(records, self.truth)
         if self.progress.best_score is None or chosen >= self.progress.best_score:
             self.progress.best_score, self.progress.best_step = chosen, self.progress.step
         self.journal.write({"kind": "validation", "step": self.progress.step, **metrics})

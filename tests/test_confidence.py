@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 from annexe.metrics import (
+    AnswerContradictions,
     ClusterBootstrap,
     GroundingMetrics,
     MaskCalibration,
     ObjectWithoutHand,
     ParaphraseAgreement,
     PresenceRisk,
+    best_threshold,
     differences,
     encode,
 )
@@ -216,3 +218,46 @@ def test_one_video_gives_neither_interval_nor_p():
     clusters = clusters_of(random_results(7), 1, [True] * 60)
     assert clusters.compute() == {}
     assert {(row.low, row.high, row.p) for row in differences(clusters, clusters).values()} == {(None, None, None)}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_best_threshold_judges_most_right(seed):
+    random = np.random.default_rng(seed)
+    scores = random.integers(0, 8, 30) / 7
+    present = (random.random(30) < scores).tolist()
+    found = best_threshold(scores.tolist(), present)
+    ends = np.unique([0, *scores, 1])
+    right = {t: ((scores > t) == present).sum() for t in [*(ends[:-1] + ends[1:]) / 2, 0.5]}
+    assert right.get(found, ((scores > found) == present).sum()) == max(right.values())
+    nearest = min(abs(t - 0.5) for t in (ends[:-1] + ends[1:]) / 2 if right[t] == max(right.values()))
+    assert abs(found - 0.5) <= nearest + 1e-9
+
+
+def test_without_a_choice_the_threshold_is_a_half():
+    assert best_threshold([0.1, 0.9], [True, True]) == best_threshold([0.1], [False]) == best_threshold([], []) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("slots", "answer", "contradicts"),
+    [
+        ((0, 1), "The mask of the left hand is <MSK_0>, and the mask of the mug is <MSK_1>.", False),
+        ((0,), "The mask of the left hand is <MSK_0>, and the mask of the mug is <MSK_1>.", True),
+        ((0, 1), "The mask of the left hand is <MSK_0>.", True),
+        ((), "The mask of the left hand is <MSK_0>.", True),
+        ((), "There is no suitable referring result.", False),
+        ((), "there is no suitable referring result", False),
+        ((0,), "There is no suitable referring result.", True),
+        ((0, 1), "the left hand and the mug", False),
+        ((), "the left hand", True),
+        ((), "none", False),
+        ((0,), "none", True),
+    ],
+)
+def test_contradictions_of_answer_and_masks(slots, answer, contradicts):
+    square = np.ones((4, 4), bool)
+    metric = AnswerContradictions()
+    metric.add(measure({slot: encode(square) for slot in slots}, {0: encode(square)}, {0: "mug"}), answer)
+    other = AnswerContradictions()
+    other.merge(metric)
+    assert other.compute() == {"consistency/contradictions": float(contradicts)}
+    assert AnswerContradictions().compute() == {}

@@ -113,7 +113,8 @@ def test_evaluation_writes_predictions_metrics_and_report(trained, make_config, 
     dataset = build_dataset(make_config(), "test")
     queries = [r for r in records if r["kind"] == "query"]
     assert len(queries) == sum(len(a) for a in dataset.annotations) == written["standard"]["num_queries"]
-    assert set(queries[0]) == {"kind", "image", "annotation", "query_id", "query", "answer", "presence", "masks"}
+    keys = {"kind", "image", "annotation", "query_id", "query", "answer", "presence", "slot_scores", "masks"}
+    assert set(queries[0]) == keys
     assert score_all(records, Truth(dataset))["standard"] == written["standard"]
     assert "<html" in (tmp_path / "eval" / "report.html").read_text()
 

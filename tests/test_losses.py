@@ -7,6 +7,7 @@ import torch
 
 from annexe import losses
 from annexe.datasets.collate import Collator
+from annexe.models.pixel_decoder import Grounding
 
 NAMES = list(losses.TERMS)
 
@@ -47,19 +48,21 @@ def test_depth_is_compared_up_to_scale_and_shift_in_inverse_depth(make_parts):
     assert losses.depth_total(predictions, batch) > 1
 
 
-@pytest.mark.parametrize("term", ["mask", "dice"])
+@pytest.mark.parametrize("term", ["mask", "focal", "dice"])
 def test_mask_terms_vanish_for_the_truth_and_ignore_unused_slots(make_parts, term):
     model, _, batch = make_parts()
     predictions = model(batch)
     side = predictions.mask_logits.shape[-1]
     ids = torch.nn.functional.interpolate(batch.target_ids[:, None].float(), size=(side, side), mode="nearest-exact")
     truth = ids[batch.queries.image] == batch.slot_ids[..., None, None]
-    predictions.mask_logits = torch.where(truth, 30.0, -30.0)
+    masks = torch.where(truth, 30.0, -30.0)
+    predictions.groundings = [Grounding(predictions.presence_logits, masks)]
     assert losses.TERMS[term].total(predictions, batch) < 1e-2
     unused = (batch.slot_ids == 0)[..., None, None]
-    predictions.mask_logits = torch.where(unused, torch.randn(truth.shape), predictions.mask_logits)
+    masks = torch.where(unused, torch.randn(truth.shape), masks)
+    predictions.groundings = [Grounding(predictions.presence_logits, masks)]
     assert losses.TERMS[term].total(predictions, batch) < 1e-2
-    predictions.mask_logits = -predictions.mask_logits
+    predictions.groundings = [Grounding(predictions.presence_logits, -masks)]
     assert losses.TERMS[term].total(predictions, batch) > 1
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from annexe import losses
 from annexe.datasets.collate import Collator
+from annexe.datasets.prompts import NO_TARGET
 from annexe.errors import UserError
 from annexe.models.normalise import STATISTICS
 from annexe.models.tokenizer import load_tokenizer, train_tokenizer
@@ -86,9 +89,11 @@ def test_depth_features_stay_in_place(make_parts, decoder):
     predictions = model(batch)
     patches, depth, _, embeddings = model._encode(batch)
     hidden = model.language_model(embeddings, batch.text)
-    torch.testing.assert_close(model._ground(hidden, patches, depth.maps, batch)[1], predictions.mask_logits)
+    read = model._prompts(hidden, batch)
+    again = model.pixel_decoder(*read, patches, depth.maps, batch.queries)[-1]
+    torch.testing.assert_close(again.masks, predictions.mask_logits)
     maps = [m.detach().clone().requires_grad_() for m in depth.maps]
-    _, logits = model._ground(hidden.detach(), patches.detach(), maps, batch)
+    logits = model.pixel_decoder(*(t.detach() for t in read), patches.detach(), maps, batch.queries)[-1].masks
     side = logits.shape[-1]
     logits[0, 0, : side // 8, : side // 8].sum().backward()  # the top left corner
     level = maps[-1] if decoder == "query" else maps[0]
@@ -113,6 +118,119 @@ def test_presence_gates_masks(make_parts):
     assert all(response.targets == [] and response.presence < 0.01 for response in rejected)
     found = [target for response in accepted for target in response.targets]
     assert found and all(target.mask.shape == (1080, 1920) and target.mask.any() for target in found)
+
+
+DECODER_SETTINGS = (
+    *("words=false", "pixels=rgb", "pixels=depth", "focused=false", "supervised_layers=false", "reads=answer"),
+    "type=deconv model.pixel_decoder.defects=true",
+)
+
+
+@pytest.mark.parametrize("setting", DECODER_SETTINGS)
+def test_every_variant_of_the_decoders_trains_whole(make_parts, setting):
+    model, _, batch = make_parts(*f"model.pixel_decoder.{setting}".split())
+    losses.totals(model(batch), batch, list(losses.TERMS)).sum().backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_each_layer_is_held_to_the_truth(make_parts):
+    model, _, batch = make_parts()
+    said = model(batch).groundings
+    assert [g.masks.shape[-1] // model.rgb_encoder.grid for g in said] == [2, 8]
+    for name in ("presence", "mask", "dice"):
+        parts = [losses.TERMS[name].total(replace(model(batch), groundings=[one]), batch) for one in said]
+        torch.testing.assert_close(losses.TERMS[name].total(model(batch), batch), sum(parts) / len(parts))
+
+
+def test_slots_read_where_their_mask_is(make_parts):
+    model, _, batch = make_parts()
+    decoder, side = model.pixel_decoder, 2 * model.rgb_encoder.grid
+    masks = torch.full((len(batch.queries.image), 4, side, side), -1.0)
+    masks[:, 0, 2, 5] = 1.0  # slot 0 lies in patch (1, 2), the others are empty
+    seen = decoder._where(masks, num_tokens=6, queries=batch.queries, num_images=len(batch.samples))
+    first = seen.unflatten(1, (-1, 6))[0, 0].unflatten(1, (decoder.grid, decoder.grid))
+    assert first[0].nonzero().tolist() == [[1, 2]]
+    assert first[1:].all()
+
+
+def test_without_language_gradients_masks_leave_the_language_model_alone(make_parts):
+    model, _, batch = make_parts("model.pixel_decoder.language_gradients=false")
+    losses.TERMS["mask"].total(model(batch), batch).backward()
+    assert all(p.grad is None for p in model.language_model.parameters())
+
+
+def test_the_released_defects_come_back_on_request_alone(make_parts):
+    model, tokenizer, batch = make_parts("model.pixel_decoder.type=deconv", "model.pixel_decoder.defects=true")
+    assert not torch.equal(model(batch).mask_logits, model(batch).mask_logits)
+    losses.TERMS["mask"].total(model(batch), batch).backward()
+    assert all(p.grad is None for p in model.language_model.parameters())
+    prompts = Collator(tokenizer, model.num_image_tokens, 4, responses=False)(batch.samples)
+    with torch.no_grad():
+        model.pixel_decoder.presence_cnn[-1].bias.fill_(-50.0)
+        model.pixel_decoder.deconv[-1].bias[1] = 50.0
+        assert all(response.targets for response in model.generate(prompts, 2))
+
+
+VARIED = "model.language_model.initializer_range=0.3"
+
+
+@pytest.mark.parametrize("form", ["sentence", "phrases"])
+def test_answers_name_exactly_the_slots_that_have_targets(make_parts, monkeypatch, form):
+    model, tokenizer, batch = make_parts(VARIED)
+    for sample in batch.samples:
+        sample.answer_format = form
+    prompts = Collator(tokenizer, model.num_image_tokens, 4, responses=False)(batch.samples)
+    model.language_model.mask_head.weight.data.mul_(5)  # else an untrained model hardly says a placeholder
+    found = torch.rand(len(batch.queries.image), 4, generator=torch.Generator().manual_seed(0)) > 0.6
+    assert found.any(1).sum() > 3 and (~found.any(1)).any() and len({tuple(row) for row in found.tolist()}) > 3
+    monkeypatch.setattr(model, "_found", lambda grounding: found)
+    model.bind_answers = False
+    unbound = model.draft(prompts, 200)
+    model.bind_answers = True
+    drafts = model.draft(prompts, 200)
+    assert form == "phrases" or not any("<MSK_" in draft.analysis for draft in drafts)
+    for draft, slots in zip(drafts, found.tolist(), strict=True):
+        assert draft.slots == [slot for slot in range(4) if slots[slot]]
+        if not draft.slots:
+            assert draft.answer == NO_TARGET[form]
+        elif form == "sentence":
+            assert re.findall(r"<MSK_(\d)>", draft.answer) == [str(slot) for slot in draft.slots]
+            assert draft.answer.endswith(">.")
+    assert any(re.findall(r"<MSK_(\d)>", draft.answer) != [str(slot) for slot in draft.slots] for draft in unbound), (
+        "bound or not would be the same"
+    )
+
+
+def test_placeholder_states_in_use_are_those_of_training(make_parts):
+    """A decoder that reads the answer sees the generated one as it would see it in training."""
+    model, tokenizer, batch = make_parts("model.pixel_decoder.reads=answer", VARIED)
+    prompts = Collator(tokenizer, model.num_image_tokens, 4, responses=False)(batch.samples)
+    with torch.no_grad():
+        model.language_model.mask_head.weight.mul_(5)
+        _, _, _, embeddings = model._encode(prompts)
+        prefill = model.language_model.prefill(embeddings, prompts.text)
+        responses = model.language_model.decode(prefill, 40)
+        generated = [responses.tokens[branch] for branch in prompts.text.query_branches.tolist()]
+        states = responses.slot_states[prompts.text.query_branches]
+        texts = iter(generated)
+
+        class Replay:
+            """The generated ids in place of each answer's."""
+
+            eos_id, bos_id = tokenizer.eos_id, tokenizer.bos_id
+
+            def encode(self, text: str) -> list[int]:
+                return next(texts) if text == "generated" else tokenizer.encode(text)
+
+        for sample in batch.samples:
+            for turn in sample.turns:
+                turn.answer = "generated"
+        again = Collator(Replay(), model.num_image_tokens, 4)(batch.samples)
+        _, _, _, embeddings = model._encode(again)
+        read, there = model._placeholders(model.language_model(embeddings, again.text), again)
+    once = torch.tensor([[row.count(tokenizer.vocab_size + slot) == 1 for slot in range(4)] for row in generated])
+    assert once.any() and torch.equal(there[once], torch.ones(int(once.sum()), dtype=torch.bool))
+    torch.testing.assert_close(states[once], read[once], atol=1e-4, rtol=0)
 
 
 def test_depth_network_sees_imagenet_statistics(make_parts):

@@ -64,7 +64,8 @@ def test_greedy_generation_equals_one_by_one_without_cache(make_parts, options):
     prompts = Collator(tokenizer, model.num_image_tokens, 4, responses=False)(batch.samples)
     with torch.no_grad():
         _, _, _, embeddings = model._encode(prompts)
-        _, generated = model.language_model.generate(embeddings, prompts.text, max_new_tokens=10)
+        prefill = model.language_model.prefill(embeddings, prompts.text)
+        generated = model.language_model.decode(prefill, max_new_tokens=10).tokens
         for branch, tokens in enumerate(generated):
             ids, expected = branch_ids(prompts, branch), []
             for _ in range(10):

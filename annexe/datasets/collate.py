@@ -42,6 +42,7 @@ class Sample:
     original_size: tuple[int, int]  # height, width
     object_phrases: dict[int, str] = field(default_factory=dict)  # mask id -> phrase, over all annotations
     instruction: str = prompts.ANALYSIS_INSTRUCTIONS[0]
+    answer_format: str | None = None  # sentence or phrases, where the model's answers are to have that form
 
 
 def _to_device(record: Any, device: torch.device) -> Any:

@@ -245,4 +245,5 @@ class EgoIRGBench(Dataset):
             original_size=pixels.original_size,
             object_phrases=phrases,
             instruction=instruction,
+            answer_format=self.answer_format,
         )

@@ -17,6 +17,7 @@ ANALYSIS_INSTRUCTIONS = (  # one is drawn for each training sample, the first is
 )
 QUERY_INSTRUCTION = "Name and locate:"
 NO_TARGET_ANSWER = "There is no suitable referring result."
+NO_TARGET = {"sentence": NO_TARGET_ANSWER, "phrases": "none"}  # by answer format
 
 _TARGET = re.compile(
     r"\s*(?:and )?(?:the mask of )?"  # The mask of X is <MSK_0>, and the mask of Y is <MSK_1>.
@@ -38,9 +39,13 @@ def query_prompt(query: str) -> str:
 def phrases_of(answer: str) -> dict[int, str]:
     """Phrase of each placeholder of an answer sentence: ``The mask of the right hand is <MSK_0>`` gives slot 0.
 
-    A bare ``<MSK>`` counts as slot 0.
+    A bare ``<MSK>`` counts as slot 0. An answer without placeholders is a list of phrases: ``the right hand and the
+    mug`` gives slots 0 and 1; one that says there is no target gives none.
     """
-    return {int(slot or 0): phrase.strip() for phrase, slot in _TARGET.findall(answer)}
+    named = {int(slot or 0): phrase.strip() for phrase, slot in _TARGET.findall(answer)}
+    if named or not answer or answer in NO_TARGET.values():
+        return named
+    return dict(enumerate(answer.split(" and ")))
 
 
 def texts() -> list[str]:

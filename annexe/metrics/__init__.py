@@ -7,8 +7,8 @@ order. The released scores alone depend on the order, as they did.
 from __future__ import annotations
 
 from annexe.metrics.bootstrap import ClusterBootstrap, differences
-from annexe.metrics.confidence import MaskCalibration, PresenceRisk
-from annexe.metrics.consistency import ObjectWithoutHand, ParaphraseAgreement
+from annexe.metrics.confidence import MaskCalibration, PresenceRisk, best_threshold
+from annexe.metrics.consistency import AnswerContradictions, ObjectWithoutHand, ParaphraseAgreement
 from annexe.metrics.depth import DepthMetrics, depth_errors
 from annexe.metrics.masks import GroundingMetrics, decode, encode
 from annexe.metrics.released import AnnexeRelease, EarlRelease
@@ -16,6 +16,7 @@ from annexe.metrics.text import TextMetrics, normalise
 
 __all__ = [
     "AnnexeRelease",
+    "AnswerContradictions",
     "ClusterBootstrap",
     "DepthMetrics",
     "EarlRelease",
@@ -25,6 +26,7 @@ __all__ = [
     "ParaphraseAgreement",
     "PresenceRisk",
     "TextMetrics",
+    "best_threshold",
     "decode",
     "depth_errors",
     "differences",

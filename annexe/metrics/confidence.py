@@ -78,3 +78,19 @@ class PresenceRisk:
         _, place, counts = np.unique(-confidences, return_inverse=True, return_counts=True)
         means = np.bincount(place, weights=wrong) / counts
         return np.cumsum(np.repeat(means, counts)) / np.arange(1, len(wrong) + 1)
+
+
+def best_threshold(scores: list[float], present: list[bool]) -> float:
+    """The threshold above which a score, 0 to 1, most often goes with presence; of several the nearest to 0.5.
+
+    It lies in the middle between two scores. 0.5 where all or none are present.
+    """
+    if all(present) or not any(present):
+        return 0.5
+    values, place = np.unique(scores, return_inverse=True)
+    gain = np.bincount(place, weights=np.where(present, -1.0, 1.0))  # of passing each value
+    right = np.cumsum([sum(present), *gain])
+    ends = np.concatenate([[0.0], values, [1.0]])
+    middles = (ends[:-1] + ends[1:]) / 2
+    best = middles[right == right.max()]
+    return float(best[np.abs(best - 0.5).argmin()])

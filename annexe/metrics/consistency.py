@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import combinations
 from typing import NamedTuple
 
 from pycocotools import mask as coco_mask
 
+from annexe.datasets.prompts import NO_TARGET
 from annexe.metrics.masks import Overlap, QueryResult, Rle, area
 from annexe.metrics.text import normalise
 
+PLACEHOLDER = re.compile(r"<MSK_?(\d*)>")
 HANDS = ("left_hand", "right_hand")
 
 
@@ -66,6 +69,34 @@ class ParaphraseAgreement:
             f"{prefix}/equal_answers": math.fsum(question.equal_answers for question in self.questions) / number,
             f"{prefix}/num_questions": number,
         }
+
+
+class AnswerContradictions:
+    """How often the answer and the masks say different things.
+
+    An answer with placeholders names their slots; one without names some slot unless it is a refusal. It contradicts
+    the masks where other slots than the named ones have a mask, or where only one of the two refuses.
+    """
+
+    def __init__(self) -> None:
+        self.num_queries = self.num_contradictions = 0
+
+    def add(self, query: QueryResult, answer: str) -> None:
+        """Adds one query and its predicted answer."""
+        predicted = {mask.slot for mask in query.masks}
+        named = {int(slot or 0) for slot in PLACEHOLDER.findall(answer)}
+        refused = normalise(answer) in {normalise(text) for text in NO_TARGET.values()}
+        self.num_queries += 1
+        self.num_contradictions += predicted != named if named else bool(predicted) == refused
+
+    def merge(self, other: AnswerContradictions) -> None:
+        """Adds all queries of `other`."""
+        self.num_queries += other.num_queries
+        self.num_contradictions += other.num_contradictions
+
+    def compute(self, prefix: str = "consistency") -> dict[str, float]:
+        """Gives `contradictions`, a share of all queries; nothing without a query."""
+        return {f"{prefix}/contradictions": self.num_contradictions / self.num_queries} if self.num_queries else {}
 
 
 class ObjectWithoutHand:

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from annexe import weights
-from annexe.datasets.collate import Batch
-from annexe.datasets.prompts import phrases_of
+from annexe.datasets.collate import ANALYSIS, Batch
+from annexe.datasets.prompts import NO_TARGET, phrases_of
 from annexe.errors import UserError
 from annexe.models.depth_branch import DepthAnythingV2
-from annexe.models.language_model import Llama
+from annexe.models.language_model import Binding, Llama
+from annexe.models.pixel_decoder import Grounding
 from annexe.models.rgb_encoder import EvaViT, Projector
 
 
@@ -27,9 +28,18 @@ class Predictions:
 
     token_logits: Tensor  # [T, V + K]
     depth: Tensor  # [B, S, S], inverse depth up to scale and shift
-    presence_logits: Tensor  # [Q, K]
-    mask_logits: Tensor  # [Q, K, h, w]
+    groundings: list[Grounding]  # presence [Q, K] and masks [Q, K, h, w] in logits; the last counts
     image_token_logits: Tensor | None  # [B, rows, columns, V + K], words that each image token stands for
+
+    @property
+    def presence_logits(self) -> Tensor:
+        """[Q, K]"""
+        return self.groundings[-1].presence
+
+    @property
+    def mask_logits(self) -> Tensor:
+        """[Q, K, h, w]"""
+        return self.groundings[-1].masks
 
 
 @dataclass
@@ -60,7 +70,7 @@ class Draft:
     analysis: str
     answer: str
     scores: list[float]  # presence of every slot, in [0, 1]
-    slots: list[int]  # those above the threshold
+    slots: list[int]  # those that have a target
     mask_logits: Tensor  # float32[len(slots), h, w]
     size: tuple[int, int]  # height, width of the original image
     depth: np.ndarray
@@ -89,7 +99,9 @@ class Annexe(nn.Module):
         merge: consecutive patches that make one language-model token.
         name_patches: predict, for every image token, the words of the phrase it shows; needed by the ``patch_phrase``
             loss, which helps runs from scratch.
-        presence_threshold: a slot has a target where its presence, in [0, 1], is above.
+        presence_threshold: a slot has a target where its presence, in [0, 1], is above; where none is given, as
+            calibrated on val, slot by slot, and 0.5 until then.
+        bind_answers: answers name exactly the slots that have a target, and a query without one is refused in words.
     """
 
     def __init__(
@@ -103,7 +115,8 @@ class Annexe(nn.Module):
         init: str | None = None,
         merge: int = 4,
         name_patches: bool = False,
-        presence_threshold: float = 0.5,
+        presence_threshold: float | None = None,
+        bind_answers: bool = True,
     ) -> None:
         super().__init__()
         weights.require_source("model", "init_from", init_from, init)
@@ -113,7 +126,9 @@ class Annexe(nn.Module):
         self.projector = Projector(rgb_encoder.embed_dim, language_model.hidden_size, merge)
         self.language_model, self.pixel_decoder = language_model, pixel_decoder
         self.num_image_tokens = rgb_encoder.grid**2 // merge
-        self.name_patches, self.presence_threshold = name_patches, presence_threshold
+        self.name_patches, self.bind_answers = name_patches, bind_answers
+        self.presence_threshold = presence_threshold
+        self.calibrated_thresholds: list[float] = []  # of the slots
         if init_from is not None:
             required = [name for name in self.state_dict() if name.startswith("projector.") or ".lora_" in name]
             weights.load(self, "model", init_from, required)
@@ -122,12 +137,11 @@ class Annexe(nn.Module):
         """Teacher-forced pass over a packed batch."""
         patches, depth, image_tokens, embeddings = self._encode(batch)
         hidden = self.language_model(embeddings, batch.text)  # [B, N, D]
-        presence, masks = self._ground(hidden, patches, depth.maps, batch)
+        reads = self._prompts if self.pixel_decoder.reads == "prompt" else self._placeholders
         return Predictions(
             token_logits=self.language_model.logits(hidden.flatten(0, 1)[batch.text.supervised]),
             depth=depth.depth,
-            presence_logits=presence,
-            mask_logits=masks,
+            groundings=self.pixel_decoder(*reads(hidden, batch), patches, depth.maps, batch.queries),
             image_token_logits=self._name(image_tokens) if self.name_patches else None,
         )
 
@@ -139,20 +153,62 @@ class Annexe(nn.Module):
     def draft(self, batch: Batch, max_new_tokens: int) -> list[Draft]:
         """What `generate` leaves to the device."""
         patches, depth, _, embeddings = self._encode(batch)
-        hidden, tokens = self.language_model.generate(embeddings, batch.text, max_new_tokens)
-        presence, masks = self._ground(hidden, patches, depth.maps, batch)
-        texts = [self.language_model.tokenizer.decode(row) for row in tokens]
-        is_query = torch.zeros(len(texts), dtype=torch.bool)
-        is_query[batch.text.query_branches.cpu()] = True
-        analyses = [text for text, query in zip(texts, is_query.tolist(), strict=True) if not query]
-        answers = [text for text, query in zip(texts, is_query.tolist(), strict=True) if query]
-        scores, depth_maps = presence.float().sigmoid().tolist(), depth.depth.float().cpu().numpy()
+        prefill = self.language_model.prefill(embeddings, batch.text)
+        if self.pixel_decoder.reads == "prompt":
+            read = self._prompts(prefill.hidden, batch)
+            grounding = self.pixel_decoder(*read, patches, depth.maps, batch.queries)[-1]
+            found = self._found(grounding)
+            binding = self._binding(found, batch) if self.bind_answers and self.pixel_decoder.gates else None
+            responses = self.language_model.decode(prefill, max_new_tokens, binding)
+        else:
+            responses = self.language_model.decode(prefill, max_new_tokens)
+            states = responses.slot_states[batch.text.query_branches]
+            named = states.abs().amax(-1) > 0
+            grounding = self.pixel_decoder(states, named, patches, depth.maps, batch.queries)[-1]
+            found = self._found(grounding)
+        texts = [self.language_model.tokenizer.decode(row) for row in responses.tokens]
+        query_branches = batch.text.query_branches.tolist()
+        analyses = [text for branch, text in enumerate(texts) if branch not in set(query_branches)]
+        scores, depth_maps = grounding.presence.float().sigmoid().tolist(), depth.depth.float().cpu().numpy()
         drafts = []
-        for query, image in enumerate(batch.queries.image.tolist()):
-            slots = [slot for slot, score in enumerate(scores[query]) if score > self.presence_threshold]
-            logits, size = masks[query, slots].float().cpu(), batch.samples[image].original_size
-            drafts.append(Draft(analyses[image], answers[query], scores[query], slots, logits, size, depth_maps[image]))
+        for query, (image, slots) in enumerate(zip(batch.queries.image.tolist(), found.tolist(), strict=True)):
+            chosen, sample = [slot for slot, is_there in enumerate(slots) if is_there], batch.samples[image]
+            answer = self._worded(texts[query_branches[query]], chosen, sample.answer_format)
+            logits = grounding.masks[query, chosen].float().cpu()
+            drafts.append(
+                Draft(analyses[image], answer, scores[query], chosen, logits, sample.original_size, depth_maps[image])
+            )
         return drafts
+
+    def thresholds(self) -> list[float]:
+        """Presence above which a slot has a target."""
+        if self.presence_threshold is None and self.calibrated_thresholds:
+            return self.calibrated_thresholds
+        return [0.5 if self.presence_threshold is None else self.presence_threshold] * self.pixel_decoder.num_slots
+
+    def _found(self, grounding: Grounding) -> Tensor:
+        """Slots that have a target, bool[Q, K]: present, and with a pixel."""
+        present = grounding.presence.float().sigmoid() > grounding.presence.new_tensor(self.thresholds()).float()
+        return (present | (not self.pixel_decoder.gates)) & (grounding.masks.flatten(2).amax(-1) > 0)
+
+    def _binding(self, found: Tensor, batch: Batch) -> Binding:
+        """What the answers have to name where masks are settled first."""
+        own, rows = batch.text.query_branches, len(batch.text.branch_start)
+        silent, slots = found.new_zeros(rows), found.new_zeros(rows, found.shape[1])
+        silent[own], slots[own] = ~found.any(1), found
+        form, encode = batch.samples[0].answer_format, self.language_model.tokenizer.encode
+        if form == "sentence":
+            refusal, answer = encode(NO_TARGET["sentence"])[0], encode("The mask of")[0]
+            return Binding(silent, slots, () if refusal == answer else (refusal,))
+        return Binding(silent, None)
+
+    def _worded(self, text: str, slots: list[int], form: str | None) -> str:
+        """The answer in words, where `_binding` cut it short."""
+        if not self.bind_answers or not self.pixel_decoder.gates or self.pixel_decoder.reads == "answer":
+            return text
+        if not slots:
+            return NO_TARGET[form or "sentence"]
+        return f"{text}." if form == "sentence" and text.endswith(">") else text
 
     def _name(self, image_tokens: Tensor) -> Tensor:
         return self.language_model.logits(image_tokens).unflatten(1, (self.rgb_encoder.grid, -1))
@@ -167,12 +223,21 @@ class Annexe(nn.Module):
         embeddings = torch.cat([words[:, :start], image_tokens.to(words.dtype), words[:, stop:]], dim=1)
         return patches, depth, image_tokens, embeddings
 
-    def _ground(self, hidden: Tensor, patches: Tensor, maps: list[Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
-        """Presence and mask logits of every query, from the states of its prompt alone."""
+    def _prompts(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """States of every query's prompt, left aligned: [Q, L, D] and which are there, bool[Q, L]."""
         text = batch.text
         start, length = text.branch_start[text.query_branches], text.branch_length[text.query_branches]
         offsets = torch.arange(text.max_branch_length, device=hidden.device)
         mask = offsets < length[:, None]  # [Q, L]
         columns = torch.where(mask, start[:, None] + offsets, 0)
-        prompt = hidden[batch.queries.image[:, None], columns] * mask[..., None]
-        return self.pixel_decoder(prompt, mask, patches, maps, batch.queries)
+        return hidden[batch.queries.image[:, None], columns] * mask[..., None], mask
+
+    def _placeholders(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """States of every query's placeholders in the true answer: [Q, K, D] and which are there, bool[Q, K]."""
+        text, vocab_size = batch.text, self.language_model.tokenizer.vocab_size
+        query_of = text.segment[batch.queries.image] == (batch.queries.place + ANALYSIS + 1)[:, None]  # [Q, N]
+        ids = text.input_ids[batch.queries.image].masked_fill(~query_of, -1)
+        slot_ids = vocab_size + torch.arange(self.pixel_decoder.num_slots, device=hidden.device)
+        is_slot = ids[:, None] == slot_ids[:, None]  # [Q, K, N]
+        there, column = is_slot.any(-1), is_slot.int().argmax(-1)
+        return hidden[batch.queries.image[:, None], column] * there[..., None], there

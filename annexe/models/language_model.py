@@ -34,6 +34,33 @@ class Lora:
     targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
 
 
+@dataclass
+class Prefill:
+    """Prompts that were read."""
+
+    text: PackedText
+    hidden: Tensor  # float[B, N, D]
+    cache: DynamicCache  # keys and values of prefix and branch, a row a branch
+    seen: Tensor  # bool[R, P + L], which of its columns are real
+
+
+@dataclass
+class Binding:
+    """What responses have to name."""
+
+    silent: Tensor  # bool[R], no word is to be said
+    slots: Tensor | None  # bool[R, S], each is named once and no other; None leaves the responses free
+    refusals: tuple[int, ...] = ()  # tokens that open a refusal, which no response that names a slot begins with
+
+
+@dataclass
+class Responses:
+    """What was said."""
+
+    tokens: list[list[int]]  # R rows, end of sequence left out
+    slot_states: Tensor  # float[R, S, D], states of the placeholders, 0 where a slot is not named
+
+
 def packed_attention_mask(segment: Tensor) -> Tensor:
     """Who sees whom in a packed sequence: everyone the prefix and, causally, its own branch.
 
@@ -148,24 +175,40 @@ class Llama(nn.Module):
         ).last_hidden_state.to(self.mask_head.weight.dtype)
 
     @torch.no_grad()
-    def generate(self, embeddings: Tensor, text: PackedText, max_new_tokens: int) -> tuple[Tensor, list[list[int]]]:
-        """Greedy responses to every branch of a packed batch of prompts: one prefill, then all branches as one batch.
-
-        Returns:
-            Hidden states of the prompts float[B, N, D], and R lists of new token ids (end of sequence left out).
-        """
+    def prefill(self, embeddings: Tensor, text: PackedText) -> Prefill:
+        """Read a packed batch of prompts, all branches of an image behind its one prefix."""
         packed_cache = DynamicCache(config=self.llama.config)
         hidden = self(embeddings, text, packed_cache)
         cache, seen = self._branch_cache(packed_cache, text)
-        end = text.branch_start + text.branch_length - 1
-        state = hidden[text.branch_image, end]  # [R, D]
+        return Prefill(text, hidden, cache, seen)
+
+    @torch.no_grad()
+    def decode(self, prefill: Prefill, max_new_tokens: int, binding: Binding | None = None) -> Responses:
+        """Greedy responses to every branch, all branches as one batch; the cache of ``prefill`` is used up.
+
+        Args:
+            binding: what responses have to name, where that is settled.
+        """
+        text, cache, seen = prefill.text, prefill.cache, prefill.seen
+        first_slot, eos = self.tokenizer.vocab_size, self.tokenizer.eos_id
+        state = prefill.hidden[text.branch_image, text.branch_start + text.branch_length - 1]  # [R, D]
         position = text.prefix_length + text.branch_length  # [R]
-        responses: list[Tensor] = []
-        finished = torch.zeros_like(position, dtype=torch.bool)
-        for _ in range(max_new_tokens):
-            token = self.logits(state).argmax(-1).masked_fill(finished, self.tokenizer.eos_id)  # [R]
-            responses.append(token)
-            finished = finished | (token == self.tokenizer.eos_id)
+        slot_ids = torch.arange(first_slot, first_slot + self.tokenizer.num_slots, device=position.device)
+        slot_states = state.new_zeros(len(state), len(slot_ids), state.shape[-1])
+        tokens: list[Tensor] = []
+        finished = torch.zeros_like(position, dtype=torch.bool) if binding is None else binding.silent
+        left = None if binding is None else binding.slots
+        for number in range(max_new_tokens):
+            logits = self.logits(state)  # [R, V + S]
+            if left is not None:
+                logits = self._bound(logits, left, binding, first=number == 0)
+            token = logits.argmax(-1).masked_fill(finished, eos)  # [R]
+            tokens.append(token)
+            named = token[:, None] == slot_ids  # [R, S]
+            finished = finished | (token == eos)
+            if left is not None:  # the last placeholder ends the sentence
+                finished = finished | (named.any(1) & ~(left & ~named).any(1))
+                left = left & ~named
             if self._all(finished):
                 break
             seen = torch.cat([seen, seen.new_ones(len(seen), 1)], dim=1)
@@ -180,11 +223,20 @@ class Llama(nn.Module):
                 .last_hidden_state[:, -1]
                 .to(state.dtype)
             )
+            slot_states = torch.where(named[..., None], state[:, None], slot_states)
             position = position + 1
-        rows = torch.stack(responses, dim=1).tolist()
-        return hidden, [
-            row[: row.index(self.tokenizer.eos_id)] if self.tokenizer.eos_id in row else row for row in rows
-        ]
+        rows = torch.stack(tokens, dim=1).tolist() if tokens else [[] for _ in position]
+        return Responses([row[: row.index(eos)] if eos in row else row for row in rows], slot_states)
+
+    def _bound(self, logits: Tensor, left: Tensor, binding: Binding, *, first: bool) -> Tensor:
+        """``logits`` without what would contradict the ``left`` slots: they are named in order, then all is said."""
+        logits, first_slot = logits.clone(), self.tokenizer.vocab_size
+        due = left & (left.cumsum(1) == 1)  # the next slot of a row
+        logits[:, first_slot:].masked_fill_(~due, -torch.inf)
+        owing = left.any(1)
+        for token in (self.tokenizer.eos_id, self.tokenizer.full_stop_id, *(binding.refusals if first else ())):
+            logits[:, token].masked_fill_(owing, -torch.inf)
+        return logits
 
     def _all(self, finished: Tensor) -> bool:
         """Whether every row is finished; under FSDP on every rank, for all have to take the same number of steps."""

@@ -1,7 +1,7 @@
 """Pixel decoders: presence and mask of every target slot, from a query's prompt states and the image's features.
 
-``query`` (default): slots conditioned on the end of the prompt read the pixels by cross attention; masks are dot
-products with the finest fused map. ``deconv``: the released ANNEXE design, made deterministic and free of the answer.
+``query`` (default): slots and words read the pixels by cross attention; masks are dot products with the finest map.
+``deconv``: the released ANNEXE design, made deterministic and free of the answer.
 
 Legend: B images, Q queries, K slots, L prompt tokens, D language width, E RGB width, G patches a side, H decoder
 width, C pixel width, h x w mask logits.
@@ -9,13 +9,23 @@ width, C pixel width, h x w mask logits.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 
 from annexe.datasets.collate import QueryIndex
+from annexe.errors import unknown
 from annexe.registry import register
+
+
+class Grounding(NamedTuple):
+    """What a decoder says about every query."""
+
+    presence: Tensor  # float[Q, K], logits
+    masks: Tensor  # float[Q, K, h, w], logits
 
 
 def spread(rows: Tensor, queries: QueryIndex, num_images: int) -> Tensor:
@@ -25,30 +35,67 @@ def spread(rows: Tensor, queries: QueryIndex, num_images: int) -> Tensor:
     return padded
 
 
-class SlotLayer(nn.Module):
-    """Slots of one query talk to each other, then read the pixels of their image, then think."""
+class Attention(nn.Module):
+    """Multi-head attention whose mask may differ from row to row without being copied for every head."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """``x`` [N, n, H] reads ``values`` [N, m, H] where ``allowed`` bool[N, n or 1, m], if given -> [N, n, H]."""
+        split = (self.query(x), self.key(keys), self.value(values))
+        heads = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in split)
+        read = F.scaled_dot_product_attention(*heads, attn_mask=None if allowed is None else allowed[:, None])
+        return self.out(read.transpose(1, 2).flatten(2))
+
+
+class DecoderLayer(nn.Module):
+    """Slots and words of one query talk to each other, then read the pixels of their image, then think."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
-        self.slot_attention = nn.MultiheadAttention(width, num_heads, batch_first=True)
-        self.pixel_attention = nn.MultiheadAttention(width, num_heads, batch_first=True)
+        self.own_attention, self.pixel_attention = Attention(width, num_heads), Attention(width, num_heads)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, slots: Tensor, keys: Tensor, values: Tensor, queries: QueryIndex) -> Tensor:
-        """``slots`` [Q, K, H], ``keys`` and ``values`` [B, G * G, H] -> [Q, K, H]."""
-        x = self.norms[0](slots)
-        slots = slots + self.slot_attention(x, x, x, need_weights=False)[0]
-        # All slots of an image attend to its pixels together: keys are projected once an image, not once a query.
-        per_image = spread(self.norms[1](slots), queries, len(keys))  # [B, n, K, H]
-        read = self.pixel_attention(per_image.flatten(1, 2), keys, values, need_weights=False)[0]
-        slots = slots + read.view_as(per_image)[queries.image, queries.place]
-        return slots + self.mlp(self.norms[2](slots))
+    def forward(
+        self, tokens: Tensor, real: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, queries: QueryIndex
+    ) -> Tensor:
+        """``tokens`` [Q, K + L, H], ``real`` bool[Q, 1, K + L], pixels [B, G * G, H] -> [Q, K + L, H].
+
+        ``seen`` bool[B, n * (K + L), G * G]: which pixels a token may read; all of them where it is None.
+        """
+        x = self.norms[0](tokens)
+        tokens = tokens + self.own_attention(x, x, x, real)
+        # All tokens of an image attend to its pixels together: keys are projected once an image, not once a query.
+        per_image = spread(self.norms[1](tokens), queries, len(keys))  # [B, n, K + L, H]
+        read = self.pixel_attention(per_image.flatten(1, 2), keys, values, seen)
+        tokens = tokens + read.view_as(per_image)[queries.image, queries.place]
+        return tokens + self.mlp(self.norms[2](tokens))
 
 
 @register("pixel_decoder", "query")
 class QueryDecoder(nn.Module):
-    """Slot queries over pixels. Loss and logits stand at 8 G a side: 256 for a 448 image, 96 for a 168 one."""
+    """Slots and the words of the prompt read the pixels; a mask is the dot product of its slot with the finest map.
+
+    Masks stand at 8 G a side: 256 for a 448 image, 96 for a 168 one.
+
+    Args:
+        num_slots: targets a query can have.
+        hidden_size: width of slots, words and coarse pixels.
+        pixel_dim: width of the finest map.
+        words: all words of the prompt take part, not its end alone.
+        pixels: what is read: ``rgb`` patches, the ``depth`` branch's maps, or ``both``.
+        focused: slots read where the layer before put their mask (masked attention of Mask2Former, CVPR 2022).
+        supervised_layers: every layer is held to the truth, its masks at 2 G a side.
+        language_gradients: the losses of presence and masks reach the language model.
+        reads: ``prompt``, or ``answer``: a slot starts from the state of its ``<MSK_k>`` in the answer, the true one in
+            training and the generated one in use (LISA, CVPR 2024), and there are no words.
+    """
+
+    gates = True
 
     def __init__(
         self,
@@ -62,59 +109,111 @@ class QueryDecoder(nn.Module):
         num_layers: int = 3,
         num_heads: int = 8,
         pixel_dim: int = 64,
+        words: bool = True,
+        pixels: str = "both",
+        focused: bool = True,
+        supervised_layers: bool = True,
+        language_gradients: bool = True,
+        reads: str = "prompt",
     ) -> None:
         super().__init__()
-        self.grid, self.num_slots = grid, num_slots
+        if reads not in ("prompt", "answer"):
+            raise unknown("setting model.pixel_decoder.reads", reads, ("prompt", "answer"))
+        if pixels not in ("rgb", "depth", "both"):
+            raise unknown("setting model.pixel_decoder.pixels", pixels, ("rgb", "depth", "both"))
+        self.grid, self.num_slots, self.reads = grid, num_slots, reads
+        words = words and reads == "prompt"
+        self.focused, self.supervised_layers, self.language_gradients = focused, supervised_layers, language_gradients
         self.slot = nn.Parameter(torch.randn(num_slots, hidden_size))
         self.condition = nn.Sequential(nn.LayerNorm(language_dim), nn.Linear(language_dim, hidden_size))
-        self.rgb = nn.Linear(rgb_dim, hidden_size)
-        self.depth = nn.Conv2d(depth_channels, hidden_size, 1)
+        self.word = nn.Sequential(nn.LayerNorm(language_dim), nn.Linear(language_dim, hidden_size)) if words else None
+        self.rgb = nn.Linear(rgb_dim, hidden_size) if pixels != "depth" else None
+        self.depth = nn.Conv2d(depth_channels, hidden_size, 1) if pixels != "rgb" else None
         self.register_buffer("position", build_sincos2d_pos_embed([grid, grid], dim=hidden_size), persistent=False)
-        self.layers = nn.ModuleList(SlotLayer(hidden_size, num_heads) for _ in range(num_layers))
+        self.layers = nn.ModuleList(DecoderLayer(hidden_size, num_heads) for _ in range(num_layers))
         self.norm = nn.LayerNorm(hidden_size)
         self.presence = nn.Linear(hidden_size, 1)
         self.mask_embedding = nn.Sequential(
             nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, pixel_dim)
         )
-        self.pixel_rgb = nn.Conv2d(hidden_size, pixel_dim, 1)
-        self.pixel_depth = nn.Conv2d(depth_channels, pixel_dim, 3, padding=1)
+        self.pixel_rgb = nn.Conv2d(hidden_size, pixel_dim, 1) if pixels != "depth" else None
+        self.pixel_depth = nn.Conv2d(depth_channels, pixel_dim, 3, padding=1) if pixels != "rgb" else None
         self.pixel_norm = nn.GroupNorm(1, pixel_dim)
         self.pixel_out = nn.Conv2d(pixel_dim, pixel_dim, 3, padding=1)
 
     def forward(
         self, prompt: Tensor, prompt_mask: Tensor, patches: Tensor, maps: list[Tensor], queries: QueryIndex
-    ) -> tuple[Tensor, Tensor]:
+    ) -> list[Grounding]:
         """Decode every query.
 
         Args:
             prompt: float[Q, L, D], language-model states of the query's prompt, left aligned; the answer is not in it.
-            prompt_mask: bool[Q, L].
+                Where ``reads`` is ``answer``: float[Q, K, D], those of its placeholders.
+            prompt_mask: bool[Q, L], which of them are there.
             patches: float[B, G * G, E] of the RGB encoder.
             maps: the depth branch's four fused maps, coarse to fine.
             queries: the image of every query.
 
         Returns:
-            Presence logits float[Q, K] and mask logits float[Q, K, h, w].
+            What each layer says, if all are supervised, and last what counts.
         """
-        end = prompt[torch.arange(len(prompt), device=prompt.device), prompt_mask.sum(1) - 1]  # [Q, D]
-        slots = self.slot + self.condition(end)[:, None]  # [Q, K, H]
-        rgb = self.rgb(patches)
-        coarse = F.adaptive_avg_pool2d(maps[0], self.grid)
-        values = rgb + self.depth(coarse).flatten(2).transpose(1, 2)  # [B, G * G, H]
+        tokens, real = self._tokens(prompt if self.language_gradients else prompt.detach(), prompt_mask)
+        rgb, values = self._coarse(patches, maps[0])
         keys = values + self.position
-        for layer in self.layers:
-            slots = layer(slots, keys, values, queries)
+        finest = self._finest(rgb, maps[-1])  # [B, C, 8 G, 8 G]
+        coarse = F.adaptive_avg_pool2d(finest, 2 * self.grid)
+        said: list[Grounding] = []
+        seen = None
+        for number, layer in enumerate(self.layers):
+            tokens = layer(tokens, real, keys, values, seen, queries)
+            last = number == len(self.layers) - 1
+            if last or self.supervised_layers or self.focused:
+                said.append(self._say(tokens[:, : self.num_slots], finest if last else coarse, queries))
+            if self.focused and not last:
+                seen = self._where(said[-1].masks, tokens.shape[1], queries, len(keys))
+        return said if self.supervised_layers else said[-1:]
+
+    def _tokens(self, prompt: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Slots, and behind them the words: [Q, K + L, H] and which of them are real, bool[Q, 1, K + L]."""
+        if self.reads == "answer":
+            slots = self.slot + self.condition(prompt) * prompt_mask[..., None]  # [Q, K, H]
+        else:
+            end = prompt[torch.arange(len(prompt), device=prompt.device), prompt_mask.sum(1) - 1]  # [Q, D]
+            slots = self.slot + self.condition(end)[:, None]
+        real = prompt_mask.new_ones(slots.shape[:2])
+        if self.word is None:
+            return slots, real[:, None]
+        return torch.cat([slots, self.word(prompt)], dim=1), torch.cat([real, prompt_mask], dim=1)[:, None]
+
+    def _coarse(self, patches: Tensor, coarsest: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Patches as the decoder sees them, if it does, and all that can be read at G x G, [B, G * G, H]."""
+        rgb = None if self.rgb is None else self.rgb(patches)
+        if self.depth is None:
+            return rgb, rgb
+        depth = self.depth(F.adaptive_avg_pool2d(coarsest, self.grid)).flatten(2).transpose(1, 2)
+        return rgb, depth if rgb is None else rgb + depth
+
+    def _finest(self, rgb: Tensor | None, finest: Tensor) -> Tensor:
+        x = 0 if self.pixel_depth is None else self.pixel_depth(finest)
+        if rgb is not None:
+            image = self.pixel_rgb(rgb.transpose(1, 2).unflatten(2, (self.grid, self.grid)))
+            x = x + F.interpolate(image, size=finest.shape[-2:], mode="bilinear", align_corners=False)
+        return self.pixel_out(F.gelu(self.pixel_norm(x)))
+
+    def _say(self, slots: Tensor, pixels: Tensor, queries: QueryIndex) -> Grounding:
         slots = self.norm(slots)
-        pixels = self._pixels(rgb, maps[-1])  # [B, C, h, w]
         embeddings = self.mask_embedding(slots) / pixels.shape[1] ** 0.5
         per_image = spread(embeddings, queries, len(pixels))  # [B, n, K, C]
         masks = torch.einsum("bnkc,bchw->bnkhw", per_image, pixels)[queries.image, queries.place]
-        return self.presence(slots).squeeze(-1), masks
+        return Grounding(self.presence(slots).squeeze(-1), masks)
 
-    def _pixels(self, rgb: Tensor, finest: Tensor) -> Tensor:
-        image = self.pixel_rgb(rgb.transpose(1, 2).unflatten(2, (self.grid, self.grid)))
-        image = F.interpolate(image, size=finest.shape[-2:], mode="bilinear", align_corners=False)
-        return self.pixel_out(F.gelu(self.pixel_norm(image + self.pixel_depth(finest))))
+    @torch.no_grad()
+    def _where(self, masks: Tensor, num_tokens: int, queries: QueryIndex, num_images: int) -> Tensor:
+        """Pixels that a token may read, bool[B, n * (K + L), G * G]: a slot those of its mask, others all."""
+        inside = F.max_pool2d(masks, 2).flatten(2) > 0  # [Q, K, G * G]
+        words = inside.new_ones(len(inside), num_tokens - self.num_slots, inside.shape[-1])
+        seen = spread(torch.cat([inside, words], dim=1), queries, num_images).flatten(1, 2)
+        return seen | ~seen.any(-1, keepdim=True)  # an empty mask says nothing, and no row may be empty
 
 
 @register("pixel_decoder", "deconv")
@@ -123,7 +222,16 @@ class DeconvDecoder(nn.Module):
 
     A presence CNN and four transposed convolutions to K + 1 classes, class 0 the background. The class scores leave
     as one log-odds map a slot, so both decoders share losses and thresholds. Logits stand at 16 G a side.
+
+    Args:
+        num_slots: targets a query can have.
+        num_rows: prompt states that are mixed with the pixels.
+        defects: with the released defects again, to show what they cost: rows drawn at random at every call, no
+            gradient into the language model, depth features viewed where a transpose is needed, masks that presence
+            does not gate.
     """
+
+    reads = "prompt"
 
     def __init__(
         self,
@@ -134,9 +242,11 @@ class DeconvDecoder(nn.Module):
         *,
         num_slots: int = 4,
         num_rows: int = 256,
+        defects: bool = False,
     ) -> None:
         super().__init__()
-        self.grid, self.num_slots, self.num_rows = grid, num_slots, num_rows
+        self.grid, self.num_slots, self.num_rows, self.defects = grid, num_slots, num_rows, defects
+        self.gates = not defects
         self.presence_cnn = nn.Sequential(
             nn.Conv2d(num_rows, 128, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
             nn.Conv2d(128, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
@@ -152,18 +262,23 @@ class DeconvDecoder(nn.Module):
 
     def forward(
         self, prompt: Tensor, prompt_mask: Tensor, patches: Tensor, maps: list[Tensor], queries: QueryIndex
-    ) -> tuple[Tensor, Tensor]:
+    ) -> list[Grounding]:
         """As `QueryDecoder.forward`; ``patches`` are not used, as in the released design."""
         length = prompt_mask.sum(1, keepdim=True)  # [Q, 1]
         step = torch.arange(self.num_rows, device=prompt.device) / self.num_rows
+        if self.defects:
+            prompt, step = prompt.detach(), torch.rand_like(step).sort().values
         columns = (step * length).long()[..., None].expand(-1, -1, prompt.shape[-1])
         rows = prompt.gather(1, columns)  # [Q, 256, D]
         presence = self.presence_cnn(F.adaptive_avg_pool1d(rows, 64 * 64).unflatten(2, (64, 64)))
         text = F.adaptive_max_pool1d(rows, self.grid**2).unflatten(2, (self.grid, self.grid))
-        pixels = self.pixels(F.adaptive_avg_pool2d(maps[0], self.grid))[queries.image]  # [Q, 256, G, G]
+        pixels = F.adaptive_avg_pool2d(maps[0], self.grid)
+        if self.defects:
+            pixels = pixels.permute(0, 2, 3, 1).reshape(pixels.shape)
+        pixels = self.pixels(pixels)[queries.image]  # [Q, 256, G, G]
         classes = self.deconv(text + pixels)  # [Q, K + 1, h, w]
         others = [
             torch.logsumexp(classes[:, [c for c in range(self.num_slots + 1) if c != slot]], dim=1)
             for slot in range(1, self.num_slots + 1)
         ]
-        return presence, classes[:, 1:] - torch.stack(others, dim=1)
+        return [Grounding(presence, classes[:, 1:] - torch.stack(others, dim=1))]

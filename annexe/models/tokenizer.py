@@ -26,6 +26,7 @@ class TextTokenizer:
     def __init__(self, base: PreTrainedTokenizerBase, num_slots: int, vocab_size: int | None = None) -> None:
         self.base, self.num_slots, self.vocab_size = base, num_slots, max(len(base), vocab_size or 0)
         self.bos_id, self.eos_id = base.bos_token_id, base.eos_token_id
+        self.full_stop_id = self.encode(".")[0]  # as it stands behind a placeholder
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``, no special tokens added."""
