@@ -32,9 +32,18 @@ from annexe.synthetic.scene import (
 from annexe.synthetic.wordings import FORMS, KEPT_FRAMES, PLURAL_OR_UNCOUNTED, VERB_WORDS, hands_of
 
 CLEAR_OF_MIDDLE, CLEAR_GAP = 140, 180  # pixels in x that "in the left half" and "left of" need; less is not asked
-# Share of the questions of a kind that should find nothing, where its no-target version fits far more or fewer scenes.
-_NO_TARGET_ODDS: dict[str, float] = {}
+WAYS = {"left": -1, "right": 1}
+# How often a kind is wanted without a target; other than usual where that version fits far more scenes, or fewer.
 _USUAL_ODDS = 0.4
+_NO_TARGET_ODDS = {
+    "hand": 0.5,
+    "hand_and_object": 0.5,
+    "object_of": 0.5,
+    "hand_not_on": 0.5,
+    "idle_hand": 0.1,
+    "off_table": 0.3,
+    "in_view colour": 0.35,
+}
 
 
 class Thing(NamedTuple):
@@ -45,6 +54,13 @@ class Thing(NamedTuple):
     verb: str | None  # None: no hand touches it
     sides: tuple[str, ...]
     column: float  # mean of its visible pixels
+    left: float  # first and last column of them
+    right: float
+
+    def is_beyond(self, other: Thing, sign: int) -> bool:
+        """Whether it lies plainly to the left (sign -1) or to the right (1) of another."""
+        gaps = (self.left - other.left, self.right - other.right)
+        return sign * (self.column - other.column) > CLEAR_GAP and min(sign * gap for gap in gaps) > 0
 
 
 class Asked(NamedTuple):
@@ -84,7 +100,8 @@ def things_of(scene: Scene, ids: np.ndarray) -> list[Thing]:
     small = ids[::4, ::4]
 
     def thing(identity: int, item: Item, verb: str | None = None, sides: tuple[str, ...] = ()) -> Thing:
-        return Thing(identity, item, verb, sides, 4 * float(np.nonzero(small == identity)[1].mean()))
+        columns = 4.0 * np.nonzero(small == identity)[1]
+        return Thing(identity, item, verb, sides, columns.mean(), columns.min(), columns.max())
 
     active = [thing(act.identity, act.item, act.verb, act.sides) for act in scene.interactions]
     unused = [thing(FIRST_DISTRACTOR + number, item) for number, item in enumerate(scene.distractors)]
@@ -207,41 +224,37 @@ def _about_verbs(things: list[Thing]) -> Iterator[Asked]:
 def _about_use(sort: str, words: str, group: list[Thing]) -> Iterator[Asked]:
     yield Asked(f"in_view {sort}", "in_view", _thing_words(words), _ids(group))
     yield Asked(f"active {sort}", "active", _thing_words(words), _ids([thing for thing in group if thing.verb]))
-    if group:
-        unused = _ids([thing for thing in group if not thing.verb])
-        yield Asked(f"unused {sort}", "unused", _thing_words(words), unused)
+    yield Asked(f"unused {sort}", "unused", _thing_words(words), _ids([thing for thing in group if not thing.verb]))
 
 
 def _about_hands_on(scene: Scene, sort: str, words: str, group: list[Thing]) -> Iterator[Asked]:
     """Which hand touches what; left out where "the mug" could be one that it touches or another."""
-    in_use = [thing for thing in group if thing.verb]
-    for sides in (("right",), ("left",), SIDES):
-        if len(sides) == 1 or len(in_use) < 2:
-            used = _ids([thing for thing in group if set(sides) <= set(thing.sides)])
-            fields = _thing_words(words) | {"hands": hands_of(sides)}
-            yield Asked(f"used_by {sort}", "used_by", fields, used)
-    touching = [side for side in SIDES if any(side in thing.sides for thing in group)]
-    yield Asked(f"hand_on {sort}", "hand_on", _thing_words(words), _hands(tuple(touching)))
-    if len({thing.sides for thing in group}) == 1:
+    fields = _thing_words(words)
+    for sides in (("right",), ("left",), SIDES) if scene.kind == "both_hands" else (("right",), ("left",)):
+        used = _ids([thing for thing in group if set(sides) <= set(thing.sides)])
+        yield Asked(f"used_by {sort}", "used_by", fields | {"hands": hands_of(sides)}, used)
+    touching = tuple(side for side in SIDES if any(side in thing.sides for thing in group))
+    yield Asked(f"hand_on {sort}", "hand_on", fields, _hands(touching))
+    if len({thing.sides for thing in group}) == 1 and (touching or sort == "pair"):
         others = tuple(side for side in scene.visible_sides if side not in touching)
-        yield Asked(f"hand_not_on {sort}", "hand_not_on", _thing_words(words), _hands(others))
+        yield Asked("hand_not_on", "hand_not_on", fields, _hands(others))
 
 
 def _about_category(noun: str, things: list[Thing], allow_held_out: bool) -> Iterator[Asked]:
     """Negations and comparisons within a category."""
     group = [thing for thing in things if thing.item.noun == noun]
+    words = _thing_words(noun)
+    lifted = [thing for thing in group if thing.verb in ("hold", "lift")]
+    yield Asked("off_table", "off_table", words, _ids(lifted))
+    yield Asked("on_table", "on_table", words, _ids([thing for thing in group if thing not in lifted]))
     if not group:
         return
-    words = _thing_words(noun)
     for colour in COLOURS:
         if allow_held_out or not is_held_out(group[0].item.category, colour):
             others = _ids([thing for thing in group if thing.item.colour != colour])
             yield Asked("not_colour", "not_colour", words | {"colour": colour}, others)
-    active = [thing for thing in things if thing.verb]
-    yield Asked("active_not", "active_not", words, _ids([thing for thing in active if thing.item.noun != noun]))
-    lifted = [thing for thing in group if thing.verb in ("hold", "lift")]
-    yield Asked("off_table", "off_table", words, _ids(lifted))
-    yield Asked("on_table", "on_table", words, _ids([thing for thing in group if thing not in lifted]))
+    others = _ids([thing for thing in things if thing.verb and thing.item.noun != noun])
+    yield Asked("active_not", "active_not", words, others)
 
 
 def _about_place(noun: str, things: list[Thing], nouns: list[str]) -> Iterator[Asked]:
@@ -249,7 +262,7 @@ def _about_place(noun: str, things: list[Thing], nouns: list[str]) -> Iterator[A
     group = [thing for thing in things if thing.item.noun == noun]
     words = _thing_words(noun)
     if all(abs(thing.column - WIDTH / 2) > CLEAR_OF_MIDDLE for thing in group):
-        for way, sign in (("left", -1), ("right", 1)):
+        for way, sign in WAYS.items():
             there = [thing for thing in group if sign * (thing.column - WIDTH / 2) > 0]
             yield Asked("half", "half", words | {"way": way}, _ids(there))
     if len(group) != 1:
@@ -258,16 +271,15 @@ def _about_place(noun: str, things: list[Thing], nouns: list[str]) -> Iterator[A
         marks = [thing for thing in things if thing.item.noun == other]
         if other == noun or len(marks) != 1 or not group:
             continue
-        ways = [thing.column - marks[0].column for thing in group]
-        if all(abs(way) > CLEAR_GAP for way in ways):
-            for way, sign in (("left", -1), ("right", 1)):
-                there = [thing for thing, gap in zip(group, ways, strict=True) if sign * gap > 0]
-                yield Asked("beside", "beside", words | {"other": other, "way": way}, _ids(there))
+        sides = {sign: [thing for thing in group if thing.is_beyond(marks[0], sign)] for sign in WAYS.values()}
+        if sum(map(len, sides.values())) == len(group):
+            for way, sign in WAYS.items():
+                yield Asked("beside", "beside", words | {"other": other, "way": way}, _ids(sides[sign]))
 
 
 def _about_outermost(sort: str, words: str, group: list[Thing]) -> Iterator[Asked]:
-    """The thing furthest to a side, if it is by a clear gap."""
-    for way, sign in (("left", -1), ("right", 1)):
-        ranked = sorted(group, key=lambda thing: -sign * thing.column)
-        if len(ranked) < 2 or abs(ranked[0].column - ranked[1].column) > CLEAR_GAP:
-            yield Asked(f"outermost {sort}", "outermost", _thing_words(words) | {"way": way}, _ids(ranked[:1]))
+    """The thing furthest to a side, if it lies plainly beyond all others."""
+    for way, sign in WAYS.items():
+        found = [thing for thing in group if all(thing.is_beyond(other, sign) for other in group if other != thing)]
+        if found or not group:
+            yield Asked(f"outermost {sort}", "outermost", _thing_words(words) | {"way": way}, _ids(found))
