@@ -18,13 +18,17 @@ import numpy as np
 from rich.progress import track
 
 from annexe.errors import UserError
+from annexe.synthetic.hard_language import hard_annotations
+from annexe.synthetic.hard_scene import draw_hard_scene, place
 from annexe.synthetic.language import annotations
-from annexe.synthetic.render import render
+from annexe.synthetic.render import Picture, paint, render
 from annexe.synthetic.scene import KINDS, VERBS, Scene, draw_scene
 
 SPLITS = ("train", "val", "test")
 UNSEEN_LIST = "subsets/unseen_pairs.txt"
 _UNSEEN_EVERY = 5  # one in so many val and test images shows a pair that train never shows
+HARD_LISTS = ("unseen_pairs", "unseen_wordings", "unseen_layouts", "ordinary")
+_HARD_EVERY, _HARD_TURNS = 8, {0: "unseen_pairs", 3: "unseen_wordings", 6: "unseen_layouts"}
 _DRAWING_VERSION = 1  # raise it when the same seed draws other bytes, so that old folders are not reused
 _FINISHED, _UNFINISHED = "synthetic.json", "synthetic.unfinished.json"
 
@@ -37,6 +41,7 @@ class Settings:
     seed: int
     val_fraction: float
     test_fraction: float
+    hard: bool = False
     drawing_version: int = _DRAWING_VERSION
 
     def split_sizes(self) -> tuple[int, int, int]:
@@ -56,10 +61,14 @@ class _Job:
     split: str
     index: int
     number: int
+    hard: bool
 
     @property
-    def shows_unseen_pair(self) -> bool:
-        return self.split != "train" and self.index % _UNSEEN_EVERY == 0
+    def subset(self) -> str | None:
+        """The list that this image is on; easy ones name the unseen pairs of val and test, hard ones all of test."""
+        if not self.hard:
+            return "unseen_pairs" if self.split != "train" and self.index % _UNSEEN_EVERY == 0 else None
+        return _HARD_TURNS.get(self.index % _HARD_EVERY, "ordinary") if self.split == "test" else None
 
 
 def generate(
@@ -69,6 +78,7 @@ def generate(
     seed: int,
     val_fraction: float = 0.05,
     test_fraction: float = 0.15,
+    hard: bool = False,
     num_workers: int | None = None,
 ) -> None:
     """Writes a synthetic data set, or returns at once if `out` holds this very one.
@@ -79,12 +89,13 @@ def generate(
         seed: settles every byte, together with the other settings but not `num_workers`.
         val_fraction: share of the images in val.
         test_fraction: share of the images in test.
+        hard: whether things look alike, lie anywhere, hide each other, and questions tell them apart.
         num_workers: processes; all cores if None.
 
     Raises:
         UserError: the numbers make no sense, or `out` holds anything else.
     """
-    settings = Settings(num_images, seed, val_fraction, test_fraction)
+    settings = Settings(num_images, seed, val_fraction, test_fraction, hard)
     if num_images < 1 or seed < 0 or min(settings.split_sizes()) < 0 or (num_workers or 1) < 1:
         raise UserError(
             f"Cannot make {num_images} images, seed {seed}, val {val_fraction} and test {test_fraction}: "
@@ -98,8 +109,9 @@ def generate(
         (out / folder).mkdir(parents=True, exist_ok=True)
     jobs = list(_jobs(out, settings))
     stems = list(track(_run(jobs, num_workers), description="Drawing scenes", total=len(jobs)))
-    unseen = [stem for stem, job in zip(stems, jobs, strict=True) if job.shows_unseen_pair]
-    (out / UNSEEN_LIST).write_text("".join(f"{stem}\n" for stem in unseen))
+    for name in HARD_LISTS if hard else HARD_LISTS[:1]:
+        listed = [stem for stem, job in zip(stems, jobs, strict=True) if job.subset == name]
+        (out / "subsets" / f"{name}.txt").write_text("".join(f"{stem}\n" for stem in listed))
     (out / _UNFINISHED).replace(out / _FINISHED)
 
 
@@ -107,7 +119,7 @@ def _is_complete(out: Path, settings: Settings) -> bool:
     """Whether `out` holds this very data set; refuses a folder that holds something else."""
     for name in (_FINISHED, _UNFINISHED):
         if (out / name).exists():
-            found = json.loads((out / name).read_text())
+            found = {"hard": False} | json.loads((out / name).read_text())  # older folders are easy and do not say it
             if found != asdict(settings):
                 raise UserError(
                     f"{out} holds synthetic scenes made with other settings ({found}): "
@@ -124,7 +136,7 @@ def _jobs(out: Path, settings: Settings) -> Iterator[_Job]:
     for split, size in zip(SPLITS, settings.split_sizes(), strict=True):
         for index in range(size):
             number += 1
-            yield _Job(out, settings.seed, split, index, number)
+            yield _Job(out, settings.seed, split, index, number, settings.hard)
 
 
 def num_cores() -> int:
@@ -145,15 +157,27 @@ def _run(jobs: list[_Job], num_workers: int | None) -> Iterator[str]:
 def _make(job: _Job) -> str:
     """Draws, describes and writes one scene; returns its stem."""
     rng = np.random.default_rng([job.seed, SPLITS.index(job.split), job.index])
-    scene = draw_scene(rng, unseen_pair=job.shows_unseen_pair)
+    scene, picture, language = _hard_image(job.subset, rng) if job.hard else _easy_image(job, rng)
     stem = _stem(job, scene)
-    picture = render(scene, rng)
-    language = annotations(scene, rng, allow_held_out=job.split != "train")
     _write_image(job.out / "RGB" / f"{stem}.jpg", picture.image, [cv2.IMWRITE_JPEG_QUALITY, 90])
     for folder, image in (("depth", picture.depth), ("mask", picture.ids)):
         _write_image(job.out / folder / f"{stem}.png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1])
     (job.out / "dataset_split" / job.split / f"{stem}.json").write_text(json.dumps(language, indent=1) + "\n")
     return stem
+
+
+def _easy_image(job: _Job, rng: np.random.Generator) -> tuple[Scene, Picture, list[dict]]:
+    scene = draw_scene(rng, unseen_pair=job.subset is not None)
+    picture = render(scene, rng)
+    return scene, picture, annotations(scene, rng, allow_held_out=job.split != "train")
+
+
+def _hard_image(subset: str | None, rng: np.random.Generator) -> tuple[Scene, Picture, list[dict]]:
+    unseen_pair, crossed = subset == "unseen_pairs", subset == "unseen_layouts"
+    scene = draw_hard_scene(rng, unseen_pair=unseen_pair, one_hand=crossed)
+    picture = paint(scene, place(scene, rng, crossed=crossed), rng)
+    kept = subset == "unseen_wordings"
+    return scene, picture, hard_annotations(scene, picture.ids, rng, allow_held_out=unseen_pair, kept_wordings=kept)
 
 
 def _write_image(path: Path, image: np.ndarray, parameters: list[int]) -> None:

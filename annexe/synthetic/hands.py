@@ -110,6 +110,11 @@ def hand_patches(
     ]
 
 
+def without_arm(patches: list[Patch]) -> list[Patch]:
+    """Palm and fingers of what `hand_patches` returns: it starts with the arm and ends with wrist and sleeve."""
+    return patches[1:-3]
+
+
 def _finger(
     place: Callable[[np.ndarray], np.ndarray],
     root: np.ndarray,

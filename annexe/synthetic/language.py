@@ -40,8 +40,8 @@ from annexe.synthetic.wordings import (
 NUM_SLOTS = 4
 NO_TARGET_ANSWER = "There is no suitable referring result."
 NO_TARGET_TOKEN = "none"
-_NO_TARGET_SHARE = 0.335
-_NUM_ANNOTATIONS = (8, 9, 10, 11)
+NO_TARGET_SHARE = 0.335
+NUM_ANNOTATIONS = (8, 9, 10, 11)
 _NUM_QUERIES = (5, 6, 7, 8, 9, 10)
 _NUM_QUERIES_SHARES = (0.04, 0.06, 0.15, 0.25, 0.25, 0.25)
 _CAPTION_TAIL = {
@@ -51,7 +51,7 @@ _CAPTION_TAIL = {
     "touch": " with one finger",
 }
 
-_FRAMES = (
+FRAMES = (
     "Please segment {}.",
     "Can you point out {}?",
     "Show me {}.",
@@ -81,18 +81,36 @@ def annotations(scene: Scene, rng: np.random.Generator, *, allow_held_out: bool)
         rng: picks the questions and their paraphrases.
         allow_held_out: whether a wrong colour or category may name a pair that training never shows.
     """
-    names = _target_names(scene)
-    num_questions = int(rng.choice(_NUM_ANNOTATIONS))
-    num_refused = int(num_questions * _NO_TARGET_SHARE + rng.random())
+    names = target_names(scene)
+    num_questions = int(rng.choice(NUM_ANNOTATIONS))
+    num_refused = int(num_questions * NO_TARGET_SHARE + rng.random())
     answerable = list(_answerable(scene))
     refused = list(_refused(scene, rng, allow_held_out))
     chosen = [answerable[index] for index in rng.permutation(len(answerable))[: num_questions - num_refused]]
     chosen += [refused[index] for index in rng.permutation(len(refused))[:num_refused]]
-    analysis, next_id, asked, result = caption(scene), 0, set(), []
-    for index in rng.permutation(len(chosen)):
-        question = chosen[index]
+    return records([chosen[index] for index in rng.permutation(len(chosen))], names, caption(scene), rng)
+
+
+def records(
+    questions: list[Question],
+    names: dict[int, str],
+    analysis: str,
+    rng: np.random.Generator,
+    frames: tuple[str, ...] = FRAMES,
+) -> list[dict]:
+    """Questions in the form of Ego-IRGBench's JSON files, with answers and drawn paraphrases.
+
+    Args:
+        questions: what is asked.
+        names: phrase of every possible target by id, in the order of the answer's slots.
+        analysis: the caption.
+        rng: picks the paraphrases.
+        frames: sentences around a noun phrase.
+    """
+    next_id, asked, result = 0, set(), []
+    for question in questions:
         targets = sorted(question.targets, key=list(names).index)
-        queries = _paraphrases(question, rng, asked)
+        queries = _paraphrases(question, rng, asked, frames)
         phrases = [names[target] for target in targets]
         tokens = phrases or [NO_TARGET_TOKEN]
         result.append(
@@ -112,7 +130,7 @@ def annotations(scene: Scene, rng: np.random.Generator, *, allow_held_out: bool)
     return result
 
 
-def _target_names(scene: Scene) -> dict[int, str]:
+def target_names(scene: Scene) -> dict[int, str]:
     """Phrase of every possible target by id, in the order of the answer's slots."""
     names = {HAND_IDS[side]: f"the {side} hand" for side in scene.visible_sides}
     return names | {act.identity: f"the {act.item.name}" for act in scene.interactions}
@@ -128,10 +146,12 @@ def _answer(phrases: list[str]) -> str:
     return f"{sentence[0].upper()}{sentence[1:]}."
 
 
-def _paraphrases(question: Question, rng: np.random.Generator, asked: set[str]) -> list[tuple[str, int]]:
+def _paraphrases(
+    question: Question, rng: np.random.Generator, asked: set[str], frames: tuple[str, ...]
+) -> list[tuple[str, int]]:
     """Draws 5 to 10 wordings as (query, is_sentence), about two in five of them bare phrases."""
     bare = [f"{phrase[0].upper()}{phrase[1:]}{mark}" for phrase in question.phrases for mark in (".", "", "?")]
-    framed = [frame.format(phrase) for phrase in question.phrases for frame in _FRAMES]
+    framed = [frame.format(phrase) for phrase in question.phrases for frame in frames]
     num_queries = int(rng.choice(_NUM_QUERIES, p=_NUM_QUERIES_SHARES))
     num_bare = int(rng.binomial(num_queries, 0.4))
     queries: list[tuple[str, int]] = []

@@ -37,7 +37,6 @@ _MATERIALS: dict[str, BGR] = {
     "lamp": (170, 235, 255),
     "wood": (70, 104, 150),
 }
-_MOST_COVERED = 0.18  # share of an active object that its hands may hide
 _CENTRE_ROWS = {"hold": 500, "lift": 330, "push": 590, "touch": 420}
 _DISTRACTOR_SPOTS = [
     (220, 340),
@@ -77,18 +76,39 @@ class Layout(NamedTuple):
     streaks: list[np.ndarray]
 
 
+class Stage(NamedTuple):
+    """How large an interaction is, how much of an object its hands may hide, and its way from the usual place."""
+
+    area: tuple[float, float]  # of an active object, pixels
+    longest: float  # side of its box, pixels
+    palm: tuple[float, float]  # width of a hand, pixels
+    most_covered: float
+    step: tuple[float, float] = (0.0, 0.0)  # right and down, pixels
+    arms_from_below: bool = False  # else the arm of a pushing hand comes from the side
+
+
+_ALONE = Stage((205e3, 240e3), 680, (165, 180), 0.18)
+_PAIRED = Stage((165e3, 185e3), 590, (150, 162), 0.18)
+
+
 def render(scene: Scene, rng: np.random.Generator) -> Picture:
     """Paints a scene; `rng` settles what the scene leaves open (positions, light, noise)."""
     layout = Layout([], [], [])
     for interaction in scene.interactions:
-        _lay_interaction(layout, scene, interaction, rng)
+        lay_interaction(layout, scene, interaction, _ALONE if len(scene.interactions) == 1 else _PAIRED, rng)
     for side in scene.idle_sides:
-        _lay_idle_hand(layout, scene, side, rng)
+        out = 1 if side == "right" else -1
+        palm = np.array([WIDTH / 2 + out * rng.uniform(560, 640), rng.uniform(800, 850)])
+        lay_idle_hand(layout, scene, side, palm, rng)
     distractors = _lay_distractors(layout, scene, rng)
+    return paint(scene, layout._replace(layers=[*distractors, *layout.layers]), rng)
 
+
+def paint(scene: Scene, layout: Layout, rng: np.random.Generator) -> Picture:
+    """Paints what has been laid out, with light and noise from `rng`."""
     image, depth = paint_background(scene.table, layout.shadows, layout.streaks, rng)
     canvas = Canvas(image, depth)
-    for layer in [*distractors, *layout.layers]:
+    for layer in layout.layers:
         canvas.paint(layer.patches, identity=layer.identity, near=layer.near, slope=layer.slope)
     image = add_light_and_noise(canvas.image, rng)
     return Picture(image, canvas.ids, punch_holes(canvas.depth, canvas.ids, list(HAND_IDS.values()), rng))
@@ -135,50 +155,53 @@ def _paint(base: BGR, paint: str) -> BGR:
     return mix(base, other, share)
 
 
-def _lay_interaction(layout: Layout, scene: Scene, act: Interaction, rng: np.random.Generator) -> None:
+def lay_interaction(layout: Layout, scene: Scene, act: Interaction, stage: Stage, rng: np.random.Generator) -> None:
     """Places an active object by the verb, then every hand that acts on it."""
     alone = len(scene.interactions) == 1
     outward = {("right",): 1, ("left",): -1}.get(act.sides, 0)
-    patches = _place_active_item(act, alone, outward, rng)
+    patches = _place_active_item(act, alone, outward, stage, rng)
     left, _, right, bottom = bounds(patches)
-    near = float(table_depth(bottom)) - {"hold": 150, "lift": 260, "push": 60, "touch": 60}[act.verb]
-    layout.layers.append(Layer(patches, act.identity, near, 0.0))
+    near = float(table_depth(min(bottom + stage.step[1], HEIGHT)))
+    near -= {"hold": 150, "lift": 260, "push": 60, "touch": 60}[act.verb]
+    layout.layers.append(Layer(moved(patches, stage.step), act.identity, near, 0.0))
     if act.verb == "lift":
         half_width = max((right - left) // 2, 320)  # wider than the arms that cross it
         spot = cv2.ellipse2Poly(((left + right) // 2, 930), (half_width, 90), 0, 0, 360, 8)
-        layout.shadows.append(([spot.astype(np.float64)], 0.62))
+        layout.shadows.append(([spot + np.array(stage.step)], 0.62))
     elif act.verb != "hold":
-        layout.shadows.append(_shadow(patches, 14, 26, 0.5))
+        layout.shadows.append(shadow(moved(patches, stage.step), 14, 26, 0.5))
 
     mask = silhouette(patches)
     for side in act.sides:
         out = 1 if side == "right" else -1
-        size = rng.uniform(165, 180) if alone else rng.uniform(150, 162)
-        grip = _grip(act.verb, len(act.sides) == 2, mask, out, size, rng.uniform(-30, 30))
+        size = rng.uniform(*stage.palm)
+        grip = _grip(act.verb, len(act.sides) == 2, mask, out, size, rng.uniform(-30, 30), stage.arms_from_below)
         hand = hand_patches(
             POSES[act.verb],
             side=side,
             palm=grip.palm,
             direction=grip.direction,
-            entry=grip.entry,
+            entry=grip.entry + np.array([0, max(0.0, -stage.step[1])]),  # no arm ends in the picture
             size=size,
             human=scene.human,
         )
-        hand = _retreat(hand, mask, grip.away, _MOST_COVERED / len(act.sides))
+        hand = moved(_retreat(hand, mask, grip.away, stage.most_covered / len(act.sides)), stage.step)
         layout.layers.append(Layer(hand, HAND_IDS[side], near - 35, -0.2))
         if act.verb == "push":
-            layout.streaks.extend(_streaks(mask, out, len(act.sides) == 2))
+            layout.streaks.extend(line + stage.step for line in _streaks(mask, out, len(act.sides) == 2))
         if act.verb in ("push", "touch"):
-            layout.shadows.append(_shadow(hand, 16, 34, 0.28))
+            layout.shadows.append(shadow(hand, 16, 34, 0.28))
 
 
-def _place_active_item(act: Interaction, alone: bool, outward: int, rng: np.random.Generator) -> list[Patch]:
+def _place_active_item(
+    act: Interaction, alone: bool, outward: int, stage: Stage, rng: np.random.Generator
+) -> list[Patch]:
     """The object where its verb shows; `outward` is 1 for the right hand, -1 for the left, 0 for both."""
     column = WIDTH / 2 + outward * (0 if alone else 430) + rng.uniform(-50, 50)
     row = _CENTRE_ROWS[act.verb] + rng.uniform(-25, 25)
-    if act.verb == "push" and outward:
+    if act.verb == "push" and outward and not stage.arms_from_below:
         column -= outward * (130 if alone else 80)  # room for the arm that comes from the side
-    elif act.verb == "push":
+    elif act.verb == "push" and not outward:
         row -= 130  # room for the arms that come from below
     lying = act.verb in ("push", "touch")
     angle = rng.uniform(-0.1, 0.1) if lying else outward * 0.12 + rng.uniform(-0.08, 0.08)
@@ -188,13 +211,13 @@ def _place_active_item(act: Interaction, alone: bool, outward: int, rng: np.rand
     patches = item_patches(
         act.item,
         centre=(column, row),
-        area=rng.uniform(205e3, 240e3) if alone else rng.uniform(165e3, 185e3),
-        longest=680 if alone else 590,
+        area=rng.uniform(*stage.area),
+        longest=stage.longest,
         angle=angle,
         flip=flip,
     )
     highest = min(contour[:, 1].min() for patch in patches for contour in patch.contours)
-    return _moved(patches, (0, max(0.0, 24 - highest)))
+    return moved(patches, (0, max(0.0, 24 - highest)))
 
 
 class Grip(NamedTuple):
@@ -206,7 +229,7 @@ class Grip(NamedTuple):
     away: tuple[int, int]
 
 
-def _grip(verb: str, together: bool, mask: np.ndarray, out: int, size: float, jitter: float) -> Grip:
+def _grip(verb: str, together: bool, mask: np.ndarray, out: int, size: float, jitter: float, from_below: bool) -> Grip:
     """Where a hand goes, in pixels; `out` is 1 for the right hand and -1 for the left."""
     rows, columns = np.nonzero(mask.any(axis=1))[0], np.nonzero(mask.any(axis=0))[0]
     middle, half = (columns[0] + columns[-1]) / 2, (columns[-1] - columns[0]) / 2
@@ -230,6 +253,8 @@ def _grip(verb: str, together: bool, mask: np.ndarray, out: int, size: float, ji
         row = row_at(0.66)
         edge = _outer_column(mask, row, len(rows) // 7, out)
         entry = np.array([WIDTH / 2 + out * (WIDTH / 2 + 90), row + 160 + jitter])
+        if from_below:
+            entry = np.array([edge + out * (430 + jitter), HEIGHT + 80])
         return Grip(np.array([edge + out * 0.4 * size, row]), np.array([-out * 0.3, -1.0]), entry, (out * 12, 0))
     row = row_at(0.72)
     edge = _outer_column(mask, row, 4, out)
@@ -241,11 +266,13 @@ def _grip(verb: str, together: bool, mask: np.ndarray, out: int, size: float, ji
     return Grip(palm, direction, np.array([palm[0] + out * (260 + jitter), HEIGHT + 60]), (out * 12, 0))
 
 
-def _moved(patches: list[Patch], step: tuple[float, float]) -> list[Patch]:
+def moved(patches: list[Patch], step: tuple[float, float]) -> list[Patch]:
+    """The patches some pixels further right and down."""
     return [patch._replace(contours=[contour + step for contour in patch.contours]) for patch in patches]
 
 
-def _shadow(patches: list[Patch], right: float, down: float, darkness: float) -> tuple[list[np.ndarray], float]:
+def shadow(patches: list[Patch], right: float, down: float, darkness: float) -> tuple[list[np.ndarray], float]:
+    """The contours of a thing's shadow, that many pixels to its right and below, and its darkness."""
     return [contour + np.array([right, down]) for patch in patches for contour in patch.contours], darkness
 
 
@@ -259,7 +286,7 @@ def _retreat(patches: list[Patch], mask: np.ndarray, step: tuple[int, int], limi
             fill(hand, patch.contours, 1, smooth=False, scale=scale)
         if (hand & small).sum() <= limit * small.sum():
             return patches
-        patches = _moved(patches, step)
+        patches = moved(patches, step)
 
 
 def _outer_column(mask: np.ndarray, row: int, reach: int, out: int) -> int:
@@ -290,9 +317,9 @@ def _streaks(mask: np.ndarray, out: int, together: bool) -> list[np.ndarray]:
     return lines
 
 
-def _lay_idle_hand(layout: Layout, scene: Scene, side: str, rng: np.random.Generator) -> None:
+def lay_idle_hand(layout: Layout, scene: Scene, side: str, palm: np.ndarray, rng: np.random.Generator) -> None:
+    """Rests a hand on the table with its palm at a point, float [2]."""
     out = 1 if side == "right" else -1
-    palm = np.array([WIDTH / 2 + out * rng.uniform(560, 640), rng.uniform(800, 850)])
     entry = np.array([palm[0] + out * rng.uniform(60, 160), HEIGHT + 160])
     direction = np.array([-out * 0.18, -1.0])
     patches = hand_patches(
@@ -305,7 +332,7 @@ def _lay_idle_hand(layout: Layout, scene: Scene, side: str, rng: np.random.Gener
         human=scene.human,
     )
     layout.layers.append(Layer(patches, HAND_IDS[side], float(table_depth(600)) - 30, -0.3))
-    layout.shadows.append(_shadow(patches, 12, 22, 0.4))
+    layout.shadows.append(shadow(patches, 12, 22, 0.4))
 
 
 def _lay_distractors(layout: Layout, scene: Scene, rng: np.random.Generator) -> list[Layer]:
@@ -333,7 +360,7 @@ def _lay_distractors(layout: Layout, scene: Scene, rng: np.random.Generator) -> 
             angle=rng.uniform(-0.3, 0.3),
             flip=rng.random() < 0.5,
         )
-        layout.shadows.append(_shadow(patches, 8, 16, 0.45))
+        layout.shadows.append(shadow(patches, 8, 16, 0.45))
         bottom = bounds(patches)[3]
         layers.append(Layer(patches, FIRST_DISTRACTOR + number, float(table_depth(bottom)) - 40, 0.0))
         for patch in patches:

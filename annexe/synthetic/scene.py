@@ -110,7 +110,7 @@ def draw_scene(rng: np.random.Generator, *, unseen_pair: bool) -> Scene:
     kind = str(rng.choice(KINDS, p=_KIND_SHARES))
     side = str(rng.choice(SIDES))
     other = SIDES[1 - SIDES.index(side)]
-    first = _draw_item(rng)
+    first = draw_item(rng)
     if unseen_pair:
         first = first._replace(colour=held_out_colour(first.category))
 
@@ -118,7 +118,7 @@ def draw_scene(rng: np.random.Generator, *, unseen_pair: bool) -> Scene:
         verb = str(rng.choice(["hold", "lift", "push"]))
         interactions = (Interaction(verb, SIDES, first, FIRST_OBJECT),)
     elif kind == "two_objects":
-        second = _draw_item(rng, avoid=(first,))
+        second = draw_item(rng, avoid=(first,))
         verbs = [str(verb) for verb in rng.choice(VERBS, size=2)]
         interactions = (
             Interaction(verbs[0], ("right",), first, FIRST_OBJECT),
@@ -137,7 +137,7 @@ def draw_scene(rng: np.random.Generator, *, unseen_pair: bool) -> Scene:
     )
 
 
-def _draw_item(
+def draw_item(
     rng: np.random.Generator,
     *,
     avoid: tuple[Item, ...] = (),
@@ -165,7 +165,7 @@ def _draw_distractors(rng: np.random.Generator, active: tuple[Item, ...]) -> tup
         model = active[rng.integers(len(active))]
         shared = rng.choice(["category", "colour", "nothing"])
         distractors.append(
-            _draw_item(
+            draw_item(
                 rng,
                 avoid=(*active, *distractors),
                 category=model.category if shared == "category" else None,

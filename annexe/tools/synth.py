@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, required=True, help="the same seed gives the same bytes")
     parser.add_argument("--val", type=float, default=0.05, help="share of the images in val (default %(default)s)")
     parser.add_argument("--test", type=float, default=0.15, help="share of the images in test (default %(default)s)")
+    parser.add_argument("--hard", action="store_true", help="look-alikes, hidden parts, and questions that tell apart")
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
 
 
@@ -26,5 +27,6 @@ def run(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         val_fraction=arguments.val,
         test_fraction=arguments.test,
+        hard=arguments.hard,
         num_workers=arguments.workers,
     )
