@@ -36,15 +36,8 @@ SETTINGS = {"num_images": 22, "seed": 3, "val_fraction": 0.1, "test_fraction": 0
 NUM_SCENES, NUM_CHECKED = 160, 60
 HELD_OUT_NAMES = [f"{held_out_colour(number)} {noun}" for number, noun in CATEGORIES.items()]
 # Every scene has targets for these.
-NEVER_REFUSED = {
-    "all_hands",
-    "active_hands",
-    "active_objects",
-    "interaction",
-    "unused_objects",
-    "outermost all",
-    "outermost unused",
-}
+NEVER_REFUSED = {"all_hands", "active_hands", "active_objects", "interaction", "unused_objects"}
+NEVER_REFUSED |= {"outermost all", "outermost unused"}
 
 
 class Drawn(NamedTuple):
