@@ -17,6 +17,7 @@ from annexe.synthetic.render import (
     item_patches,
     lay_idle_hand,
     lay_interaction,
+    moved,
     shadow,
     table_depth,
 )
@@ -25,7 +26,7 @@ from annexe.synthetic.scene import FIRST_DISTRACTOR, HAND_IDS, Interaction, Item
 # Least visible share of a whole thing, with some reserve: these are measured on a coarse map.
 _VISIBLE_ACTIVE, _VISIBLE_DISTRACTOR, _VISIBLE_HAND = 0.53, 0.43, 0.4
 _VISIBLE_PIXELS = 13_000
-_CUT_SHARE, _OCCLUDED_SHARE = 0.25, 0.3
+_CUT_SHARE, _OCCLUDED_SHARE = 0.32, 0.34  # of the plans; a quarter and 0.3 of the scenes, as these fail more often
 _LOOK_ALIKE_SHARE, _TWIN_SHARE = 0.92, 0.3
 _THIRD = WIDTH / 3
 _COARSE = 8  # pixels per cell of the maps that placements are tried on
@@ -51,6 +52,7 @@ class Shape(NamedTuple):
     layer: Layer
     whole: np.ndarray
     fist: np.ndarray | None = None  # a hand without its arm
+    reach: np.ndarray | None = None  # that and three cells more on every side
 
 
 def draw_hard_scene(rng: np.random.Generator, *, unseen_pair: bool, one_hand: bool) -> Scene:
@@ -181,8 +183,11 @@ def _coarse(patches: list[Patch]) -> np.ndarray:
 
 
 def _shape(layer: Layer) -> Shape:
-    is_hand = layer.identity in HAND_IDS.values()
-    return Shape(layer, _coarse(layer.patches), _coarse(without_arm(layer.patches)) if is_hand else None)
+    whole = _coarse(layer.patches)
+    if layer.identity not in HAND_IDS.values():
+        return Shape(layer, whole)
+    fist = _coarse(without_arm(layer.patches))
+    return Shape(layer, whole, fist, _grown(fist))
 
 
 def _inside(whole: np.ndarray) -> np.ndarray:
@@ -231,6 +236,14 @@ def _lay_distractor(
     rng: np.random.Generator,
 ) -> Shape | None:
     """Lays an unused object on the table where no hand touches it; None if there is no such place."""
+    drawn = item_patches(
+        item,
+        centre=(0, 0),
+        area=rng.uniform(50e3, 110e3),
+        longest=460,
+        angle=rng.uniform(-0.3, 0.3),
+        flip=rng.random() < 0.5,
+    )
     for _ in range(30):
         centre = (rng.uniform(110, WIDTH - 110), rng.uniform(240, HEIGHT - 130))
         if in_front:
@@ -239,14 +252,7 @@ def _lay_distractor(
             centre = (columns[chosen] * _COARSE + rng.uniform(-160, 160), rows[chosen] * _COARSE + rng.uniform(40, 200))
         elif near_hand is not None:
             centre = (_middle(near_hand.fist) + rng.choice([-1, 1]) * rng.uniform(210, 420), rng.uniform(600, 900))
-        patches = item_patches(
-            item,
-            centre=centre,
-            area=rng.uniform(50e3, 110e3),
-            longest=460,
-            angle=rng.uniform(-0.3, 0.3),
-            flip=rng.random() < 0.5,
-        )
+        patches = moved(drawn, centre)
         bottom = bounds(patches)[3]
         near = float(table_depth(bottom)) - 40
         if in_front:
@@ -262,7 +268,7 @@ def _has_room(shape: Shape, shapes: list[Shape], others: list[Shape]) -> bool:
     size = shape.whole.sum()
     if _inside(shape.whole).sum() < 0.93 * size:
         return False
-    if any(other.fist is not None and (_grown(other.fist) & shape.whole).any() for other in shapes):
+    if any(other.reach is not None and (other.reach & shape.whole).any() for other in shapes):
         return False
     return all((other.whole & shape.whole).sum() < 0.06 * min(size, other.whole.sum()) for other in others)
 

@@ -252,7 +252,7 @@ interaction
   the interacting hands with their objects | the active hands and the active objects
   What takes part in the interaction? | Which hands and objects interact?
   kept: the hands in interaction with their objects | every active hand and every object in use
-  kept: Which hands and objects take part in the interaction?
+  kept: Which objects and hands interact?
 hand_and_object
   the {side} hand and its object | the {side} hand together with what it touches
   the {side} hand and the object it interacts with | the {side} hand and what it uses
