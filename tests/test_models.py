@@ -110,6 +110,7 @@ def test_presence_gates_masks(make_parts):
     with torch.no_grad():
         model.pixel_decoder.mask_embedding[-1].bias.zero_()
         model.pixel_decoder.presence.weight.zero_()
+        model.pixel_decoder.told_presence[-1].weight.zero_()
         model.pixel_decoder.presence.bias.fill_(-5.0)
         rejected = model.generate(prompts, 2)
         model.pixel_decoder.presence.bias.fill_(5.0)
@@ -121,7 +122,8 @@ def test_presence_gates_masks(make_parts):
 
 
 DECODER_SETTINGS = (
-    *("words=false", "pixels=rgb", "pixels=depth", "focused=false", "supervised_layers=false", "reads=answer"),
+    *("words=false", "pixels=rgb", "pixels=depth", "focused=false", "supervised_layers=false", "told_presence=false"),
+    "reads=answer",
     "type=deconv model.pixel_decoder.defects=true",
 )
 

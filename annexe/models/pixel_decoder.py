@@ -90,6 +90,7 @@ class QueryDecoder(nn.Module):
         pixels: what is read: ``rgb`` patches, the ``depth`` branch's maps, or ``both``.
         focused: slots read where the layer before put their mask (masked attention of Mask2Former, CVPR 2022).
         supervised_layers: every layer is held to the truth, its masks at 2 G a side.
+        told_presence: presence is what a slot saw and, added to it, what the end of the prompt tells by itself.
         language_gradients: the losses of presence and masks reach the language model.
         reads: ``prompt``, or ``answer``: a slot starts from the state of its ``<MSK_k>`` in the answer, the true one in
             training and the generated one in use (LISA, CVPR 2024), and there are no words.
@@ -113,6 +114,7 @@ class QueryDecoder(nn.Module):
         pixels: str = "both",
         focused: bool = True,
         supervised_layers: bool = True,
+        told_presence: bool = True,
         language_gradients: bool = True,
         reads: str = "prompt",
     ) -> None:
@@ -133,6 +135,12 @@ class QueryDecoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(hidden_size, num_heads) for _ in range(num_layers))
         self.norm = nn.LayerNorm(hidden_size)
         self.presence = nn.Linear(hidden_size, 1)
+        self.told_presence = None
+        if reads == "prompt" and told_presence:
+            wide = 2 * hidden_size
+            self.told_presence = nn.Sequential(
+                nn.LayerNorm(language_dim), nn.Linear(language_dim, wide), nn.GELU(), nn.Linear(wide, num_slots)
+            )
         self.mask_embedding = nn.Sequential(
             nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, pixel_dim)
         )
@@ -157,7 +165,8 @@ class QueryDecoder(nn.Module):
         Returns:
             What each layer says, if all are supervised, and last what counts.
         """
-        tokens, real = self._tokens(prompt if self.language_gradients else prompt.detach(), prompt_mask)
+        prompt = prompt if self.language_gradients else prompt.detach()
+        tokens, real, told = self._tokens(prompt, prompt_mask)
         rgb, values = self._coarse(patches, maps[0])
         keys = values + self.position
         finest = self._finest(rgb, maps[-1])  # [B, C, 8 G, 8 G]
@@ -168,22 +177,24 @@ class QueryDecoder(nn.Module):
             tokens = layer(tokens, real, keys, values, seen, queries)
             last = number == len(self.layers) - 1
             if last or self.supervised_layers or self.focused:
-                said.append(self._say(tokens[:, : self.num_slots], finest if last else coarse, queries))
+                said.append(self._say(tokens[:, : self.num_slots], told, finest if last else coarse, queries))
             if self.focused and not last:
                 seen = self._where(said[-1].masks, tokens.shape[1], queries, len(keys))
         return said if self.supervised_layers else said[-1:]
 
-    def _tokens(self, prompt: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Slots, and behind them the words: [Q, K + L, H] and which of them are real, bool[Q, 1, K + L]."""
+    def _tokens(self, prompt: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
+        """Slots, and behind them the words: [Q, K + L, H]; which of them are real, bool[Q, 1, K + L]; told presence."""
+        told = 0.0
         if self.reads == "answer":
             slots = self.slot + self.condition(prompt) * prompt_mask[..., None]  # [Q, K, H]
         else:
             end = prompt[torch.arange(len(prompt), device=prompt.device), prompt_mask.sum(1) - 1]  # [Q, D]
             slots = self.slot + self.condition(end)[:, None]
+            told = told if self.told_presence is None else self.told_presence(end)  # [Q, K]
         real = prompt_mask.new_ones(slots.shape[:2])
         if self.word is None:
-            return slots, real[:, None]
-        return torch.cat([slots, self.word(prompt)], dim=1), torch.cat([real, prompt_mask], dim=1)[:, None]
+            return slots, real[:, None], told
+        return torch.cat([slots, self.word(prompt)], dim=1), torch.cat([real, prompt_mask], dim=1)[:, None], told
 
     def _coarse(self, patches: Tensor, coarsest: Tensor) -> tuple[Tensor | None, Tensor]:
         """Patches as the decoder sees them, if it does, and all that can be read at G x G, [B, G * G, H]."""
@@ -200,12 +211,12 @@ class QueryDecoder(nn.Module):
             x = x + F.interpolate(image, size=finest.shape[-2:], mode="bilinear", align_corners=False)
         return self.pixel_out(F.gelu(self.pixel_norm(x)))
 
-    def _say(self, slots: Tensor, pixels: Tensor, queries: QueryIndex) -> Grounding:
+    def _say(self, slots: Tensor, told: Tensor | float, pixels: Tensor, queries: QueryIndex) -> Grounding:
         slots = self.norm(slots)
         embeddings = self.mask_embedding(slots) / pixels.shape[1] ** 0.5
         per_image = spread(embeddings, queries, len(pixels))  # [B, n, K, C]
         masks = torch.einsum("bnkc,bchw->bnkhw", per_image, pixels)[queries.image, queries.place]
-        return Grounding(self.presence(slots).squeeze(-1), masks)
+        return Grounding(self.presence(slots).squeeze(-1) + told, masks)
 
     @torch.no_grad()
     def _where(self, masks: Tensor, num_tokens: int, queries: QueryIndex, num_images: int) -> Tensor:
