@@ -65,11 +65,12 @@ def _mask_total(predictions: Predictions, batch: Batch, term: Callable[[Tensor, 
 
     Summed over slots; where the decoder says something at every layer, the mean over layers.
     """
-    query, slot = batch.used_slots
+    is_used, (query, slot) = batch.used_slots[0] >= 0, batch.used_slots.clamp(min=0)
     wanted, total = batch.slot_ids[query, slot][:, None, None], 0
     for _, masks in predictions.groundings:
         ids = F.interpolate(batch.target_ids[:, None].float(), size=masks.shape[-2:], mode="nearest-exact")[:, 0]
-        total = total + term(masks[query, slot].float(), (ids[batch.queries.image[query]] == wanted).float()).sum()
+        each = term(masks[query, slot].float(), (ids[batch.queries.image[query]] == wanted).float())
+        total = total + (each * is_used).sum()
     return total / len(predictions.groundings)
 
 
@@ -119,7 +120,10 @@ def patch_phrase_total(predictions: Predictions, batch: Batch) -> Tensor:
 
 TERMS: dict[str, Term] = {
     "analysis": Term(lambda p, b: _text_total(p, b, b.text.is_analysis), lambda b: b.text.is_analysis.sum()),
-    "answer": Term(lambda p, b: _text_total(p, b, ~b.text.is_analysis), lambda b: (~b.text.is_analysis).sum()),
+    "answer": Term(
+        lambda p, b: _text_total(p, b, ~b.text.is_analysis),
+        lambda b: (~b.text.is_analysis & (b.text.targets >= 0)).sum(),
+    ),
     "depth": Term(depth_total, lambda b: (b.depth > 0).flatten(1).any(1).sum()),
     "presence": Term(presence_total, lambda b: torch.tensor(b.slot_ids.numel(), device=b.slot_ids.device)),
     "mask": Term(mask_total, lambda b: (b.slot_ids > 0).sum()),

@@ -33,6 +33,7 @@ from annexe.datasets.sampling import MicroBatches
 from annexe.distributed import distribute, gather_lists, make_accelerator, sum_over_ranks
 from annexe.errors import UserError
 from annexe.evaluator import plan_batches, predict
+from annexe.graphs import MULTIPLE, GraphedPass
 from annexe.journal import Journal, Window
 from annexe.models import build_model, num_slots, tokenizer_of
 from annexe.models.tokenizer import TextTokenizer, train_tokenizer
@@ -83,6 +84,11 @@ class Trainer:
         device = self.accelerator.device
         self.term_weights = torch.tensor(list(self.weights.values()), device=device)
         self.seen = torch.zeros(3, dtype=torch.float64, device=device)  # images, queries, tokens not yet in progress
+        self.graphed = run.cuda_graphs and device.type == "cuda" and self.accelerator.num_processes == 1
+        self.run_pass = self._pass
+        if self.graphed:
+            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            self.run_pass = GraphedPass(self._pass, trained, device)
         self.fingerprint = self.train_set.fingerprint() if self.accelerator.is_main_process else ""
         self.truth = Truth(self.validation_set) if self.validation_set else None
         self.journal = Journal(config, self.output, self.progress, enabled=self.accelerator.is_main_process)
@@ -122,7 +128,8 @@ class Trainer:
         """
         names, device = list(self.weights), self.accelerator.device
         counted = torch.cat([losses.counts(batches, names), seen_in(batches)])  # on the CPU, where nothing has to wait
-        batches = [batch.to(device) for batch in batches]
+        if not self.graphed:
+            batches = [batch.to(device) for batch in batches]
         counted = sum_over_ranks(self.accelerator, counted.to(device, non_blocking=True))
         units, seen = counted[: len(names)], counted[len(names) :]
         factor = self.term_weights / units.clamp(min=1)
@@ -132,9 +139,7 @@ class Trainer:
         totals = torch.zeros(len(names), device=device)
         for number, batch in enumerate(batches, start=1):
             with nullcontext() if number == len(batches) else self.accelerator.no_sync(self.wrapped):
-                term_totals = losses.totals(self.wrapped(batch), batch, names)
-                self.accelerator.backward((factor * term_totals).sum() * self.accelerator.num_processes)
-            totals += term_totals.detach()
+                totals += self.run_pass(batch, factor)
         norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.run.clip_norm))
         if not np.isfinite(norm):
             shown = ", ".join(f"{name} {value:g}" for name, value in zip(names, totals.tolist(), strict=True))
@@ -143,10 +148,16 @@ class Trainer:
                 f"checkpoint in '{self.output / 'checkpoints'}' is intact. Lower run.learning_rate or check the data"
             )
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self.graphed)
         self.progress.step += 1
         self.seen += seen
         return totals, units, norm
+
+    def _pass(self, batch: Batch, factor: Tensor) -> Tensor:
+        """Forward and backward over one micro-batch: each term's total; the loss is their sum, times ``factor``."""
+        term_totals = losses.totals(self.wrapped(batch), batch, list(self.weights))
+        self.accelerator.backward((factor * term_totals).sum() * self.accelerator.num_processes)
+        return term_totals.detach()
 
     def validate(self) -> None:
         """Score the real metrics on the first validation images and remember the best step."""
@@ -261,7 +272,13 @@ class Trainer:
         return DataLoader(
             self.train_set,
             batch_sampler=own,
-            collate_fn=Collator(self.tokenizer, self.model.num_image_tokens, self.model.pixel_decoder.num_slots),
+            collate_fn=Collator(
+                self.tokenizer,
+                self.model.num_image_tokens,
+                self.model.pixel_decoder.num_slots,
+                multiple=MULTIPLE if self.graphed else 1,
+            ),
+            pin_memory=self.accelerator.device.type == "cuda",
             num_workers=self.run.num_workers,
             generator=torch.Generator(),  # a loader draws its workers' seed: not from the run's random state
         )

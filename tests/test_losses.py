@@ -80,3 +80,22 @@ def test_patch_phrase_prefers_the_words_of_what_is_shown(make_parts):
     silent = losses.patch_phrase_total(predictions, batch)
     predictions.image_token_logits = told
     assert losses.patch_phrase_total(predictions, batch) < 0.7 * silent
+
+
+def test_rounding_a_batch_up_changes_nothing(make_parts):
+    """Batches of few shapes are made by filling up; what is filled in counts for nothing."""
+    model, tokenizer, batch = make_parts()
+    filled = Collator(tokenizer, model.num_image_tokens, 4, multiple=64)(batch.samples)
+    for name in ("segment", "targets"):
+        assert getattr(filled.text, name).shape != getattr(batch.text, name).shape
+    assert filled.text.segment.shape[1] % 64 == filled.used_slots.shape[1] % 64 == 0
+    assert filled.object_words.shape != batch.object_words.shape
+    assert torch.equal(losses.counts([batch], NAMES), losses.counts([filled], NAMES))
+    plain, padded = (losses.totals(model(b), b, NAMES) for b in (batch, filled))
+    torch.testing.assert_close(plain, padded, atol=1e-5, rtol=1e-5)
+    gradients = []
+    for total in (plain, padded):
+        model.zero_grad()
+        total.sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)

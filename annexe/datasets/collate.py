@@ -6,11 +6,12 @@ Legend: B images, S image side, Q queries, N packed tokens, R branches (B analys
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from annexe.datasets import prompts
@@ -45,14 +46,15 @@ class Sample:
     answer_format: str | None = None  # sentence or phrases, where the model's answers are to have that form
 
 
-def _to_device(record: Any, device: torch.device) -> Any:
-    moved = {f.name: getattr(record, f.name) for f in fields(record)}
-    for name, value in moved.items():
+def _each_tensor(record: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of a dataclass with every tensor changed, those of the dataclasses in it included."""
+    changed = {f.name: getattr(record, f.name) for f in fields(record)}
+    for name, value in changed.items():
         if isinstance(value, Tensor):
-            moved[name] = value.to(device, non_blocking=True)
-        elif isinstance(value, PackedText | QueryIndex):
-            moved[name] = value.to(device)
-    return replace(record, **moved)
+            changed[name] = change(value)
+        elif is_dataclass(value):
+            changed[name] = _each_tensor(value, change)
+    return replace(record, **changed)
 
 
 @dataclass
@@ -70,11 +72,8 @@ class PackedText:
     max_branch_length: int
     query_branches: Tensor  # int64[Q], which branches are queries
     supervised: Tensor  # int64[T], flat positions in [B * N] that predict a response token
-    targets: Tensor  # int64[T], that token
+    targets: Tensor  # int64[T], that token; -100 = none, where a batch was rounded up
     is_analysis: Tensor  # bool[T]
-
-    def to(self, device: torch.device) -> PackedText:
-        return _to_device(self, device)
 
 
 @dataclass
@@ -84,9 +83,6 @@ class QueryIndex:
     image: Tensor  # int64[Q], in ascending order
     place: Tensor  # int64[Q], number of the query among those of its image
     most: int  # queries of the image that has most
-
-    def to(self, device: torch.device) -> QueryIndex:
-        return _to_device(self, device)
 
 
 @dataclass
@@ -99,19 +95,33 @@ class Batch:
     text: PackedText
     queries: QueryIndex
     slot_ids: Tensor  # uint8[Q, num_slots], 0 = slot unused
-    used_slots: Tensor  # int64[2, U], query and slot of every target
+    used_slots: Tensor  # int64[2, U], query and slot of every target; -1 = none, where a batch was rounded up
     object_ids: Tensor  # uint8[B, O], mask ids that have a phrase, 0 = none
     object_words: Tensor  # int64[B, O, W], token ids of that phrase, -1 = none
     samples: list[Sample]
 
     def to(self, device: torch.device) -> Batch:
-        return _to_device(self, device)
+        return _each_tensor(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """In page-locked memory, from where a GPU copies while the host goes on; the loader calls this."""
+        return _each_tensor(self, Tensor.pin_memory)
 
 
-def pack(branches: list[list[tuple[list[int], list[int]]]], prefix: list[int], num_image_tokens: int) -> dict[str, Any]:
-    """Lay every image's branches (prompt ids, response ids) behind one prefix; an analysis comes first."""
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def pack(
+    branches: list[list[tuple[list[int], list[int]]]], prefix: list[int], num_image_tokens: int, multiple: int = 1
+) -> dict[str, Any]:
+    """Lay every image's branches (prompt ids, response ids) behind one prefix; an analysis comes first.
+
+    Lengths are rounded up to a ``multiple``, that of prompts to a quarter of it.
+    """
     image_start, prefix_length = len(prefix), len(prefix) + num_image_tokens
     length = prefix_length + max(sum(len(p) + len(r) for p, r in image) for image in branches)
+    length = round_up(length, multiple)
     ids = np.zeros((len(branches), length), np.int64)
     segment = np.full((len(branches), length), -1, np.int64)
     position = np.zeros((len(branches), length), np.int64)
@@ -134,6 +144,8 @@ def pack(branches: list[list[tuple[list[int], list[int]]]], prefix: list[int], n
             targets += response
             is_analysis += [number == ANALYSIS] * len(response)
             column = end
+    spare = round_up(len(targets), 4 * multiple if multiple > 1 else 1) - len(targets)
+    supervised, targets, is_analysis = supervised + [0] * spare, targets + [-100] * spare, is_analysis + [False] * spare
     branch_image, branch_start, branch_length = torch.tensor(rows).unbind(1)
     return {
         "input_ids": torch.from_numpy(ids),
@@ -144,7 +156,7 @@ def pack(branches: list[list[tuple[list[int], list[int]]]], prefix: list[int], n
         "branch_image": branch_image,
         "branch_start": branch_start,
         "branch_length": branch_length,
-        "max_branch_length": int(branch_length.max()),
+        "max_branch_length": round_up(int(branch_length.max()), max(multiple // 4, 1)),
         "query_branches": torch.tensor(query_branches, dtype=torch.int64),
         "supervised": torch.tensor(supervised, dtype=torch.int64),
         "targets": torch.tensor(targets, dtype=torch.int64),
@@ -153,11 +165,18 @@ def pack(branches: list[list[tuple[list[int], list[int]]]], prefix: list[int], n
 
 
 class Collator:
-    """Makes a `Batch` of samples; with ``responses=False`` the sequences end with the prompts, for generation."""
+    """Makes a `Batch` of samples.
 
-    def __init__(self, tokenizer: Any, num_image_tokens: int, num_slots: int, *, responses: bool = True) -> None:
+    Args:
+        responses: without them the sequences end with the prompts, for generation.
+        multiple: what lengths are rounded up to, so that batches have few different shapes.
+    """
+
+    def __init__(
+        self, tokenizer: Any, num_image_tokens: int, num_slots: int, *, responses: bool = True, multiple: int = 1
+    ) -> None:
         self.tokenizer, self.num_image_tokens, self.num_slots = tokenizer, num_image_tokens, num_slots
-        self.responses = responses
+        self.responses, self.multiple = responses, multiple
 
     def __call__(self, samples: list[Sample]) -> Batch:
         encode: Callable[[str], list[int]] = self.tokenizer.encode
@@ -170,19 +189,21 @@ class Collator:
         prefix = [self.tokenizer.bos_id, *encode(prompts.PREFIX)]
         slots = [[*turn.slot_ids, *[0] * self.num_slots][: self.num_slots] for s in samples for turn in s.turns]
         slot_ids = torch.tensor(slots, dtype=torch.uint8).view(-1, self.num_slots)
+        used_slots = torch.stack(slot_ids.nonzero(as_tuple=True))
+        spare = round_up(used_slots.shape[1], self.multiple) - used_slots.shape[1]
         object_ids, object_words = self._phrases(samples)
         return Batch(
             images=torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2).contiguous(),
             depth=torch.from_numpy(np.stack([s.depth for s in samples])),
             target_ids=torch.from_numpy(np.stack([s.target_ids for s in samples])),
-            text=PackedText(**pack(branches, prefix, self.num_image_tokens)),
+            text=PackedText(**pack(branches, prefix, self.num_image_tokens, self.multiple)),
             queries=QueryIndex(
                 image=torch.tensor([i for i, s in enumerate(samples) for _ in s.turns], dtype=torch.int64),
                 place=torch.tensor([k for s in samples for k in range(len(s.turns))], dtype=torch.int64),
                 most=max(len(s.turns) for s in samples),
             ),
             slot_ids=slot_ids,
-            used_slots=torch.stack(slot_ids.nonzero(as_tuple=True)),
+            used_slots=F.pad(used_slots, (0, spare), value=-1),
             object_ids=object_ids,
             object_words=object_words,
             samples=samples,
@@ -190,8 +211,9 @@ class Collator:
 
     def _phrases(self, samples: list[Sample]) -> tuple[Tensor, Tensor]:
         words = [[(i, self.tokenizer.encode(p)) for i, p in s.object_phrases.items()] for s in samples]
-        num_objects = max(1, *(len(w) for w in words)) if words else 1
-        num_words = max([1, *(len(ids) for w in words for _, ids in w)])
+        few = 8 if self.multiple > 1 else 1
+        num_objects = round_up(max([1, *(len(w) for w in words)]), few)
+        num_words = round_up(max([1, *(len(ids) for w in words for _, ids in w)]), few)
         object_ids = torch.zeros(len(samples), num_objects, dtype=torch.uint8)
         object_words = torch.full((len(samples), num_objects, num_words), -1, dtype=torch.int64)
         for image, pairs in enumerate(words):
