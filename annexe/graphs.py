@@ -71,7 +71,8 @@ class GraphedPass:
     def _capture(self, batch: Batch, factor: Tensor) -> Captured:
         static, static_factor = batch.to(self.device), factor.clone()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # "thread_local": the loader's thread may allocate page-locked memory meanwhile.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             output = self.work(static, static_factor)
         log.info("captured the pass over a batch of %d tokens a row as a CUDA graph", static.text.segment.shape[1])
         return Captured(graph, [*_tensors(static), static_factor], output)

@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 def seen_in(batches: list[Batch]) -> Tensor:
     """Images, queries and tokens of some batches, float64[3]."""
-    seen = [[len(b.samples), len(b.queries.image), int((b.text.segment >= 0).sum())] for b in batches]
+    seen = [[len(b.images), len(b.queries.image), int((b.text.segment >= 0).sum())] for b in batches]
     return torch.tensor(seen, dtype=torch.float64).sum(0)
 
 
@@ -277,6 +277,7 @@ class Trainer:
                 self.model.num_image_tokens,
                 self.model.pixel_decoder.num_slots,
                 multiple=MULTIPLE if self.graphed else 1,
+                keep_samples=False,
             ),
             pin_memory=self.accelerator.device.type == "cuda",
             num_workers=self.run.num_workers,

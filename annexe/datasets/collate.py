@@ -98,7 +98,7 @@ class Batch:
     used_slots: Tensor  # int64[2, U], query and slot of every target; -1 = none, where a batch was rounded up
     object_ids: Tensor  # uint8[B, O], mask ids that have a phrase, 0 = none
     object_words: Tensor  # int64[B, O, W], token ids of that phrase, -1 = none
-    samples: list[Sample]
+    samples: list[Sample]  # what it was made of, where that is asked for
 
     def to(self, device: torch.device) -> Batch:
         return _each_tensor(self, lambda tensor: tensor.to(device, non_blocking=True))
@@ -170,13 +170,21 @@ class Collator:
     Args:
         responses: without them the sequences end with the prompts, for generation.
         multiple: what lengths are rounded up to, so that batches have few different shapes.
+        keep_samples: the batch brings its samples along; their pixels are a burden between processes.
     """
 
     def __init__(
-        self, tokenizer: Any, num_image_tokens: int, num_slots: int, *, responses: bool = True, multiple: int = 1
+        self,
+        tokenizer: Any,
+        num_image_tokens: int,
+        num_slots: int,
+        *,
+        responses: bool = True,
+        multiple: int = 1,
+        keep_samples: bool = True,
     ) -> None:
         self.tokenizer, self.num_image_tokens, self.num_slots = tokenizer, num_image_tokens, num_slots
-        self.responses, self.multiple = responses, multiple
+        self.responses, self.multiple, self.keep_samples = responses, multiple, keep_samples
 
     def __call__(self, samples: list[Sample]) -> Batch:
         encode: Callable[[str], list[int]] = self.tokenizer.encode
@@ -206,7 +214,7 @@ class Collator:
             used_slots=F.pad(used_slots, (0, spare), value=-1),
             object_ids=object_ids,
             object_words=object_words,
-            samples=samples,
+            samples=samples if self.keep_samples else [],
         )
 
     def _phrases(self, samples: list[Sample]) -> tuple[Tensor, Tensor]:
