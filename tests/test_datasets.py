@@ -296,7 +296,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def entry_of(reader: PixelReader) -> Path:
-    (entry,) = reader.cache_dir.glob("*.npz")
+    (entry,) = reader.cache_dir.glob("*.safetensors")
     return entry
 
 
@@ -308,7 +308,7 @@ def test_second_read_decodes_nothing(reader: PixelReader, decoded: list[Path]) -
     warm = reader.read(STEM, {1, 2})
     assert len(decoded) == 3
     assert same(plain, cold) and same(cold, warm)
-    assert [path.name for path in reader.cache_dir.iterdir()] == [f"{STEM}.npz"]  # no parts are left behind
+    assert [path.name for path in reader.cache_dir.iterdir()] == [f"{STEM}.safetensors"]  # no parts are left behind
 
 
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["photo", "depth", "mask"])
@@ -348,7 +348,7 @@ def test_sizes_and_roots_do_not_share_entries(reader: PixelReader, tmp_path: Pat
 def _fill(reader: PixelReader, ids: tuple[int, ...]) -> Pixels:
     for _ in range(20):
         pixels = reader.read(STEM, ids)
-        entry = reader.cache_dir / f"{STEM}.npz"
+        entry = reader.cache_dir / f"{STEM}.safetensors"
         entry.unlink(missing_ok=True)
     return pixels
 

@@ -214,19 +214,17 @@ def test_placeholder_states_in_use_are_those_of_training(make_parts):
         responses = model.language_model.decode(prefill, 40)
         generated = [responses.tokens[branch] for branch in prompts.text.query_branches.tolist()]
         states = responses.slot_states[prompts.text.query_branches]
-        texts = iter(generated)
 
         class Replay:
             """The generated ids in place of each answer's."""
 
             eos_id, bos_id = tokenizer.eos_id, tokenizer.bos_id
 
-            def encode(self, text: str) -> list[int]:
-                return next(texts) if text == "generated" else tokenizer.encode(text)
+            def encode_all(self, texts: list[str]) -> list[list[int]]:
+                return [generated[int(text)] if text.isdigit() else tokenizer.encode(text) for text in texts]
 
-        for sample in batch.samples:
-            for turn in sample.turns:
-                turn.answer = "generated"
+        for number, turn in enumerate(turn for sample in batch.samples for turn in sample.turns):
+            turn.answer = str(number)
         again = Collator(Replay(), model.num_image_tokens, 4)(batch.samples)
         _, _, _, embeddings = model._encode(again)
         read, there = model._placeholders(model.language_model(embeddings, again.text), again)

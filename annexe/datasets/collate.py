@@ -187,21 +187,21 @@ class Collator:
         self.responses, self.multiple, self.keep_samples = responses, multiple, keep_samples
 
     def __call__(self, samples: list[Sample]) -> Batch:
-        encode: Callable[[str], list[int]] = self.tokenizer.encode
-        eos = self.tokenizer.eos_id
-        branches = []
-        for sample in samples:
-            pairs = [(prompts.analysis_prompt(sample.instruction), sample.analysis)]
-            pairs += [(prompts.query_prompt(turn.query), turn.answer) for turn in sample.turns]
-            branches.append([(encode(p), [*encode(r), eos] if self.responses else []) for p, r in pairs])
-        prefix = [self.tokenizer.bos_id, *encode(prompts.PREFIX)]
+        pairs = [self._pairs(sample) for sample in samples]
+        phrases = [phrase for sample in samples for phrase in sample.object_phrases.values()]
+        texts = [prompts.PREFIX, *phrases, *(text for own in pairs for pair in own for text in pair)]
+        texts = list(dict.fromkeys(texts))
+        ids = dict(zip(texts, self.tokenizer.encode_all(texts), strict=True))  # one call for all of the batch
+        end = [self.tokenizer.eos_id]
+        branches = [[(ids[p], ids[r] + end if self.responses else []) for p, r in own] for own in pairs]
+        prefix = [self.tokenizer.bos_id, *ids[prompts.PREFIX]]
         slots = [[*turn.slot_ids, *[0] * self.num_slots][: self.num_slots] for s in samples for turn in s.turns]
         slot_ids = torch.tensor(slots, dtype=torch.uint8).view(-1, self.num_slots)
         used_slots = torch.stack(slot_ids.nonzero(as_tuple=True))
         spare = round_up(used_slots.shape[1], self.multiple) - used_slots.shape[1]
-        object_ids, object_words = self._phrases(samples)
+        object_ids, object_words = self._phrases(samples, ids)
         return Batch(
-            images=torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2).contiguous(),
+            images=torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2),
             depth=torch.from_numpy(np.stack([s.depth for s in samples])),
             target_ids=torch.from_numpy(np.stack([s.target_ids for s in samples])),
             text=PackedText(**pack(branches, prefix, self.num_image_tokens, self.multiple)),
@@ -217,8 +217,13 @@ class Collator:
             samples=samples if self.keep_samples else [],
         )
 
-    def _phrases(self, samples: list[Sample]) -> tuple[Tensor, Tensor]:
-        words = [[(i, self.tokenizer.encode(p)) for i, p in s.object_phrases.items()] for s in samples]
+    def _pairs(self, sample: Sample) -> list[tuple[str, str]]:
+        """Prompt and response of every branch."""
+        pairs = [(prompts.analysis_prompt(sample.instruction), sample.analysis)]
+        return pairs + [(prompts.query_prompt(turn.query), turn.answer) for turn in sample.turns]
+
+    def _phrases(self, samples: list[Sample], ids: dict[str, list[int]]) -> tuple[Tensor, Tensor]:
+        words = [[(i, ids[p]) for i, p in s.object_phrases.items()] for s in samples]
         few = 8 if self.multiple > 1 else 1
         num_objects = round_up(max([1, *(len(w) for w in words)]), few)
         num_words = round_up(max([1, *(len(ids) for w in words for _, ids in w)]), few)

@@ -9,12 +9,15 @@ import hashlib
 import logging
 import os
 import tempfile
+import zlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from annexe.errors import UserError
 
@@ -85,7 +88,9 @@ class PixelReader:
 
     def read(self, stem: str, ids: Collection[int]) -> Pixels:
         """Pixels of ``stem``; every one of the mask ``ids`` has to be in its id map."""
-        pixels = self._decode(stem) if self.cache_dir is None else self._cached(stem, self.cache_dir / f"{stem}.npz")
+        pixels = (
+            self._decode(stem) if self.cache_dir is None else self._cached(stem, self.cache_dir / f"{stem}.safetensors")
+        )
         absent = sorted(set(ids) - set(pixels.present_ids.tolist()))
         if absent:
             path = self.files(stem)[2]
@@ -131,29 +136,40 @@ class PixelReader:
 def _load_entry(entry: Path, source: np.ndarray) -> Pixels | None:
     """The cached pixels, or None where there are none, they are stale, or the file is damaged."""
     try:
-        with np.load(entry) as data:
-            if not np.array_equal(data["source"], source):
-                return None
-            size = tuple(data["original_size"].tolist())
-            depth = data["depth"].astype(np.float32)
-            return Pixels(data["image"], depth, data["target_ids"], size, data["present_ids"])
+        data = load(entry.read_bytes())
+        if not np.array_equal(data["checksum"], _checksum(data)):
+            raise ValueError("its checksum differs")
+        if not np.array_equal(data["source"], source):
+            return None
+        size = tuple(data["original_size"].tolist())
+        return Pixels(data["image"], data["depth"].astype(np.float32), data["target_ids"], size, data["present_ids"])
     except FileNotFoundError:
         return None
-    except Exception as error:  # a damaged archive makes zipfile and numpy raise errors of a dozen kinds
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
         log.warning("cache entry '%s' is damaged (%s) and made again", entry, error)
         return None
 
 
 def _save_entry(entry: Path, pixels: Pixels, source: np.ndarray) -> None:
+    data = {
+        "image": pixels.image,
+        "depth": pixels.depth.astype(np.uint16),
+        "target_ids": pixels.target_ids,
+        "original_size": np.array(pixels.original_size),
+        "present_ids": pixels.present_ids,
+        "source": source,
+    }
     entry.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=entry.parent, suffix=".part", delete=False) as part:
-        np.savez(
-            part,
-            image=pixels.image,
-            depth=pixels.depth.astype(np.uint16),
-            target_ids=pixels.target_ids,
-            original_size=np.array(pixels.original_size),
-            present_ids=pixels.present_ids,
-            source=source,
+        part.write(
+            save({name: np.ascontiguousarray(array) for name, array in data.items()} | {"checksum": _checksum(data)})
         )
     os.replace(part.name, entry)
+
+
+def _checksum(data: dict[str, np.ndarray]) -> np.ndarray:
+    """CRC-32 of all arrays but itself."""
+    checksum = 0
+    for name in sorted(data.keys() - {"checksum"}):
+        checksum = zlib.crc32(np.ascontiguousarray(data[name]), checksum)
+    return np.array([checksum], np.uint32)
