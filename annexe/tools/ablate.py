@@ -157,7 +157,7 @@ def others(ablation: Ablation, out: Path, chosen: list[Run]) -> list[Run]:
     found, asked = [], {each.folder for each in chosen}
     for name in ablation.rows:
         seeds = [int(path.name[5:]) for path in (out / name).glob("seed-[0-9]*") if path not in asked]
-        for each in runs_of(ablation, out, name, seeds):
+        for each in runs_of(ablation, out, name, seeds) if seeds else ():
             changes = each.changes()
             if changes:
                 log.warning("'%s' has other settings and is left out of the table: %s", each.folder, changes[0])
