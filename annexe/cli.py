@@ -17,7 +17,10 @@ from annexe import __version__
 from annexe.config import Config, load_config
 from annexe.errors import UserError, unknown
 
-TOOLS = ("synth", "doctor", "split", "score", "compare", "convert-predictions", "weights", "convert-config", "plan")
+TOOLS = (
+    *("synth", "doctor", "split", "score", "compare", "convert-predictions", "weights", "convert-config", "plan"),
+    "ablate",
+)
 
 
 def guarded(work: Callable[[], None]) -> None:

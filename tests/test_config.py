@@ -19,7 +19,7 @@ from annexe.registry import build, register, settings
 from annexe.trainer import train
 from tests.conftest import ROOT, SMALLEST, TINY
 
-CONFIGS = sorted([*ROOT.glob("train_configs/*.yaml"), *ROOT.glob("eval_configs/*.yaml")])
+CONFIGS = sorted({*ROOT.glob("*_configs/*.yaml")} - {*ROOT.glob("train_configs/*_ablation.yaml")})
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

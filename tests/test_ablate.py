@@ -1,0 +1,333 @@
+"""`annexe ablate`: real tiny runs, what is done again and what is not, failures, kills, wrong files, the table."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from annexe import ablation, cli
+from annexe.ablation import EVALUATE, TRAIN
+from annexe.config import load_config
+from annexe.evaluator import evaluate
+from annexe.registry import build
+from annexe.scoring import score
+from annexe.tools import ablate
+from annexe.trainer import Trainer, train
+from tests.conftest import ROOT, SMALLEST, TINY
+from tests.test_scoring import flawed_records, truth_of
+
+EVALUATION = ROOT / "eval_configs" / "annexe_tiny.yaml"
+GROUNDING = ROOT / "train_configs" / "grounding_ablation.yaml"
+Annexe = Callable[..., tuple[int | None, str, str]]
+
+
+@pytest.fixture
+def annexe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Annexe:
+    """Runs `annexe ablate` in this process, at the top of the repository; gives exit code, output and errors."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+
+    def run(*words: object) -> tuple[int | None, str, str]:
+        monkeypatch.setattr(sys, "argv", ["annexe", "ablate", *map(str, words)])
+        code = None
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def rows(tmp_path: Path, scenes: Path) -> Callable[..., Path]:
+    """Writes a file of rows: two that train, one that evaluates the first of them anew; ``changes`` stand over it."""
+
+    def write(name: str = "rows.yaml", **changes: object) -> Path:
+        content = {
+            "config": str(TINY),
+            "evaluate": str(EVALUATION),
+            "metrics": ["grounding/ciou", "grounding/n_acc", "unseen_pairs:grounding/ciou"],
+            "options": [
+                *SMALLEST,
+                f"datasets.ego_irgbench.data_root={scenes}",
+                *("run.max_steps=2", "run.warmup_steps=0", "run.checkpoint_every=1"),
+            ],
+            "evaluation_options": ["run.device=cpu", "run.num_workers=0", "run.max_new_tokens=4"],
+            "rows": {
+                "default": None,
+                "one-layer": {"note": "one | layer", "options": ["model.pixel_decoder.num_layers=1"]},
+                "refusing": {
+                    "note": "everything is refused",
+                    "same_run_as": "default",
+                    "evaluation_options": ["model.presence_threshold=1"],
+                },
+            },
+        }
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump({k: v for k, v in (content | changes).items() if v is not None}))
+        return path
+
+    return write
+
+
+def in_this_process(_: ablate.Children, command: list[str], output: Path, gpu: str | None) -> bool:
+    """Does what a command says without a new interpreter."""
+    options = command[command.index("--options") + 1 :]
+    output.open("a").write(" ".join(command) + "\n")
+    try:
+        work = train if command[1] == "train.py" else evaluate
+        work(load_config(command[command.index("--cfg-path") + 1], options, onto_checkpoint=work is evaluate))
+    except RuntimeError as error:
+        output.open("a").write(f"{error}\n")
+        return False
+    return True
+
+
+def test_rows_and_seeds_are_trained_evaluated_and_continued(annexe, rows, tmp_path, monkeypatch):
+    out, file = tmp_path / "out", rows()
+    code, printed, errors = annexe(file, "--out", out, "--rows", "refusing")  # its base is trained along
+    assert code is None, printed + errors
+    assert "1 of 1: refusing, seed 0 is finished" in printed and not (out / "default/seed-0/eval").exists()
+    assert (out / "default/seed-0/output.txt").read_text().startswith("$ python train.py --cfg-path")
+    assert [path.name.partition("-")[0] for path in (out / "cache").iterdir()] == ["pixels"]
+    first_log = (out / "default/seed-0/log.jsonl").read_text()
+
+    monkeypatch.setattr(ablate.Children, "run", in_this_process)
+    monkeypatch.setattr("annexe.evaluator.write_report", lambda *_, **__: None)  # takes the most time
+    save, ended = Trainer.save, []
+
+    def save_and_die(trainer: Trainer) -> None:
+        save(trainer)
+        if trainer.output.parent.name == "one-layer" and trainer.run.seed == 1 and not ended:
+            ended.append(trainer)
+            raise RuntimeError("lightning struck")
+
+    monkeypatch.setattr(Trainer, "save", save_and_die)
+    code, printed, _ = annexe(file, "--out", out, "--seeds", 0, 1)
+    assert code == 1 and "1 of 6 runs are finished already" in printed
+    assert "one-layer, seed 1 FAILED" in printed and "lightning struck" in printed and "refusing, seed 1 is" in printed
+    record = json.loads((out / "table.json").read_text())
+    assert {name: row["seeds"] for name, row in record["rows"].items()} == {
+        "default": [0, 1],
+        "one-layer": [0],
+        "refusing": [0, 1],
+    }
+    assert (out / "default/seed-0/log.jsonl").read_text() == first_log  # not trained again
+
+    lines = (out / "one-layer/seed-1/log.jsonl").read_text().splitlines()
+    code, printed, _ = annexe(file, "--out", out, "--seeds", 1, "--rows", "one-layer")
+    assert code is None and "1 of 1: one-layer, seed 1 is finished" in printed
+    after = (out / "one-layer/seed-1/log.jsonl").read_text().splitlines()
+    assert len(lines) == 1 and len(after) == 2 and after[0] == lines[0]  # it went on behind its first step
+    check_table(out)
+    check_refusals(annexe, rows, out)
+
+
+def check_table(out: Path) -> None:
+    """The whole table, also after a call for one row: means, spreads, times, commands."""
+    record = json.loads((out / "table.json").read_text())
+    assert list(record["rows"]) == ["default", "one-layer", "refusing"]
+    for name, row in record["rows"].items():
+        assert row["seeds"] == [0, 1] and row["steps"] == 2 and row["evaluated_steps"] == [2, 2]
+        assert 0 < row["minutes"] < 5 and row["gpu_memory"] is None
+        scores = [json.loads((out / name / f"seed-{s}" / "eval/metrics.json").read_text()) for s in (0, 1)]
+        for metric, block in (("grounding/ciou", "standard"), ("unseen_pairs:grounding/ciou", "subsets")):
+            blocks = [score[block]["unseen_pairs"] if block == "subsets" else score[block] for score in scores]
+            values = [block["grounding/ciou"] for block in blocks]
+            shown = row["metrics"][metric]
+            assert shown["values"] == values and shown["mean"] == pytest.approx(sum(values) / 2)
+            assert shown["spread"] == pytest.approx(abs(values[0] - values[1]) / 2)
+        assert {k for k in scores[0]["standard"] if k.startswith("grounding/miou/")} >= {"grounding/miou/right_hand"}
+    assert record["rows"]["refusing"]["metrics"]["grounding/n_acc"] == {"mean": 1, "spread": 0, "values": [1, 1]}
+    page = (out / "table.md").read_text()
+    assert "| row | cIoU | N-acc | cIoU, unseen pairs |\n| --- | ---: | ---: | ---: |" in page
+    assert "| refusing | .000 ± .000 | 1.000 ± .000 |" in page
+    assert "| one-layer | one \\| layer | `model.pixel_decoder.num_layers=1` | 2 | 2 |" in page
+    assert "run of default, evaluated with `model.presence_threshold=1`" in page
+    folded = page[page.index("# one-layer\n") : page.index("# refusing\n")].replace(" \\\n  ", " ")
+    assert f"\n{record['rows']['one-layer']['train']}\n" in folded
+    assert max(len(line) for line in page[page.index("```bash") :].splitlines()) < 200
+
+
+def check_refusals(annexe: Annexe, rows: Callable[..., Path], out: Path) -> None:
+    """Finished runs are not mixed with those of other settings."""
+    changed = rows("changed.yaml", rows={"default": {"options": ["run.learning_rate=5e-4"]}})
+    code, _, errors = annexe(changed, "--out", out)
+    assert code == 2 and "training.run.learning_rate is 0.0005 and was 0.0012" in errors and "default/seed-0'" in errors
+    code, _, errors = annexe(rows(), "--out", out, "--evaluation-options", "run.max_new_tokens=5")
+    assert code == 2 and "evaluation.run.max_new_tokens is 5 and was 4" in errors and "seed-0/eval'" in errors
+    code, printed, _ = annexe(rows(), "--out", out, "--evaluation-options", "run.num_workers=1", "--seeds", 1)
+    assert code is None and "3 of 3 runs are finished already" in printed
+
+
+STAND_IN = """
+import json, os, pathlib, sys, time
+given = dict(option.split("=", 1) for option in sys.argv[sys.argv.index("--options") + 1 :])
+out = pathlib.Path(given["run.output_dir"])
+out.mkdir(parents=True, exist_ok=True)
+(out / "device.txt").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "none"))
+(out / "pid.txt").write_text(str(os.getpid()))
+"""
+STAND_IN_TRAIN = f"""{STAND_IN}
+if given["model.merge"] == "2":
+    sys.exit("merge 2 is broken")
+time.sleep(float(given["run.learning_rate"]))
+"""
+STAND_IN_EVALUATE = f"""{STAND_IN}
+(out / "metrics.json").write_text(json.dumps({{"standard": {{}}, "subsets": {{}}, "meta": {{"step": 2}}}}))
+"""
+
+
+@pytest.fixture
+def stand_ins(annexe: Annexe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A top folder whose scripts only pretend; they are quick to start."""
+    (tmp_path / "top" / "eval_scripts").mkdir(parents=True)
+    (tmp_path / "top" / "train.py").write_text(STAND_IN_TRAIN)
+    (tmp_path / "top" / "eval_scripts" / "eval_egoirgbench.py").write_text(STAND_IN_EVALUATE)
+    monkeypatch.chdir(tmp_path / "top")
+
+
+def with_merge(*values: int, seconds: float = 0) -> dict[str, dict[str, list[str]]]:
+    return {f"merge-{m}": {"options": [f"model.merge={m}", f"run.learning_rate={seconds}"]} for m in values}
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_runs_spread_over_gpus_and_failures_stop_no_other(annexe, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6,7")
+    file, out = rows(rows=with_merge(1, 2, 3, 4, seconds=0.5)), tmp_path / "out"
+    started = time.perf_counter()
+    code, printed, _ = annexe(file, "--out", out, "--seeds", 0, 1, "--gpus", 0, 2, "--jobs-per-gpu", 2)
+    assert code == 1 and time.perf_counter() - started < 6 * 0.5 + 1
+    assert printed.count("merge 2 is broken") == 2 and printed.count("is finished: ") == 6
+    (failed,) = (line for line in printed.splitlines() if line.startswith("failed: "))
+    assert "merge-2, seed 0" in failed and "merge-2, seed 1" in failed and "merge-1" not in failed
+    used = {path.read_text() for path in out.glob("*/seed-?/device.txt")}
+    assert used == {"5", "7"}
+    assert "| merge-1 | – | – | – |" in (out / "table.md").read_text()
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_ends_the_children_and_the_same_command_goes_on(by, annexe, rows, tmp_path):
+    file, out = rows(rows=with_merge(1, 3, seconds=60)), tmp_path / "out"
+    pid = out / "merge-1" / "seed-0" / "pid.txt"
+
+    def stop() -> None:
+        while not (pid.is_file() and pid.read_text()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), by)
+
+    threading.Thread(target=stop).start()
+    code, printed, _ = annexe(file, "--out", out)
+    assert code == 130 and "the same command goes on" in printed and "FAILED" not in printed
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    assert not (out / "merge-3").exists()
+    (tmp_path / "top" / "train.py").write_text(STAND_IN_TRAIN.replace("time.sleep", ""))
+    code, printed, _ = annexe(file, "--out", out)
+    assert code is None and "2 of 2: merge-3, seed 0 is finished" in printed
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_a_run_that_is_still_going_on_is_left_alone(annexe, rows, tmp_path):
+    file, out = rows(rows=with_merge(1)), tmp_path / "out"
+    (out / "merge-1" / "seed-0").mkdir(parents=True)
+    with (out / "merge-1" / "seed-0" / "output.txt").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        code, printed, _ = annexe(file, "--out", out)
+    assert code == 1 and "merge-1, seed 0 FAILED" in printed and not (out / "merge-1/seed-0/pid.txt").exists()
+
+
+def test_a_dry_run_prints_commands_and_makes_nothing(annexe, rows, tmp_path):
+    given = (rows(), "--out", tmp_path / "out", "--seeds", 0, 1, "--dry-run")
+    code, printed, _ = annexe(*given, "--options", "run.max_steps=7")
+    lines = printed.splitlines()
+    assert code is None and len(lines) == 4 + 6 and not (tmp_path / "out").exists()
+    assert {line.partition(" --")[0] for line in lines} == {f"python {name}" for name in (TRAIN, EVALUATE)}
+    assert sum("run.max_steps=7" in line for line in lines) == 4
+    trainings = [line for line in lines if line.startswith("python train.py")]
+    assert all("run.resume=auto" in line for line in trainings)
+    assert ["run.seed=0" in line for line in trainings] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"evaluat": "x"}, ("evaluat", "Did you mean 'evaluate'")),
+        ({"config": None}, ("config", "missing")),
+        ({"metrics": ["grounding/cio"]}, ("grounding/cio", "Did you mean 'grounding/ciou'")),
+        ({"metrics": ["unseen_pair:grounding/ciou"]}, ("unseen_pair", "Did you mean 'unseen_pairs'")),
+        ({"metrics": "grounding/ciou"}, ("metrics",)),
+        ({"options": "run.max_steps=2"}, ("options",)),
+        ({"options": ["run.max_step=2"]}, ("Did you mean 'max_steps'",)),
+        ({"options": [{"run.max_steps": 2}]}, ("{'run.max_steps': 2}", "a.b=c")),
+        ({"options": ["run.output_dir=x"]}, ("run.output_dir=x", "--out")),
+        ({"evaluation_options": ["run.checkpoint=x"]}, ("run.checkpoint=x", "remove it")),
+        ({"evaluation_options": ["run.batchsize=1"]}, ("Did you mean 'batch_size'",)),
+        ({"evaluation_options": ["model.presence_treshold=1"]}, ("Did you mean 'presence_threshold'",)),
+        ({"config": "none.yaml"}, ("none.yaml",)),
+        ({"config": str(EVALUATION), "options": []}, ("of no training run",)),
+        ({"rows": {}}, ("one entry",)),
+        ({"rows": {"a": {"option": []}}}, ("rows.a.option", "Did you mean 'options'")),
+        ({"rows": {"a": 5}}, ("rows",)),
+        ({"rows": {"a/b": {}}}, ("'a/b'", "letters")),
+        ({"rows": {"a": {"same_run_as": "b"}, "c": {}}}, ("'b'", "same_run_as of row 'a'")),
+        ({"rows": {"a": {}, "b": {"same_run_as": "a"}, "c": {"same_run_as": "b"}}}, ("'c'", "trains nothing itself")),
+        ({"rows": {"a": {}, "b": {"same_run_as": "a", "options": ["run.seed=1"]}}}, ("'b'", "evaluation_options")),
+    ],
+)
+def test_wrong_files_end_in_one_line(changes, parts, annexe, rows, tmp_path):
+    code, _, errors = annexe(rows(**changes), "--out", tmp_path / "out")
+    assert code == 2 and len(errors.splitlines()) == 1, errors
+    for part in parts:
+        assert part in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_arguments_end_in_one_line(annexe, rows, tmp_path, monkeypatch):
+    given = (rows(), "--out", tmp_path / "out")
+    for words, part in (
+        ((tmp_path / "none.yaml", *given[1:]), "no file of rows"),
+        ((*given, "--rows", "one_layer"), "Did you mean 'one-layer'"),
+        ((*given, "--gpus", 0), "0 CUDA devices"),
+        ((*given, "--seeds", 0, -1), "--seeds"),
+        ((*given, "--options", "datasets.ego_irgbench.data_root=nowhere"), "no data root 'nowhere'"),
+    ):
+        code, _, errors = annexe(*words)
+        assert code == 2 and part in errors and len(errors.splitlines()) == 1, errors
+    monkeypatch.chdir(tmp_path)
+    code, _, errors = annexe(*given)
+    assert code == 2 and "no train.py here" in errors
+
+
+def test_every_score_of_an_evaluation_can_be_a_column(rows, scenes):
+    truth = truth_of(scenes)
+    metrics = sorted(score(flawed_records(truth), truth))
+    assert "consistency/contradictions" in metrics
+    assert ablation.read_ablation(rows(metrics=metrics)).metrics == metrics
+
+
+def test_the_grounding_ablation_fits_the_recipe(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    rows = ablation.read_ablation(GROUNDING)
+    made = {name: ablation.runs_of(rows, Path("out"), name, [0])[0] for name in rows.rows}
+    default = made["default"].settings
+    for name, run in made.items():
+        config = load_config(rows.config, run.train[run.train.index("--options") + 1 :])
+        build("pixel_decoder", config.model["pixel_decoder"], 8, 8, 8, 16)
+        changed = {key for key in run.settings if run.settings[key] != default.get(key)}
+        assert bool(changed) == (name != "default"), name
+        assert rows.rows[name].note
