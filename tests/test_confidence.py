@@ -220,21 +220,28 @@ def test_one_video_gives_neither_interval_nor_p():
     assert {(row.low, row.high, row.p) for row in differences(clusters, clusters).values()} == {(None, None, None)}
 
 
+@pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize("seed", range(20))
-def test_the_best_threshold_judges_most_right(seed):
+def test_the_best_threshold_judges_most_right(seed, balanced):
     random = np.random.default_rng(seed)
     scores = random.integers(0, 8, 30) / 7
-    present = (random.random(30) < scores).tolist()
-    found = best_threshold(scores.tolist(), present)
+    present = random.random(30) < scores
+
+    def right(threshold: float) -> float:
+        judged = (scores > threshold) == present
+        return judged[present].mean() + judged[~present].mean() if balanced else judged.mean()
+
+    found = best_threshold(scores.tolist(), present.tolist(), balanced=balanced)
+    candidates = np.linspace(0, 1, 1001)
+    assert right(found) == pytest.approx(max(map(right, candidates)))
     ends = np.unique([0, *scores, 1])
-    right = {t: ((scores > t) == present).sum() for t in [*(ends[:-1] + ends[1:]) / 2, 0.5]}
-    assert right.get(found, ((scores > found) == present).sum()) == max(right.values())
-    nearest = min(abs(t - 0.5) for t in (ends[:-1] + ends[1:]) / 2 if right[t] == max(right.values()))
-    assert abs(found - 0.5) <= nearest + 1e-9
+    middles = [t for t in (ends[:-1] + ends[1:]) / 2 if right(t) == pytest.approx(right(found))]
+    assert abs(found - 0.5) == pytest.approx(min(abs(t - 0.5) for t in middles))
 
 
 def test_without_a_choice_the_threshold_is_a_half():
-    assert best_threshold([0.1, 0.9], [True, True]) == best_threshold([0.1], [False]) == best_threshold([], []) == 0.5
+    for scores, present in (([0.1, 0.9], [True, True]), ([0.1], [False]), ([], [])):
+        assert best_threshold(scores, present, balanced=True) == 0.5
 
 
 @pytest.mark.parametrize(

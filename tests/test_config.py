@@ -152,8 +152,7 @@ class ShoutingDecoder(QueryDecoder):
         self.gain = gain
 
     def forward(self, *inputs):
-        presence, masks = super().forward(*inputs)
-        return presence, self.gain * masks
+        return [said._replace(masks=self.gain * said.masks) for said in super().forward(*inputs)]
 '''
 
 

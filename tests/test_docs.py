@@ -148,7 +148,7 @@ def test_the_plug_in_of_the_architecture_page_works(tmp_path: Path, monkeypatch:
     maps = [torch.rand(2, 6, side, side) for side in (2, 4, 8, 16)]
     prompt, mask = torch.rand(3, 5, 12), torch.arange(5) < torch.tensor([[5], [3], [4]])
     queries = QueryIndex(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0]), most=2)
-    presence, masks = decoder(prompt, mask, torch.rand(2, 4, 10), maps, queries)
+    ((presence, masks),) = decoder(prompt, mask, torch.rand(2, 4, 10), maps, queries)
     assert presence.shape == (3, 4) and masks.shape == (3, 4, 16, 16)
 
 

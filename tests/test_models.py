@@ -110,7 +110,6 @@ def test_presence_gates_masks(make_parts):
     with torch.no_grad():
         model.pixel_decoder.mask_embedding[-1].bias.zero_()
         model.pixel_decoder.presence.weight.zero_()
-        model.pixel_decoder.told_presence[-1].weight.zero_()
         model.pixel_decoder.presence.bias.fill_(-5.0)
         rejected = model.generate(prompts, 2)
         model.pixel_decoder.presence.bias.fill_(5.0)
@@ -122,7 +121,7 @@ def test_presence_gates_masks(make_parts):
 
 
 DECODER_SETTINGS = (
-    *("words=false", "pixels=rgb", "pixels=depth", "focused=false", "supervised_layers=false", "told_presence=false"),
+    *("words=false", "pixels=rgb", "pixels=depth", "focused=false", "supervised_layers=false", "told_presence=true"),
     "reads=answer",
     "type=deconv model.pixel_decoder.defects=true",
 )

@@ -80,16 +80,21 @@ class PresenceRisk:
         return np.cumsum(np.repeat(means, counts)) / np.arange(1, len(wrong) + 1)
 
 
-def best_threshold(scores: list[float], present: list[bool]) -> float:
+def best_threshold(scores: list[float], present: list[bool], *, balanced: bool) -> float:
     """The threshold above which a score, 0 to 1, most often goes with presence; of several the nearest to 0.5.
 
     It lies in the middle between two scores. 0.5 where all or none are present.
+
+    Args:
+        balanced: all that are present weigh as much as all that are not.
     """
     if all(present) or not any(present):
         return 0.5
     values, place = np.unique(scores, return_inverse=True)
-    gain = np.bincount(place, weights=np.where(present, -1.0, 1.0))  # of passing each value
-    right = np.cumsum([sum(present), *gain])
+    num_present = sum(present)
+    weight = (len(present) - num_present) / num_present if balanced else 1.0  # of one that is present
+    gain = np.bincount(place, weights=np.where(present, -weight, 1.0))  # of passing each value
+    right = np.cumsum([weight * num_present, *gain]).round(6)
     ends = np.concatenate([[0.0], values, [1.0]])
     middles = (ends[:-1] + ends[1:]) / 2
     best = middles[right == right.max()]

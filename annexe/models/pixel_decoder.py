@@ -114,7 +114,7 @@ class QueryDecoder(nn.Module):
         pixels: str = "both",
         focused: bool = True,
         supervised_layers: bool = True,
-        told_presence: bool = True,
+        told_presence: bool = False,
         language_gradients: bool = True,
         reads: str = "prompt",
     ) -> None:
