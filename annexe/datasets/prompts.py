@@ -17,6 +17,7 @@ ANALYSIS_INSTRUCTIONS = (  # one is drawn for each training sample, the first is
 )
 QUERY_INSTRUCTION = "Name and locate:"
 NO_TARGET_ANSWER = "There is no suitable referring result."
+ANSWER_OPENING = "The mask of"  # of an answer sentence that names a target
 NO_TARGET = {"sentence": NO_TARGET_ANSWER, "phrases": "none"}  # by answer format
 
 _TARGET = re.compile(

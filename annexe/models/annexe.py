@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from annexe import weights
 from annexe.datasets.collate import ANALYSIS, Batch
-from annexe.datasets.prompts import NO_TARGET, phrases_of
+from annexe.datasets.prompts import ANSWER_OPENING, NO_TARGET, phrases_of
 from annexe.errors import UserError
 from annexe.models.depth_branch import DepthAnythingV2
 from annexe.models.language_model import Binding, Llama
@@ -196,11 +196,10 @@ class Annexe(nn.Module):
         own, rows = batch.text.query_branches, len(batch.text.branch_start)
         silent, slots = found.new_zeros(rows), found.new_zeros(rows, found.shape[1])
         silent[own], slots[own] = ~found.any(1), found
-        form, encode = batch.samples[0].answer_format, self.language_model.tokenizer.encode
-        if form == "sentence":
-            refusal, answer = encode(NO_TARGET["sentence"])[0], encode("The mask of")[0]
-            return Binding(silent, slots, () if refusal == answer else (refusal,))
-        return Binding(silent, None)
+        if batch.samples[0].answer_format != "sentence":
+            return Binding(silent, None)
+        refusal, opening = self.language_model.tokenizer.encode_all([NO_TARGET["sentence"], ANSWER_OPENING])
+        return Binding(silent, slots, () if refusal[0] == opening[0] else (refusal[0],))
 
     def _worded(self, text: str, slots: list[int], form: str | None) -> str:
         """The answer in words, where `_binding` cut it short."""
