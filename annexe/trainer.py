@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -33,6 +34,7 @@ from annexe.datasets.sampling import MicroBatches
 from annexe.distributed import distribute, gather_lists, make_accelerator, sum_over_ranks
 from annexe.errors import UserError
 from annexe.evaluator import plan_batches, predict
+from annexe.files import locked
 from annexe.graphs import MULTIPLE, GraphedPass
 from annexe.journal import Journal, Window
 from annexe.models import build_model, num_slots, tokenizer_of
@@ -319,5 +321,6 @@ class Trainer:
 
 
 def train(config: Config) -> None:
-    """Train what ``config`` describes."""
-    Trainer(config).train()
+    """Train what ``config`` describes; a second training of the same folder is refused as long as one goes on."""
+    with locked(Path(config.run.output_dir)) if os.environ.get("RANK", "0") == "0" else nullcontext():
+        Trainer(config).train()

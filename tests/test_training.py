@@ -144,6 +144,18 @@ def test_going_back_does_not_overwrite_what_came_after(make_config, tmp_path):
     assert [line["step"] for line in log_of(tmp_path / "other")] == [3, 4]
 
 
+def test_a_folder_that_is_being_trained_into_is_left_alone(make_config, tmp_path):
+    hold = "import sys; from pathlib import Path; from annexe.files import locked\n"
+    hold += "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", hold, tmp_path / "run"], cwd=ROOT, **streams) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match=f"is being written to by process {holder.pid}"):
+            train(make_config("run.resume=auto"))
+        holder.stdin.close()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
 def test_wandb_works_offline_without_an_account(make_config, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
