@@ -215,6 +215,8 @@ class Trainer:
             self.progress.step, self.run.max_steps, total / 1e6, trained / 1e6, len(self.train_set),
             self.train_set.queries_per_image, self.accelerator.num_processes, self.accelerator.device, self.output,
         )  # fmt: skip
+        if self.run.cuda_graphs and not self.graphed:
+            log.warning("run.cuda_graphs is for one process on one GPU and is ignored here")
         if self.train_set.num_slots > self.model.pixel_decoder.num_slots:
             log.warning(
                 "annotations use up to %d slots, model.pixel_decoder.num_slots is %d: the model trains on the first "
