@@ -158,7 +158,7 @@ class Annexe(nn.Module):
             read = self._prompts(prefill.hidden, batch)
             grounding = self.pixel_decoder(*read, patches, depth.maps, batch.queries)[-1]
             found = self._found(grounding)
-            binding = self._binding(found, batch) if self.bind_answers and self.pixel_decoder.gates else None
+            binding = self._binding(found, batch) if self._binds() else None
             responses = self.language_model.decode(prefill, max_new_tokens, binding)
         else:
             responses = self.language_model.decode(prefill, max_new_tokens)
@@ -168,7 +168,8 @@ class Annexe(nn.Module):
             found = self._found(grounding)
         texts = [self.language_model.tokenizer.decode(row) for row in responses.tokens]
         query_branches = batch.text.query_branches.tolist()
-        analyses = [text for branch, text in enumerate(texts) if branch not in set(query_branches)]
+        are_queries = set(query_branches)
+        analyses = [text for branch, text in enumerate(texts) if branch not in are_queries]
         scores, depth_maps = grounding.presence.float().sigmoid().tolist(), depth.depth.float().cpu().numpy()
         drafts = []
         for query, (image, slots) in enumerate(zip(batch.queries.image.tolist(), found.tolist(), strict=True)):
@@ -191,6 +192,10 @@ class Annexe(nn.Module):
         present = grounding.presence.float().sigmoid() > grounding.presence.new_tensor(self.thresholds()).float()
         return (present | (not self.pixel_decoder.gates)) & (grounding.masks.flatten(2).amax(-1) > 0)
 
+    def _binds(self) -> bool:
+        """Whether masks are settled before the answer, and the answer has to follow them."""
+        return self.bind_answers and self.pixel_decoder.gates and self.pixel_decoder.reads == "prompt"
+
     def _binding(self, found: Tensor, batch: Batch) -> Binding:
         """What the answers have to name where masks are settled first."""
         own, rows = batch.text.query_branches, len(batch.text.branch_start)
@@ -203,7 +208,7 @@ class Annexe(nn.Module):
 
     def _worded(self, text: str, slots: list[int], form: str | None) -> str:
         """The answer in words, where `_binding` cut it short."""
-        if not self.bind_answers or not self.pixel_decoder.gates or self.pixel_decoder.reads == "answer":
+        if not self._binds():
             return text
         if not slots:
             return NO_TARGET[form or "sentence"]
