@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -18,17 +19,38 @@ from annexe.datasets.collate import Batch
 from annexe.models.annexe import Predictions
 
 
+@dataclass
+class Comparison:
+    """Predictions and truth, and what several terms take from them, made once."""
+
+    predictions: Predictions
+    batch: Batch
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """Cross entropy of every supervised token, float32[T]."""
+        logits, targets = self.predictions.token_logits.float(), self.batch.text.targets
+        return F.cross_entropy(logits, targets, reduction="none")
+
+    @cached_property
+    def masks(self) -> list[tuple[Tensor, Tensor]]:
+        """Of every layer that says something: logits and truth of the used slots, float32[slots in use, h, w] each."""
+        batch, (query, slot) = self.batch, self.batch.used_slots.clamp(min=0)
+        wanted, image, rows = batch.slot_ids[query, slot], batch.queries.image[query], query * batch.slot_ids.shape[1] + slot
+        pairs = []
+        for _, masks in self.predictions.groundings:
+            ids = F.interpolate(batch.target_ids[:, None].float(), size=masks.shape[-2:], mode="nearest-exact")[:, 0]
+            logits = masks.flatten(0, 1).index_select(0, rows).float()
+            pairs.append((logits, (ids[image] == wanted[:, None, None]).float()))
+        return pairs
+
+
 @dataclass(frozen=True)
 class Term:
-    """``total(predictions, batch)`` over the units that ``count(batch)`` counts before any forward pass."""
+    """``total(comparison)`` over the units that ``count(batch)`` counts before any forward pass."""
 
-    total: Callable[[Predictions, Batch], Tensor]
+    total: Callable[[Comparison], Tensor]
     count: Callable[[Batch], Tensor]
-
-
-def _text_total(predictions: Predictions, batch: Batch, chosen: Tensor) -> Tensor:
-    each = F.cross_entropy(predictions.token_logits.float(), batch.text.targets, reduction="none")
-    return (each * chosen).sum()
 
 
 def depth_total(predictions: Predictions, batch: Batch) -> Tensor:
@@ -37,20 +59,18 @@ def depth_total(predictions: Predictions, batch: Batch) -> Tensor:
     Normalisation is by median and mean absolute deviation (MiDaS, TPAMI 2022): the network knows inverse depth only
     up to scale and shift. Images without valid depth add nothing.
     """
-    valid = batch.depth > 0  # [B, S, S]
-    number = valid.flatten(1).sum(1).clamp(min=1)
+    valid = (batch.depth > 0).flatten(1)  # [B, S * S]
+    weight = valid.float() / valid.sum(1, keepdim=True).clamp(min=1)
 
     def normalise(x: Tensor) -> Tensor:
-        x = x.flatten(1)
-        middle = torch.where(valid.flatten(1), x, torch.nan).nanmedian(dim=1, keepdim=True).values.nan_to_num()
-        spread = ((x - middle).abs() * valid.flatten(1)).sum(1, keepdim=True) / number[:, None]
+        middle = torch.where(valid, x, torch.nan).nanmedian(dim=1, keepdim=True).values.nan_to_num()
+        spread = ((x - middle).abs() * weight).sum(1, keepdim=True)
         return (x - middle) / (spread + 1e-6)
 
-    inverse = torch.where(valid, 1 / batch.depth.clamp(min=1e-6), 0)
-    scale = inverse.flatten(1).sum(1).clamp(min=1e-12) / number  # keeps the epsilon above far below the spread
-    truth = normalise(inverse / scale[:, None, None])
-    error = (normalise(predictions.depth.float()) - truth).abs() * valid.flatten(1)
-    return (error.sum(1) / number).sum()
+    inverse = torch.where(valid, 1 / batch.depth.flatten(1).clamp(min=1e-6), 0)
+    scale = (inverse * weight).sum(1, keepdim=True).clamp(min=1e-12)  # keeps the epsilon above far below the spread
+    error = (normalise(predictions.depth.float().flatten(1)) - normalise(inverse / scale)).abs()
+    return (error * weight).sum()
 
 
 def presence_total(predictions: Predictions, batch: Batch) -> Tensor:
@@ -60,47 +80,27 @@ def presence_total(predictions: Predictions, batch: Batch) -> Tensor:
     return sum(each) / len(said)
 
 
-def _mask_total(predictions: Predictions, batch: Batch, term: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """``term`` of every used slot from logits and truth float[slots in use, h, w], at the size of the logits.
-
-    Summed over slots; where the decoder says something at every layer, the mean over layers.
-    """
-    is_used, (query, slot) = batch.used_slots[0] >= 0, batch.used_slots.clamp(min=0)
-    wanted, total = batch.slot_ids[query, slot][:, None, None], 0
-    for _, masks in predictions.groundings:
-        ids = F.interpolate(batch.target_ids[:, None].float(), size=masks.shape[-2:], mode="nearest-exact")[:, 0]
-        each = term(masks[query, slot].float(), (ids[batch.queries.image[query]] == wanted).float())
-        total = total + (each * is_used).sum()
-    return total / len(predictions.groundings)
+def _mask_total(comparison: Comparison, term: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """``term`` of logits and truth of every used slot, summed over slots, the mean over layers."""
+    is_used = comparison.batch.used_slots[0] >= 0
+    return sum((term(*pair) * is_used).sum() for pair in comparison.masks) / len(comparison.masks)
 
 
-def mask_total(predictions: Predictions, batch: Batch) -> Tensor:
+def mask_term(logits: Tensor, truth: Tensor) -> Tensor:
     """Cross entropy of every pixel, mean over a slot's pixels."""
-
-    def term(logits: Tensor, truth: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean((-2, -1))
-
-    return _mask_total(predictions, batch, term)
+    return F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean((-2, -1))
 
 
-def focal_total(predictions: Predictions, batch: Batch) -> Tensor:
-    """As `mask_total`, each pixel weighted by the square of its error (RetinaNet, ICCV 2017)."""
-
-    def term(logits: Tensor, truth: Tensor) -> Tensor:
-        each = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-        return ((logits.sigmoid() - truth).square() * each).mean((-2, -1))
-
-    return _mask_total(predictions, batch, term)
+def focal_term(logits: Tensor, truth: Tensor) -> Tensor:
+    """As `mask_term`, each pixel weighted by the square of its error (RetinaNet, ICCV 2017)."""
+    each = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    return ((logits.sigmoid() - truth).square() * each).mean((-2, -1))
 
 
-def dice_total(predictions: Predictions, batch: Batch) -> Tensor:
-    """1 - dice of every used slot (V-Net, 3DV 2016)."""
-
-    def term(logits: Tensor, truth: Tensor) -> Tensor:
-        score = logits.sigmoid()
-        return 1 - (2 * (score * truth).sum((-2, -1)) + 1) / (score.sum((-2, -1)) + truth.sum((-2, -1)) + 1)
-
-    return _mask_total(predictions, batch, term)
+def dice_term(logits: Tensor, truth: Tensor) -> Tensor:
+    """1 - dice (V-Net, 3DV 2016)."""
+    score = logits.sigmoid()
+    return 1 - (2 * (score * truth).sum((-2, -1)) + 1) / ((score + truth).sum((-2, -1)) + 1)
 
 
 def patch_phrase_total(predictions: Predictions, batch: Batch) -> Tensor:
@@ -108,7 +108,7 @@ def patch_phrase_total(predictions: Predictions, batch: Batch) -> Tensor:
     weighted by cover, over the image tokens that the target covers; summed over the phrased objects of all images."""
     logits = predictions.image_token_logits  # [B, rows, columns, V]
     masks = batch.target_ids[:, None] == batch.object_ids[..., None, None]  # [B, O, S, S]
-    cover = F.adaptive_avg_pool2d(masks.float(), logits.shape[1:3]).flatten(2)  # [B, O, P]
+    cover = masks.float().unflatten(3, (logits.shape[2], -1)).unflatten(2, (logits.shape[1], -1)).mean((3, 5)).flatten(2)
     known = batch.object_words >= 0  # [B, O, W]
     words = batch.object_words.clamp(min=0).flatten(1)[:, None]  # [B, 1, O * W]
     scores = logits.float().flatten(1, 2).log_softmax(-1)  # [B, P, V]
@@ -119,17 +119,26 @@ def patch_phrase_total(predictions: Predictions, batch: Batch) -> Tensor:
 
 
 TERMS: dict[str, Term] = {
-    "analysis": Term(lambda p, b: _text_total(p, b, b.text.is_analysis), lambda b: b.text.is_analysis.sum()),
+    "analysis": Term(lambda c: (c.tokens * c.batch.text.is_analysis).sum(), lambda b: b.text.is_analysis.sum()),
     "answer": Term(
-        lambda p, b: _text_total(p, b, ~b.text.is_analysis),
+        lambda c: (c.tokens * ~c.batch.text.is_analysis).sum(),
         lambda b: (~b.text.is_analysis & (b.text.targets >= 0)).sum(),
     ),
-    "depth": Term(depth_total, lambda b: (b.depth > 0).flatten(1).any(1).sum()),
-    "presence": Term(presence_total, lambda b: torch.tensor(b.slot_ids.numel(), device=b.slot_ids.device)),
-    "mask": Term(mask_total, lambda b: (b.slot_ids > 0).sum()),
-    "focal": Term(focal_total, lambda b: (b.slot_ids > 0).sum()),
-    "dice": Term(dice_total, lambda b: (b.slot_ids > 0).sum()),
-    "patch_phrase": Term(patch_phrase_total, lambda b: (b.object_ids > 0).sum()),
+    "depth": Term(
+        lambda c: depth_total(c.predictions, c.batch),
+        lambda b: (b.depth > 0).flatten(1).any(1).sum(),
+    ),
+    "presence": Term(
+        lambda c: presence_total(c.predictions, c.batch),
+        lambda b: torch.tensor(b.slot_ids.numel(), device=b.slot_ids.device),
+    ),
+    "mask": Term(lambda c: _mask_total(c, mask_term), lambda b: (b.slot_ids > 0).sum()),
+    "focal": Term(lambda c: _mask_total(c, focal_term), lambda b: (b.slot_ids > 0).sum()),
+    "dice": Term(lambda c: _mask_total(c, dice_term), lambda b: (b.slot_ids > 0).sum()),
+    "patch_phrase": Term(
+        lambda c: patch_phrase_total(c.predictions, c.batch),
+        lambda b: (b.object_ids > 0).sum(),
+    ),
 }
 
 
@@ -140,4 +149,5 @@ def counts(batches: list[Batch], names: list[str]) -> Tensor:
 
 def totals(predictions: Predictions, batch: Batch, names: list[str]) -> Tensor:
     """Total of each named term, float32[len(names)]."""
-    return torch.stack([TERMS[name].total(predictions, batch) for name in names])
+    comparison = Comparison(predictions, batch)
+    return torch.stack([TERMS[name].total(comparison) for name in names])
