@@ -69,7 +69,8 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"
     mixed_precision: str = "auto"
-    cuda_graphs: bool = False  # one GPU: forward and backward pass as one CUDA graph for each shape of batch
+    compile: bool = False  # torch.compile of every block: slow to start, then faster steps
+    cuda_graphs: bool = False  # one GPU: a pass, or a step of generation, as one CUDA graph for each shape of batch
 
     # Several GPUs (torchrun): the whole model on each, or its weights spread over all
     parallel: str = "ddp"

@@ -8,10 +8,10 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from annexe import losses
@@ -37,7 +37,7 @@ from annexe.evaluator import plan_batches, predict
 from annexe.files import locked
 from annexe.graphs import MULTIPLE, GraphedPass
 from annexe.journal import Journal, Window
-from annexe.models import build_model, num_slots, tokenizer_of
+from annexe.models import build_model, compile_blocks, num_slots, tokenizer_of
 from annexe.models.tokenizer import TextTokenizer, train_tokenizer
 from annexe.optim import build_optimizer, learning_rate
 from annexe.scoring import Truth, calibrated, score
@@ -69,6 +69,8 @@ class Trainer:
         set_seed(run.seed + self.accelerator.process_index)  # and drops out its own
         if resumed:
             load_weights(resumed, self.model)
+        if run.compile:
+            compile_blocks(self.model)
         self.wrapped = distribute(self.accelerator, self.model, run.parallel)
         self.optimizer = build_optimizer(self.model, run)
         self.progress = Progress()
@@ -91,6 +93,7 @@ class Trainer:
         if self.graphed:
             trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             self.run_pass = GraphedPass(self._pass, trained, device)
+        self.model.language_model.generator.graphs = self.graphed
         self.fingerprint = self.train_set.fingerprint() if self.accelerator.is_main_process else ""
         self.truth = Truth(self.validation_set) if self.validation_set else None
         self.journal = Journal(config, self.output, self.progress, enabled=self.accelerator.is_main_process)
@@ -109,24 +112,28 @@ class Trainer:
                 step = self.progress.step
                 advance(step)
                 last = step == self.run.max_steps
-                if step % self.run.log_every == 0 or last:
+                logged = step % self.run.log_every == 0 or last
+                validated = self.run.validate_every and (step % self.run.validate_every == 0 or last)
+                saved = validated or step % self.run.checkpoint_every == 0 or last
+                if logged or saved:
+                    window.require_finite(step, self.output / "checkpoints")
+                if logged:
                     self._log_window(window)
                     window = Window(list(self.weights), self.accelerator.device)
-                validated = self.run.validate_every and (step % self.run.validate_every == 0 or last)
                 if validated:
                     self.validate()
-                if validated or step % self.run.checkpoint_every == 0 or last:
+                if saved:
                     self.save()
         self.journal.close()
 
-    def train_step(self, batches: list[Batch]) -> tuple[Tensor, Tensor, float]:
+    def train_step(self, batches: list[Batch]) -> tuple[Tensor, Tensor, Tensor]:
         """One optimizer step over this rank's micro-batches.
 
         Every term is normalised by its units over all ranks and micro-batches; DDP averages gradients over ranks,
         hence the factor of the world size.
 
         Returns:
-            Each term's total on this rank, its units over all ranks, and the gradient norm.
+            Each term's total on this rank, its units over all ranks, and the gradient norm, all on the device.
         """
         names, device = list(self.weights), self.accelerator.device
         counted = torch.cat([losses.counts(batches, names), seen_in(batches)])  # on the CPU, where nothing has to wait
@@ -142,18 +149,12 @@ class Trainer:
         for number, batch in enumerate(batches, start=1):
             with nullcontext() if number == len(batches) else self.accelerator.no_sync(self.wrapped):
                 totals += self.run_pass(batch, factor)
-        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.run.clip_norm))
-        if not np.isfinite(norm):
-            shown = ", ".join(f"{name} {value:g}" for name, value in zip(names, totals.tolist(), strict=True))
-            raise UserError(
-                f"loss or gradient is not finite at step {self.progress.step + 1} (term totals: {shown}); the last "
-                f"checkpoint in '{self.output / 'checkpoints'}' is intact. Lower run.learning_rate or check the data"
-            )
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.run.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=not self.graphed)
         self.progress.step += 1
         self.seen += seen
-        return totals, units, norm
+        return totals, units, norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _pass(self, batch: Batch, factor: Tensor) -> Tensor:
         """Forward and backward over one micro-batch: each term's total; the loss is their sum, times ``factor``."""
@@ -311,7 +312,7 @@ class Trainer:
                 "learning_rate": self.optimizer.param_groups[0]["lr"],
                 "loss": loss,
                 **{f"loss/{name}": value for name, value in terms.items()},
-                "gradient_norm": window.norm,
+                "gradient_norm": float(window.norm),
                 **self._gpu_memory(),
             }
         )
