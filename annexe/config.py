@@ -91,6 +91,7 @@ class RunConfig:
 
     # Loading
     num_workers: int = 4
+    store_patches: str | None = None  # folder: the frozen RGB encoder runs once a photo, not once an epoch
 
     # Logging, validation and checkpoints, in optimizer steps
     log_every: int = 20

@@ -30,6 +30,7 @@ from annexe.config import Config, as_dict
 from annexe.datasets import build_dataset, prompts
 from annexe.datasets.collate import Batch, Collator
 from annexe.datasets.ego_irgbench import EgoIRGBench
+from annexe.datasets.patches import stored_patches
 from annexe.datasets.sampling import MicroBatches
 from annexe.distributed import distribute, gather_lists, make_accelerator, sum_over_ranks
 from annexe.errors import UserError
@@ -71,6 +72,15 @@ class Trainer:
             load_weights(resumed, self.model)
         if run.compile:
             compile_blocks(self.model)
+        if run.store_patches is not None:
+            self.train_set.stored_patches = stored_patches(
+                self.model.rgb_encoder,
+                self.train_set,
+                Path(run.store_patches),
+                self.accelerator,
+                batch_size=run.batch_size,
+                num_workers=run.num_workers,
+            )
         self.wrapped = distribute(self.accelerator, self.model, run.parallel)
         self.optimizer = build_optimizer(self.model, run)
         self.progress = Progress()

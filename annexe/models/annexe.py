@@ -220,7 +220,7 @@ class Annexe(nn.Module):
 
     def _encode(self, batch: Batch) -> tuple:
         images = batch.images.float() / 255
-        patches = self.rgb_encoder(images)  # [B, G * G, E]
+        patches = self.rgb_encoder(images) if batch.patches is None else batch.patches.float()  # [B, G * G, E]
         depth = self.depth_branch(images)
         image_tokens = self.projector(patches)  # [B, P, D]
         words = self.language_model.embed(batch.text.input_ids)
