@@ -10,14 +10,15 @@ import gc
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from rich.progress import track
@@ -35,19 +36,22 @@ from annexe.graphs import MULTIPLE
 from annexe.memory import without_files
 from annexe.metrics import encode
 from annexe.models import build_model, num_slots, tokenizer_of
-from annexe.models.annexe import Draft
+from annexe.models.annexe import Annexe, Draft
 from annexe.models.language_model import Llama, Prefill, Responses
 from annexe.models.tokenizer import TextTokenizer, train_tokenizer
+from annexe.registry import build
 from annexe.synthetic.generate import generate
 from annexe.timing import Record, Timeline, ceiling, in_sections, peak_memory, percentiles, reset_peak
 from annexe.trainer import Trainer, seen_in
+
+_KINDS = ("forward", "backward", "total")  # of `flops.Work`
 
 
 @contextmanager
 def scratch(*, own_cache: bool) -> Iterator[Path]:
     """A folder that goes away with its content; ``own_cache``: indexes of data sets made meanwhile lie there too."""
     before = os.environ.get("ANNEXE_CACHE")
-    with tempfile.TemporaryDirectory(prefix="annexe-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="annexe-bench-", ignore_cleanup_errors=True) as folder:
         if own_cache:
             os.environ["ANNEXE_CACHE"] = str(Path(folder) / "cache")
         try:
@@ -71,6 +75,12 @@ def with_random_weights(config: Config) -> tuple[Config, list[str]]:
     config, tokenizer, notes = without_files(config)
     config.model["language_model"]["vocab_size"] = tokenizer.vocab_size
     return config, ["weights are random", *notes]
+
+
+def image_tokens(config: Config) -> int:
+    """Image tokens of the prefix; ``config`` is of `with_random_weights`."""
+    with torch.device("meta"):
+        return build("rgb_encoder", config.model["rgb_encoder"]).grid ** 2 // config.model["merge"]
 
 
 def require_llama(config: Config) -> None:
@@ -108,19 +118,21 @@ def measure_training(config: Config, work: Training, since_start: float) -> tupl
         trainer = Trainer(config)
         device = trainer.accelerator.device
         reset_peak(device)
-        batches = _micro_batches(trainer, work)
-        _step(trainer, batches)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        first_step = since_start + time.perf_counter() - began
-        record = _time_steps(trainer, batches, work) | {"seconds_to_first_step": first_step}
+        with closing(_micro_batches(trainer, work)) as batches:
+            _step(trainer, batches)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            first_step = since_start + time.perf_counter() - began
+            record = _time_steps(trainer, batches, work) | {"seconds_to_first_step": first_step}
+        images = int(trainer.seen[0])
         if trainer.graphed:
             notes.append("parts were timed without CUDA graphs: hooks do not fire inside a replay")
-            del trainer, batches
-            gc.collect()
+            del trainer
+            free()
             trainer = Trainer(replace(config, run=replace(config.run, cuda_graphs=False)))
-            batches = _micro_batches(trainer, work)
-        return record | _time_parts(trainer, batches, work), notes
+        trainer.progress.images = images  # go on with the photos that come next
+        with closing(_micro_batches(trainer, work)) as batches:
+            return record | {"parts_of_step": _time_parts(trainer, batches, work)}, notes
 
 
 def _time_steps(trainer: Trainer, batches: Iterator[Batch], work: Training) -> Record:
@@ -137,7 +149,7 @@ def _time_steps(trainer: Trainer, batches: Iterator[Batch], work: Training) -> R
     images, queries, tokens = (seen / sum(seconds)).tolist()
     memory = peak_memory(device)
     flop, most = _tflop_per_image(trainer, taken), ceiling(device)
-    done = flop["all"]["all"] * images
+    done = flop["all"]["total"] * images
     return {
         "images_per_step": run.batch_size * run.gradient_accumulation,
         "queries_per_image": queries / images,
@@ -163,8 +175,9 @@ def _step(trainer: Trainer, batches: Iterator[Batch]) -> list[Batch]:
 
 def _on_made_up_data(config: Config, folder: Path, work: Training) -> tuple[Config, list[str]]:
     """Random weights, and one drawn scene, which the trainer asks for and the batches do not come from."""
-    generate(folder / "data", num_images=1, seed=0, val_fraction=0, test_fraction=0, num_workers=1)
     config, notes = with_random_weights(config)
+    tokens_of_branches(work.num_tokens, image_tokens(config), work.num_queries)  # too few are told before all else
+    generate(folder / "data", num_images=1, seed=0, val_fraction=0, test_fraction=0, num_workers=1)
     config.datasets["ego_irgbench"]["data_root"] = str(folder / "data")
     return _into(config, folder, work), ["batches are made up", *notes]
 
@@ -186,10 +199,10 @@ def _into(config: Config, folder: Path, work: Training) -> Config:
     return replace(copy.deepcopy(config), run=replace(config.run, **own, wandb=WandbConfig()))
 
 
-def _micro_batches(trainer: Trainer, work: Training) -> Iterator[Batch]:
+def _micro_batches(trainer: Trainer, work: Training) -> Generator[Batch, None, None]:
     """Those of the trainer's own loader, or a made-up one again and again, as its loader would hand it over."""
     if work.real:
-        return iter(trainer._loader())
+        yield from trainer._loader()
     model = trainer.model
     left = tokens_of_branches(work.num_tokens, model.num_image_tokens, work.num_queries)
     batch = made_up_batch(
@@ -201,7 +214,7 @@ def _micro_batches(trainer: Trainer, work: Training) -> Iterator[Batch]:
         multiple=MULTIPLE if trainer.graphed else 1,
     )
     batch = replace(batch, samples=[])
-    return repeat(batch.pin_memory() if trainer.accelerator.device.type == "cuda" else batch)
+    yield from repeat(batch.pin_memory() if trainer.accelerator.device.type == "cuda" else batch)
 
 
 def _tflop_per_image(trainer: Trainer, batches: list[Batch]) -> Record:
@@ -209,35 +222,32 @@ def _tflop_per_image(trainer: Trainer, batches: list[Batch]) -> Record:
     different = {id(batch): batch for batch in batches}  # a made-up batch is there many times
     works = {key: work_of_batch(trainer.model, batch) for key, batch in different.items()}
     unit = 1e12 * sum(len(batch.images) for batch in batches)
-    flop: Record = {part: {"forward": 0.0, "backward": 0.0, "all": 0.0} for part in (*works[id(batches[0])], "all")}
+    flop: Record = {part: dict.fromkeys(_KINDS, 0.0) for part in (*works[id(batches[0])], "all")}
     for batch in batches:
         for part, own in works[id(batch)].items():
             for row in (flop[part], flop["all"]):
-                row["forward"] += own.forward / unit
-                row["backward"] += own.backward / unit
-                row["all"] += own.total / unit
+                row.update({kind: row[kind] + getattr(own, kind) / unit for kind in _KINDS})
     return flop
 
 
 def _time_parts(trainer: Trainer, batches: Iterator[Batch], work: Training) -> Record:
-    """Time of the parts of a step, seen by hooks on them."""
+    """Time of the parts of a step, which hooks tell."""
     timeline = Timeline(trainer.accelerator.device)
-    for number in track(range(work.warmup + work.steps), "timing parts", transient=True):
-        if number == work.warmup:
-            unwatch = _watch_training(trainer, timeline)
-        if number >= work.warmup:
+    for _ in range(work.warmup):
+        _step(trainer, batches)
+    with _watched_training(trainer, timeline):
+        for _ in track(range(work.steps), "timing parts", transient=True):
             timeline.enter("waiting for data")
-        own = [next(batches) for _ in range(trainer.run.gradient_accumulation)]
-        if number >= work.warmup:
+            own = [next(batches) for _ in range(trainer.run.gradient_accumulation)]
             timeline.enter("start of step")
-        trainer.train_step(own)
+            trainer.train_step(own)
     timeline.enter("end")
-    unwatch()
-    return {"parts_of_step": in_sections(timeline, work.steps)}
+    return in_sections(timeline, work.steps)
 
 
-def _watch_training(trainer: Trainer, timeline: Timeline) -> Callable[[], None]:
-    """Have the parts of a step say when they begin; gives what takes the hooks off again."""
+@contextmanager
+def _watched_training(trainer: Trainer, timeline: Timeline) -> Iterator[None]:
+    """Have the parts of a step say when they begin."""
     model, backward = trainer.model, trainer.accelerator.backward
 
     def entering(section: str) -> Callable[..., None]:
@@ -266,13 +276,12 @@ def _watch_training(trainer: Trainer, timeline: Timeline) -> Callable[[], None]:
         hooks.append(module.register_forward_pre_hook(entering(f"{part}, forward")))
         hooks.append(module.register_forward_hook(entering("rest of forward")))
     trainer.accelerator.backward = timed_backward
-
-    def unwatch() -> None:
+    try:
+        yield
+    finally:
         del trainer.accelerator.backward
         for hook in hooks:
             hook.remove()
-
-    return unwatch
 
 
 @dataclass(frozen=True)
@@ -296,16 +305,10 @@ def measure_generation(config: Config, work: Generation) -> tuple[Record, list[s
         config, notes = with_random_weights(config)
     notes.append("every response is forced to its full length: no end of sequence, model.bind_answers=false")
     run, accelerator = config.run, make_accelerator(config.run)
-    tokenizer = _tokenizer(config)
-    set_seed(run.seed)
-    bf16 = accelerator.mixed_precision == "bf16"
-    model = build_model(config.model, tokenizer, accelerator.device, bf16=bf16)
-    model = accelerator.prepare_model(model, evaluation_mode=True).eval()
-    model.bind_answers = False
-    never_end(model.language_model)
+    model = _answering(config, accelerator)
     branches = prompts_alone(nominal_branches(run.batch_size, work.num_queries))
     size, slots = model.rgb_encoder.image_size, model.pixel_decoder.num_slots
-    batch = made_up_batch(branches, size, model.num_image_tokens, slots, tokenizer.vocab_size)
+    batch = made_up_batch(branches, size, model.num_image_tokens, slots, model.language_model.tokenizer.vocab_size)
     for sample in batch.samples:
         sample.original_size = work.size
     reset_peak(accelerator.device)
@@ -340,6 +343,16 @@ def measure_generation(config: Config, work: Generation) -> tuple[Record, list[s
         "peak_memory_gb": peak_memory(accelerator.device),
         "parts_of_batch": in_sections(timeline, work.batches),
     }, notes
+
+
+def _answering(config: Config, accelerator: Accelerator) -> Annexe:
+    """The model as an evaluation has it, but for answers, which never end by themselves."""
+    set_seed(config.run.seed)
+    bf16 = accelerator.mixed_precision == "bf16"
+    model = build_model(config.model, _tokenizer(config), accelerator.device, bf16=bf16)
+    model.bind_answers = False
+    never_end(model.language_model)
+    return accelerator.prepare_model(model, evaluation_mode=True).eval()
 
 
 def _tokenizer(config: Config) -> TextTokenizer:

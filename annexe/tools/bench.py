@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from annexe.benchmark import (
     Generation,
     Training,
     free,
+    image_tokens,
     measure_generation,
     measure_training,
     require_llama,
@@ -46,7 +46,6 @@ from annexe.journal import git_commit
 from annexe.metrics import encode
 from annexe.models import num_slots, tokenizer_of
 from annexe.models.tokenizer import TextTokenizer, train_tokenizer
-from annexe.registry import build
 from annexe.scoring import Record as Prediction
 from annexe.scoring import Truth, score_all
 from annexe.synthetic.generate import generate, num_cores
@@ -138,8 +137,7 @@ def _check(arguments: argparse.Namespace) -> None:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int) and not isinstance(number, bool) and number < least:
                 raise UserError(f"--{name.replace('_', '-')} {number} must be at least {least}")
-    made_up = (arguments.queries, arguments.tokens) if arguments.action == "train" else ()
-    if made_up != (None, None) and made_up and arguments.real:
+    if arguments.action == "train" and arguments.real and (arguments.queries or arguments.tokens):
         raise UserError("--queries and --tokens are of made-up batches; leave them out, or --real")
 
 
@@ -206,9 +204,7 @@ def measure_loading(config: Config, workers: list[int] | None, num_images: int) 
     require_llama(config)
     dataset = build_dataset(config, "train", cached=False)
     tokenizer = _tokenizer(config, dataset)
-    rgb = with_random_weights(config)[0].model["rgb_encoder"]
-    with torch.device("meta"):
-        num_image_tokens = build("rgb_encoder", rgb).grid ** 2 // config.model["merge"]
+    num_image_tokens = image_tokens(with_random_weights(config)[0])
     device = torch.device("cuda" if torch.cuda.is_available() and config.run.device != "cpu" else "cpu")
     graphed = config.run.cuda_graphs and device.type == "cuda"
     multiple = MULTIPLE if graphed else 1
@@ -216,7 +212,7 @@ def measure_loading(config: Config, workers: list[int] | None, num_images: int) 
     number = max(1, min(num_images, len(dataset)) // config.run.batch_size)
     records = {}
     for count in workers or [config.run.num_workers]:
-        with tempfile.TemporaryDirectory(prefix="annexe-bench-") as folder:
+        with tempfile.TemporaryDirectory(prefix="annexe-bench-", ignore_cleanup_errors=True) as folder:
             own = {"output_dir": folder, "num_workers": count, "max_steps": number, "warmup_steps": 0}
             run = replace(config.run, **own, gradient_accumulation=1)
             train_set = build_dataset(replace(config, run=run), "train")
@@ -264,8 +260,12 @@ def measure_scoring(num_queries: int, workers: int) -> Record:
         number = -(-num_queries // _QUERIES_OF_SCENE)
         generate(folder / "data", num_images=number, seed=0, val_fraction=0, test_fraction=1, num_workers=workers)
         dataset = EgoIRGBench("test", 1, 0, None, data_root=str(folder / "data"), cache=False)
-        records = list(islice(made_up_predictions(Truth(dataset)), num_queries + number))
-        asked = sum(record["kind"] == "query" for record in records)
+        records, asked = [], 0
+        for record in made_up_predictions(Truth(dataset)):
+            records.append(record)
+            asked += record["kind"] == "query"
+            if asked == num_queries:
+                break
         started = time.perf_counter()
         with SampledMemory() as memory:
             score_all(records, Truth(dataset), workers=workers, progress=True)
