@@ -26,7 +26,7 @@ from annexe.checkpoint import (
     save_checkpoint,
     saved_config,
 )
-from annexe.config import Config, as_dict
+from annexe.config import Config, RunConfig, as_dict
 from annexe.datasets import build_dataset, prompts
 from annexe.datasets.collate import Batch, Collator
 from annexe.datasets.ego_irgbench import EgoIRGBench
@@ -50,6 +50,20 @@ def seen_in(batches: list[Batch]) -> Tensor:
     """Images, queries and tokens of some batches, float64[3]."""
     seen = [[len(b.images), len(b.queries.image), int((b.text.segment >= 0).sum())] for b in batches]
     return torch.tensor(seen, dtype=torch.float64).sum(0)
+
+
+def training_loader(
+    train_set: EgoIRGBench, batches: MicroBatches, collate: Collator, run: RunConfig, device: torch.device
+) -> DataLoader:
+    """One rank's micro-batches, made by ``run.num_workers`` processes."""
+    return DataLoader(
+        train_set,
+        batch_sampler=batches,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        num_workers=run.num_workers,
+        generator=torch.Generator(),  # a loader draws its workers' seed: not from the run's random state
+    )
 
 
 class Trainer:
@@ -284,20 +298,14 @@ class Trainer:
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
         )
-        return DataLoader(
-            self.train_set,
-            batch_sampler=own,
-            collate_fn=Collator(
-                self.tokenizer,
-                self.model.num_image_tokens,
-                self.model.pixel_decoder.num_slots,
-                multiple=MULTIPLE if self.graphed else 1,
-                keep_samples=False,
-            ),
-            pin_memory=self.accelerator.device.type == "cuda",
-            num_workers=self.run.num_workers,
-            generator=torch.Generator(),  # a loader draws its workers' seed: not from the run's random state
+        collate = Collator(
+            self.tokenizer,
+            self.model.num_image_tokens,
+            self.model.pixel_decoder.num_slots,
+            multiple=MULTIPLE if self.graphed else 1,
+            keep_samples=False,
         )
+        return training_loader(self.train_set, own, collate, self.run, self.accelerator.device)
 
     def _read_counters(self) -> None:
         """Bring what the device counted since the last call into the progress."""
