@@ -30,14 +30,15 @@ from annexe.datasets.collate import Batch
 from annexe.datasets.made_up import even_branches, made_up_batch, nominal_branches, prompts_alone, tokens_of_branches
 from annexe.distributed import make_accelerator
 from annexe.errors import UserError
-from annexe.evaluator import in_threads
+from annexe.evaluator import in_threads, ready
 from annexe.flops import work_of_batch
 from annexe.graphs import MULTIPLE
 from annexe.memory import without_files
 from annexe.metrics import encode
 from annexe.models import build_model, num_slots, tokenizer_of
 from annexe.models.annexe import Annexe, Draft
-from annexe.models.language_model import Llama, Prefill, Responses
+from annexe.models.generation import Prefill, Responses
+from annexe.models.language_model import Llama
 from annexe.models.tokenizer import TextTokenizer, train_tokenizer
 from annexe.registry import build
 from annexe.synthetic.generate import generate
@@ -100,6 +101,7 @@ class Training:
     steps: int
     warmup: int
     real: bool  # the configured data and weights in place of made-up ones
+    stored: bool  # patches of the RGB encoder come with the batch, as with run.store_patches
 
 
 def measure_training(config: Config, work: Training, since_start: float) -> tuple[Record, list[str]]:
@@ -213,6 +215,9 @@ def _micro_batches(trainer: Trainer, work: Training) -> Generator[Batch, None, N
         trainer.tokenizer.vocab_size,
         multiple=MULTIPLE if trainer.graphed else 1,
     )
+    if work.stored:
+        shape = len(batch.images), model.rgb_encoder.grid**2, model.rgb_encoder.embed_dim
+        batch = replace(batch, patches=torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16())
     batch = replace(batch, samples=[])
     yield from repeat(batch.pin_memory() if trainer.accelerator.device.type == "cuda" else batch)
 
@@ -352,7 +357,7 @@ def _answering(config: Config, accelerator: Accelerator) -> Annexe:
     model = build_model(config.model, _tokenizer(config), accelerator.device, bf16=bf16)
     model.bind_answers = False
     never_end(model.language_model)
-    return accelerator.prepare_model(model, evaluation_mode=True).eval()
+    return ready(model, config.run, accelerator)
 
 
 def _tokenizer(config: Config) -> TextTokenizer:

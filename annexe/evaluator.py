@@ -24,7 +24,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
 from annexe.checkpoint import load_progress, load_weights, require_checkpoint, saved_config, without_sources
-from annexe.config import Config
+from annexe.config import Config, RunConfig
 from annexe.datasets import build_dataset
 from annexe.datasets.collate import Batch, Collator, Sample
 from annexe.datasets.ego_irgbench import EgoIRGBench
@@ -251,12 +251,17 @@ def _restored(config: Config, checkpoint: Path, seed: int, accelerator: Accelera
     bf16 = accelerator.mixed_precision == "bf16"
     model = build_model(config.model, tokenizer, accelerator.device, bf16=bf16)
     load_weights(checkpoint, model)
-    model.language_model.merge()
-    model.language_model.generator.graphs = config.run.cuda_graphs and accelerator.device.type == "cuda"
-    if config.run.compile:
-        compile_blocks(model)
     model.calibrated_thresholds = load_progress(checkpoint).thresholds
-    return accelerator.prepare_model(model, evaluation_mode=True)
+    return ready(model, config.run, accelerator)
+
+
+def ready(model: Annexe, run: RunConfig, accelerator: Accelerator) -> Annexe:
+    """``model`` as it answers fastest: adapters merged for good; graphs and compiled blocks where ``run`` has them."""
+    model.language_model.merge()
+    model.language_model.generator.graphs = run.cuda_graphs and accelerator.device.type == "cuda"
+    if run.compile:
+        compile_blocks(model)
+    return accelerator.prepare_model(model.eval(), evaluation_mode=True)
 
 
 def finish(output: Path, records: list[Record], truth: Truth, meta: dict, checkpoint: Path) -> dict[str, Any]:

@@ -80,8 +80,9 @@ def work_of_batch(model: Annexe, batch: Batch) -> dict[str, Work]:
     projected = Work()
     projected.linear([model.projector.linear], number * model.num_image_tokens, patches_trained)
     named = number * model.num_image_tokens if model.name_patches else 0
+    encoded = 0 if batch.patches is not None else number  # stored patches take no work
     return {
-        "rgb_encoder": of_eva(rgb, number) if isinstance(rgb, EvaViT) else counted(rgb, images),
+        "rgb_encoder": of_eva(rgb, encoded) if isinstance(rgb, EvaViT) else counted(rgb, images[:encoded]),
         "depth_branch": of_depth(depth, side, number) if isinstance(depth, DepthAnythingV2) else counted(depth, images),
         "projector": projected,
         "language_model": of_llama(language, text, num_logits=int((text.targets >= 0).sum()) + named),

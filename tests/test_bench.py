@@ -29,7 +29,7 @@ from annexe.graphs import MULTIPLE
 from annexe.memory import without_files
 from annexe.models import build_model
 from annexe.models.annexe import Annexe
-from annexe.models.language_model import packed_attention_mask
+from annexe.models.attention import packed_attention_mask
 from annexe.predictions import read_predictions, require_complete
 from annexe.scoring import Truth
 from annexe.synthetic.generate import generate
@@ -220,6 +220,13 @@ def test_graphs_are_measured_and_parts_are_timed_without_them(bench: Callable[..
     memory = report["measured"]["peak_memory_gb"]
     assert 0 < memory["allocated"] <= memory["reserved"]
     assert_adds_up(report["measured"]["parts_of_step"])
+
+
+def test_stored_patches_leave_the_encoder_out(bench: Callable[..., dict]) -> None:
+    frozen = (NO_DATA, "model.rgb_encoder.frozen=true")
+    measured = bench("train", "--stored", "--steps", 2, "--warmup", 0, options=frozen)["measured"]
+    assert measured["tflop_per_image"]["rgb_encoder"]["total"] == 0 < measured["tflop_per_image"]["all"]["total"]
+    assert "rgb_encoder, forward" not in measured["parts_of_step"]
 
 
 def test_every_response_has_its_full_length(bench: Callable[..., dict], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ def compile_blocks(model: Annexe) -> None:
         depth.head,
     ):
         module.compile()
-    model.pixel_decoder.compile()
+    model.pixel_decoder.forward = torch.compile(model.pixel_decoder.forward)
 
 
 def num_slots(config: Config) -> int:

@@ -67,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--steps", type=int, default=20, metavar="N", help="steps that count (default %(default)s)")
     train.add_argument("--warmup", type=int, default=5, metavar="N", help="steps before them (default %(default)s)")
     train.add_argument("--real", action="store_true", help="the configured data and weights, read by its own loader")
+    train.add_argument("--stored", action="store_true", help="patches come with the batch, as with run.store_patches")
     about = "time the answers to made-up prompts, masks at full size and encoded included"
     answers = actions.add_parser("generate", help=about, description=about)
     _add_configuration(answers, against=True)
@@ -137,8 +138,8 @@ def _check(arguments: argparse.Namespace) -> None:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int) and not isinstance(number, bool) and number < least:
                 raise UserError(f"--{name.replace('_', '-')} {number} must be at least {least}")
-    if arguments.action == "train" and arguments.real and (arguments.queries or arguments.tokens):
-        raise UserError("--queries and --tokens are of made-up batches; leave them out, or --real")
+    if arguments.action == "train" and arguments.real and (arguments.queries or arguments.tokens or arguments.stored):
+        raise UserError("--queries, --tokens and --stored are of made-up batches; leave them out, or --real")
 
 
 def _compare(arguments: argparse.Namespace, config: Config, report: dict[str, Any]) -> dict[str, Record]:
@@ -152,7 +153,7 @@ def _compare(arguments: argparse.Namespace, config: Config, report: dict[str, An
         if arguments.action == "train":
             queries = arguments.queries or 1
             tokens = arguments.tokens or 430 + round((queries - 1) * 533 / 7)  # 963 with eight
-            work = Training(queries, tokens, arguments.steps, arguments.warmup, arguments.real)
+            work = Training(queries, tokens, arguments.steps, arguments.warmup, arguments.real, arguments.stored)
             report[name], notes = measure_training(one, work, since_start)
         else:
             if arguments.batch_size is not None:
