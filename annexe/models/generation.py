@@ -263,7 +263,8 @@ class Generator:
         needed = [math.prod(shape) for shape in (prefix, prefix, own, own)]
         if not self._room or any(n > len(flat) for n, flat in zip(needed, self._room[0], strict=True)):
             self.forget()
-            self._room = [[layer.new_empty(number) for number in needed] for layer in like]
+            # Not empty: what is not seen has weight 0, and 0 times what is no number is none either.
+            self._room = [[layer.new_zeros(number) for number in needed] for layer in like]
         return [
             Memory(
                 *(flat[:n].view(shape) for flat, n, shape in zip(room, needed, (prefix, prefix, own, own), strict=True))
@@ -279,8 +280,6 @@ class Generator:
         image = text.branch_image[branch][:, None]
         memory.prefix_keys.copy_(kept.keys[:, :, : text.prefix_length])
         memory.prefix_values.copy_(kept.values[:, :, : text.prefix_length])
-        memory.own_keys.zero_()
-        memory.own_values.zero_()  # what is not seen has no weight, but not a number times 0 is not a number
         memory.own_keys[:, :, : len(offsets)] = kept.keys[image, :, columns].transpose(1, 2)
         memory.own_values[:, :, : len(offsets)] = kept.values[image, :, columns].transpose(1, 2)
         kept.keys = kept.values = None
