@@ -29,6 +29,7 @@ class LossWeights:
     mask: float = 3.0
     dice: float = 3.0
     focal: float = 0.0
+    points: float = 0.0
     patch_phrase: float = 0.0
 
 

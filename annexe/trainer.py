@@ -107,8 +107,9 @@ class Trainer:
             if self.weights["patch_phrase"]:
                 raise UserError("run.loss_weights.patch_phrase needs model.name_patches=true; set it, or the weight 0")
             del self.weights["patch_phrase"]
-        if not self.weights["focal"]:
-            del self.weights["focal"]
+        for name in ("focal", "points"):  # they stand in for the mask term
+            if not self.weights[name]:
+                del self.weights[name]
         device = self.accelerator.device
         self.term_weights = torch.tensor(list(self.weights.values()), device=device)
         self.seen = torch.zeros(3, dtype=torch.float64, device=device)  # images, queries, tokens not yet in progress
