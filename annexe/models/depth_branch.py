@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
@@ -71,6 +72,11 @@ def initialise(neck: nn.Module, head: nn.Module) -> None:
         for unit in (fusion.residual_layer1, fusion.residual_layer2):
             nn.init.normal_(unit.convolution2.weight, std=1e-2)
     nn.init.ones_(head.conv3.bias)
+
+
+def pointwise(convolution: nn.Conv2d, tokens: Tensor) -> Tensor:
+    """A 1 x 1 convolution of pixels that lie in rows, [..., C] -> [..., C']."""
+    return F.linear(tokens, convolution.weight.flatten(1), convolution.bias)
 
 
 @register("depth_branch", "depth_anything_v2")
@@ -142,5 +148,21 @@ class DepthAnythingV2(nn.Module):
     def forward(self, images: Tensor) -> DepthFeatures:
         """Depth and features of ``images`` float[B, 3, S, S] in [0, 1]."""
         tapped = self.model.backbone.forward_with_filtered_kwargs(self.normalise(images))
-        maps = self.model.neck(list(tapped.feature_maps), self.grid, self.grid)  # of 4 x [B, 1 + G * G, D]
-        return DepthFeatures(depth=self.model.head(maps, self.grid, self.grid), maps=list(maps))
+        maps = self._neck(tapped.feature_maps)  # of 4 x [B, 1 + G * G, D]
+        return DepthFeatures(depth=self.model.head(maps, self.grid, self.grid), maps=maps)
+
+    def _neck(self, tapped: tuple[Tensor, ...]) -> list[Tensor]:
+        """The library's neck with its 1 x 1 convolutions where they cost least: on tokens, and before maps are enlarged.
+
+        Enlarging is linear and its weights add up to 1, so the order of the two makes no difference.
+        """
+        neck, features = self.model.neck, []
+        for tokens, reassemble, convolution in zip(tapped, neck.reassemble_stage.layers, neck.convs, strict=True):
+            x = pointwise(reassemble.projection, tokens[:, 1:]).unflatten(1, (self.grid, self.grid))
+            features.append(convolution(reassemble.resize(x.permute(0, 3, 1, 2))))
+        maps: list[Tensor] = []
+        for number, (fusion, feature) in enumerate(zip(neck.fusion_stage.layers, reversed(features), strict=True)):
+            x = feature if not maps else maps[-1] + fusion.residual_layer1(feature)
+            x = fusion.projection(fusion.residual_layer2(x))
+            maps.append(F.interpolate(x, size=2**number * self.grid, mode="bilinear", align_corners=True))
+        return maps

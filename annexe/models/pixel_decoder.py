@@ -30,9 +30,19 @@ class Grounding(NamedTuple):
 
 def spread(rows: Tensor, queries: QueryIndex, num_images: int) -> Tensor:
     """Lay per-query rows [Q, ...] out per image, padded: [B, queries of the fullest image, ...]."""
+    if len(rows) == num_images * queries.most:  # none is missing: nothing has to be copied
+        return rows.unflatten(0, (num_images, queries.most))
     padded = rows.new_zeros(num_images, queries.most, *rows.shape[1:])
     padded[queries.image, queries.place] = rows
     return padded
+
+
+def gather(per_image: Tensor, queries: QueryIndex) -> Tensor:
+    """Undo `spread`: [B, queries of the fullest image, ...] -> [Q, ...]."""
+    rows = per_image.flatten(0, 1)
+    if len(rows) == len(queries.image):
+        return rows
+    return rows.index_select(0, queries.image * queries.most + queries.place)
 
 
 class Attention(nn.Module):
@@ -61,18 +71,25 @@ class DecoderLayer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(
-        self, tokens: Tensor, real: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, queries: QueryIndex
+        self,
+        tokens: Tensor,
+        real: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        seen: Tensor | None,
+        queries: QueryIndex,
+        num_readers: int,
     ) -> Tensor:
-        """``tokens`` [Q, K + L, H], ``real`` bool[Q, 1, K + L], pixels [B, G * G, H] -> [Q, K + L, H].
+        """``tokens`` [Q, K + L, H], ``real`` bool[Q, 1, K + L], pixels [B, G * G, H] -> the first ``num_readers``.
 
-        ``seen`` bool[B, n * (K + L), G * G]: which pixels a token may read; all of them where it is None.
+        ``seen`` bool[B, n * num_readers, G * G]: which pixels a token may read; all of them where it is None.
         """
         x = self.norms[0](tokens)
-        tokens = tokens + self.own_attention(x, x, x, real)
+        tokens = tokens[:, :num_readers] + self.own_attention(x[:, :num_readers], x, x, real)
         # All tokens of an image attend to its pixels together: keys are projected once an image, not once a query.
-        per_image = spread(self.norms[1](tokens), queries, len(keys))  # [B, n, K + L, H]
+        per_image = spread(self.norms[1](tokens), queries, len(keys))  # [B, n, num_readers, H]
         read = self.pixel_attention(per_image.flatten(1, 2), keys, values, seen)
-        tokens = tokens + read.view_as(per_image)[queries.image, queries.place]
+        tokens = tokens + gather(read.view_as(per_image), queries)
         return tokens + self.mlp(self.norms[2](tokens))
 
 
@@ -170,16 +187,18 @@ class QueryDecoder(nn.Module):
         rgb, values = self._coarse(patches, maps[0])
         keys = values + self.position
         finest = self._finest(rgb, maps[-1])  # [B, C, 8 G, 8 G]
-        coarse = F.adaptive_avg_pool2d(finest, 2 * self.grid)
+        coarse = F.avg_pool2d(finest, 4)
+        # Words read for the slots of the next layer; in the last one slots read alone.
+        readers = [tokens.shape[1]] * (len(self.layers) - 1) + [self.num_slots]
         said: list[Grounding] = []
         seen = None
         for number, layer in enumerate(self.layers):
-            tokens = layer(tokens, real, keys, values, seen, queries)
-            last = number == len(self.layers) - 1
+            tokens = layer(tokens, real, keys, values, seen, queries, readers[number])
+            last, slots = number == len(self.layers) - 1, tokens[:, : self.num_slots]
             if last or self.supervised_layers or self.focused:
-                said.append(self._say(tokens[:, : self.num_slots], told, finest if last else coarse, queries))
+                said.append(self._say(slots, told, finest if last else coarse, queries))
             if self.focused and not last:
-                seen = self._where(said[-1].masks, tokens.shape[1], queries, len(keys))
+                seen = self._where(said[-1].masks, readers[number + 1], queries, len(keys))
         return said if self.supervised_layers else said[-1:]
 
     def _tokens(self, prompt: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
@@ -201,7 +220,7 @@ class QueryDecoder(nn.Module):
         rgb = None if self.rgb is None else self.rgb(patches)
         if self.depth is None:
             return rgb, rgb
-        depth = self.depth(F.adaptive_avg_pool2d(coarsest, self.grid)).flatten(2).transpose(1, 2)
+        depth = self.depth(coarsest).flatten(2).transpose(1, 2)
         return rgb, depth if rgb is None else rgb + depth
 
     def _finest(self, rgb: Tensor | None, finest: Tensor) -> Tensor:
@@ -215,14 +234,14 @@ class QueryDecoder(nn.Module):
         slots = self.norm(slots)
         embeddings = self.mask_embedding(slots) / pixels.shape[1] ** 0.5
         per_image = spread(embeddings, queries, len(pixels))  # [B, n, K, C]
-        masks = torch.einsum("bnkc,bchw->bnkhw", per_image, pixels)[queries.image, queries.place]
-        return Grounding(self.presence(slots).squeeze(-1) + told, masks)
+        masks = torch.einsum("bnkc,bchw->bnkhw", per_image, pixels)
+        return Grounding(self.presence(slots).squeeze(-1) + told, gather(masks, queries))
 
     @torch.no_grad()
-    def _where(self, masks: Tensor, num_tokens: int, queries: QueryIndex, num_images: int) -> Tensor:
-        """Pixels that a token may read, bool[B, n * (K + L), G * G]: a slot those of its mask, others all."""
+    def _where(self, masks: Tensor, num_readers: int, queries: QueryIndex, num_images: int) -> Tensor:
+        """Pixels that a token may read, bool[B, n * num_readers, G * G]: a slot those of its mask, others all."""
         inside = F.max_pool2d(masks, 2).flatten(2) > 0  # [Q, K, G * G]
-        words = inside.new_ones(len(inside), num_tokens - self.num_slots, inside.shape[-1])
+        words = inside.new_ones(len(inside), num_readers - self.num_slots, inside.shape[-1])
         seen = spread(torch.cat([inside, words], dim=1), queries, num_images).flatten(1, 2)
         return seen | ~seen.any(-1, keepdim=True)  # an empty mask says nothing, and no row may be empty
 
