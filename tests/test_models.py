@@ -148,7 +148,7 @@ def test_slots_read_where_their_mask_is(make_parts):
     decoder, side = model.pixel_decoder, 2 * model.rgb_encoder.grid
     masks = torch.full((len(batch.queries.image), 4, side, side), -1.0)
     masks[:, 0, 2, 5] = 1.0  # slot 0 lies in patch (1, 2), the others are empty
-    seen = decoder._where(masks, num_tokens=6, queries=batch.queries, num_images=len(batch.samples))
+    seen = decoder._where(masks, num_readers=6, queries=batch.queries, num_images=len(batch.samples))
     first = seen.unflatten(1, (-1, 6))[0, 0].unflatten(1, (decoder.grid, decoder.grid))
     assert first[0].nonzero().tolist() == [[1, 2]]
     assert first[1:].all()

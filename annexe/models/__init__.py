@@ -58,18 +58,13 @@ def compile_blocks(model: Annexe) -> None:
     Where blocks of Llama compute their activations again (``checkpointed_blocks``), Llama stays as it is.
     """
     torch._dynamo.config.recompile_limit = 64  # a variant for every shape, with and without gradients
-    language, depth = model.language_model, model.depth_branch.model
+    language, depth, decoder = model.language_model, model.depth_branch, model.pixel_decoder
     blocks = language.llama.model.layers
     language.compiled = not any(block.gradient_checkpointing for block in blocks)
-    for module in (
-        *(blocks if language.compiled else ()),
-        *model.rgb_encoder.vit.blocks,
-        *depth.backbone.encoder.layer,
-        depth.neck,
-        depth.head,
-    ):
+    repeated = [*model.rgb_encoder.vit.blocks, *depth.model.backbone.encoder.layer, depth.model.head]
+    for module in [*repeated, *(blocks if language.compiled else ())]:
         module.compile()
-    model.pixel_decoder.forward = torch.compile(model.pixel_decoder.forward)
+    depth.neck, decoder.forward = torch.compile(depth.neck), torch.compile(decoder.forward)
 
 
 def num_slots(config: Config) -> int:

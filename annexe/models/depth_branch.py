@@ -148,11 +148,11 @@ class DepthAnythingV2(nn.Module):
     def forward(self, images: Tensor) -> DepthFeatures:
         """Depth and features of ``images`` float[B, 3, S, S] in [0, 1]."""
         tapped = self.model.backbone.forward_with_filtered_kwargs(self.normalise(images))
-        maps = self._neck(tapped.feature_maps)  # of 4 x [B, 1 + G * G, D]
+        maps = self.neck(tapped.feature_maps)  # of 4 x [B, 1 + G * G, D]
         return DepthFeatures(depth=self.model.head(maps, self.grid, self.grid), maps=maps)
 
-    def _neck(self, tapped: tuple[Tensor, ...]) -> list[Tensor]:
-        """The library's neck with its 1 x 1 convolutions where they cost least: on tokens, and before maps are enlarged.
+    def neck(self, tapped: tuple[Tensor, ...]) -> list[Tensor]:
+        """The library's neck, its 1 x 1 convolutions where they cost least: on tokens, and before maps are enlarged.
 
         Enlarging is linear and its weights add up to 1, so the order of the two makes no difference.
         """
