@@ -129,7 +129,7 @@ def of_depth(branch: DepthAnythingV2, image_size: int, number: int) -> Work:
         if level < 3:  # the coarsest has nothing to be added to
             fused |= unit(layer.residual_layer1, sides[level], maps[level])
         fused = unit(layer.residual_layer2, sides[level], fused)
-        fused = work.convolution(layer.projection, sides[level - 1] if level else 8 * grid, number, fused)
+        fused = work.convolution(layer.projection, sides[level], number, fused)
     fused = work.convolution(head.conv1, 8 * grid, number, fused)
     fused = work.convolution(head.conv2, image_size, number, fused)
     work.convolution(head.conv3, image_size, number, fused)
