@@ -19,7 +19,7 @@ from annexe.errors import UserError, unknown
 
 TOOLS = (
     *("synth", "doctor", "split", "score", "compare", "convert-predictions", "weights", "convert-config", "plan"),
-    "ablate",
+    *("ablate", "bench"),
 )
 
 

@@ -29,6 +29,7 @@ class LossWeights:
     mask: float = 3.0
     dice: float = 3.0
     focal: float = 0.0
+    points: float = 0.0
     patch_phrase: float = 0.0
 
 
@@ -69,7 +70,8 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"
     mixed_precision: str = "auto"
-    cuda_graphs: bool = False  # one GPU: forward and backward pass as one CUDA graph for each shape of batch
+    compile: bool = False  # torch.compile of every block: slow to start, then faster steps
+    cuda_graphs: bool = False  # one GPU: a pass, or a step of generation, as one CUDA graph for each shape of batch
 
     # Several GPUs (torchrun): the whole model on each, or its weights spread over all
     parallel: str = "ddp"
@@ -90,6 +92,7 @@ class RunConfig:
 
     # Loading
     num_workers: int = 4
+    store_patches: str | None = None  # folder: the frozen RGB encoder runs once a photo, not once an epoch
 
     # Logging, validation and checkpoints, in optimizer steps
     log_every: int = 20

@@ -24,7 +24,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
 from annexe.checkpoint import load_progress, load_weights, require_checkpoint, saved_config, without_sources
-from annexe.config import Config
+from annexe.config import Config, RunConfig
 from annexe.datasets import build_dataset
 from annexe.datasets.collate import Batch, Collator, Sample
 from annexe.datasets.ego_irgbench import EgoIRGBench
@@ -33,7 +33,7 @@ from annexe.distributed import make_accelerator
 from annexe.errors import UserError
 from annexe.files import locked, write_text
 from annexe.metrics import depth_errors, encode
-from annexe.models import build_model, tokenizer_of
+from annexe.models import build_model, compile_blocks, tokenizer_of
 from annexe.models.annexe import Annexe, Draft
 from annexe.report import write_report
 from annexe.scoring import Record, Truth, constant_baselines, score_all
@@ -84,6 +84,7 @@ def predict(
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=num_workers,
+        pin_memory=device.type == "cuda",
         generator=torch.Generator(),
     )
 
@@ -97,6 +98,7 @@ def predict(
     model.eval()
     yield from in_threads(records_of, drafts(), num_workers)
     model.train(training)
+    model.language_model.generator.forget()
 
 
 def in_threads(work: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> Iterator[Result]:
@@ -250,7 +252,16 @@ def _restored(config: Config, checkpoint: Path, seed: int, accelerator: Accelera
     model = build_model(config.model, tokenizer, accelerator.device, bf16=bf16)
     load_weights(checkpoint, model)
     model.calibrated_thresholds = load_progress(checkpoint).thresholds
-    return accelerator.prepare_model(model, evaluation_mode=True)
+    return ready(model, config.run, accelerator)
+
+
+def ready(model: Annexe, run: RunConfig, accelerator: Accelerator) -> Annexe:
+    """``model`` as it answers fastest: adapters merged for good; graphs and compiled blocks where ``run`` has them."""
+    model.language_model.merge()
+    model.language_model.generator.graphs = run.cuda_graphs and accelerator.device.type == "cuda"
+    if run.compile:
+        compile_blocks(model)
+    return accelerator.prepare_model(model.eval(), evaluation_mode=True)
 
 
 def finish(output: Path, records: list[Record], truth: Truth, meta: dict, checkpoint: Path) -> dict[str, Any]:

@@ -43,18 +43,42 @@ PACKAGES = (
 
 
 class Window:
-    """Loss terms since the last log line."""
+    """Loss terms since the last log line; nothing waits for the device until they are asked for."""
 
     def __init__(self, names: list[str], device: torch.device) -> None:
         self.names = names
-        self.totals, self.units = torch.zeros(2, len(names), device=device)
-        self.norm = 0.0
+        self.totals, self.units, self.first_bad = torch.zeros(3, len(names), device=device)
+        self.norm = torch.zeros((), device=device)
+        self.steps = 0
+        self.bad_step = torch.zeros((), dtype=torch.int64, device=device)  # 0 = none
 
-    def add(self, totals: Tensor, units: Tensor, norm: float) -> None:
+    def add(self, totals: Tensor, units: Tensor, norm: Tensor) -> None:
         """Add a step: this rank's term totals, the units over all ranks, the gradient norm."""
         self.totals += totals
         self.units += units
         self.norm = norm
+        self.steps += 1
+        is_first = ~torch.isfinite(norm) & (self.bad_step == 0)
+        self.bad_step = torch.where(is_first, self.steps, self.bad_step)
+        self.first_bad = torch.where(is_first, totals, self.first_bad)
+
+    def require_finite(self, step: int, checkpoints: Path) -> None:
+        """Stop where a gradient was not finite.
+
+        Args:
+            step: the optimizer step that was added last.
+            checkpoints: where those of the run are.
+
+        Raises:
+            UserError: names the step and the total of every term in it.
+        """
+        bad = int(self.bad_step)
+        if bad:
+            shown = ", ".join(f"{n} {t:g}" for n, t in zip(self.names, self.first_bad.tolist(), strict=True))
+            raise UserError(
+                f"loss or gradient is not finite at step {step - self.steps + bad} (term totals: {shown}); the last "
+                f"checkpoint in '{checkpoints}' is intact. Lower run.learning_rate or check the data"
+            )
 
     def means(self, totals: Tensor) -> dict[str, float]:
         """Mean of every term, from its ``totals`` over all ranks."""

@@ -42,6 +42,7 @@ from annexe.datasets.made_up import (
     made_up_batch,
     nominal_branches,
     real_branches,
+    tokens_of_branches,
 )
 from annexe.errors import UserError
 from annexe.models import build_model, num_slots, tokenizer_of
@@ -394,10 +395,8 @@ def lengths(config: Config, tokenizer: Any, num_tokens: int | None) -> tuple[Cal
     """
     if num_tokens is not None:
         num_image_tokens = fake_model(config, tokenizer, fake_mode(), bf16=False).num_image_tokens
-        left, num_branches = num_tokens - PREFIX - num_image_tokens, queries_of(config) + 1
-        if left < 2 * num_branches:
-            least = num_tokens - left + 2 * num_branches
-            raise UserError(f"--tokens {num_tokens} is too few for the image and its queries; give at least {least}")
+        left = tokens_of_branches(num_tokens, num_image_tokens, queries_of(config))
+        num_branches = queries_of(config) + 1
 
         def even(changed: Config) -> Branches:  # fewer queries take fewer tokens
             num_queries = queries_of(changed)

@@ -8,10 +8,10 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from annexe import losses
@@ -26,10 +26,11 @@ from annexe.checkpoint import (
     save_checkpoint,
     saved_config,
 )
-from annexe.config import Config, as_dict
+from annexe.config import Config, RunConfig, as_dict
 from annexe.datasets import build_dataset, prompts
 from annexe.datasets.collate import Batch, Collator
 from annexe.datasets.ego_irgbench import EgoIRGBench
+from annexe.datasets.patches import stored_patches
 from annexe.datasets.sampling import MicroBatches
 from annexe.distributed import distribute, gather_lists, make_accelerator, sum_over_ranks
 from annexe.errors import UserError
@@ -37,7 +38,7 @@ from annexe.evaluator import plan_batches, predict
 from annexe.files import locked
 from annexe.graphs import MULTIPLE, GraphedPass
 from annexe.journal import Journal, Window
-from annexe.models import build_model, num_slots, tokenizer_of
+from annexe.models import build_model, compile_blocks, num_slots, tokenizer_of
 from annexe.models.tokenizer import TextTokenizer, train_tokenizer
 from annexe.optim import build_optimizer, learning_rate
 from annexe.scoring import Truth, calibrated, score
@@ -49,6 +50,20 @@ def seen_in(batches: list[Batch]) -> Tensor:
     """Images, queries and tokens of some batches, float64[3]."""
     seen = [[len(b.images), len(b.queries.image), int((b.text.segment >= 0).sum())] for b in batches]
     return torch.tensor(seen, dtype=torch.float64).sum(0)
+
+
+def training_loader(
+    train_set: EgoIRGBench, batches: MicroBatches, collate: Collator, run: RunConfig, device: torch.device
+) -> DataLoader:
+    """One rank's micro-batches, made by ``run.num_workers`` processes."""
+    return DataLoader(
+        train_set,
+        batch_sampler=batches,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        num_workers=run.num_workers,
+        generator=torch.Generator(),  # a loader draws its workers' seed: not from the run's random state
+    )
 
 
 class Trainer:
@@ -69,6 +84,17 @@ class Trainer:
         set_seed(run.seed + self.accelerator.process_index)  # and drops out its own
         if resumed:
             load_weights(resumed, self.model)
+        if run.compile:
+            compile_blocks(self.model)
+        if run.store_patches is not None:
+            self.train_set.stored_patches = stored_patches(
+                self.model.rgb_encoder,
+                self.train_set,
+                Path(run.store_patches),
+                self.accelerator,
+                batch_size=run.batch_size,
+                num_workers=run.num_workers,
+            )
         self.wrapped = distribute(self.accelerator, self.model, run.parallel)
         self.optimizer = build_optimizer(self.model, run)
         self.progress = Progress()
@@ -81,8 +107,9 @@ class Trainer:
             if self.weights["patch_phrase"]:
                 raise UserError("run.loss_weights.patch_phrase needs model.name_patches=true; set it, or the weight 0")
             del self.weights["patch_phrase"]
-        if not self.weights["focal"]:
-            del self.weights["focal"]
+        for name in ("focal", "points"):  # they stand in for the mask term
+            if not self.weights[name]:
+                del self.weights[name]
         device = self.accelerator.device
         self.term_weights = torch.tensor(list(self.weights.values()), device=device)
         self.seen = torch.zeros(3, dtype=torch.float64, device=device)  # images, queries, tokens not yet in progress
@@ -91,6 +118,7 @@ class Trainer:
         if self.graphed:
             trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             self.run_pass = GraphedPass(self._pass, trained, device)
+        self.model.language_model.generator.graphs = self.graphed
         self.fingerprint = self.train_set.fingerprint() if self.accelerator.is_main_process else ""
         self.truth = Truth(self.validation_set) if self.validation_set else None
         self.journal = Journal(config, self.output, self.progress, enabled=self.accelerator.is_main_process)
@@ -109,24 +137,28 @@ class Trainer:
                 step = self.progress.step
                 advance(step)
                 last = step == self.run.max_steps
-                if step % self.run.log_every == 0 or last:
+                logged = step % self.run.log_every == 0 or last
+                validated = self.run.validate_every and (step % self.run.validate_every == 0 or last)
+                saved = validated or step % self.run.checkpoint_every == 0 or last
+                if logged or saved:
+                    window.require_finite(step, self.output / "checkpoints")
+                if logged:
                     self._log_window(window)
                     window = Window(list(self.weights), self.accelerator.device)
-                validated = self.run.validate_every and (step % self.run.validate_every == 0 or last)
                 if validated:
                     self.validate()
-                if validated or step % self.run.checkpoint_every == 0 or last:
+                if saved:
                     self.save()
         self.journal.close()
 
-    def train_step(self, batches: list[Batch]) -> tuple[Tensor, Tensor, float]:
+    def train_step(self, batches: list[Batch]) -> tuple[Tensor, Tensor, Tensor]:
         """One optimizer step over this rank's micro-batches.
 
         Every term is normalised by its units over all ranks and micro-batches; DDP averages gradients over ranks,
         hence the factor of the world size.
 
         Returns:
-            Each term's total on this rank, its units over all ranks, and the gradient norm.
+            Each term's total on this rank, its units over all ranks, and the gradient norm, all on the device.
         """
         names, device = list(self.weights), self.accelerator.device
         counted = torch.cat([losses.counts(batches, names), seen_in(batches)])  # on the CPU, where nothing has to wait
@@ -142,18 +174,12 @@ class Trainer:
         for number, batch in enumerate(batches, start=1):
             with nullcontext() if number == len(batches) else self.accelerator.no_sync(self.wrapped):
                 totals += self.run_pass(batch, factor)
-        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.run.clip_norm))
-        if not np.isfinite(norm):
-            shown = ", ".join(f"{name} {value:g}" for name, value in zip(names, totals.tolist(), strict=True))
-            raise UserError(
-                f"loss or gradient is not finite at step {self.progress.step + 1} (term totals: {shown}); the last "
-                f"checkpoint in '{self.output / 'checkpoints'}' is intact. Lower run.learning_rate or check the data"
-            )
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.run.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=not self.graphed)
         self.progress.step += 1
         self.seen += seen
-        return totals, units, norm
+        return totals, units, norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _pass(self, batch: Batch, factor: Tensor) -> Tensor:
         """Forward and backward over one micro-batch: each term's total; the loss is their sum, times ``factor``."""
@@ -273,20 +299,14 @@ class Trainer:
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
         )
-        return DataLoader(
-            self.train_set,
-            batch_sampler=own,
-            collate_fn=Collator(
-                self.tokenizer,
-                self.model.num_image_tokens,
-                self.model.pixel_decoder.num_slots,
-                multiple=MULTIPLE if self.graphed else 1,
-                keep_samples=False,
-            ),
-            pin_memory=self.accelerator.device.type == "cuda",
-            num_workers=self.run.num_workers,
-            generator=torch.Generator(),  # a loader draws its workers' seed: not from the run's random state
+        collate = Collator(
+            self.tokenizer,
+            self.model.num_image_tokens,
+            self.model.pixel_decoder.num_slots,
+            multiple=MULTIPLE if self.graphed else 1,
+            keep_samples=False,
         )
+        return training_loader(self.train_set, own, collate, self.run, self.accelerator.device)
 
     def _read_counters(self) -> None:
         """Bring what the device counted since the last call into the progress."""
@@ -311,7 +331,7 @@ class Trainer:
                 "learning_rate": self.optimizer.param_groups[0]["lr"],
                 "loss": loss,
                 **{f"loss/{name}": value for name, value in terms.items()},
-                "gradient_norm": window.norm,
+                "gradient_norm": float(window.norm),
                 **self._gpu_memory(),
             }
         )

@@ -48,7 +48,7 @@ def test_depth_is_compared_up_to_scale_and_shift_in_inverse_depth(make_parts):
     assert losses.depth_total(predictions, batch) > 1
 
 
-@pytest.mark.parametrize("term", ["mask", "focal", "dice"])
+@pytest.mark.parametrize("term", ["mask", "focal", "points", "dice"])
 def test_mask_terms_vanish_for_the_truth_and_ignore_unused_slots(make_parts, term):
     model, _, batch = make_parts()
     predictions = model(batch)
@@ -57,13 +57,27 @@ def test_mask_terms_vanish_for_the_truth_and_ignore_unused_slots(make_parts, ter
     truth = ids[batch.queries.image] == batch.slot_ids[..., None, None]
     masks = torch.where(truth, 30.0, -30.0)
     predictions.groundings = [Grounding(predictions.presence_logits, masks)]
-    assert losses.TERMS[term].total(predictions, batch) < 1e-2
+    assert losses.totals(predictions, batch, [term]) < 1e-2
     unused = (batch.slot_ids == 0)[..., None, None]
     masks = torch.where(unused, torch.randn(truth.shape), masks)
     predictions.groundings = [Grounding(predictions.presence_logits, masks)]
-    assert losses.TERMS[term].total(predictions, batch) < 1e-2
+    assert losses.totals(predictions, batch, [term]) < 1e-2
     predictions.groundings = [Grounding(predictions.presence_logits, -masks)]
-    assert losses.TERMS[term].total(predictions, batch) > 1
+    assert losses.totals(predictions, batch, [term]) > 1
+
+
+def test_points_look_at_the_least_certain_pixels_alone(make_parts):
+    model, _, batch = make_parts()
+    predictions = model(batch)
+
+    def total(term: str, sure: float, unsure: float) -> float:
+        masks = torch.full_like(predictions.mask_logits, sure)
+        masks[..., : masks.shape[-2] // 16, :] = unsure  # a sixteenth of the rows
+        predictions.groundings = [Grounding(predictions.presence_logits, masks)]
+        return losses.totals(predictions, batch, [term]).item()
+
+    assert total("points", 9, 1) == total("points", 40, 1) and total("mask", 9, 1) < total("mask", 40, 1)
+    assert total("points", 9, 1) != total("points", 9, -1)
 
 
 def test_patch_phrase_prefers_the_words_of_what_is_shown(make_parts):

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from annexe import losses
-from annexe.datasets.collate import Collator
+from annexe.datasets.collate import Collator, QueryIndex
 from annexe.datasets.prompts import NO_TARGET
 from annexe.errors import UserError
 from annexe.models.normalise import STATISTICS
+from annexe.models.pixel_decoder import gather, spread
 from annexe.models.tokenizer import load_tokenizer, train_tokenizer
 
 DECODERS = pytest.mark.parametrize("decoder", ["query", "deconv"])
@@ -40,7 +41,7 @@ def test_shapes_and_mask_gradients_reach_the_language_model(make_parts, decoder)
     side = model.rgb_encoder.grid * (8 if decoder == "query" else 16)
     assert predictions.mask_logits.shape == (num_queries, 4, side, side)
     assert predictions.depth.shape == batch.depth.shape
-    losses.TERMS["mask"].total(predictions, batch).backward()
+    losses.totals(predictions, batch, ["mask"]).backward()
     reached = {name: p.grad.abs().sum().item() for name, p in model.named_parameters() if "lora_B" in name}
     assert reached and max(reached.values()) > 0
 
@@ -139,8 +140,8 @@ def test_each_layer_is_held_to_the_truth(make_parts):
     said = model(batch).groundings
     assert [g.masks.shape[-1] // model.rgb_encoder.grid for g in said] == [2, 8]
     for name in ("presence", "mask", "dice"):
-        parts = [losses.TERMS[name].total(replace(model(batch), groundings=[one]), batch) for one in said]
-        torch.testing.assert_close(losses.TERMS[name].total(model(batch), batch), sum(parts) / len(parts))
+        parts = [losses.totals(replace(model(batch), groundings=[one]), batch, [name]) for one in said]
+        torch.testing.assert_close(losses.totals(model(batch), batch, [name]), sum(parts) / len(parts))
 
 
 def test_slots_read_where_their_mask_is(make_parts):
@@ -148,22 +149,46 @@ def test_slots_read_where_their_mask_is(make_parts):
     decoder, side = model.pixel_decoder, 2 * model.rgb_encoder.grid
     masks = torch.full((len(batch.queries.image), 4, side, side), -1.0)
     masks[:, 0, 2, 5] = 1.0  # slot 0 lies in patch (1, 2), the others are empty
-    seen = decoder._where(masks, num_tokens=6, queries=batch.queries, num_images=len(batch.samples))
+    seen = decoder._where(masks, num_readers=6, queries=batch.queries, num_images=len(batch.samples))
     first = seen.unflatten(1, (-1, 6))[0, 0].unflatten(1, (decoder.grid, decoder.grid))
     assert first[0].nonzero().tolist() == [[1, 2]]
     assert first[1:].all()
 
 
+def test_in_the_last_layer_slots_read_alone_to_the_same_end(make_parts):
+    model, _, _ = make_parts()
+    layer, queries = model.pixel_decoder.layers[-1], QueryIndex(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0]), 2)
+    tokens, pixels, real = torch.randn(3, 9, 32), torch.randn(2, 64, 32), torch.rand(3, 1, 9) > 0.3
+    all_read, slots_read = (layer(tokens, real, pixels, pixels, None, queries, number) for number in (9, 4))
+    torch.testing.assert_close(slots_read, all_read[:, :4])
+
+
+@pytest.mark.parametrize("images", [[0, 0, 1, 1], [0, 0, 1]])
+def test_queries_come_back_from_their_images(images):
+    image = torch.tensor(images)
+    queries, rows = QueryIndex(image, torch.tensor([0, 1, 0, 1][: len(image)]), 2), torch.randn(len(image), 5)
+    per_image = spread(rows, queries, num_images=2)
+    assert per_image.shape == (2, 2, 5)
+    assert torch.equal(gather(per_image, queries), rows)
+
+
+def test_the_neck_is_that_of_the_library(make_parts):
+    model, _, batch = make_parts()
+    branch = model.depth_branch
+    tapped = branch.model.backbone.forward_with_filtered_kwargs(branch.normalise(batch.images / 255)).feature_maps
+    torch.testing.assert_close(branch.neck(tapped), branch.model.neck(list(tapped), branch.grid, branch.grid))
+
+
 def test_without_language_gradients_masks_leave_the_language_model_alone(make_parts):
     model, _, batch = make_parts("model.pixel_decoder.language_gradients=false")
-    losses.TERMS["mask"].total(model(batch), batch).backward()
+    losses.totals(model(batch), batch, ["mask"]).backward()
     assert all(p.grad is None for p in model.language_model.parameters())
 
 
 def test_the_released_defects_come_back_on_request_alone(make_parts):
     model, tokenizer, batch = make_parts("model.pixel_decoder.type=deconv", "model.pixel_decoder.defects=true")
     assert not torch.equal(model(batch).mask_logits, model(batch).mask_logits)
-    losses.TERMS["mask"].total(model(batch), batch).backward()
+    losses.totals(model(batch), batch, ["mask"]).backward()
     assert all(p.grad is None for p in model.language_model.parameters())
     prompts = Collator(tokenizer, model.num_image_tokens, 4, responses=False)(batch.samples)
     with torch.no_grad():

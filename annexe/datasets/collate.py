@@ -44,6 +44,7 @@ class Sample:
     object_phrases: dict[int, str] = field(default_factory=dict)  # mask id -> phrase, over all annotations
     instruction: str = prompts.ANALYSIS_INSTRUCTIONS[0]
     answer_format: str | None = None  # sentence or phrases, where the model's answers are to have that form
+    patches: Tensor | None = None  # bfloat16[P, E] of a frozen RGB encoder, where they were stored
 
 
 def _each_tensor(record: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -99,6 +100,7 @@ class Batch:
     object_ids: Tensor  # uint8[B, O], mask ids that have a phrase, 0 = none
     object_words: Tensor  # int64[B, O, W], token ids of that phrase, -1 = none
     samples: list[Sample]  # what it was made of, where that is asked for
+    patches: Tensor | None = None  # bfloat16[B, P, E], where they were stored
 
     def to(self, device: torch.device) -> Batch:
         return _each_tensor(self, lambda tensor: tensor.to(device, non_blocking=True))
@@ -215,6 +217,7 @@ class Collator:
             object_ids=object_ids,
             object_words=object_words,
             samples=samples if self.keep_samples else [],
+            patches=None if samples[0].patches is None else torch.stack([s.patches for s in samples]),
         )
 
     def _pairs(self, sample: Sample) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ import os
 import re
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -25,6 +25,9 @@ from annexe.datasets.stems import CATEGORIES, annotation_folders, category, chec
 from annexe.datasets.transforms import PIXEL_FILES, PixelReader
 from annexe.errors import UserError, unknown
 from annexe.registry import register
+
+if TYPE_CHECKING:
+    from annexe.datasets.patches import StoredPatches
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +77,7 @@ class EgoIRGBench(Dataset):
             raise UserError(
                 f"datasets.ego_irgbench.data_root: no folder '{self.root}'; give the folder that holds RGB/"
             )
+        self.stored_patches: StoredPatches | None = None  # of the RGB encoder, where the trainer stored them
         self.split_dir, self.exclude = (Path(path) if path else None for path in (split_dir, exclude))
         self._places = self._select(split)
         self.stems = list(self._places)
@@ -246,4 +250,5 @@ class EgoIRGBench(Dataset):
             object_phrases=phrases,
             instruction=instruction,
             answer_format=self.answer_format,
+            patches=None if self.stored_patches is None else self.stored_patches[index],
         )

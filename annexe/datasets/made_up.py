@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from annexe.config import Config
 from annexe.datasets import build_dataset, prompts
-from annexe.datasets.collate import Batch, PackedText, QueryIndex, Sample, pack
+from annexe.datasets.collate import Batch, PackedText, QueryIndex, Sample, pack, round_up
 from annexe.datasets.sampling import sample_order
+from annexe.errors import UserError
 
 NUM_REAL_BATCHES = 16
 PREFIX = 4  # tokens before the image tokens
@@ -22,6 +24,24 @@ Branches = list[list[tuple[int, int]]]  # of every image, the analysis first: to
 def nominal_branches(num_images: int, num_queries: int) -> Branches:
     """Lengths as Ego-IRGBench has them under Llama's tokenizer, every image with all its queries."""
     return [[_ANALYSIS, *[_QUERY] * num_queries] for _ in range(num_images)]
+
+
+def prompts_alone(branches: Branches) -> Branches:
+    """The same prompts without responses, for generation."""
+    return [[(prompt, 0) for prompt, _ in image] for image in branches]
+
+
+def tokens_of_branches(num_tokens: int, num_image_tokens: int, num_queries: int) -> int:
+    """What ``num_tokens`` of an image, given as ``--tokens``, leave behind its prefix.
+
+    Raises:
+        UserError: where that is not two tokens a branch.
+    """
+    left = num_tokens - PREFIX - num_image_tokens
+    if left < 2 * (num_queries + 1):
+        least = num_tokens - left + 2 * (num_queries + 1)
+        raise UserError(f"--tokens {num_tokens} is too few for the image and its queries; give at least {least}")
+    return left
 
 
 def even_branches(num_images: int, num_queries: int, num_tokens: int) -> Branches:
@@ -54,7 +74,14 @@ def longest_batch(branches: Branches, batch_size: int, num_queries: int) -> Bran
 
 
 def made_up_batch(
-    branches: Branches, image_size: int, num_image_tokens: int, num_slots: int, num_words: int, *, num_prefix: int = 4
+    branches: Branches,
+    image_size: int,
+    num_image_tokens: int,
+    num_slots: int,
+    num_words: int,
+    *,
+    num_prefix: int = PREFIX,
+    multiple: int = 1,
 ) -> Batch:
     """A batch of random pixels and words with branches of the given lengths; half of the slots are in use.
 
@@ -64,6 +91,7 @@ def made_up_batch(
         num_image_tokens: image tokens of the prefix.
         num_words: size of the vocabulary that ids are drawn from.
         num_prefix: tokens before the image tokens.
+        multiple: what lengths are rounded up to, as the collator does it.
     """
     random = np.random.default_rng(0)
 
@@ -78,18 +106,20 @@ def made_up_batch(
     targets = random.integers(num_slots + 1, size=shape, dtype=np.uint8)
     slots = torch.arange(1, num_slots + 1, dtype=torch.uint8)
     slot_ids = torch.where(slots <= (num_slots + 1) // 2, slots, 0).repeat(len(image_of_query), 1)  # [Q, K]
+    used_slots = torch.stack(slot_ids.nonzero(as_tuple=True))
+    spare = round_up(used_slots.shape[1], multiple) - used_slots.shape[1]
     return Batch(
         images=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
         depth=torch.from_numpy(depth),
         target_ids=torch.from_numpy(targets),
-        text=PackedText(**pack(ids, words(num_prefix), num_image_tokens)),
+        text=PackedText(**pack(ids, words(num_prefix), num_image_tokens, multiple)),
         queries=QueryIndex(
             image=torch.tensor(image_of_query, dtype=torch.int64),
             place=torch.tensor([place for own in branches for place in range(len(own) - 1)], dtype=torch.int64),
             most=max(len(own) - 1 for own in branches),
         ),
         slot_ids=slot_ids,
-        used_slots=torch.stack(slot_ids.nonzero(as_tuple=True)),
+        used_slots=F.pad(used_slots, (0, spare), value=-1),
         object_ids=slots.repeat(len(branches), 1),
         object_words=torch.from_numpy(random.integers(num_words, size=(len(branches), num_slots, 4))),
         samples=[

@@ -17,7 +17,8 @@ from annexe.datasets.collate import ANALYSIS, Batch
 from annexe.datasets.prompts import ANSWER_OPENING, NO_TARGET, phrases_of
 from annexe.errors import UserError
 from annexe.models.depth_branch import DepthAnythingV2
-from annexe.models.language_model import Binding, Llama
+from annexe.models.generation import Binding
+from annexe.models.language_model import Llama
 from annexe.models.pixel_decoder import Grounding
 from annexe.models.rgb_encoder import EvaViT, Projector
 
@@ -171,11 +172,11 @@ class Annexe(nn.Module):
         are_queries = set(query_branches)
         analyses = [text for branch, text in enumerate(texts) if branch not in are_queries]
         scores, depth_maps = grounding.presence.float().sigmoid().tolist(), depth.depth.float().cpu().numpy()
+        logits_of = grounding.masks[found].float().cpu().split(found.sum(1).tolist())
         drafts = []
         for query, (image, slots) in enumerate(zip(batch.queries.image.tolist(), found.tolist(), strict=True)):
             chosen, sample = [slot for slot, is_there in enumerate(slots) if is_there], batch.samples[image]
-            answer = self._worded(texts[query_branches[query]], chosen, sample.answer_format)
-            logits = grounding.masks[query, chosen].float().cpu()
+            answer, logits = self._worded(texts[query_branches[query]], chosen, sample.answer_format), logits_of[query]
             drafts.append(
                 Draft(analyses[image], answer, scores[query], chosen, logits, sample.original_size, depth_maps[image])
             )
@@ -219,7 +220,7 @@ class Annexe(nn.Module):
 
     def _encode(self, batch: Batch) -> tuple:
         images = batch.images.float() / 255
-        patches = self.rgb_encoder(images)  # [B, G * G, E]
+        patches = self.rgb_encoder(images) if batch.patches is None else batch.patches.float()  # [B, G * G, E]
         depth = self.depth_branch(images)
         image_tokens = self.projector(patches)  # [B, P, D]
         words = self.language_model.embed(batch.text.input_ids)

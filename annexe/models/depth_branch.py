@@ -148,11 +148,11 @@ class DepthAnythingV2(nn.Module):
     def forward(self, images: Tensor) -> DepthFeatures:
         """Depth and features of ``images`` float[B, 3, S, S] in [0, 1]."""
         tapped = self.model.backbone.forward_with_filtered_kwargs(self.normalise(images))
-        maps = self._neck(tapped.feature_maps)  # of 4 x [B, 1 + G * G, D]
-        return DepthFeatures(depth=self._head(maps[-1]), maps=maps)
+        maps = self.neck(tapped.feature_maps)  # of 4 x [B, 1 + G * G, D]
+        return DepthFeatures(depth=self.model.head(maps, self.grid, self.grid), maps=maps)
 
-    def _neck(self, tapped: tuple[Tensor, ...]) -> list[Tensor]:
-        """The library's neck with its 1 x 1 convolutions where they cost least: on tokens, and before maps are enlarged.
+    def neck(self, tapped: tuple[Tensor, ...]) -> list[Tensor]:
+        """The library's neck, its 1 x 1 convolutions where they cost least: on tokens, and before maps are enlarged.
 
         Enlarging is linear and its weights add up to 1, so the order of the two makes no difference.
         """
@@ -166,9 +166,3 @@ class DepthAnythingV2(nn.Module):
             x = fusion.projection(fusion.residual_layer2(x))
             maps.append(F.interpolate(x, size=2**number * self.grid, mode="bilinear", align_corners=True))
         return maps
-
-    def _head(self, finest: Tensor) -> Tensor:
-        """The library's head, its last 1 x 1 convolution on rows."""
-        head, side = self.model.head, PATCH * self.grid
-        x = F.interpolate(head.conv1(finest), size=side, mode="bilinear", align_corners=True)
-        return pointwise(head.conv3, head.conv2(x).relu().permute(0, 2, 3, 1)).relu().squeeze(-1)  # [B, S, S]

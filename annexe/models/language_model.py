@@ -1,23 +1,24 @@
-"""Llama with LoRA (transformers, peft): embedding, packed forward, generation.
+"""Llama with LoRA (transformers, peft): embedding and packed forward.
 
-Legend: B images, N packed tokens, R branches, L prompt tokens of a branch, D width, V words, S placeholders.
+Legend: B images, N packed tokens, D width, V words, S placeholders.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.distributed import ReduceOp, all_reduce
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from annexe.datasets.collate import PackedText
 from annexe.errors import UserError, unknown
+from annexe.models.attention import NAME, Kept, packed_attention_mask, packed_block_mask
+from annexe.models.generation import Binding, Generator, Prefill, Responses
 from annexe.models.llama import DTYPES, QUANTISED, load_llama, random_llama
 from annexe.models.tokenizer import TextTokenizer
 from annexe.registry import register
@@ -32,48 +33,6 @@ class Lora:
     alpha: float = 16
     dropout: float = 0.05
     targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
-
-
-@dataclass
-class Prefill:
-    """Prompts that were read."""
-
-    text: PackedText
-    hidden: Tensor  # float[B, N, D]
-    cache: DynamicCache  # keys and values of prefix and branch, a row a branch
-    seen: Tensor  # bool[R, P + L], which of its columns are real
-
-
-@dataclass
-class Binding:
-    """What responses have to name."""
-
-    silent: Tensor  # bool[R], no word is to be said
-    slots: Tensor | None  # bool[R, S], each is named once and no other; None leaves the responses free
-    refusals: tuple[int, ...] = ()  # tokens that open a refusal, which no response that names a slot begins with
-
-
-@dataclass
-class Responses:
-    """What was said."""
-
-    tokens: list[list[int]]  # R rows, end of sequence left out
-    slot_states: Tensor  # float[R, S, D], states of the placeholders, 0 where a slot is not named
-
-
-def packed_attention_mask(segment: Tensor) -> Tensor:
-    """Who sees whom in a packed sequence: everyone the prefix and, causally, its own branch.
-
-    Args:
-        segment: int[B, N], 0 = prefix, k = branch k, -1 = padding (which sees itself, so that no row is empty).
-
-    Returns:
-        bool[B, 1, N, N], True = may attend. Boolean is right for ``sdpa`` alone: ``eager`` would add it as 1.
-    """
-    num_tokens = segment.shape[1]
-    causal = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=segment.device).tril()
-    key, query = segment[:, None, :], segment[:, :, None]
-    return (causal & ((key == 0) | (key == query)))[:, None]
 
 
 @register("language_model", "llama")
@@ -123,7 +82,7 @@ class Llama(nn.Module):
                 num_attention_heads=num_heads,
                 intermediate_size=mlp_dim,
                 initializer_range=initializer_range,
-                attn_implementation="sdpa",
+                attn_implementation=NAME,
                 bos_token_id=tokenizer.bos_id,
                 eos_token_id=tokenizer.eos_id,
             )
@@ -136,7 +95,9 @@ class Llama(nn.Module):
                 f"the Llama in '{path}' has {model.config.vocab_size} words and its tokenizer {tokenizer.vocab_size}; "
                 "take both from one folder"
             )
-        self.tokenizer, self.hidden_size = tokenizer, model.config.hidden_size
+        self.tokenizer, self.hidden_size, self.dtype = tokenizer, model.config.hidden_size, dtype
+        self.compiled = False  # its blocks are
+        self.generator = Generator(self)
         if lora.rank > 0:
             model = get_peft_model(
                 model,
@@ -164,98 +125,32 @@ class Llama(nn.Module):
         head = self.llama.lm_head
         return torch.cat([head(hidden.to(head.weight.dtype)).to(hidden.dtype), self.mask_head(hidden)], dim=-1)
 
-    def forward(self, embeddings: Tensor, text: PackedText, cache: DynamicCache | None = None) -> Tensor:
-        """Hidden states float[B, N, D] of packed ``embeddings`` float[B, N, D]; ``cache`` keeps keys and values."""
-        return self.llama.model(
-            inputs_embeds=embeddings,
-            attention_mask=packed_attention_mask(text.segment),
-            position_ids=text.position_ids,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state.to(self.mask_head.weight.dtype)
+    def run(self, x: Tensor, position_ids: Tensor, given: list[dict[str, Any]]) -> Tensor:
+        """Hidden states float[B, N, D] of embeddings ``x``; ``given`` is what the attention of each block is told."""
+        llama = self.llama.model
+        rotation = llama.rotary_emb(x, position_ids=position_ids)
+        for block, told in zip(llama.layers, given, strict=True):
+            x = block(x, position_embeddings=rotation, **told)
+        return llama.norm(x).to(self.mask_head.weight.dtype)
+
+    def forward(self, embeddings: Tensor, text: PackedText, kept: list[Kept] | None = None) -> Tensor:
+        """Hidden states float[B, N, D] of packed ``embeddings`` float[B, N, D]; ``kept`` gets keys and values."""
+        by_blocks = self.compiled and embeddings.is_cuda  # FlexAttention has no gradient on the CPU
+        mask = (packed_block_mask if by_blocks else packed_attention_mask)(text.segment)
+        kept = kept or [None] * len(self.llama.model.layers)
+        return self.run(embeddings, text.position_ids, [{"attention_mask": mask, "kept": own} for own in kept])
 
     @torch.no_grad()
     def prefill(self, embeddings: Tensor, text: PackedText) -> Prefill:
         """Read a packed batch of prompts, all branches of an image behind its one prefix."""
-        packed_cache = DynamicCache(config=self.llama.config)
-        hidden = self(embeddings, text, packed_cache)
-        cache, seen = self._branch_cache(packed_cache, text)
-        return Prefill(text, hidden, cache, seen)
+        kept = [Kept() for _ in self.llama.model.layers]
+        return Prefill(text, self(embeddings, text, kept), kept)
 
-    @torch.no_grad()
     def decode(self, prefill: Prefill, max_new_tokens: int, binding: Binding | None = None) -> Responses:
-        """Greedy responses to every branch, all branches as one batch; the cache of ``prefill`` is used up.
+        """Greedy responses to every branch; see `Generator.decode`."""
+        return self.generator.decode(prefill, max_new_tokens, binding)
 
-        Args:
-            binding: what responses have to name, where that is settled.
-        """
-        text, cache, seen = prefill.text, prefill.cache, prefill.seen
-        first_slot, eos = self.tokenizer.vocab_size, self.tokenizer.eos_id
-        state = prefill.hidden[text.branch_image, text.branch_start + text.branch_length - 1]  # [R, D]
-        position = text.prefix_length + text.branch_length  # [R]
-        slot_ids = torch.arange(first_slot, first_slot + self.tokenizer.num_slots, device=position.device)
-        slot_states = state.new_zeros(len(state), len(slot_ids), state.shape[-1])
-        tokens: list[Tensor] = []
-        finished = torch.zeros_like(position, dtype=torch.bool) if binding is None else binding.silent
-        left = None if binding is None else binding.slots
-        for number in range(max_new_tokens):
-            logits = self.logits(state)  # [R, V + S]
-            if left is not None:
-                logits = self._bound(logits, left, binding, first=number == 0)
-            token = logits.argmax(-1).masked_fill(finished, eos)  # [R]
-            tokens.append(token)
-            named = token[:, None] == slot_ids  # [R, S]
-            finished = finished | (token == eos)
-            if left is not None:  # the last placeholder ends the sentence
-                finished = finished | (named.any(1) & ~(left & ~named).any(1))
-                left = left & ~named
-            if self._all(finished):
-                break
-            seen = torch.cat([seen, seen.new_ones(len(seen), 1)], dim=1)
-            state = (
-                self.llama.model(
-                    inputs_embeds=self.embed(token[:, None]),
-                    attention_mask=seen[:, None, None],
-                    position_ids=position[:, None],
-                    past_key_values=cache,
-                    use_cache=True,
-                )
-                .last_hidden_state[:, -1]
-                .to(state.dtype)
-            )
-            slot_states = torch.where(named[..., None], state[:, None], slot_states)
-            position = position + 1
-        rows = torch.stack(tokens, dim=1).tolist() if tokens else [[] for _ in position]
-        return Responses([row[: row.index(eos)] if eos in row else row for row in rows], slot_states)
-
-    def _bound(self, logits: Tensor, left: Tensor, binding: Binding, *, first: bool) -> Tensor:
-        """``logits`` without what would contradict the ``left`` slots: they are named in order, then all is said."""
-        logits, first_slot = logits.clone(), self.tokenizer.vocab_size
-        due = left & (left.cumsum(1) == 1)  # the next slot of a row
-        logits[:, first_slot:].masked_fill_(~due, -torch.inf)
-        owing = left.any(1)
-        for token in (self.tokenizer.eos_id, self.tokenizer.full_stop_id, *(binding.refusals if first else ())):
-            logits[:, token].masked_fill_(owing, -torch.inf)
-        return logits
-
-    def _all(self, finished: Tensor) -> bool:
-        """Whether every row is finished; under FSDP on every rank, for all have to take the same number of steps."""
-        done = finished.all()
-        if isinstance(self.llama.model.layers[0], FSDPModule):
-            done = done.to(torch.uint8)
-            all_reduce(done, ReduceOp.MIN)
-        return bool(done)
-
-    def _branch_cache(self, packed: DynamicCache, text: PackedText) -> tuple[DynamicCache, Tensor]:
-        """Keys and values of prefix + branch, a row a branch, and which of the columns are real: bool[R, P + L]."""
-        offsets = torch.arange(text.max_branch_length, device=text.segment.device)
-        prefix = torch.arange(text.prefix_length, device=text.segment.device).expand(len(text.branch_start), -1)
-        real = offsets < text.branch_length[:, None]  # [R, L]
-        branch = torch.where(real, text.branch_start[:, None] + offsets, 0)
-        columns = torch.cat([prefix, branch], dim=1)  # [R, P + L]
-        image = text.branch_image[:, None]
-        cache = DynamicCache(config=self.llama.config)
-        for index, layer in enumerate(packed.layers):
-            keys, values = (t[image, :, columns].transpose(1, 2) for t in (layer.keys, layer.values))
-            cache.update(keys, values, index)
-        return cache, torch.cat([torch.ones_like(prefix, dtype=torch.bool), real], dim=1)
+    def merge(self) -> None:
+        """Add the adapters to the weights that they adapt, for good: the same responses, less work for each."""
+        if self.model is not self.llama and self.dtype not in QUANTISED:
+            self.model.merge_adapter()

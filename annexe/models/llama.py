@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from annexe.errors import UserError
+from annexe.models.attention import NAME
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def load_llama(path: str, dtype: str) -> LlamaForCausalLM:
         model, info = LlamaForCausalLM.from_pretrained(
             path,
             dtype=DTYPES.get(dtype, torch.bfloat16),
-            attn_implementation="sdpa",
+            attn_implementation=NAME,
             local_files_only=True,
             output_loading_info=True,
             # What is quantised has to pass through the CPU: a small card could not hold it before.

@@ -1,0 +1,151 @@
+"""Llama's attention over packed sequences, and of new tokens over a prefix that the responses to an image share.
+
+Registered with transformers under `NAME`, so that Llama's own blocks call it.
+
+Legend: B images, N packed tokens, R responses, P prefix tokens, M tokens of a response, H query heads, K key heads, G
+query heads a key head (H / K), D width of a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "packed"
+
+
+def packed_attention_mask(segment: Tensor) -> Tensor:
+    """Who sees whom in a packed sequence: everyone the prefix and, causally, its own branch.
+
+    Args:
+        segment: int[B, N], 0 = prefix, k = branch k, -1 = padding (which sees itself, so that no row is empty).
+
+    Returns:
+        bool[B, 1, N, N], True = may attend. Boolean is right for ``sdpa`` alone: ``eager`` would add it as 1.
+    """
+    num_tokens = segment.shape[1]
+    causal = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=segment.device).tril()
+    key, query = segment[:, None, :], segment[:, :, None]
+    return (causal & ((key == 0) | (key == query)))[:, None]
+
+
+def packed_block_mask(segment: Tensor) -> BlockMask:
+    """`packed_attention_mask` by blocks of 128 x 128, for compiled FlexAttention: empty blocks are skipped."""
+
+    def sees(image: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        own = segment[image, key]
+        return (key <= query) & ((own == 0) | (own == segment[image, query]))
+
+    batch, length = segment.shape
+    return create_block_mask(sees, batch, None, length, length, device=segment.device)
+
+
+@dataclass
+class Kept:
+    """Rotated keys and values of a packed sequence in one layer, K x N x D for each image."""
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+
+@dataclass
+class Memory:
+    """What new tokens read in one layer: the prefix, once an image, and the tokens of every response."""
+
+    prefix_keys: Tensor  # [B, K, P, D]
+    prefix_values: Tensor
+    own_keys: Tensor  # [R, K, M, D]
+    own_values: Tensor
+
+
+@dataclass
+class Places:
+    """Where the responses that are being decoded belong, the same in all layers."""
+
+    image: Tensor  # int64[R]
+    place: Tensor  # int64[R], number of the response among those of its image
+    most: int  # responses of the image that has most
+    seen: Tensor  # bool[R, M], tokens of a response that are there, the new one included
+    column: Tensor  # int64[1], that of the new token
+
+
+def read(query: Tensor, key: Tensor, value: Tensor, memory: Memory, places: Places, scaling: float) -> Tensor:
+    """Attention of one new token a response; ``memory`` gets its key and value.
+
+    An image's prefix is read once for all its responses, whose queries are laid out side by side; one softmax runs
+    over the scores of both parts.
+
+    Args:
+        query: float[R, H, 1, D], rotated, as are the keys.
+        key, value: float[R, K, 1, D].
+
+    Returns:
+        float[R, 1, H, D].
+    """
+    memory.own_keys.index_copy_(2, places.column, key.to(memory.own_keys.dtype))
+    memory.own_values.index_copy_(2, places.column, value.to(memory.own_values.dtype))
+    rows, heads, _, width = query.shape
+    images, key_heads, length, _ = memory.prefix_keys.shape
+    group = heads // key_heads
+
+    def side_by_side(x: Tensor) -> Tensor:
+        """[R, K, G, ...] -> [B, K, most * G, ...]"""
+        grid = x.new_zeros(images, places.most, *x.shape[1:])
+        grid[places.image, places.place] = x
+        return grid.transpose(1, 2).flatten(2, 3)
+
+    def by_response(x: Tensor) -> Tensor:
+        """[B, K, most * G, ...] -> [R, K, G, ...]"""
+        return x.unflatten(2, (places.most, group)).transpose(1, 2)[places.image, places.place]
+
+    own_query = query.to(memory.own_keys.dtype).view(rows, key_heads, group, width)
+    far = by_response(side_by_side(own_query) @ memory.prefix_keys.transpose(-1, -2))  # [R, K, G, P]
+    near = own_query @ memory.own_keys.transpose(-1, -2)  # [R, K, G, M]
+    near = near.masked_fill(~places.seen[:, None, None], -torch.inf)
+    weights = (torch.cat([far, near], dim=-1).float() * scaling).softmax(-1).to(own_query.dtype)
+    far, near = weights.split([length, near.shape[-1]], dim=-1)
+    said = near @ memory.own_values + by_response(side_by_side(far) @ memory.prefix_values)  # [R, K, G, D]
+    return said.reshape(rows, 1, heads, width).to(query.dtype)
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    *,
+    scaling: float,
+    kept: Kept | None = None,
+    memory: Memory | None = None,
+    places: Places | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What a block calls between its projections.
+
+    A packed sequence, under either kind of mask, leaves its keys and values in ``kept``, if that is given; with
+    ``memory`` and ``places`` a token a response goes on from there.
+
+    Returns:
+        float[., tokens, H, D].
+    """
+    if memory is not None:
+        return read(query, key, value, memory, places, scaling), None
+    if kept is not None:
+        kept.keys, kept.values = key, value
+    if isinstance(attention_mask, BlockMask):
+        gqa = query.shape[1] != key.shape[1]
+        said = flex_attention(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=gqa)
+        return said.transpose(1, 2).contiguous(), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)

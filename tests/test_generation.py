@@ -1,0 +1,135 @@
+"""Decoding: the shared prefix, rows that are dropped, shapes that are rounded, room that is used again."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from annexe.datasets.collate import Collator, PackedText
+from annexe.models import generation
+from annexe.models.attention import Memory, Places, attend, packed_attention_mask, packed_block_mask, read
+from annexe.models.generation import Binding, Decoding
+from tests.test_packed_sequence import LORA, VARIED
+
+
+def test_reading_a_shared_prefix_equals_attention_over_all_keys():
+    torch.manual_seed(0)
+    heads, key_heads, width, prefix, columns = 6, 2, 8, 5, 4
+    image, place = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 1, 2, 0, 1])
+    rows = len(image)
+    memory = Memory(*torch.randn(2, 2, key_heads, prefix, width), *torch.randn(2, rows, key_heads, columns, width))
+    seen = torch.tensor([[1, 1, 1, 0], [1, 0, 1, 0], [0, 0, 1, 0], [1, 1, 1, 0], [0, 1, 1, 0]]).bool()
+    places = Places(image, place, 4, seen, torch.tensor([2]))
+    query = torch.randn(rows, heads, 1, width)
+    key, value = torch.randn(2, rows, key_heads, 1, width)
+    found = read(query, key, value, memory, places, 0.3)
+    assert torch.equal(memory.own_keys[:, :, 2], key[:, :, 0]) and torch.equal(
+        memory.own_values[:, :, 2], value[:, :, 0]
+    )
+    keys = torch.cat([memory.prefix_keys[image], memory.own_keys], 2)
+    values = torch.cat([memory.prefix_values[image], memory.own_values], 2)
+    mask = torch.cat([torch.ones(rows, prefix, dtype=torch.bool), seen], 1)[:, None, None]
+    expected = F.scaled_dot_product_attention(query, keys, values, mask, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(found, expected.transpose(1, 2), atol=1e-6, rtol=1e-5)
+
+
+def test_the_mask_by_blocks_says_the_same():
+    segment = torch.tensor([[0] * 130 + [1] * 60 + [2] * 70, [0] * 130 + [1] * 90 + [-1] * 40])
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    torch.manual_seed(0)
+    query, (key, value) = torch.randn(2, 4, 260, 16), torch.randn(2, 2, 2, 260, 16)
+    dense = attend(module, query, key, value, packed_attention_mask(segment), scaling=0.25)[0]
+    with torch.no_grad():
+        by_blocks = attend(module, query, key, value, packed_block_mask(segment), scaling=0.25)[0]
+    torch.testing.assert_close(by_blocks, dense, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def make_prompts(make_parts):
+    """A model, and a function that reads the prompts of some of its samples."""
+
+    def make(*options: str):
+        model, tokenizer, batch = make_parts(*VARIED, *options)
+        collate = Collator(tokenizer, model.num_image_tokens, 4, responses=False)
+
+        @torch.no_grad()
+        def prefill(samples):
+            prompts = collate(samples)
+            return model.language_model.prefill(model._encode(prompts)[3], prompts.text)
+
+        return model.language_model, prefill, batch.samples
+
+    return make
+
+
+def bindings(text: PackedText, tokenizer) -> list[Binding | None]:
+    rows = len(text.branch_start)
+    slots = torch.zeros(rows, 4, dtype=torch.bool)
+    slots[1::2, 0] = slots[::3, 2] = True
+    silent = torch.arange(rows) % 5 == 2
+    return [None, Binding(silent, None), Binding(silent, slots & ~silent[:, None], tuple(tokenizer.encode("No")[:1]))]
+
+
+def test_rounded_shapes_and_room_used_again_change_nothing(make_prompts, monkeypatch):
+    """As with CUDA graphs, whose tensors stay: here the step itself stands in for its graph."""
+    llama, prefill, samples = make_prompts()
+    llama.mask_head.weight.data *= 5  # placeholders are said
+    monkeypatch.setattr(generation, "capture", lambda step: SimpleNamespace(replay=step))
+    captured = set()
+    for chosen in (samples, samples[:1], samples[::-1], samples):
+        for number in range(3):
+            said = []
+            for llama.generator.graphs in (False, True):
+                given = prefill(chosen)
+                said.append(llama.decode(given, 12, bindings(given.text, llama.tokenizer)[number]))
+            captured |= set(llama.generator._captured)
+            assert said[0].tokens == said[1].tokens
+            torch.testing.assert_close(said[0].slot_states, said[1].slot_states, atol=1e-5, rtol=0)
+            assert number != 2 or said[0].slot_states.any()
+    assert len(captured) > 2
+    llama.generator.forget()
+    assert not llama.generator._captured and not llama.generator._room
+
+
+def test_rows_that_are_done_are_dropped(make_prompts, monkeypatch):
+    llama, prefill, samples = make_prompts()
+    sizes = []
+    plain = Decoding.step
+    monkeypatch.setattr(Decoding, "step", lambda self: (sizes.append(len(self.rows.number)), plain(self)))
+    given = prefill(samples)
+    number = len(given.text.branch_start)
+    silent = torch.arange(number) >= 3
+    said = llama.decode(given, 8, Binding(silent, None))
+    assert sizes[0] == 3 and len(said.tokens) == number and said.tokens[3:] == [[]] * (number - 3)
+    free = llama.decode(prefill(samples), 8)
+    assert said.tokens[:3] == free.tokens[:3]
+    assert (
+        llama.decode(prefill(samples), 8, Binding(torch.ones(number, dtype=torch.bool), None)).tokens == [[]] * number
+    )
+
+
+def test_all_fields_of_a_row_are_selected(make_prompts):
+    llama, prefill, samples = make_prompts()
+    rows = llama.generator._first_rows(prefill(samples), 4, None)
+    chosen = rows.select(torch.tensor([2, 0, -1]))
+    assert chosen.number.tolist() == [2, 0, -1] and chosen.finished.tolist() == [False, False, True]
+    assert chosen.place[2] == rows.place.max() + 1 and not chosen.seen[2].any()
+    for field in fields(rows):
+        assert torch.equal(getattr(chosen, field.name)[:2], getattr(rows, field.name)[[2, 0]])
+
+
+def test_merged_adapters_say_the_same(make_prompts):
+    llama, prefill, samples = make_prompts(*LORA)
+    for name, parameter in llama.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    before, hidden = llama.decode(prefill(samples), 10), prefill(samples).hidden
+    llama.merge()
+    torch.testing.assert_close(prefill(samples).hidden, hidden, atol=1e-4, rtol=1e-4)
+    assert llama.decode(prefill(samples), 10).tokens == before.tokens
+    with torch.no_grad():
+        assert all(m.merged for m in llama.modules() if hasattr(m, "lora_B"))
