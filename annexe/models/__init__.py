@@ -61,10 +61,10 @@ def compile_blocks(model: Annexe) -> None:
     language, depth, decoder = model.language_model, model.depth_branch, model.pixel_decoder
     blocks = language.llama.model.layers
     language.compiled = not any(block.gradient_checkpointing for block in blocks)
-    repeated = [*model.rgb_encoder.vit.blocks, *depth.model.backbone.encoder.layer, depth.model.head]
-    for module in [*repeated, *(blocks if language.compiled else ())]:
-        module.compile()
-    depth.neck, decoder.forward = torch.compile(depth.neck), torch.compile(decoder.forward)
+    repeated = [*model.rgb_encoder.vit.blocks, *depth.model.backbone.encoder.layer]
+    for block in [*repeated, *(blocks if language.compiled else ())]:
+        block.compile()
+    depth.neck, depth.head, decoder.forward = map(torch.compile, (depth.neck, depth.head, decoder.forward))
 
 
 def num_slots(config: Config) -> int:
