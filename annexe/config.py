@@ -70,7 +70,7 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"
     mixed_precision: str = "auto"
-    compile: bool = False  # torch.compile of every block: slow to start, then faster steps
+    compile: bool = False  # torch.compile of every block: slow to start, then faster steps; not with fsdp
     cuda_graphs: bool = False  # one GPU: a pass, or a step of generation, as one CUDA graph for each shape of batch
 
     # Several GPUs (torchrun): the whole model on each, or its weights spread over all
@@ -117,6 +117,8 @@ class RunConfig:
             raise UserError(f"run.mixed_precision is '{self.mixed_precision}'; choose auto, fp32 or bf16")
         if self.parallel not in ("ddp", "fsdp"):
             raise UserError(f"run.parallel is '{self.parallel}'; choose ddp or fsdp")
+        if self.compile and self.parallel == "fsdp":
+            raise UserError("run.compile does not go with run.parallel=fsdp; set run.compile=false, or ddp")
         if self.timeout_minutes <= 0:
             raise UserError(f"run.timeout_minutes is {self.timeout_minutes}; it must be above 0")
         if self.validation_metric not in VALIDATION_METRICS:

@@ -13,6 +13,7 @@ from annexe import losses
 from annexe.datasets.collate import Collator, QueryIndex
 from annexe.datasets.prompts import NO_TARGET
 from annexe.errors import UserError
+from annexe.models import compile_blocks
 from annexe.models.normalise import STATISTICS
 from annexe.models.pixel_decoder import gather, spread
 from annexe.models.tokenizer import load_tokenizer, train_tokenizer
@@ -275,6 +276,31 @@ def test_forward_writes_no_files(make_parts, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     model(batch)
     assert os.listdir(folder) == []
+
+
+def test_compiled_blocks_say_the_same_without_a_break(make_parts):
+    """Traced by the compiler and run as they are, for code for the CPU takes minutes to make."""
+    model, tokenizer, batch = make_parts("model.language_model.lora.rank=4", "model.pixel_decoder.focused=true")
+    prompts = Collator(tokenizer, model.num_image_tokens, 4, responses=False)(batch.samples)
+    names = list(losses.TERMS)
+
+    def said() -> tuple:
+        model.zero_grad()
+        torch.manual_seed(0)
+        total = losses.totals(model(batch), batch, names).sum()
+        total.backward()
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        return total.detach(), gradients, [(d.analysis, d.answer) for d in model.draft(prompts, 6)]
+
+    before = said()
+    compile_blocks(model, backend="eager")
+    torch._dynamo.utils.counters.clear()
+    after = said()
+    torch._dynamo.reset()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 5
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch.testing.assert_close(after[:2], before[:2], atol=1e-4, rtol=1e-4)
+    assert after[2] == before[2]
 
 
 def test_merge_has_to_divide_a_row(make_parts):

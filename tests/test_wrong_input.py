@@ -62,6 +62,7 @@ def one_line(caught: pytest.ExceptionInfo[UserError], *parts: str) -> None:
         ("run.device=tpu", ("run.device", "choose auto, cpu or cuda")),
         ("run.checkpoint_every=0", ("run.checkpoint_every", "at least 1")),
         ("run.warmup_steps=9999", ("run.warmup_steps", "lower it")),
+        ("run.compile=true & run.parallel=fsdp", ("run.compile=false", "run.parallel")),
         ("run.seed", ("'run.seed'", "a.b=c")),
         ("=3", ("'=3'", "a.b=c")),
         ("run.betas=[1", ("flow sequence", "mend the YAML")),
@@ -71,7 +72,7 @@ def one_line(caught: pytest.ExceptionInfo[UserError], *parts: str) -> None:
 )
 def test_wrong_option(option: str, parts: tuple[str, ...]) -> None:
     with pytest.raises(UserError) as caught:
-        load_config(TINY, [option])
+        load_config(TINY, option.split(" & "))
     one_line(caught, *parts)
 
 

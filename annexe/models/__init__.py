@@ -52,19 +52,22 @@ def build_model(
     return model.to(device)  # some buffers are made on the CPU whatever the default
 
 
-def compile_blocks(model: Annexe) -> None:
+def compile_blocks(model: Annexe, backend: str = "inductor") -> None:
     """Compile what repeats, block by block, so that all blocks of a part share one compilation.
 
     Where blocks of Llama compute their activations again (``checkpointed_blocks``), Llama stays as it is.
+
+    Args:
+        backend: of torch.compile.
     """
     torch._dynamo.config.recompile_limit = 64  # a variant for every shape, with and without gradients
     language, depth, decoder = model.language_model, model.depth_branch, model.pixel_decoder
     blocks = language.llama.model.layers
     language.compiled = not any(block.gradient_checkpointing for block in blocks)
-    repeated = [*model.rgb_encoder.vit.blocks, *depth.model.backbone.encoder.layer]
-    for block in [*repeated, *(blocks if language.compiled else ())]:
-        block.compile()
-    depth.neck, depth.head, decoder.forward = map(torch.compile, (depth.neck, depth.head, decoder.forward))
+    repeated = [*model.rgb_encoder.vit.blocks, *depth.model.backbone.encoder.layer, depth.model.head]
+    for module in [*repeated, *(blocks if language.compiled else ())]:
+        module.compile(backend=backend)
+    depth.neck, decoder.forward = (torch.compile(part, backend=backend) for part in (depth.neck, decoder.forward))
 
 
 def num_slots(config: Config) -> int:
