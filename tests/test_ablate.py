@@ -202,7 +202,9 @@ def test_runs_spread_over_gpus_and_failures_stop_no_other(annexe, rows, tmp_path
 
 
 @pytest.mark.usefixtures("stand_ins")
-def test_an_interrupt_ends_the_children_and_the_same_command_goes_on(annexe, rows, tmp_path):
+def test_an_interrupt_ends_the_children_and_the_same_command_goes_on(annexe, rows, tmp_path, request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     file, out = rows(rows=with_merge(1, 3, seconds=60)), tmp_path / "out"
     pid = out / "merge-1" / "seed-0" / "pid.txt"
 
