@@ -148,17 +148,18 @@ def _time_steps(trainer: Trainer, batches: Iterator[Batch], work: Training) -> R
         taken += own if number >= work.warmup else []
     timeline.enter("end")
     seconds, seen = timeline.laps("step"), seen_in(taken)
-    images, queries, tokens = (seen / sum(seconds)).tolist()
+    _, queries, tokens = (seen / seen[0]).tolist()  # of an image
+    images = float(seen[0]) / sum(seconds)
     memory = peak_memory(device)
     flop, most = _tflop_per_image(trainer, taken), ceiling(device)
     done = flop["all"]["total"] * images
     return {
         "images_per_step": run.batch_size * run.gradient_accumulation,
-        "queries_per_image": queries / images,
-        "tokens_per_image": tokens / images,
+        "queries_per_image": queries,
+        "tokens_per_image": tokens,
         "images_per_second": images,
-        "queries_per_second": queries,
-        "tokens_per_second": tokens,
+        "queries_per_second": queries * images,
+        "tokens_per_second": tokens * images,
         "step_ms": percentiles(seconds),
         "peak_memory_gb": memory,
         "tflop_per_image": flop,
