@@ -28,7 +28,7 @@ from annexe.config import Config, RunConfig
 from annexe.datasets import build_dataset
 from annexe.datasets.collate import Batch, Collator, Sample
 from annexe.datasets.ego_irgbench import EgoIRGBench
-from annexe.datasets.egohos import EgoHOS, category_ious
+from annexe.datasets.egohos import EgoHOS
 from annexe.distributed import make_accelerator
 from annexe.errors import UserError
 from annexe.files import locked, write_text
@@ -36,7 +36,7 @@ from annexe.metrics import depth_errors, encode
 from annexe.models import build_model, compile_blocks, tokenizer_of
 from annexe.models.annexe import Annexe, Draft
 from annexe.report import write_report
-from annexe.scoring import Record, Truth, constant_baselines, score_all
+from annexe.scoring import Record, Truth, category_ious, constant_baselines, score_all
 
 log = logging.getLogger(__name__)
 

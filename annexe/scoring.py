@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from annexe.datasets import egohos
 from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.datasets.prompts import NO_TARGET_ANSWER
 from annexe.measure import Measured, Record, Truth, blind_masks, measure_records
@@ -169,6 +170,20 @@ def constant_baselines(records: list[Record], truth: Truth) -> dict[str, list[Re
             own = {"answer": answers[name], "presence": float(bool(masks)), "masks": masks}
             baselines[name].append({**record, **own})
     return baselines
+
+
+def category_ious(records: list[Record], truth: Truth) -> dict[str, float]:
+    """Of EgoHOS the IoU of every category, sum of I / sum of U over all photos asked, and the plain mean of these."""
+    metrics = [GroundingMetrics() for _ in egohos.CATEGORIES]
+    for record in records:
+        if record["kind"] == "query":
+            masks, number = truth.masks(record["image"]), record["annotation"]
+            targets = {k: masks[i] for k, i in truth.annotations(record["image"])[number].slots.items()}
+            metrics[number].update({mask["slot"]: mask["rle"] for mask in record["masks"]}, targets, {})
+    names = [name for name, _, _ in egohos.CATEGORIES.values()]
+    ious = {f"egohos/iou_{n}": m.compute().get("grounding/ciou") for n, m in zip(names, metrics, strict=True)}
+    known = {name: iou for name, iou in ious.items() if iou is not None}  # neither there nor predicted: no IoU
+    return known | ({"egohos/iou_mean": sum(known.values()) / len(known)} if known else {})
 
 
 def bootstrap(scores: list[QueryScore], results: list[QueryResult]) -> ClusterBootstrap:

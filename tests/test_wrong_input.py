@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -377,6 +378,21 @@ def test_commands_end_in_one_line(scenes: Path, root: Path, tmp_path: Path) -> N
         assert len(lines) == 1 and part in lines[0], errors
         assert "Traceback" not in output + errors
     assert [path.name for path in foreign.iterdir()] == ["thesis.txt"]
+
+
+def test_any_module_can_be_the_first_that_is_imported() -> None:
+    code = """
+        import importlib, pkgutil, sys, annexe
+        for module in pkgutil.walk_packages(annexe.__path__, "annexe."):
+            if module.ispkg or module.name.startswith("annexe.tools."):
+                for name in [name for name in sys.modules if name.split(".")[0] == "annexe"]:
+                    del sys.modules[name]
+                importlib.import_module(module.name)
+                print(module.name)
+    """
+    output, errors = command("-c", textwrap.dedent(code)).communicate(timeout=120)
+    tools = [f"annexe.tools.{name.replace('-', '_')}" for name in cli.TOOLS]
+    assert {"annexe.metrics", "annexe.datasets", *tools} <= set(output.split()), errors
 
 
 def test_help_names_every_option() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,11 +20,7 @@ from annexe.datasets.collate import Sample, Turn
 from annexe.datasets.ego_irgbench import Annotation
 from annexe.datasets.transforms import read_id_map, read_image
 from annexe.errors import UserError, unknown
-from annexe.metrics import GroundingMetrics
 from annexe.registry import register
-
-if TYPE_CHECKING:
-    from annexe.scoring import Truth
 
 SPLITS = ("train", "val", "test_indomain", "test_outdomain")
 CATEGORIES = {  # id in a label: its name, how it is called in an answer, and how it is asked for
@@ -152,17 +148,3 @@ class EgoHOS(Dataset):
             )
             for number, (_, called, query) in CATEGORIES.items()
         ]
-
-
-def category_ious(records: list[dict[str, Any]], truth: Truth) -> dict[str, float]:
-    """IoU of every category, sum of I / sum of U over all photos asked, and the plain mean of these."""
-    metrics = [GroundingMetrics() for _ in CATEGORIES]
-    for record in records:
-        if record["kind"] == "query":
-            masks, number = truth.masks(record["image"]), record["annotation"]
-            targets = {k: masks[i] for k, i in truth.annotations(record["image"])[number].slots.items()}
-            metrics[number].update({mask["slot"]: mask["rle"] for mask in record["masks"]}, targets, {})
-    names = [name for name, _, _ in CATEGORIES.values()]
-    ious = {f"egohos/iou_{n}": m.compute().get("grounding/ciou") for n, m in zip(names, metrics, strict=True)}
-    known = {name: iou for name, iou in ious.items() if iou is not None}  # neither there nor predicted: no IoU
-    return known | ({"egohos/iou_mean": sum(known.values()) / len(known)} if known else {})

@@ -88,7 +88,6 @@ def quantise(model: LlamaForCausalLM, dtype: str) -> LlamaForCausalLM:
         raise UserError(
             f"model.language_model.dtype {dtype} needs bitsandbytes: pip install 'annexe[quantise]'"
         ) from None
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells at every step that it casts its input
     device = torch.get_default_device()
 
     def smaller(linear: nn.Linear) -> nn.Module:
