@@ -64,10 +64,12 @@ def compile_blocks(model: Annexe, backend: str = "inductor") -> None:
     language, depth, decoder = model.language_model, model.depth_branch, model.pixel_decoder
     blocks = language.llama.model.layers
     language.compiled = not any(block.gradient_checkpointing for block in blocks)
-    repeated = [*model.rgb_encoder.vit.blocks, *depth.model.backbone.encoder.layer, depth.model.head]
-    for module in [*repeated, *(blocks if language.compiled else ())]:
-        module.compile(backend=backend)
-    depth.neck, decoder.forward = (torch.compile(part, backend=backend) for part in (depth.neck, decoder.forward))
+    for module in depth.model.backbone.modules():  # the library's record what nobody asks for; they cannot be compiled
+        module._forward_hooks.clear()
+    modules = [*model.rgb_encoder.vit.blocks, *depth.model.backbone.encoder.layer, depth.model.head, decoder]
+    for module in [*modules, *(blocks if language.compiled else ())]:
+        module.forward = torch.compile(module.forward, backend=backend)
+    depth.neck = torch.compile(depth.neck, backend=backend)
 
 
 def num_slots(config: Config) -> int:

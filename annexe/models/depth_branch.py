@@ -131,7 +131,7 @@ class DepthAnythingV2(nn.Module):
                 depth_estimation_type="relative",
             )
         )
-        self.num_channels, self.grid = shape.fusion, image_size // PATCH
+        self.num_channels, self.grid, self.out_indices = shape.fusion, image_size // PATCH, shape.out_indices
         self.normalise = Normalise("model.depth_branch", statistics)
         embeddings = self.model.backbone.embeddings
         embeddings.position_embeddings.data[0, 1:] = build_sincos2d_pos_embed([self.grid] * 2, dim=shape.hidden)
@@ -147,11 +147,16 @@ class DepthAnythingV2(nn.Module):
 
     def forward(self, images: Tensor) -> DepthFeatures:
         """Depth and features of ``images`` float[B, 3, S, S] in [0, 1]."""
-        tapped = self.model.backbone.forward_with_filtered_kwargs(self.normalise(images))
-        maps = self.neck(tapped.feature_maps)  # of 4 x [B, 1 + G * G, D]
+        backbone, tapped = self.model.backbone, []
+        tokens = backbone.embeddings(self.normalise(images))  # [B, 1 + G * G, D]
+        for number, block in enumerate(backbone.encoder.layer, start=1):
+            tokens = block(tokens)
+            if number in self.out_indices:
+                tapped.append(backbone.layernorm(tokens))
+        maps = self.neck(tapped)
         return DepthFeatures(depth=self.model.head(maps, self.grid, self.grid), maps=maps)
 
-    def neck(self, tapped: tuple[Tensor, ...]) -> list[Tensor]:
+    def neck(self, tapped: list[Tensor]) -> list[Tensor]:
         """The library's neck, its 1 x 1 convolutions where they cost least: on tokens, and before maps are enlarged.
 
         Enlarging is linear and its weights add up to 1, so the order of the two makes no difference.
