@@ -130,9 +130,8 @@ def score_all(
 def calibrated(records: list[Record], truth: Truth) -> list[float]:
     """Thresholds of presence, slot by slot, by which most queries are judged right.
 
-    The first slot settles whether a query is rejected: there all that have a target weigh as much as all that have
-    none (the mean of T-acc and N-acc counts). Needs records with ``slot_scores``. A slot that is never, or always, in
-    use keeps 0.5.
+    The first slot settles whether a query is rejected: there the lower of T-acc and N-acc counts. Needs records with
+    ``slot_scores``. A slot that is never, or always, in use keeps 0.5.
     """
     queries = [record for record in _of_kind(records, "query") if "slot_scores" in record]
     used = [truth.annotations(record["image"])[record["annotation"]].slots for record in queries]

@@ -229,7 +229,7 @@ def test_the_best_threshold_judges_most_right(seed, balanced):
 
     def right(threshold: float) -> float:
         judged = (scores > threshold) == present
-        return judged[present].mean() + judged[~present].mean() if balanced else judged.mean()
+        return min(judged[present].mean(), judged[~present].mean()) if balanced else judged.mean()
 
     found = best_threshold(scores.tolist(), present.tolist(), balanced=balanced)
     candidates = np.linspace(0, 1, 1001)

@@ -86,15 +86,16 @@ def best_threshold(scores: list[float], present: list[bool], *, balanced: bool) 
     It lies in the middle between two scores. 0.5 where all or none are present.
 
     Args:
-        balanced: all that are present weigh as much as all that are not.
+        balanced: judged by those that are present or by those that are not, whichever come off worse (where both do
+            alike errors are equal, as biometrics has it), not by all of them alike.
     """
     if all(present) or not any(present):
         return 0.5
     values, place = np.unique(scores, return_inverse=True)
-    num_present = sum(present)
-    weight = (len(present) - num_present) / num_present if balanced else 1.0  # of one that is present
-    gain = np.bincount(place, weights=np.where(present, -weight, 1.0))  # of passing each value
-    right = np.cumsum([weight * num_present, *gain]).round(6)
+    each = np.array(present)
+    found = each.sum() - np.cumsum([0, *np.bincount(place, weights=each)])  # of those present, above each place between
+    refused = np.cumsum([0, *np.bincount(place, weights=~each)])
+    right = np.minimum(found / each.sum(), refused / (~each).sum()) if balanced else found + refused
     ends = np.concatenate([[0.0], values, [1.0]])
     middles = (ends[:-1] + ends[1:]) / 2
     best = middles[right == right.max()]
