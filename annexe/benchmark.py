@@ -215,6 +215,7 @@ def _micro_batches(trainer: Trainer, work: Training) -> Generator[Batch, None, N
         model.pixel_decoder.num_slots,
         trainer.tokenizer.vocab_size,
         multiple=MULTIPLE if trainer.graphed else 1,
+        in_one_row=model.language_model.by_blocks,
     )
     if work.stored:
         shape = len(batch.images), model.rgb_encoder.grid**2, model.rgb_encoder.embed_dim

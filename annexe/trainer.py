@@ -304,6 +304,7 @@ class Trainer:
             self.model.num_image_tokens,
             self.model.pixel_decoder.num_slots,
             multiple=MULTIPLE if self.graphed else 1,
+            in_one_row=self.model.language_model.by_blocks,
             keep_samples=False,
         )
         return training_loader(self.train_set, own, collate, self.run, self.accelerator.device)

@@ -37,14 +37,22 @@ def test_reading_a_shared_prefix_equals_attention_over_all_keys():
     torch.testing.assert_close(found, expected.transpose(1, 2), atol=1e-6, rtol=1e-5)
 
 
-def test_the_mask_by_blocks_says_the_same():
-    segment = torch.tensor([[0] * 130 + [1] * 60 + [2] * 70, [0] * 130 + [1] * 90 + [-1] * 40])
+ROWS = ([[0] * 130 + [1] * 60 + [2] * 70, [0] * 130 + [1] * 90 + [-1] * 40], None)
+THREE_IMAGES_IN_ONE_ROW = (
+    [[0] * 90 + [1] * 20 + [0] * 90 + [1] * 35 + [0] * 25] * 2,
+    [[0] * 110 + [1] * 125 + [2] * 25] * 2,
+)
+
+
+@pytest.mark.parametrize(("segment", "image"), [ROWS, THREE_IMAGES_IN_ONE_ROW])
+def test_the_mask_by_blocks_says_the_same(segment, image):
+    segment, image = torch.tensor(segment), None if image is None else torch.tensor(image)
     module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
     torch.manual_seed(0)
     query, (key, value) = torch.randn(2, 4, 260, 16), torch.randn(2, 2, 2, 260, 16)
-    dense = attend(module, query, key, value, packed_attention_mask(segment), scaling=0.25)[0]
+    dense = attend(module, query, key, value, packed_attention_mask(segment, image), scaling=0.25)[0]
     with torch.no_grad():
-        by_blocks = attend(module, query, key, value, packed_block_mask(segment), scaling=0.25)[0]
+        by_blocks = attend(module, query, key, value, packed_block_mask(segment, image), scaling=0.25)[0]
     torch.testing.assert_close(by_blocks, dense, atol=1e-5, rtol=1e-5)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from annexe import losses
 from annexe.datasets.collate import Batch, Collator
 from annexe.models.annexe import Annexe
 
@@ -32,9 +33,11 @@ def branch_ids(batch: Batch, branch: int) -> list[int]:
     return batch.text.input_ids[image, segment == segment[start]].tolist()
 
 
+@pytest.mark.parametrize("in_one_row", [False, True])
 @pytest.mark.parametrize("options", [LORA, WHOLE], ids=["lora", "whole"])
-def test_states_and_losses_equal_each_branch_alone(make_parts, options):
-    model, _, batch = make_parts(*options)
+def test_states_and_losses_equal_each_branch_alone(make_parts, options, in_one_row):
+    model, tokenizer, batch = make_parts(*options)
+    batch = Collator(tokenizer, model.num_image_tokens, 4, in_one_row=in_one_row)(batch.samples)
     with torch.no_grad():
         _, _, _, embeddings = model._encode(batch)
         hidden = model.language_model(embeddings, batch.text)
@@ -56,6 +59,19 @@ def test_states_and_losses_equal_each_branch_alone(make_parts, options):
         torch.testing.assert_close(packed, losses, atol=1e-5, rtol=0)
         first_token += len(response)
     assert first_token == len(token_losses)
+
+
+def test_all_images_in_one_row_give_the_same_gradients(make_parts):
+    model, tokenizer, batch = make_parts(*LORA)
+    found = []
+    for in_one_row in (False, True):
+        batch = Collator(tokenizer, model.num_image_tokens, 4, in_one_row=in_one_row)(batch.samples)
+        model.zero_grad()
+        losses.totals(model(batch), batch, list(losses.TERMS)).sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert batch.text.tokens.numel() % 128 == 0
+    assert (batch.text.tokens == batch.text.segment.numel()).any(), "no spare tokens to test"
+    torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("options", [LORA, WHOLE], ids=["lora", "whole"])

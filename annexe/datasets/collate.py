@@ -16,6 +16,7 @@ from torch import Tensor
 
 from annexe.datasets import prompts
 
+BLOCK = 128  # tokens that attention by blocks looks at together
 ANALYSIS = 1  # segment of the analysis branch; queries follow from 2 on, the prefix is 0, padding -1
 
 
@@ -75,6 +76,7 @@ class PackedText:
     supervised: Tensor  # int64[T], flat positions in [B * N] that predict a response token
     targets: Tensor  # int64[T], that token; -100 = none, where a batch was rounded up
     is_analysis: Tensor  # bool[T]
+    tokens: Tensor | None = None  # int64[M], flat positions in [B * N] of what is no padding; B * N = spare
 
 
 @dataclass
@@ -115,11 +117,15 @@ def round_up(number: int, multiple: int) -> int:
 
 
 def pack(
-    branches: list[list[tuple[list[int], list[int]]]], prefix: list[int], num_image_tokens: int, multiple: int = 1
+    branches: list[list[tuple[list[int], list[int]]]],
+    prefix: list[int],
+    num_image_tokens: int,
+    multiple: int = 1,
+    in_one_row: bool = False,
 ) -> dict[str, Any]:
     """Lay every image's branches (prompt ids, response ids) behind one prefix; an analysis comes first.
 
-    Lengths are rounded up to a ``multiple``, that of prompts to a quarter of it.
+    Lengths are rounded up to a ``multiple``, that of prompts to a quarter of it; see `Collator`.
     """
     image_start, prefix_length = len(prefix), len(prefix) + num_image_tokens
     length = prefix_length + max(sum(len(p) + len(r) for p, r in image) for image in branches)
@@ -163,7 +169,17 @@ def pack(
         "supervised": torch.tensor(supervised, dtype=torch.int64),
         "targets": torch.tensor(targets, dtype=torch.int64),
         "is_analysis": torch.tensor(is_analysis, dtype=torch.bool),
+        "tokens": _without_padding(segment) if in_one_row else None,
     }
+
+
+def _without_padding(segment: np.ndarray) -> Tensor:
+    """Where tokens are, and spare ones up to a multiple of a block, or of about a 32nd where that is more: so few
+    different numbers occur."""
+    tokens = np.flatnonzero(segment >= 0)
+    unit = max(BLOCK, 1 << max(len(tokens).bit_length() - 6, 0))
+    spare = round_up(len(tokens), unit) - len(tokens)
+    return torch.from_numpy(np.pad(tokens, (0, spare), constant_values=segment.size))
 
 
 class Collator:
@@ -172,6 +188,8 @@ class Collator:
     Args:
         responses: without them the sequences end with the prompts, for generation.
         multiple: what lengths are rounded up to, so that batches have few different shapes.
+        in_one_row: the language model reads the tokens of all images in one row, without padding: for attention that
+            skips blocks.
         keep_samples: the batch brings its samples along; their pixels are a burden between processes.
     """
 
@@ -183,10 +201,12 @@ class Collator:
         *,
         responses: bool = True,
         multiple: int = 1,
+        in_one_row: bool = False,
         keep_samples: bool = True,
     ) -> None:
         self.tokenizer, self.num_image_tokens, self.num_slots = tokenizer, num_image_tokens, num_slots
-        self.responses, self.multiple, self.keep_samples = responses, multiple, keep_samples
+        self.responses, self.keep_samples = responses, keep_samples
+        self.multiple, self.in_one_row = multiple, in_one_row
 
     def __call__(self, samples: list[Sample]) -> Batch:
         pairs = [self._pairs(sample) for sample in samples]
@@ -206,7 +226,7 @@ class Collator:
             images=torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2),
             depth=torch.from_numpy(np.stack([s.depth for s in samples])),
             target_ids=torch.from_numpy(np.stack([s.target_ids for s in samples])),
-            text=PackedText(**pack(branches, prefix, self.num_image_tokens, self.multiple)),
+            text=PackedText(**pack(branches, prefix, self.num_image_tokens, self.multiple, self.in_one_row)),
             queries=QueryIndex(
                 image=torch.tensor([i for i, s in enumerate(samples) for _ in s.turns], dtype=torch.int64),
                 place=torch.tensor([k for s in samples for k in range(len(s.turns))], dtype=torch.int64),

@@ -82,6 +82,7 @@ def made_up_batch(
     *,
     num_prefix: int = PREFIX,
     multiple: int = 1,
+    in_one_row: bool = False,
 ) -> Batch:
     """A batch of random pixels and words with branches of the given lengths; half of the slots are in use.
 
@@ -91,7 +92,7 @@ def made_up_batch(
         num_image_tokens: image tokens of the prefix.
         num_words: size of the vocabulary that ids are drawn from.
         num_prefix: tokens before the image tokens.
-        multiple: what lengths are rounded up to, as the collator does it.
+        multiple, in_one_row: as the collator takes them.
     """
     random = np.random.default_rng(0)
 
@@ -112,7 +113,7 @@ def made_up_batch(
         images=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
         depth=torch.from_numpy(depth),
         target_ids=torch.from_numpy(targets),
-        text=PackedText(**pack(ids, words(num_prefix), num_image_tokens, multiple)),
+        text=PackedText(**pack(ids, words(num_prefix), num_image_tokens, multiple, in_one_row)),
         queries=QueryIndex(
             image=torch.tensor(image_of_query, dtype=torch.int64),
             place=torch.tensor([place for own in branches for place in range(len(own) - 1)], dtype=torch.int64),

@@ -8,43 +8,61 @@ query heads a key head (H / K), D width of a head.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from annexe.datasets.collate import BLOCK
+
 NAME = "packed"
 
 
-def packed_attention_mask(segment: Tensor) -> Tensor:
-    """Who sees whom in a packed sequence: everyone the prefix and, causally, its own branch.
+def _sees(segment: Tensor, image: Tensor | None) -> Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]:
+    """Whether, in a row, a query sees a key: its prefix and, causally, its own branch, of its own image."""
+
+    def sees(row: Tensor, _: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+        own = segment[row, key]
+        seen = (key <= query) & ((own == 0) | (own == segment[row, query]))
+        return seen if image is None else seen & (image[row, key] == image[row, query])
+
+    return sees
+
+
+def packed_attention_mask(segment: Tensor, image: Tensor | None = None) -> Tensor:
+    """Who sees whom in packed sequences: everyone the prefix and, causally, its own branch.
 
     Args:
         segment: int[B, N], 0 = prefix, k = branch k, -1 = padding (which sees itself, so that no row is empty).
+        image: int[B, N], ascending: where a row holds the tokens of several images, whose they are.
 
     Returns:
         bool[B, 1, N, N], True = may attend. Boolean is right for ``sdpa`` alone: ``eager`` would add it as 1.
     """
-    num_tokens = segment.shape[1]
-    causal = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=segment.device).tril()
-    key, query = segment[:, None, :], segment[:, :, None]
-    return (causal & ((key == 0) | (key == query)))[:, None]
+    rows, tokens = (torch.arange(number, device=segment.device) for number in segment.shape)
+    return _sees(segment, image)(rows[:, None, None], None, tokens[:, None], tokens)[:, None]
 
 
-def packed_block_mask(segment: Tensor) -> BlockMask:
-    """`packed_attention_mask` by blocks of 128 x 128, for compiled FlexAttention: empty blocks are skipped."""
-
-    def sees(image: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        own = segment[image, key]
-        return (key <= query) & ((own == 0) | (own == segment[image, query]))
-
-    batch, length = segment.shape
-    return create_block_mask(sees, batch, None, length, length, device=segment.device)
+def packed_block_mask(segment: Tensor, image: Tensor | None = None) -> BlockMask:
+    """`packed_attention_mask` by blocks of 128 x 128, for compiled FlexAttention: others than those from the first of
+    an image up to the diagonal are skipped."""
+    blocks = torch.arange(-(-segment.shape[1] // BLOCK), dtype=torch.int32, device=segment.device)
+    first = torch.zeros(len(segment), len(blocks), dtype=torch.int32, device=segment.device)
+    if image is not None:
+        first = torch.searchsorted(image, image[:, ::BLOCK].contiguous(), out_int32=True) // BLOCK
+    return BlockMask.from_kv_blocks(
+        (blocks + 1 - first)[:, None],
+        (first[..., None] + blocks).clamp(max=len(blocks) - 1)[:, None],  # of a row as many count as it has
+        BLOCK_SIZE=BLOCK,
+        mask_mod=_sees(segment, image),
+        seq_lengths=(segment.shape[1], segment.shape[1]),
+    )
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Llama with LoRA (transformers, peft): embedding and packed forward.
 
-Legend: B images, N packed tokens, D width, V words, S placeholders.
+Legend: B images, N packed tokens, M tokens of all images, D width, V words, S placeholders.
 """
 
 from __future__ import annotations
@@ -114,6 +114,11 @@ class Llama(nn.Module):
         """The Llama itself; its layers hold the adapters, so calling it runs them."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
+    @property
+    def by_blocks(self) -> bool:
+        """Whether attention skips blocks (FlexAttention), which takes compiled ones and has no gradient on the CPU."""
+        return self.compiled and self.mask_head.weight.is_cuda
+
     def embed(self, ids: Tensor) -> Tensor:
         """int[B, N] -> float[B, N, D]; ids from ``vocab_size`` on are mask placeholders."""
         slot = ids - self.tokenizer.vocab_size
@@ -135,10 +140,23 @@ class Llama(nn.Module):
 
     def forward(self, embeddings: Tensor, text: PackedText, kept: list[Kept] | None = None) -> Tensor:
         """Hidden states float[B, N, D] of packed ``embeddings`` float[B, N, D]; ``kept`` gets keys and values."""
-        by_blocks = self.compiled and embeddings.is_cuda  # FlexAttention has no gradient on the CPU
-        mask = (packed_block_mask if by_blocks else packed_attention_mask)(text.segment)
-        kept = kept or [None] * len(self.llama.model.layers)
-        return self.run(embeddings, text.position_ids, [{"attention_mask": mask, "kept": own} for own in kept])
+        layers = self.llama.model.layers
+        mask_of = packed_block_mask if self.by_blocks else packed_attention_mask
+        if kept is not None or text.tokens is None:
+            mask = mask_of(text.segment)
+            given = [{"attention_mask": mask, "kept": own} for own in kept or [None] * len(layers)]
+            return self.run(embeddings, text.position_ids, given)
+
+        def in_one_row(x: Tensor) -> Tensor:
+            """[B, N, ...] -> [1, M, ...]; the spare ones are 0."""
+            return torch.cat([x.flatten(0, 1), x.new_zeros(1, *x.shape[2:])]).index_select(0, text.tokens)[None]
+
+        images, length = text.segment.shape
+        mask = mask_of(in_one_row(text.segment), (text.tokens // length)[None])
+        given = [{"attention_mask": mask}] * len(layers)
+        hidden = self.run(in_one_row(embeddings), in_one_row(text.position_ids), given)[0]
+        rows = hidden.new_zeros(images * length + 1, self.hidden_size).index_copy(0, text.tokens, hidden)
+        return rows[:-1].view(images, length, -1)
 
     @torch.no_grad()
     def prefill(self, embeddings: Tensor, text: PackedText) -> Prefill:
