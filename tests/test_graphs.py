@@ -1,4 +1,4 @@
-"""A captured pass gives what the pass itself gives."""
+"""On a GPU: captured and compiled passes give what the pass itself gives."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import torch
 from annexe import losses
 from annexe.datasets.collate import Batch, Collator
 from annexe.graphs import MULTIPLE, GraphedPass
+from annexe.models import compile_blocks
 
 NAMES = list(losses.TERMS)
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs and compiled kernels need a GPU")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_gradients_equal_those_launched_one_by_one(make_parts):
     model, tokenizer, batch = make_parts()
     device = torch.device("cuda")
@@ -37,7 +38,30 @@ def test_gradients_equal_those_launched_one_by_one(make_parts):
     assert len(graphed.captured) == 2
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_compiled_blocks_say_the_same_without_padding(make_parts):
+    model, tokenizer, batch = make_parts("model.language_model.lora.rank=4", "model.pixel_decoder.focused=true")
+    device = torch.device("cuda")
+    model.to(device)
+    prompts = Collator(tokenizer, model.num_image_tokens, 4, responses=False)(batch.samples).to(device)
+
+    def said() -> tuple:
+        in_one_row = model.language_model.by_blocks
+        own = Collator(tokenizer, model.num_image_tokens, 4, in_one_row=in_one_row)(batch.samples).to(device)
+        model.zero_grad()
+        totals = losses.totals(model(own), own, NAMES)
+        totals.sum().backward()
+        gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+        return totals.detach(), gradients, [(draft.analysis, draft.answer) for draft in model.draft(prompts, 6)]
+
+    plain = said()
+    compile_blocks(model)
+    compiled = said()
+    torch._dynamo.reset()
+    assert model.language_model.by_blocks
+    torch.testing.assert_close(compiled[:2], plain[:2], atol=1e-3, rtol=1e-3)
+    assert compiled[2] == plain[2]
+
+
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
 def test_replayed_steps_of_generation_say_the_same(make_parts, autocast):
     model, tokenizer, batch = make_parts("model.language_model.initializer_range=0.3")
