@@ -37,8 +37,11 @@ from annexe.models import build_model, compile_blocks, tokenizer_of
 from annexe.models.annexe import Annexe, Draft
 from annexe.report import write_report
 from annexe.scoring import Record, Truth, category_ious, constant_baselines, score_all
+from annexe.synthetic.generate import num_cores
 
 log = logging.getLogger(__name__)
+
+RECORDS_A_PROCESS = 5000  # to score so many takes longer than to start a process
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
@@ -289,10 +292,11 @@ def finish(output: Path, records: list[Record], truth: Truth, meta: dict, checkp
 
 def scores_of(records: list[Record], truth: Truth) -> dict[str, Any]:
     """All scores; of EgoHOS, which has no sentences, those of masks alone, with the IoU of its categories."""
+    workers = min(num_cores(), 1 + len(records) // RECORDS_A_PROCESS)
     if not isinstance(truth.dataset, EgoHOS):
-        return score_all(records, truth)
+        return score_all(records, truth, workers=workers)
     queries = [record for record in records if record["kind"] == "query"]
-    metrics = score_all(queries, truth)
+    metrics = score_all(queries, truth, workers=workers)
 
     def of_masks(scores: dict[str, float], records: list[Record]) -> dict[str, float]:
         kept = {name: value for name, value in scores.items() if not name.startswith(("analysis/", "answer/"))}
