@@ -60,7 +60,7 @@ def distribute(accelerator: Accelerator, model: Annexe, parallel: str) -> nn.Mod
     """
     if parallel == "fsdp" and any(p.dtype in (torch.int8, torch.uint8) for p in model.parameters()):
         raise UserError(
-            "run.parallel=fsdp cannot spread an int8 or nf4 language model; set run.parallel=ddp, "
+            "run.parallel=fsdp cannot spread an int8, nf4 or float8 language model; set run.parallel=ddp, "
             "or model.language_model.dtype=bfloat16"
         )
     if accelerator.num_processes == 1:  # needs neither

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from annexe.datasets.collate import Batch, PackedText, QueryIndex
 from annexe.models.annexe import Annexe
 from annexe.models.depth_branch import DepthAnythingV2
+from annexe.models.float8 import Float8Linear
 from annexe.models.language_model import Llama
 from annexe.models.rgb_encoder import EvaViT
 
@@ -201,4 +202,4 @@ def counted(module: nn.Module, *inputs: Any) -> Work:
 
 def _linear(module: nn.Module) -> list[nn.Module]:
     """All linear layers in ``module``, adapters and quantised ones included."""
-    return [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    return [layer for layer in module.modules() if isinstance(layer, nn.Linear | Float8Linear)]

@@ -47,7 +47,7 @@ from annexe.datasets.made_up import (
 from annexe.errors import UserError
 from annexe.models import build_model, num_slots, tokenizer_of
 from annexe.models.annexe import Annexe, Predictions
-from annexe.models.llama import QUANTISED
+from annexe.models.llama import DTYPES, QUANTISED
 from annexe.models.tokenizer import TextTokenizer, train_tokenizer
 from annexe.optim import build_optimizer
 
@@ -268,8 +268,8 @@ def fake_model(config: Config, tokenizer: Any, mode: FakeTensorMode, *, bf16: bo
     """The configured model, of fake tensors on the CPU; ``config`` and ``tokenizer`` are of `without_files`."""
     spec = copy.deepcopy(config.model)
     dtype = spec["language_model"]["dtype"]
-    if dtype in QUANTISED:
-        spec["language_model"]["dtype"] = "bfloat16"
+    if dtype not in DTYPES:
+        spec["language_model"]["dtype"] = "bfloat16"  # float8 takes as much
     model = build_model(spec, tokenizer, torch.device("meta"), bf16=bf16)
     with mode:
         model.to_empty(device="cpu")

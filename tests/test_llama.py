@@ -39,10 +39,28 @@ def test_a_quantised_base_is_small_and_its_adapters_learn(make_parts, dtype, byt
     assert not any(weight.requires_grad for weight in weights)
 
 
-def test_a_quantised_run_is_saved_and_resumed(make_config, tmp_path):
-    pytest.importorskip("bitsandbytes")
+def test_a_float8_base_says_about_the_same_and_its_adapters_learn_about_the_same(make_parts):
+    exact, _, batch = make_parts(*LORA, *WIDE, "model.language_model.dtype=bfloat16")
+    model, _, _ = make_parts(*LORA, *WIDE, "model.language_model.dtype=float8")
+    weights = dict(model.language_model.llama.model.layers.named_parameters())
+    assert sum(weight.dtype == torch.int8 for weight in weights.values()) == 14  # seven of each of two blocks
+    found = []
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for one in (exact, model):
+            predictions = one.train()(batch)
+            losses.totals(predictions, batch, ["answer", "mask"]).sum().backward()
+            gradients = [p.grad.flatten() for name, p in one.named_parameters() if "lora_B" in name]
+            found.append((predictions.token_logits.detach().float().flatten(), torch.cat(gradients)))
+    for expected, close in zip(*found, strict=True):
+        assert 0 < (close - expected).norm() / expected.norm() < 0.1
+
+
+@pytest.mark.parametrize("dtype", ["nf4", "float8"])
+def test_a_quantised_run_is_saved_and_resumed(make_config, tmp_path, dtype):
+    if dtype == "nf4":
+        pytest.importorskip("bitsandbytes")
     options = (
-        *LORA, *WIDE, "model.language_model.dtype=nf4", "run.max_steps=4",
+        *LORA, *WIDE, f"model.language_model.dtype={dtype}", "run.max_steps=4",
         "run.checkpoint_every=2", "run.keep_checkpoints=3",
     )  # fmt: skip
     train(make_config(*options))
@@ -55,6 +73,8 @@ def test_a_quantised_run_is_saved_and_resumed(make_config, tmp_path):
 def test_quantisation_says_what_it_needs(make_config, make_parts, monkeypatch):
     with pytest.raises(UserError, match=r"lora\.rank above 0"):
         make_parts("model.language_model.dtype=nf4")
+    with pytest.raises(UserError, match=r"multiples of 16, and 'mlp\.gate_proj' is 40 x 64"):
+        make_parts(*LORA, *WIDE, "model.language_model.mlp_dim=40", "model.language_model.dtype=float8")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r"pip install 'annexe\[quantise\]'"):
         make_parts(*LORA, "model.language_model.dtype=int8")

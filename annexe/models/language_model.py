@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from annexe.datasets.collate import PackedText
 from annexe.errors import UserError, unknown
 from annexe.models.attention import NAME, Kept, packed_attention_mask, packed_block_mask
+from annexe.models.float8 import to_float8
 from annexe.models.generation import Binding, Generator, Prefill, Responses
 from annexe.models.llama import DTYPES, QUANTISED, load_llama, random_llama
 from annexe.models.tokenizer import TextTokenizer
@@ -43,8 +44,8 @@ class Llama(nn.Module):
         tokenizer: its vocabulary sets the size of the tables.
         path: Hugging Face folder, which brings the sizes and the tokenizer with it; the sizes below are for ``init``.
         init: ``random`` declares that the weights are meant to be random.
-        dtype: of the Llama itself: float32, bfloat16, or int8 or nf4 for small cards (needs bitsandbytes and LoRA);
-            adapters and placeholders stay float32.
+        dtype: of the Llama itself: float32, bfloat16, int8 or nf4 for small cards (needs bitsandbytes and LoRA), or
+            float8 for speed (needs LoRA and a Hopper GPU or the like); adapters and placeholders stay float32.
         vocab_size: rows of the tables where they are to have more than the tokenizer has words.
         checkpointed_blocks: blocks, from the first on, that keep no activations but compute them again in the backward
             pass (activation checkpointing): slower, smaller.
@@ -68,9 +69,9 @@ class Llama(nn.Module):
     ) -> None:
         super().__init__()
         require_source("model.language_model", "path", path, init)
-        if dtype not in (*DTYPES, *QUANTISED):
-            raise unknown("setting model.language_model.dtype", dtype, (*DTYPES, *QUANTISED))
-        if dtype in QUANTISED and lora.rank == 0:
+        if dtype not in (*DTYPES, *QUANTISED, "float8"):
+            raise unknown("setting model.language_model.dtype", dtype, (*DTYPES, *QUANTISED, "float8"))
+        if dtype not in DTYPES and lora.rank == 0:
             raise UserError(f"model.language_model.dtype {dtype} cannot be trained whole; set lora.rank above 0")
         if path is not None:
             model = load_llama(path, dtype)
@@ -104,6 +105,8 @@ class Llama(nn.Module):
                 LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets),
             )
         self.model = model
+        if dtype == "float8":
+            to_float8(self.llama.model.layers)
         self.mask_embedding = nn.Embedding(tokenizer.num_slots, self.hidden_size)
         self.mask_head = nn.Linear(self.hidden_size, tokenizer.num_slots, bias=False)
         for table in (self.mask_embedding, self.mask_head):
@@ -170,5 +173,5 @@ class Llama(nn.Module):
 
     def merge(self) -> None:
         """Add the adapters to the weights that they adapt, for good: the same responses, less work for each."""
-        if self.model is not self.llama and self.dtype not in QUANTISED:
+        if self.model is not self.llama and self.dtype in DTYPES:
             self.model.merge_adapter()

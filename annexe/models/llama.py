@@ -1,4 +1,7 @@
-"""The frozen base: a Llama from its Hugging Face folder or of random weights, in float32, bfloat16, int8 or NF4."""
+"""The frozen base: a Llama from its Hugging Face folder or of random weights, in float32, bfloat16, int8 or NF4.
+
+float8 comes on top of bfloat16 (`annexe.models.float8`), when the adapters are there.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ def load_llama(path: str, dtype: str) -> LlamaForCausalLM:
     """A Llama from its Hugging Face folder, every tensor of it.
 
     Args:
-        dtype: float32, bfloat16, int8 or nf4.
+        dtype: float32, bfloat16, int8 or nf4; of any other it is bfloat16.
 
     Raises:
         UserError: for a folder that is no Llama, is damaged, or lacks a tensor.

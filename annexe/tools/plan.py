@@ -17,7 +17,7 @@ from annexe.config import Config, load_config
 from annexe.errors import UserError
 from annexe.files import write_text
 from annexe.memory import CONTEXT, FRAGMENTATION, GB, Plan, lengths, measure, queries_of, without_files
-from annexe.models.llama import QUANTISED
+from annexe.models.llama import DTYPES, QUANTISED
 
 HELP = "predict the GPU memory of a training step, and find settings that fit a card"
 
@@ -99,8 +99,8 @@ def run(arguments: argparse.Namespace) -> None:
     if given.model["language_model"]["type"] != "llama":
         raise UserError("annexe plan knows language models of type llama alone; set model.language_model.type=llama")
     config, tokenizer, notes = without_files(given)
-    if config.run.parallel == "fsdp" and arguments.gpus > 1 and config.model["language_model"]["dtype"] in QUANTISED:
-        raise UserError("run.parallel=fsdp cannot spread an int8 or nf4 language model; set run.parallel=ddp")
+    if config.run.parallel == "fsdp" and arguments.gpus > 1 and config.model["language_model"]["dtype"] not in DTYPES:
+        raise UserError("run.parallel=fsdp cannot spread an int8, nf4 or float8 language model; set run.parallel=ddp")
     branches_of, source = lengths(config, tokenizer, arguments.tokens)
 
     def plan_of(changed: Config, most: float = float("inf")) -> Plan | None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from annexe.checkpoint import require_checkpoint, saved_config
 from annexe.errors import UserError
 from annexe.models.language_model import Llama, Lora
-from annexe.models.llama import QUANTISED, load_llama
+from annexe.models.llama import DTYPES, load_llama
 from annexe.models.tokenizer import load_tokenizer
 from annexe.weights import read_tensors, recognise
 
@@ -96,7 +96,7 @@ def export_run(run_folder: str, out: Path, *, merge: bool) -> None:
             "- adapter/: `PeftModel.from_pretrained(llama, 'adapter')` on the stock Llama, vocabulary as it is"
         )
     if merge and adapter.is_dir():
-        llama = load_llama(settings["path"], "bfloat16" if settings["dtype"] in QUANTISED else settings["dtype"])
+        llama = load_llama(settings["path"], settings["dtype"] if settings["dtype"] in DTYPES else "bfloat16")
         PeftModel.from_pretrained(llama, adapter).merge_and_unload().save_pretrained(part / "llama")
     elif not adapter.is_dir():
         _save_whole(settings, {n.removeprefix(_LLAMA): t for n, t in tensors.items() if n.startswith(_LLAMA)}, part)
