@@ -65,6 +65,7 @@ def scratch(*, own_cache: bool) -> Iterator[Path]:
 def free() -> None:
     """Let go of what a measurement left, so that the next one begins alike."""
     AcceleratorState._reset_state(reset_partial_state=True)  # or the next could choose no other precision or device
+    torch._dynamo.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -189,6 +189,8 @@ def of_decoder(model: Annexe, batch: Batch) -> Work:
 def counted(module: nn.Module, *inputs: Any) -> Work:
     """What PyTorch's counter sees of a forward and backward pass of a copy of ``module`` without storage."""
     module = copy.deepcopy(module).to("meta").float()
+    for part in module.modules():
+        part.__dict__.pop("forward", None)  # a compiled one would run the module it was made for
     inputs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), inputs)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         outputs = module(*inputs)

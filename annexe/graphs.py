@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 # Elements of a batch are rounded up to multiples of this: tokens and targets; prompt lengths to a quarter of it.
 MULTIPLE = 64
-_MOST_SHAPES = 16
+_MOST_SHAPES = 32
 
 
 @dataclass
@@ -50,6 +50,7 @@ class GraphedPass:
         self.work, self.device = work, device
         self.met: set[tuple] = set()
         self.captured: dict[tuple, Captured] = {}
+        self.full = False
         self.pool = torch.cuda.graph_pool_handle()
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
@@ -59,6 +60,9 @@ class GraphedPass:
         key = _shape(batch)
         if key not in self.captured:
             if key not in self.met or len(self.captured) == _MOST_SHAPES:
+                if key in self.met and not self.full:
+                    self.full = True
+                    log.info("%d graphs are captured; batches of other shapes run kernel by kernel", _MOST_SHAPES)
                 self.met.add(key)
                 return self.work(batch.to(self.device), factor)
             self.captured[key] = self._capture(batch, factor)

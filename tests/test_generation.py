@@ -82,11 +82,18 @@ def bindings(text: PackedText, tokenizer) -> list[Binding | None]:
     return [None, Binding(silent, None), Binding(silent, slots & ~silent[:, None], tuple(tokenizer.encode("No")[:1]))]
 
 
+def captured_by_hand(step):
+    """In place of a graph, which takes two steps before it is captured."""
+    step()
+    step()
+    return SimpleNamespace(replay=step)
+
+
 def test_rounded_shapes_and_room_used_again_change_nothing(make_prompts, monkeypatch):
     """As with CUDA graphs, whose tensors stay: here the step itself stands in for its graph."""
     llama, prefill, samples = make_prompts()
     llama.mask_head.weight.data *= 5  # placeholders are said
-    monkeypatch.setattr(generation, "capture", lambda step: SimpleNamespace(replay=step))
+    monkeypatch.setattr(generation, "capture", captured_by_hand)
     captured = set()
     for chosen in (samples, samples[:1], samples[::-1], samples):
         for number in range(3):
@@ -118,6 +125,26 @@ def test_rows_that_are_done_are_dropped(make_prompts, monkeypatch):
     assert (
         llama.decode(prefill(samples), 8, Binding(torch.ones(number, dtype=torch.bool), None)).tokens == [[]] * number
     )
+
+
+def test_a_graph_captured_on_the_way_touches_no_row(make_prompts, monkeypatch):
+    llama, prefill, samples = make_prompts()
+    samples, plain, sizes = samples * 6, Decoding.step, set()
+
+    def some_end(self: Decoding) -> None:
+        plain(self)
+        sizes.add(len(self.rows.number))
+        self.rows.finished |= (self.rows.number % 4 > 0) & (self.said >= 3)
+
+    monkeypatch.setattr(Decoding, "step", some_end)
+    monkeypatch.setattr(generation, "capture", captured_by_hand)
+    said = []
+    for llama.generator.graphs in (False, True):
+        for number in (12, 1):
+            said.append(llama.decode(prefill(samples), number).tokens)
+        assert len(sizes) >= 2 and len(said[0]) >= 32
+        sizes.clear()
+    assert said[:2] == said[2:] and any(len(row) == 12 for row in said[0])
 
 
 def test_all_fields_of_a_row_are_selected(make_prompts):

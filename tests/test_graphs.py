@@ -39,7 +39,9 @@ def test_gradients_equal_those_launched_one_by_one(make_parts):
 
 
 def test_compiled_blocks_say_the_same_without_padding(make_parts):
-    model, tokenizer, batch = make_parts("model.language_model.lora.rank=4", "model.pixel_decoder.focused=true")
+    model, tokenizer, batch = make_parts(
+        "model.language_model.lora.rank=4", "model.language_model.num_heads=2", "model.pixel_decoder.focused=true"
+    )
     device = torch.device("cuda")
     model.to(device)
     prompts = Collator(tokenizer, model.num_image_tokens, 4, responses=False)(batch.samples).to(device)

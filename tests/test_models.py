@@ -13,6 +13,7 @@ from annexe import losses
 from annexe.datasets.collate import Collator, QueryIndex
 from annexe.datasets.prompts import NO_TARGET
 from annexe.errors import UserError
+from annexe.flops import work_of_batch
 from annexe.models import compile_blocks
 from annexe.models.normalise import STATISTICS
 from annexe.models.pixel_decoder import gather, spread
@@ -293,9 +294,11 @@ def test_compiled_blocks_say_the_same_without_a_break(make_parts):
         return total.detach(), gradients, [(d.analysis, d.answer) for d in model.draft(prompts, 6)]
 
     before = said()
+    work = work_of_batch(model, batch)
     compile_blocks(model, backend="eager")
     torch._dynamo.utils.counters.clear()
     after = said()
+    assert work_of_batch(model, batch) == work
     torch._dynamo.reset()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 5
     assert not torch._dynamo.utils.counters["graph_break"]

@@ -125,11 +125,13 @@ def pack(
 ) -> dict[str, Any]:
     """Lay every image's branches (prompt ids, response ids) behind one prefix; an analysis comes first.
 
-    Lengths are rounded up to a ``multiple``, that of prompts to a quarter of it; see `Collator`.
+    Lengths are rounded up to a ``multiple``, that of prompts to a quarter of it, those that cost little to four times
+    it; see `Collator`.
     """
+    wide = 4 * multiple if multiple > 1 else 1
     image_start, prefix_length = len(prefix), len(prefix) + num_image_tokens
     length = prefix_length + max(sum(len(p) + len(r) for p, r in image) for image in branches)
-    length = round_up(length, multiple)
+    length = round_up(length, wide if in_one_row else multiple)
     ids = np.zeros((len(branches), length), np.int64)
     segment = np.full((len(branches), length), -1, np.int64)
     position = np.zeros((len(branches), length), np.int64)
@@ -152,7 +154,7 @@ def pack(
             targets += response
             is_analysis += [number == ANALYSIS] * len(response)
             column = end
-    spare = round_up(len(targets), 4 * multiple if multiple > 1 else 1) - len(targets)
+    spare = round_up(len(targets), wide) - len(targets)
     supervised, targets, is_analysis = supervised + [0] * spare, targets + [-100] * spare, is_analysis + [False] * spare
     branch_image, branch_start, branch_length = torch.tensor(rows).unbind(1)
     return {

@@ -83,7 +83,10 @@ class Rows:
 
 
 class Decoding:
-    """Some rows and the memory they read; a step says one token more of each.
+    """Some rows and the memory they read; a step says one token of each, and `advance` goes on to the next.
+
+    Until `load` says where the rows stand, steps write where the last token of all would go, which nothing reads: so
+    a graph may be captured beside rows that are on their way.
 
     Args:
         llama: the language model.
@@ -96,7 +99,9 @@ class Decoding:
     def __init__(self, llama: Llama, rows: Rows, memories: list[Memory], most: int, binding: Binding | None) -> None:
         self.llama, self.rows, self.memories, self.most = llama, rows, memories, most
         device, tokenizer = rows.number.device, llama.tokenizer
-        self.column, self.said = torch.zeros(2, 1, dtype=torch.int64, device=device)  # of the new token
+        self.column, self.said = (  # of the new token
+            torch.tensor([table.shape[1] - 1], device=device) for table in (rows.seen, rows.tokens)
+        )
         words = tokenizer.vocab_size + tokenizer.num_slots
         self.slot_ids = torch.arange(tokenizer.vocab_size, words, device=device)
         self.bound = binding is not None and binding.slots is not None
@@ -114,7 +119,7 @@ class Decoding:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One token more."""
+        """Say a token; done twice, it is said again."""
         rows, llama = self.rows, self.llama
         logits = llama.logits(rows.state)  # [R, V + S]
         if self.bound:
@@ -132,7 +137,10 @@ class Decoding:
         state = llama.run(llama.embed(token[:, None]), rows.position[:, None], given)[:, -1]  # [R, D]
         rows.state.copy_(state)
         rows.slot_states.copy_(torch.where(named[..., None], state[:, None], rows.slot_states))
-        for counter in (rows.position, self.column, self.said):
+
+    def advance(self) -> None:
+        """The token that was said is there; the next goes behind it."""
+        for counter in (self.rows.position, self.column, self.said):
             counter += 1
 
     def _bound(self, logits: Tensor) -> Tensor:
@@ -192,6 +200,7 @@ class Generator:
             number = min(at_once, max_new_tokens - said)
             for _ in range(number):
                 step()
+                decoding.advance()
             said += number
             if sharded and self._all(rows.finished):
                 break

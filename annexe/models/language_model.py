@@ -119,8 +119,9 @@ class Llama(nn.Module):
 
     @property
     def by_blocks(self) -> bool:
-        """Whether attention skips blocks (FlexAttention), which takes compiled ones and has no gradient on the CPU."""
-        return self.compiled and self.mask_head.weight.is_cuda
+        """Whether attention skips blocks (FlexAttention): it takes compiled ones, a GPU and heads 16 wide or more."""
+        width = self.hidden_size // self.llama.config.num_attention_heads
+        return self.compiled and self.mask_head.weight.is_cuda and width >= 16
 
     def embed(self, ids: Tensor) -> Tensor:
         """int[B, N] -> float[B, N, D]; ids from ``vocab_size`` on are mask placeholders."""

@@ -308,7 +308,7 @@ class DeconvDecoder(nn.Module):
         pixels = self.pixels(pixels)[queries.image]  # [Q, 256, G, G]
         classes = self.deconv(text + pixels)  # [Q, K + 1, h, w]
         others = [
-            torch.logsumexp(classes[:, [c for c in range(self.num_slots + 1) if c != slot]], dim=1)
+            torch.logsumexp(torch.cat([classes[:, :slot], classes[:, slot + 1 :]], dim=1), dim=1)
             for slot in range(1, self.num_slots + 1)
         ]
         return [Grounding(presence, classes[:, 1:] - torch.stack(others, dim=1))]
