@@ -268,7 +268,7 @@ def _watched_training(trainer: Trainer, timeline: Timeline) -> Iterator[None]:
         hidden.register_hook(entering("language_model, backward"))
 
     def timed_backward(*arguments: Any, **options: Any) -> None:
-        timeline.enter("rest of backward")
+        timeline.enter("losses and pixel_decoder, backward")
         backward(*arguments, **options)
         timeline.enter("clipping and optimizer")
 

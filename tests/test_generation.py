@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import fields
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +27,8 @@ def test_reading_a_shared_prefix_equals_attention_over_all_keys():
     rows = len(image)
     memory = Memory(*torch.randn(2, 2, key_heads, prefix, width), *torch.randn(2, rows, key_heads, columns, width))
     seen = torch.tensor([[1, 1, 1, 0], [1, 0, 1, 0], [0, 0, 1, 0], [1, 1, 1, 0], [0, 1, 1, 0]]).bool()
-    places = Places(image, place, 4, seen, torch.tensor([2]))
+    row = torch.tensor([[0, 1, 2, -1], [3, 4, -1, -1]])
+    places = Places(image, place, row, seen, torch.tensor([2]))
     query = torch.randn(rows, heads, 1, width)
     key, value = torch.randn(2, rows, key_heads, 1, width)
     found = read(query, key, value, memory, places, 0.3)
@@ -35,6 +40,43 @@ def test_reading_a_shared_prefix_equals_attention_over_all_keys():
     mask = torch.cat([torch.ones(rows, prefix, dtype=torch.bool), seen], 1)[:, None, None]
     expected = F.scaled_dot_product_attention(query, keys, values, mask, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(found, expected.transpose(1, 2), atol=1e-6, rtol=1e-5)
+
+
+KERNELS = """
+import torch
+from annexe.models import attention_kernels
+from annexe.models.attention import Memory, Places, read_plainly
+
+torch.manual_seed(0)
+for heads, key_heads, width, prefix, columns, most in ((6, 2, 8, 70, 130, 4), (4, 4, 32, 20, 30, 20)):
+    image, place = torch.tensor([0, 0, 0, 1, 1, 0]), torch.tensor([0, 1, 2, 0, 1, 3])
+    row = torch.full((2, most), -1)
+    row[image, place] = torch.arange(6)
+    row[0, 3] = -1  # the last response is nobody's
+    memory = Memory(
+        *torch.randn(2, 2, key_heads, prefix, width), *torch.full((2, 6, key_heads, columns, width), torch.nan)
+    )
+    seen = torch.rand(6, columns) > 0.3
+    seen[1, :65] = seen[:, -5:] = False
+    seen[:, -6] = True
+    for own in (memory.own_keys, memory.own_values):
+        own.transpose(1, 2)[seen] = torch.randn(int(seen.sum()), key_heads, width)
+    places, query = Places(image, place, row, seen, torch.tensor([columns - 6])), torch.randn(6, heads, width)
+    found = attention_kernels.read(query, memory, places, 0.3)
+    memory.own_keys.nan_to_num_(0), memory.own_values.nan_to_num_(0)
+    expected = read_plainly(query, memory, places, 0.3)
+    torch.testing.assert_close(found[:5], expected[:5], atol=1e-5, rtol=1e-5)
+    assert found.isfinite().all()
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_the_kernels_for_a_gpu_say_the_same():
+    """Run by Triton's interpreter, which takes them step by step on the CPU."""
+    told = subprocess.run(
+        [sys.executable, "-c", KERNELS], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert told.returncode == 0, told.stderr
 
 
 ROWS = ([[0] * 130 + [1] * 60 + [2] * 70, [0] * 130 + [1] * 90 + [-1] * 40], None)

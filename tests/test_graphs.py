@@ -60,7 +60,9 @@ def test_compiled_blocks_say_the_same_without_padding(make_parts):
     compiled = said()
     torch._dynamo.reset()
     assert model.language_model.by_blocks
-    torch.testing.assert_close(compiled[:2], plain[:2], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(compiled[0], plain[0], atol=1e-3, rtol=1e-3)
+    for one, other in zip(compiled[1], plain[1], strict=True):
+        assert (one - other).norm() <= 1e-2 * other.norm() + 1e-5
     assert compiled[2] == plain[2]
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from annexe import losses
 from annexe.datasets.collate import Collator, QueryIndex
@@ -15,6 +16,7 @@ from annexe.datasets.prompts import NO_TARGET
 from annexe.errors import UserError
 from annexe.flops import work_of_batch
 from annexe.models import compile_blocks
+from annexe.models.enlarge import by_products, enlarge
 from annexe.models.normalise import STATISTICS
 from annexe.models.pixel_decoder import gather, spread
 from annexe.models.tokenizer import load_tokenizer, train_tokenizer
@@ -174,11 +176,21 @@ def test_queries_come_back_from_their_images(images):
     assert torch.equal(gather(per_image, queries), rows)
 
 
-def test_the_neck_is_that_of_the_library(make_parts):
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_enlarging_by_products_is_interpolation(align_corners):
+    maps = torch.randn(2, 3, 5, 7)
+    expected = F.interpolate(maps, size=(11, 11), mode="bilinear", align_corners=align_corners)
+    torch.testing.assert_close(by_products(maps, 11, align_corners), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(enlarge(maps, 11, align_corners=align_corners), expected)
+
+
+def test_neck_and_head_are_those_of_the_library(make_parts):
     model, _, batch = make_parts()
     branch = model.depth_branch
     tapped = branch.model.backbone.forward_with_filtered_kwargs(branch.normalise(batch.images / 255)).feature_maps
-    torch.testing.assert_close(branch.neck(tapped), branch.model.neck(list(tapped), branch.grid, branch.grid))
+    maps = branch.neck(tapped)
+    torch.testing.assert_close(maps, branch.model.neck(list(tapped), branch.grid, branch.grid))
+    torch.testing.assert_close(branch.head(maps[-1]), branch.model.head(maps, branch.grid, branch.grid))
 
 
 def test_without_language_gradients_masks_leave_the_language_model_alone(make_parts):

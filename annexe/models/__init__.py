@@ -67,10 +67,11 @@ def compile_blocks(model: Annexe, backend: str = "inductor") -> None:
     language.compiled = not any(block.gradient_checkpointing for block in blocks)
     for module in depth.model.backbone.modules():  # the library's record what nobody asks for; they cannot be compiled
         module._forward_hooks.clear()
-    modules = [*model.rgb_encoder.vit.blocks, *depth.model.backbone.encoder.layer, depth.model.head, decoder]
+    modules = [*model.rgb_encoder.vit.blocks, *depth.model.backbone.encoder.layer, *getattr(decoder, "layers", ())]
     for module in [*modules, *(blocks if language.compiled else ())]:
         module.forward = torch.compile(module.forward, backend=backend)
     depth.neck = torch.compile(depth.neck, backend=backend)
+    depth.head = torch.compile(depth.head, backend=backend)
 
 
 def num_slots(config: Config) -> int:

@@ -89,16 +89,13 @@ class Places:
 
     image: Tensor  # int64[R]
     place: Tensor  # int64[R], number of the response among those of its image
-    most: int  # responses of the image that has most
+    row: Tensor  # int64[B, most], which response is an image's first, second, ...; -1 = none
     seen: Tensor  # bool[R, M], tokens of a response that are there, the new one included
     column: Tensor  # int64[1], that of the new token
 
 
 def read(query: Tensor, key: Tensor, value: Tensor, memory: Memory, places: Places, scaling: float) -> Tensor:
     """Attention of one new token a response; ``memory`` gets its key and value.
-
-    An image's prefix is read once for all its responses, whose queries are laid out side by side; one softmax runs
-    over the scores of both parts.
 
     Args:
         query: float[R, H, 1, D], rotated, as are the keys.
@@ -107,30 +104,42 @@ def read(query: Tensor, key: Tensor, value: Tensor, memory: Memory, places: Plac
     Returns:
         float[R, 1, H, D].
     """
-    memory.own_keys.index_copy_(2, places.column, key.to(memory.own_keys.dtype))
-    memory.own_values.index_copy_(2, places.column, value.to(memory.own_values.dtype))
-    rows, heads, _, width = query.shape
-    images, key_heads, length, _ = memory.prefix_keys.shape
-    group = heads // key_heads
+    dtype = memory.own_keys.dtype
+    memory.own_keys.index_copy_(2, places.column, key.to(dtype))
+    memory.own_values.index_copy_(2, places.column, value.to(dtype))
+    if query.is_cuda:
+        from annexe.models import attention_kernels  # Triton comes with PyTorch for a GPU alone
+
+        said = attention_kernels.read(query[:, :, 0].to(dtype), memory, places, scaling)
+    else:
+        said = read_plainly(query[:, :, 0].to(dtype), memory, places, scaling)
+    return said[:, None].to(query.dtype)
+
+
+def read_plainly(query: Tensor, memory: Memory, places: Places, scaling: float) -> Tensor:
+    """As `annexe.models.attention_kernels.read`, by PyTorch's operations.
+
+    An image's prefix is read once for all its responses, whose queries are laid out side by side; one softmax runs
+    over the scores of both parts.
+    """
+    key_heads, length = memory.prefix_keys.shape[1:3]
+    group = query.shape[1] // key_heads
 
     def side_by_side(x: Tensor) -> Tensor:
         """[R, K, G, ...] -> [B, K, most * G, ...]"""
-        grid = x.new_zeros(images, places.most, *x.shape[1:])
-        grid[places.image, places.place] = x
-        return grid.transpose(1, 2).flatten(2, 3)
+        return x[places.row].transpose(1, 2).flatten(2, 3)
 
     def by_response(x: Tensor) -> Tensor:
         """[B, K, most * G, ...] -> [R, K, G, ...]"""
-        return x.unflatten(2, (places.most, group)).transpose(1, 2)[places.image, places.place]
+        return x.unflatten(2, (-1, group)).transpose(1, 2)[places.image, places.place]
 
-    own_query = query.to(memory.own_keys.dtype).view(rows, key_heads, group, width)
+    own_query = query.unflatten(1, (key_heads, group))  # [R, K, G, D]
     far = by_response(side_by_side(own_query) @ memory.prefix_keys.transpose(-1, -2))  # [R, K, G, P]
     near = own_query @ memory.own_keys.transpose(-1, -2)  # [R, K, G, M]
     near = near.masked_fill(~places.seen[:, None, None], -torch.inf)
-    weights = (torch.cat([far, near], dim=-1).float() * scaling).softmax(-1).to(own_query.dtype)
+    weights = (torch.cat([far, near], dim=-1).float() * scaling).softmax(-1).to(query.dtype)
     far, near = weights.split([length, near.shape[-1]], dim=-1)
-    said = near @ memory.own_values + by_response(side_by_side(far) @ memory.prefix_values)  # [R, K, G, D]
-    return said.reshape(rows, 1, heads, width).to(query.dtype)
+    return (near @ memory.own_values + by_response(side_by_side(far) @ memory.prefix_values)).flatten(1, 2)
 
 
 def attend(

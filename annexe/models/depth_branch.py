@@ -15,6 +15,7 @@ from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, D
 
 from annexe import weights as checkpoints
 from annexe.errors import unknown
+from annexe.models.enlarge import enlarge
 from annexe.models.normalise import Normalise
 from annexe.registry import register
 
@@ -154,7 +155,7 @@ class DepthAnythingV2(nn.Module):
             if number in self.out_indices:
                 tapped.append(backbone.layernorm(tokens))
         maps = self.neck(tapped)
-        return DepthFeatures(depth=self.model.head(maps, self.grid, self.grid), maps=maps)
+        return DepthFeatures(depth=self.head(maps[-1]), maps=maps)
 
     def neck(self, tapped: list[Tensor]) -> list[Tensor]:
         """The library's neck, its 1 x 1 convolutions where they cost least: on tokens, and before maps are enlarged.
@@ -169,5 +170,11 @@ class DepthAnythingV2(nn.Module):
         for number, (fusion, feature) in enumerate(zip(neck.fusion_stage.layers, reversed(features), strict=True)):
             x = feature if not maps else maps[-1] + fusion.residual_layer1(feature)
             x = fusion.projection(fusion.residual_layer2(x))
-            maps.append(F.interpolate(x, size=2**number * self.grid, mode="bilinear", align_corners=True))
+            maps.append(enlarge(x, 2**number * self.grid, align_corners=True))
         return maps
+
+    def head(self, finest: Tensor) -> Tensor:
+        """The library's head, float[B, C, 8 G, 8 G] -> inverse depth float[B, S, S]."""
+        head = self.model.head
+        x = enlarge(head.conv1(finest), self.grid * PATCH, align_corners=True)
+        return head.conv3(head.conv2(x).relu()).relu()[:, 0]

@@ -97,8 +97,9 @@ class Decoding:
     """
 
     def __init__(self, llama: Llama, rows: Rows, memories: list[Memory], most: int, binding: Binding | None) -> None:
-        self.llama, self.rows, self.memories, self.most = llama, rows, memories, most
+        self.llama, self.rows, self.memories = llama, rows, memories
         device, tokenizer = rows.number.device, llama.tokenizer
+        self.row = rows.number.new_full((len(memories[0].prefix_keys), most), -1)  # as in `Places`
         self.column, self.said = (  # of the new token
             torch.tensor([table.shape[1] - 1], device=device) for table in (rows.seen, rows.tokens)
         )
@@ -114,6 +115,8 @@ class Decoding:
         """Go on with other ``rows`` of the same shapes, whose next token goes to ``column``, as number ``said``."""
         for field in fields(rows):
             getattr(self.rows, field.name).copy_(getattr(rows, field.name))
+        self.row.fill_(-1)
+        self.row[rows.image, rows.place] = torch.arange(len(rows.number), device=self.row.device)
         self.column.fill_(column)
         self.said.fill_(said)
 
@@ -132,7 +135,7 @@ class Decoding:
             rows.left &= ~named
             rows.finished |= named.any(1) & ~rows.left.any(1)  # the last placeholder ends the sentence
         rows.seen.index_fill_(1, self.column, True)
-        places = Places(rows.image, rows.place, self.most, rows.seen, self.column)
+        places = Places(rows.image, rows.place, self.row, rows.seen, self.column)
         given = [{"memory": memory, "places": places} for memory in self.memories]
         state = llama.run(llama.embed(token[:, None]), rows.position[:, None], given)[:, -1]  # [R, D]
         rows.state.copy_(state)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from annexe.datasets.collate import QueryIndex
 from annexe.errors import unknown
+from annexe.models.enlarge import enlarge
 from annexe.registry import register
 
 
@@ -227,7 +228,7 @@ class QueryDecoder(nn.Module):
         x = 0 if self.pixel_depth is None else self.pixel_depth(finest)
         if rgb is not None:
             image = self.pixel_rgb(rgb.transpose(1, 2).unflatten(2, (self.grid, self.grid)))
-            x = x + F.interpolate(image, size=finest.shape[-2:], mode="bilinear", align_corners=False)
+            x = x + enlarge(image, finest.shape[-1], align_corners=False)
         return self.pixel_out(F.gelu(self.pixel_norm(x)))
 
     def _say(self, slots: Tensor, told: Tensor | float, pixels: Tensor, queries: QueryIndex) -> Grounding:
