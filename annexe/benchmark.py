@@ -321,8 +321,8 @@ def measure_generation(config: Config, work: Generation) -> tuple[Record, list[s
         sample.original_size = work.size
     reset_peak(accelerator.device)
 
-    def finish(drafts: list[Draft]) -> int:
-        return sum(len([encode(target.mask) for target in draft.complete().targets]) for draft in drafts)
+    def finish(draft: Draft) -> int:
+        return len([encode(target.mask) for target in draft.complete().targets])
 
     def drafts(number: int, timeline: Timeline) -> Iterator[list[Draft]]:
         for _ in range(number):
@@ -336,7 +336,7 @@ def measure_generation(config: Config, work: Generation) -> tuple[Record, list[s
     timeline = Timeline(accelerator.device)
     with _watched_generation(model.language_model, timeline) as lengths:
         shown = track(drafts(work.batches, timeline), "generating", total=work.batches, transient=True)
-        masks = sum(in_threads(finish, shown, run.num_workers))
+        masks = sum(map(sum, in_threads(finish, shown, run.num_workers)))
     timeline.enter("end")
     seconds = timeline.laps("encoders")
     images, queries = len(branches) / sum(seconds) * work.batches, len(batch.queries.image)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from annexe.checkpoint import load_progress, load_weights, require_checkpoint, saved_config, without_sources
 from annexe.config import Config, RunConfig
 from annexe.datasets import build_dataset
-from annexe.datasets.collate import Batch, Collator, Sample
+from annexe.datasets.collate import Collator, Sample
 from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.datasets.egohos import EgoHOS
 from annexe.distributed import make_accelerator
@@ -91,66 +92,66 @@ def predict(
         generator=torch.Generator(),
     )
 
-    def drafts() -> Iterator[tuple[Batch, list[Draft]]]:
+    def drafts() -> Iterator[list[tuple[Sample, list[Draft]]]]:
         for batch in loader:
             with autocast():
-                drafted = model.draft(batch.to(device), max_new_tokens)
-            yield batch, drafted
+                drafted = iter(model.draft(batch.to(device), max_new_tokens))
+            yield [(sample, list(islice(drafted, len(sample.turns)))) for sample in batch.samples]
 
     training = model.training
     model.eval()
-    yield from in_threads(records_of, drafts(), num_workers)
+    for records in in_threads(records_of, drafts(), num_workers):
+        yield list(chain.from_iterable(records))
     model.train(training)
     model.language_model.generator.forget()
 
 
-def in_threads(work: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> Iterator[Result]:
-    """``work`` on each item, results in order; items are drawn while threads work, up to two a thread ahead.
+def in_threads(
+    work: Callable[[Item], Result], groups: Iterable[Iterable[Item]], num_threads: int
+) -> Iterator[list[Result]]:
+    """``work`` on each item, results in order and by group; groups are drawn while threads work on those before.
 
     Threads, not processes: upsampling and run-length encoding release the interpreter's lock.
     """
     if not num_threads:
-        yield from map(work, items)
+        yield from (list(map(work, group)) for group in groups)
         return
-    waiting: deque[Future[Result]] = deque()
+    waiting: deque[list[Future[Result]]] = deque()
     with ThreadPoolExecutor(num_threads) as pool:
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) > 2 * num_threads:
-                yield waiting.popleft().result()
+        for group in groups:
+            waiting.append([pool.submit(work, item) for item in group])
+            while len(waiting) > 1 and sum(map(len, waiting)) > 2 * num_threads:
+                yield [future.result() for future in waiting.popleft()]
         while waiting:
-            yield waiting.popleft().result()
+            yield [future.result() for future in waiting.popleft()]
 
 
-def records_of(predicted: tuple[Batch, list[Draft]]) -> list[Record]:
-    """The lines of ``predictions.jsonl`` for one batch."""
-    batch, drafts = predicted
-    records: list[Record] = []
-    first = 0
-    for sample in batch.samples:
-        own = drafts[first : first + len(sample.turns)]
-        first += len(sample.turns)
-        depth = depth_errors(own[0].depth, sample.depth)
-        records.append({"kind": "image", "image": sample.stem, "analysis": own[0].analysis, "depth": depth})
-        for turn, draft in zip(sample.turns, own, strict=True):
-            response = draft.complete()
-            masks = [
-                {"slot": t.slot, "phrase": t.phrase, "score": round(t.score, 6), "rle": encode(t.mask)}
-                for t in response.targets
-            ]
-            records.append(
-                {
-                    "kind": "query",
-                    "image": sample.stem,
-                    "annotation": turn.annotation,
-                    "query_id": turn.query_id,
-                    "query": turn.query,
-                    "answer": response.answer,
-                    "presence": round(response.presence, 6),
-                    "slot_scores": [round(score, 6) for score in draft.scores],
-                    "masks": masks,
-                }
-            )
+def records_of(drafted: tuple[Sample, list[Draft]]) -> list[Record]:
+    """The lines of ``predictions.jsonl`` for one image."""
+    sample, drafts = drafted
+    depth = depth_errors(drafts[0].depth, sample.depth)
+    records: list[Record] = [
+        {"kind": "image", "image": sample.stem, "analysis": drafts[0].analysis, "depth": depth},
+    ]
+    for turn, draft in zip(sample.turns, drafts, strict=True):
+        response = draft.complete()
+        masks = [
+            {"slot": t.slot, "phrase": t.phrase, "score": round(t.score, 6), "rle": encode(t.mask)}
+            for t in response.targets
+        ]
+        records.append(
+            {
+                "kind": "query",
+                "image": sample.stem,
+                "annotation": turn.annotation,
+                "query_id": turn.query_id,
+                "query": turn.query,
+                "answer": response.answer,
+                "presence": round(response.presence, 6),
+                "slot_scores": [round(score, 6) for score in draft.scores],
+                "masks": masks,
+            }
+        )
     return records
 
 

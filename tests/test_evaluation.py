@@ -248,17 +248,18 @@ def test_threads_keep_order_and_a_bounded_number_of_items():
         for number in range(30):
             drawn.append(number)
             assert len(drawn) - len(finished) <= 2 * 3 + 2
-            yield number
+            yield [number, -number]
 
     def work(number: int) -> int:
         time.sleep(random.random() / 200)
         return number
 
-    for result in in_threads(work, items(), 3):
+    for result, negative in in_threads(work, items(), 3):
         finished.append(result)
+        assert negative == -result
     assert finished == drawn == list(range(30))
     with pytest.raises(ZeroDivisionError):
-        list(in_threads(lambda number: 1 // number, [1, 0, 1], 2))
+        list(in_threads(lambda number: 1 // number, [[1, 0], [1]], 2))
 
 
 @pytest.mark.parametrize("number", [1, 3, "all"])
