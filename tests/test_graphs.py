@@ -9,6 +9,7 @@ from annexe import losses
 from annexe.datasets.collate import Batch, Collator
 from annexe.graphs import MULTIPLE, GraphedPass
 from annexe.models import compile_blocks
+from annexe.models.attention import Memory, Places, read_plainly
 
 NAMES = list(losses.TERMS)
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs and compiled kernels need a GPU")
@@ -80,3 +81,23 @@ def test_replayed_steps_of_generation_say_the_same(make_parts, autocast):
         same = sum(one == other for one, other in zip(*said, strict=True))
         assert same == len(said[0]) or (autocast and same > 0.7 * len(said[0]))
     assert len(model.language_model.generator._captured) >= 2
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_the_kernels_read_what_plain_operations_read(dtype, tolerance):
+    kernels = pytest.importorskip("annexe.models.attention_kernels")
+    torch.manual_seed(0)
+    torch.set_default_device("cuda")
+    try:
+        row = torch.full((3, 20), -1)
+        row[0, :18], row[1, :1], row[2, :5] = torch.arange(18), 18, torch.arange(19, 24)
+        image, place = (row >= 0).nonzero(as_tuple=True)
+        memory = Memory(*torch.randn(2, 3, 4, 270, 128).to(dtype), *torch.randn(2, 24, 4, 96, 128).to(dtype))
+        seen = torch.rand(24, 96) > 0.3
+        seen[:, 70:] = False
+        seen[:, 69] = True
+        places, query = Places(image, place, row, seen, torch.tensor([69])), torch.randn(24, 8, 128).to(dtype)
+        found, expected = (read(query, memory, places, 0.09) for read in (kernels.read, read_plainly))
+    finally:
+        torch.set_default_device(None)
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
