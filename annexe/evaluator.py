@@ -111,13 +111,13 @@ def in_threads(
 ) -> Iterator[list[Result]]:
     """``work`` on each item, results in order and by group; groups are drawn while threads work on those before.
 
-    Threads, not processes: upsampling and run-length encoding release the interpreter's lock.
+    Threads, not processes: upsampling and run-length encoding release the interpreter's lock. Each keeps to one core.
     """
     if not num_threads:
         yield from (list(map(work, group)) for group in groups)
         return
     waiting: deque[list[Future[Result]]] = deque()
-    with ThreadPoolExecutor(num_threads) as pool:
+    with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for group in groups:
             waiting.append([pool.submit(work, item) for item in group])
             while len(waiting) > 1 and sum(map(len, waiting)) > 2 * num_threads:

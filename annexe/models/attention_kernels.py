@@ -22,8 +22,8 @@ _LOWEST = tl.constexpr(-1e30)  # for a softmax of nothing yet; infinity would ma
 
 @triton.jit
 def _read_prefix(
-    query, row_of, keys, values, said, log_weight, most, length, key_heads, scaling,
-    GROUP: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    query, row_of, keys, values, said, log_weight, most, length, key_heads,
+    SCALING: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Queries of one image and key head over the prefix: ``said`` float32[R, H, D], ``log_weight`` float32[R, H]."""
     image, key_head = tl.program_id(0), tl.program_id(1)
@@ -42,7 +42,7 @@ def _read_prefix(
         token = start + tl.arange(0, _KEYS)
         where, there = (first + token)[:, None] * WIDTH + column, (token < length)[:, None] & inside
         key = tl.load(keys + where, mask=there, other=0)
-        score = tl.dot(own, tl.trans(key), input_precision="ieee") * scaling
+        score = tl.dot(own, tl.trans(key), input_precision="ieee") * SCALING
         score = tl.where(token < length, score, -float("inf"))
         before, highest = highest, tl.maximum(highest, tl.max(score, 1))
         weight, shrunk = tl.exp(score - highest[:, None]), tl.exp(before - highest)
@@ -55,8 +55,8 @@ def _read_prefix(
 
 @triton.jit
 def _read_own(
-    query, row_of, image_of, place_of, keys, values, seen, last, said, log_weight, out, most, columns, scaling,
-    GROUP: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    query, row_of, image_of, place_of, keys, values, seen, last, said, log_weight, out, most, columns,
+    SCALING: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """One response and head over its own tokens, and what `_read_prefix` left: ``out`` [R, H, D]."""
     row, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -74,7 +74,7 @@ def _read_own(
         there = tl.load(seen + row * columns + token, mask=token < columns, other=0) != 0
         where = (first + token)[:, None] * WIDTH + column
         key = tl.load(keys + where, mask=there[:, None] & inside, other=0).to(tl.float32)
-        score = tl.where(there, tl.sum(own * key, 1) * scaling, -float("inf"))
+        score = tl.where(there, tl.sum(own * key, 1) * SCALING, -float("inf"))
         before, highest = highest, tl.maximum(highest, tl.max(score, 0))
         weight, shrunk = tl.exp(score - highest), tl.exp(before - highest)
         value = tl.load(values + where, mask=there[:, None] & inside, other=0).to(tl.float32)
@@ -92,16 +92,16 @@ def read(query: Tensor, memory: Memory, places: Places, scaling: float) -> Tenso
     (rows, heads, width), (images, most) = query.shape, places.row.shape
     key_heads, length = memory.prefix_keys.shape[1:3]
     group, columns = heads // key_heads, memory.own_keys.shape[2]
-    sizes = {"GROUP": group, "WIDTH": width, "PADDED": max(16, triton.next_power_of_2(width))}
+    sizes = {"SCALING": scaling, "GROUP": group, "WIDTH": width, "PADDED": max(16, triton.next_power_of_2(width))}
     query, out = query.contiguous(), torch.empty_like(query)
     said = torch.empty(rows, heads, width, dtype=torch.float32, device=query.device)
     log_weight = torch.empty(rows, heads, dtype=torch.float32, device=query.device)
     _read_prefix[(images, key_heads, triton.cdiv(most * group, 16))](
-        query, places.row, memory.prefix_keys, memory.prefix_values, said, log_weight, most, length, key_heads, scaling,
+        query, places.row, memory.prefix_keys, memory.prefix_values, said, log_weight, most, length, key_heads,
         **sizes,
     )  # fmt: skip
     _read_own[(rows, heads)](
         query, places.row, places.image, places.place, memory.own_keys, memory.own_values, places.seen, places.column,
-        said, log_weight, out, most, columns, scaling, **sizes,
+        said, log_weight, out, most, columns, **sizes,
     )  # fmt: skip
     return out
