@@ -34,7 +34,6 @@ from annexe.evaluator import in_threads, ready
 from annexe.flops import work_of_batch
 from annexe.graphs import MULTIPLE
 from annexe.memory import without_files
-from annexe.metrics import encode
 from annexe.models import build_model, num_slots, tokenizer_of
 from annexe.models.annexe import Annexe, Draft
 from annexe.models.generation import Prefill, Responses
@@ -322,7 +321,7 @@ def measure_generation(config: Config, work: Generation) -> tuple[Record, list[s
     reset_peak(accelerator.device)
 
     def finish(draft: Draft) -> int:
-        return len([encode(target.mask) for target in draft.complete().targets])
+        return len(draft.complete().targets)
 
     def drafts(number: int, timeline: Timeline) -> Iterator[list[Draft]]:
         for _ in range(number):
@@ -393,7 +392,7 @@ def _watched_generation(language: Llama, timeline: Timeline) -> Iterator[list[in
     def timed_decode(*arguments: Any, **options: Any) -> Responses:
         timeline.enter("decoding")
         responses = decode(*arguments, **options)
-        timeline.enter("words, and small masks to the host")
+        timeline.enter("words, and edges of masks to the host")
         lengths.extend(map(len, responses.tokens))
         return responses
 

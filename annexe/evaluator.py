@@ -33,7 +33,7 @@ from annexe.datasets.egohos import EgoHOS
 from annexe.distributed import make_accelerator
 from annexe.errors import UserError
 from annexe.files import locked, write_text
-from annexe.metrics import depth_errors, encode
+from annexe.metrics import depth_errors
 from annexe.models import build_model, compile_blocks, tokenizer_of
 from annexe.models.annexe import Annexe, Draft
 from annexe.report import write_report
@@ -136,8 +136,7 @@ def records_of(drafted: tuple[Sample, list[Draft]]) -> list[Record]:
     for turn, draft in zip(sample.turns, drafts, strict=True):
         response = draft.complete()
         masks = [
-            {"slot": t.slot, "phrase": t.phrase, "score": round(t.score, 6), "rle": encode(t.mask)}
-            for t in response.targets
+            {"slot": t.slot, "phrase": t.phrase, "score": round(t.score, 6), "rle": t.rle} for t in response.targets
         ]
         records.append(
             {

@@ -27,6 +27,7 @@ from annexe.evaluator import write_records
 from annexe.flops import counted, num_pairs, of_depth, of_eva, of_llama, work_of_batch
 from annexe.graphs import MULTIPLE
 from annexe.memory import without_files
+from annexe.models import annexe as whole
 from annexe.models import build_model
 from annexe.models.annexe import Annexe
 from annexe.models.attention import packed_attention_mask
@@ -232,8 +233,8 @@ def test_stored_patches_leave_the_encoder_out(bench: Callable[..., dict]) -> Non
 
 def test_every_response_has_its_full_length(bench: Callable[..., dict], monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = set()
-    encode = benchmark.encode
-    monkeypatch.setattr(benchmark, "encode", lambda mask: shapes.add(mask.shape) or encode(mask))
+    encode = whole.encode
+    monkeypatch.setattr(whole, "encode", lambda mask: shapes.add(mask.shape) or encode(mask))
     options = (NO_DATA, "model.presence_threshold=0", "run.num_workers=1")
     asked = ("--queries", 2, "--batch-size", 3, "--new-tokens", 7, "--batches", 2, "--height", 90, "--width", 160)
     report = bench("generate", *asked, options=options)

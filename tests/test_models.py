@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from annexe.datasets.prompts import NO_TARGET
 from annexe.errors import UserError
 from annexe.flops import work_of_batch
 from annexe.models import compile_blocks
+from annexe.models.annexe import Draft, edges_at_full_size
 from annexe.models.enlarge import by_products, enlarge
 from annexe.models.normalise import STATISTICS
 from annexe.models.pixel_decoder import gather, spread
@@ -174,6 +176,21 @@ def test_queries_come_back_from_their_images(images):
     per_image = spread(rows, queries, num_images=2)
     assert per_image.shape == (2, 2, 5)
     assert torch.equal(gather(per_image, queries), rows)
+
+
+def test_masks_finished_on_the_device_are_those_finished_behind_it(monkeypatch):
+    monkeypatch.setattr("annexe.models.annexe._PIXELS_AT_ONCE", 10_000)
+    torch.manual_seed(0)
+    logits = torch.randn(5, 8, 8)
+    logits[3], logits[4] = -1.0, 1.0
+    sizes = [(50, 70), (40, 30), (50, 70), (40, 30), (50, 70)]
+    slots, text = [0], "A mug <MSK_0>."
+    for mask, edges, size in zip(logits, edges_at_full_size(logits, sizes), sizes, strict=True):
+        behind, on_device = (
+            Draft("", text, [0.9], slots, masks, size, np.zeros(1)).complete() for masks in (mask[None], [edges])
+        )
+        assert behind.targets == on_device.targets
+        assert len(behind.targets) == (mask.max() > 0)
 
 
 @pytest.mark.parametrize("align_corners", [False, True])

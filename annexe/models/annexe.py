@@ -5,6 +5,7 @@ Legend: B images, S image side, P image tokens, N packed tokens, Q queries, K sl
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,11 +17,14 @@ from annexe import weights
 from annexe.datasets.collate import ANALYSIS, Batch
 from annexe.datasets.prompts import ANSWER_OPENING, NO_TARGET, phrases_of
 from annexe.errors import UserError
+from annexe.metrics.masks import Rle, area, decode, encode, encode_edges
 from annexe.models.depth_branch import DepthAnythingV2
 from annexe.models.generation import Binding
 from annexe.models.language_model import Llama
 from annexe.models.pixel_decoder import Grounding
 from annexe.models.rgb_encoder import EvaViT, Projector
+
+_PIXELS_AT_ONCE = 1 << 26  # of masks at full size on a device
 
 
 @dataclass
@@ -50,7 +54,12 @@ class Target:
     slot: int
     phrase: str
     score: float
-    mask: np.ndarray  # bool[height, width] of the original image
+    rle: Rle  # mask at the size of the original image, as COCO encodes it
+
+    @property
+    def mask(self) -> np.ndarray:
+        """bool[height, width]"""
+        return decode(self.rle)
 
 
 @dataclass
@@ -66,28 +75,54 @@ class Response:
 
 @dataclass
 class Draft:
-    """A `Response` whose masks are still small: all that the device has to do for it, kept on the CPU."""
+    """A `Response` whose masks are not encoded yet: all that the device has to do for it."""
 
     analysis: str
     answer: str
     scores: list[float]  # presence of every slot, in [0, 1]
     slots: list[int]  # those that have a target
-    mask_logits: Tensor  # float32[len(slots), h, w]
+    masks: Tensor | list[np.ndarray]  # float32[len(slots), h, w], logits on the CPU; or `edges` of each at full size
     size: tuple[int, int]  # height, width of the original image
     depth: np.ndarray
 
     def complete(self) -> Response:
-        """Bring the masks to the size of the image."""
-        targets: list[Target] = []
-        if self.slots:
-            full = F.interpolate(self.mask_logits[None], size=self.size, mode="bilinear", align_corners=False)[0] > 0
-            phrases = phrases_of(self.answer)
-            targets = [
-                Target(slot, phrases.get(slot, ""), self.scores[slot], mask)
-                for slot, mask in zip(self.slots, full.numpy(), strict=True)
-                if mask.any()
-            ]
+        """Bring the masks to the size of the image, if a GPU has not, and encode them."""
+        if isinstance(self.masks, Tensor):
+            rles = [encode(mask) for mask in at_full_size(self.masks, self.size).numpy()] if self.slots else []
+        else:
+            rles = [encode_edges(own, self.size) for own in self.masks]
+        phrases = phrases_of(self.answer)
+        targets = [
+            Target(slot, phrases.get(slot, ""), self.scores[slot], rle)
+            for slot, rle in zip(self.slots, rles, strict=True)
+            if area([rle])
+        ]
         return Response(self.analysis, self.answer, max(self.scores), targets, self.depth)
+
+
+def at_full_size(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Masks bool[n, *size] of ``logits`` float32[n, h, w]."""
+    return F.interpolate(logits[:, None], size=size, mode="bilinear", align_corners=False)[:, 0] > 0
+
+
+def edges(masks: Tensor) -> list[np.ndarray]:
+    """For each of ``masks`` bool[n, H, W], what `annexe.metrics.masks.encode_edges` takes."""
+    down = masks.transpose(1, 2).flatten(1)
+    differs = torch.cat([down[:, :1], down[:, 1:] != down[:, :-1]], dim=1)
+    mask, pixel = differs.nonzero(as_tuple=True)
+    ends = torch.bincount(mask, minlength=len(masks)).cumsum(0)[:-1].tolist()
+    return np.split(pixel.int().cpu().numpy(), ends)
+
+
+def edges_at_full_size(logits: Tensor, sizes: list[tuple[int, int]]) -> list[np.ndarray]:
+    """`edges` of many masks, float32[n, h, w], each brought to its own size on their device."""
+    found: dict[int, np.ndarray] = {}
+    for size in set(sizes):
+        own = torch.tensor([number for number, other in enumerate(sizes) if other == size])
+        for some in own.split(max(1, _PIXELS_AT_ONCE // math.prod(size))):
+            masks = at_full_size(logits[some.to(logits.device)], size)
+            found.update(zip(some.tolist(), edges(masks), strict=True))
+    return [found[number] for number in range(len(sizes))]
 
 
 class Annexe(nn.Module):
@@ -172,14 +207,18 @@ class Annexe(nn.Module):
         are_queries = set(query_branches)
         analyses = [text for branch, text in enumerate(texts) if branch not in are_queries]
         scores, depth_maps = grounding.presence.float().sigmoid().tolist(), depth.depth.float().cpu().numpy()
-        logits_of = grounding.masks[found].float().cpu().split(found.sum(1).tolist())
-        drafts = []
-        for query, (image, slots) in enumerate(zip(batch.queries.image.tolist(), found.tolist(), strict=True)):
-            chosen, sample = [slot for slot, is_there in enumerate(slots) if is_there], batch.samples[image]
-            answer, logits = self._worded(texts[query_branches[query]], chosen, sample.answer_format), logits_of[query]
-            drafts.append(
-                Draft(analyses[image], answer, scores[query], chosen, logits, sample.original_size, depth_maps[image])
-            )
+        images = batch.queries.image.tolist()
+        slots_of = [[slot for slot, is_there in enumerate(slots) if is_there] for slots in found.tolist()]
+        logits, sizes = grounding.masks[found].float(), [batch.samples[image].original_size for image in images]
+        if logits.is_cuda:
+            masks = edges_at_full_size(logits, [size for size, own in zip(sizes, slots_of, strict=True) for _ in own])
+        else:
+            masks = logits
+        drafts, first = [], 0
+        for query, (image, size, slots) in enumerate(zip(images, sizes, slots_of, strict=True)):
+            answer = self._worded(texts[query_branches[query]], slots, batch.samples[image].answer_format)
+            own, first = masks[first : first + len(slots)], first + len(slots)
+            drafts.append(Draft(analyses[image], answer, scores[query], slots, own, size, depth_maps[image]))
         return drafts
 
     def thresholds(self) -> list[float]:
