@@ -16,7 +16,6 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from annexe import benchmark
 from annexe.benchmark import never_end, scratch
 from annexe.cli import main
 from annexe.config import PARTS, Config, load_config
