@@ -392,7 +392,7 @@ def _watched_generation(language: Llama, timeline: Timeline) -> Iterator[list[in
     def timed_decode(*arguments: Any, **options: Any) -> Responses:
         timeline.enter("decoding")
         responses = decode(*arguments, **options)
-        timeline.enter("words, and edges of masks to the host")
+        timeline.enter("words, and masks to the host")
         lengths.extend(map(len, responses.tokens))
         return responses
 

@@ -24,6 +24,7 @@ from annexe.datasets import build_dataset
 from annexe.errors import UserError
 from annexe.evaluator import evaluate, in_threads
 from annexe.metrics import encode
+from annexe.models.run_lengths import encode_all
 from annexe.scoring import Truth, constant_baselines, score, score_all
 from annexe.trainer import Trainer, train
 from tests.conftest import ROOT, SHARED, SMALLEST
@@ -238,7 +239,9 @@ def test_masks_are_encoded_as_pycocotools_does():
     for shape in ((1, 1), (5, 7), (1080, 1920)):
         for mask in (np.zeros(shape, bool), np.ones(shape, bool), random_values.random(shape) > 0.5):
             expected = coco_mask.encode(np.asfortranarray(mask, np.uint8))
-            assert encode(mask) == {"size": list(shape), "counts": expected["counts"].decode()}
+            expected = {"size": list(shape), "counts": expected["counts"].decode()}
+            assert encode(mask) == expected
+            assert encode_all(torch.from_numpy(np.stack([mask, ~mask, mask])))[::2] == [expected, expected]
 
 
 def test_threads_keep_order_and_a_bounded_number_of_items():

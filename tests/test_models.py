@@ -17,7 +17,7 @@ from annexe.datasets.prompts import NO_TARGET
 from annexe.errors import UserError
 from annexe.flops import work_of_batch
 from annexe.models import compile_blocks
-from annexe.models.annexe import Draft, edges_at_full_size
+from annexe.models.annexe import Draft, encoded
 from annexe.models.enlarge import by_products, enlarge
 from annexe.models.normalise import STATISTICS
 from annexe.models.pixel_decoder import gather, spread
@@ -185,9 +185,9 @@ def test_masks_finished_on_the_device_are_those_finished_behind_it(monkeypatch):
     logits[3], logits[4] = -1.0, 1.0
     sizes = [(50, 70), (40, 30), (50, 70), (40, 30), (50, 70)]
     slots, text = [0], "A mug <MSK_0>."
-    for mask, edges, size in zip(logits, edges_at_full_size(logits, sizes), sizes, strict=True):
+    for mask, rle, size in zip(logits, encoded(logits, sizes), sizes, strict=True):
         behind, on_device = (
-            Draft("", text, [0.9], slots, masks, size, np.zeros(1)).complete() for masks in (mask[None], [edges])
+            Draft("", text, [0.9], slots, masks, size, np.zeros(1)).complete() for masks in (mask[None], [rle])
         )
         assert behind.targets == on_device.targets
         assert len(behind.targets) == (mask.max() > 0)

@@ -174,30 +174,13 @@ def encode_ids(ids: np.ndarray, wanted: Iterable[int]) -> dict[int, Rle]:
     rles = {}
     for mask_id in wanted:
         inside = flat[starts] == mask_id
-        rles[mask_id] = encode_edges(np.stack([starts[inside], ends[inside]], axis=1).ravel(), ids.shape)
+        edges = np.stack([starts[inside], ends[inside]], axis=1).ravel()
+        counts = np.diff(edges, prepend=0, append=flat.size)
+        if len(counts) > 1 and counts[-1] == 0:  # COCO writes no empty run at the end
+            counts = counts[:-1]
+        rle = coco_mask.frPyObjects({"size": ids.shape, "counts": counts.tolist()}, *ids.shape)
+        rles[mask_id] = {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
     return rles
-
-
-def encode_edges(edges: np.ndarray, size: tuple[int, int]) -> Rle:
-    """Encodes a mask of ``size`` (H, W) as a COCO RLE.
-
-    Args:
-        edges: int[.], pixels, counted down the columns, that differ from the one before; before the first, none is set.
-    """
-    counts = np.diff(edges, prepend=0, append=math.prod(size)).astype(np.int32)
-    if len(counts) > 1 and counts[-1] == 0:  # COCO writes no empty run at the end
-        counts = counts[:-1]
-    # From the fourth on, each is written as the difference to the one two places before, in 5-bit groups, low ones
-    # first; bit 5 says that more follow.
-    rest = np.concatenate([counts[:3], counts[3:] - counts[1:-2]])
-    groups, written = [], [np.ones(len(rest), bool)]
-    while written[-1].any():
-        low, rest = rest & 31, rest >> 5
-        more = rest != -(low >> 4)  # bit 4 of the last is its sign
-        groups.append((low + 32 * more + 48).astype(np.uint8))
-        written.append(written[-1] & more)
-    text = np.stack(groups, axis=1)[np.stack(written[:-1], axis=1)].tobytes().decode("ascii")
-    return {"size": [int(side) for side in size], "counts": text}
 
 
 def decode(rle: Rle) -> np.ndarray:

@@ -17,12 +17,13 @@ from annexe import weights
 from annexe.datasets.collate import ANALYSIS, Batch
 from annexe.datasets.prompts import ANSWER_OPENING, NO_TARGET, phrases_of
 from annexe.errors import UserError
-from annexe.metrics.masks import Rle, area, decode, encode, encode_edges
+from annexe.metrics.masks import Rle, area, decode, encode
 from annexe.models.depth_branch import DepthAnythingV2
 from annexe.models.generation import Binding
 from annexe.models.language_model import Llama
 from annexe.models.pixel_decoder import Grounding
 from annexe.models.rgb_encoder import EvaViT, Projector
+from annexe.models.run_lengths import encode_all
 
 _PIXELS_AT_ONCE = 1 << 26  # of masks at full size on a device
 
@@ -75,22 +76,21 @@ class Response:
 
 @dataclass
 class Draft:
-    """A `Response` whose masks are not encoded yet: all that the device has to do for it."""
+    """A `Response` whose masks may have to be brought to their size yet: all that the device has to do for it."""
 
     analysis: str
     answer: str
     scores: list[float]  # presence of every slot, in [0, 1]
     slots: list[int]  # those that have a target
-    masks: Tensor | list[np.ndarray]  # float32[len(slots), h, w], logits on the CPU; or `edges` of each at full size
+    masks: Tensor | list[Rle]  # float32[len(slots), h, w], logits on the CPU; or at full size, from a GPU
     size: tuple[int, int]  # height, width of the original image
     depth: np.ndarray
 
     def complete(self) -> Response:
-        """Bring the masks to the size of the image, if a GPU has not, and encode them."""
-        if isinstance(self.masks, Tensor):
-            rles = [encode(mask) for mask in at_full_size(self.masks, self.size).numpy()] if self.slots else []
-        else:
-            rles = [encode_edges(own, self.size) for own in self.masks]
+        """Bring the masks to the size of the image and encode them, if a GPU has not."""
+        rles = self.masks
+        if isinstance(rles, Tensor):
+            rles = [encode(mask) for mask in at_full_size(rles, self.size).numpy()] if self.slots else []
         phrases = phrases_of(self.answer)
         targets = [
             Target(slot, phrases.get(slot, ""), self.scores[slot], rle)
@@ -105,23 +105,14 @@ def at_full_size(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(logits[:, None], size=size, mode="bilinear", align_corners=False)[:, 0] > 0
 
 
-def edges(masks: Tensor) -> list[np.ndarray]:
-    """For each of ``masks`` bool[n, H, W], what `annexe.metrics.masks.encode_edges` takes."""
-    down = masks.transpose(1, 2).flatten(1)
-    differs = torch.cat([down[:, :1], down[:, 1:] != down[:, :-1]], dim=1)
-    mask, pixel = differs.nonzero(as_tuple=True)
-    ends = torch.bincount(mask, minlength=len(masks)).cumsum(0)[:-1].tolist()
-    return np.split(pixel.int().cpu().numpy(), ends)
-
-
-def edges_at_full_size(logits: Tensor, sizes: list[tuple[int, int]]) -> list[np.ndarray]:
-    """`edges` of many masks, float32[n, h, w], each brought to its own size on their device."""
-    found: dict[int, np.ndarray] = {}
+def encoded(logits: Tensor, sizes: list[tuple[int, int]]) -> list[Rle]:
+    """Masks of ``logits`` float32[n, h, w], each brought to its own size and encoded on their device."""
+    found: dict[int, Rle] = {}
     for size in set(sizes):
         own = torch.tensor([number for number, other in enumerate(sizes) if other == size])
         for some in own.split(max(1, _PIXELS_AT_ONCE // math.prod(size))):
             masks = at_full_size(logits[some.to(logits.device)], size)
-            found.update(zip(some.tolist(), edges(masks), strict=True))
+            found.update(zip(some.tolist(), encode_all(masks), strict=True))
     return [found[number] for number in range(len(sizes))]
 
 
@@ -211,7 +202,7 @@ class Annexe(nn.Module):
         slots_of = [[slot for slot, is_there in enumerate(slots) if is_there] for slots in found.tolist()]
         logits, sizes = grounding.masks[found].float(), [batch.samples[image].original_size for image in images]
         if logits.is_cuda:
-            masks = edges_at_full_size(logits, [size for size, own in zip(sizes, slots_of, strict=True) for _ in own])
+            masks = encoded(logits, [size for size, own in zip(sizes, slots_of, strict=True) for _ in own])
         else:
             masks = logits
         drafts, first = [], 0
