@@ -1,0 +1,37 @@
+"""Masks as COCO run lengths, made where the masks are: a GPU gives strings to the host, not pixels.
+
+Legend: n masks, H x W pixels, E runs of all masks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from annexe.metrics.masks import Rle
+
+
+def encode_all(masks: Tensor) -> list[Rle]:
+    """As `annexe.metrics.encode` of each of ``masks`` bool[n, H, W]."""
+    number, height, width = masks.shape
+    down = masks.transpose(1, 2).flatten(1)  # COCO counts down the columns, and first what is not set
+    ends = torch.cat([down[:, :1], down[:, 1:] != down[:, :-1], torch.ones_like(down[:, :1])], dim=1)
+    mask, end = ends.nonzero(as_tuple=True)  # [E]
+    runs = torch.bincount(mask, minlength=number)  # [n]
+    place = torch.arange(len(mask), device=mask.device) - (runs.cumsum(0) - runs)[mask]
+    count = torch.where(place > 0, end - end.roll(1), end)
+    # From the fourth on, each is written as the difference to the one two places before, in 5-bit groups, low ones
+    # first; bit 5 says that more follow, bit 4 of the last is its sign.
+    rest = torch.where(place > 2, count - count.roll(2), count)
+    groups, written = [], [torch.ones_like(rest, dtype=torch.bool)]
+    for _ in range((height * width).bit_length() // 5 + 1):
+        low, rest = rest & 31, rest >> 5
+        more = rest != -(low >> 4)
+        groups.append((low + 32 * more + 48).to(torch.uint8))
+        written.append(written[-1] & more)
+    is_written = torch.stack(written[:-1], dim=1)  # [E, groups]
+    text = torch.stack(groups, dim=1)[is_written].cpu().numpy().tobytes().decode("ascii")
+    stops = torch.zeros_like(runs).index_add(0, mask, is_written.sum(1)).cumsum(0).tolist()
+    return [
+        {"size": [height, width], "counts": text[start:stop]} for start, stop in zip([0, *stops], stops, strict=False)
+    ]
