@@ -78,8 +78,8 @@ def predict(
 ) -> Iterator[list[Record]]:
     """Records of each batch in turn: an image line an image, a query line a query.
 
-    ``num_workers`` processes load the batches ahead of the device, and as many threads bring the masks of those behind
-    it to their full size; with 0 the main thread does both.
+    ``num_workers`` processes load the batches ahead of the device, and as many threads make records of those behind it,
+    off a GPU with masks brought to full size; with 0 the main thread does both.
     """
     tokenizer = model.language_model.tokenizer
     collate = Collator(tokenizer, model.num_image_tokens, model.pixel_decoder.num_slots, responses=False)
@@ -111,7 +111,9 @@ def in_threads(
 ) -> Iterator[list[Result]]:
     """``work`` on each item, results in order and by group; groups are drawn while threads work on those before.
 
-    Threads, not processes: upsampling and run-length encoding release the interpreter's lock. Each keeps to one core.
+    A group waits as long as those before it hold at most two items a thread; an error of ``work`` comes up in the place
+    of its group. Threads, not processes: upsampling and run-length encoding release the interpreter's lock. Each keeps
+    to one core, as do threads that the process starts later.
     """
     if not num_threads:
         yield from (list(map(work, group)) for group in groups)
@@ -175,6 +177,9 @@ def evaluate(config: Config) -> dict[str, Any]:
 
     Batches are formed once, in one fixed order, and ranks take whole ones; each is written as it is done, so that a
     killed evaluation goes on where it was. Under ``run.output_dir``: predictions.jsonl, metrics.json, report.html.
+
+    Raises:
+        UserError: for a checkpoint or data that are missing or damaged, and while another evaluation has the folder.
     """
     accelerator = make_accelerator(config.run)
     alone = locked(Path(config.run.output_dir)) if accelerator.is_main_process else nullcontext()

@@ -19,7 +19,7 @@ from annexe.datasets.collate import Batch
 
 log = logging.getLogger(__name__)
 
-# Elements of a batch are rounded up to multiples of this: tokens and targets; prompt lengths to a quarter of it.
+# Numbers of a batch are rounded up to multiples of this; prompt lengths to a quarter of it, others to four times it.
 MULTIPLE = 64
 _MOST_SHAPES = 32
 
@@ -50,7 +50,6 @@ class GraphedPass:
         self.work, self.device = work, device
         self.met: set[tuple] = set()
         self.captured: dict[tuple, Captured] = {}
-        self.full = False
         self.pool = torch.cuda.graph_pool_handle()
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
@@ -60,12 +59,11 @@ class GraphedPass:
         key = _shape(batch)
         if key not in self.captured:
             if key not in self.met or len(self.captured) == _MOST_SHAPES:
-                if key in self.met and not self.full:
-                    self.full = True
-                    log.info("%d graphs are captured; batches of other shapes run kernel by kernel", _MOST_SHAPES)
                 self.met.add(key)
                 return self.work(batch.to(self.device), factor)
             self.captured[key] = self._capture(batch, factor)
+            if len(self.captured) == _MOST_SHAPES:
+                log.info("%d graphs are captured; batches of other shapes run kernel by kernel", _MOST_SHAPES)
         captured = self.captured[key]
         for static, fresh in zip(captured.inputs, [*_tensors(batch), factor], strict=True):
             static.copy_(fresh, non_blocking=True)

@@ -136,7 +136,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 # In float32 under CUDA's autocast, of what models use; under the CPU's these stay in bfloat16.
-_IN_FLOAT32 = {"layer_norm", "group_norm", "softmax", "log_softmax", "logsumexp", "interpolate", "pow", "__pow__"}
+_IN_FLOAT32 = {"layer_norm", "group_norm", "softmax", "log_softmax", "logsumexp", "pow", "__pow__"}
 _IN_FLOAT32 |= {"rsqrt", "exp", "log", "norm", "softplus", "cumsum", "prod", "cosine_similarity"}
 
 

@@ -17,10 +17,11 @@ from annexe.datasets.prompts import NO_TARGET
 from annexe.errors import UserError
 from annexe.flops import work_of_batch
 from annexe.models import compile_blocks
-from annexe.models.annexe import Draft, encoded
+from annexe.models.annexe import Draft
 from annexe.models.enlarge import by_products, enlarge
 from annexe.models.normalise import STATISTICS
 from annexe.models.pixel_decoder import gather, spread
+from annexe.models.run_lengths import encoded
 from annexe.models.tokenizer import load_tokenizer, train_tokenizer
 
 DECODERS = pytest.mark.parametrize("decoder", ["query", "deconv"])
@@ -179,7 +180,7 @@ def test_queries_come_back_from_their_images(images):
 
 
 def test_masks_finished_on_the_device_are_those_finished_behind_it(monkeypatch):
-    monkeypatch.setattr("annexe.models.annexe._PIXELS_AT_ONCE", 10_000)
+    monkeypatch.setattr("annexe.models.run_lengths._PIXELS_AT_ONCE", 10_000)
     torch.manual_seed(0)
     logits = torch.randn(5, 8, 8)
     logits[3], logits[4] = -1.0, 1.0

@@ -125,8 +125,13 @@ def pack(
 ) -> dict[str, Any]:
     """Lay every image's branches (prompt ids, response ids) behind one prefix; an analysis comes first.
 
-    Lengths are rounded up to a ``multiple``, that of prompts to a quarter of it, those that cost little to four times
-    it; see `Collator`.
+    Args:
+        multiple: the length of a row is rounded up to it, the longest prompt to a quarter of it, and the number of
+            targets to four times it; so is the length of a row where that takes no work, ``in_one_row``.
+        in_one_row: say where the tokens are that are no padding.
+
+    Returns:
+        The fields of `PackedText`.
     """
     wide = 4 * multiple if multiple > 1 else 1
     image_start, prefix_length = len(prefix), len(prefix) + num_image_tokens

@@ -55,7 +55,8 @@ def build_model(
 def compile_blocks(model: Annexe, backend: str = "inductor") -> None:
     """Compile what repeats, block by block, so that all blocks of a part share one compilation.
 
-    Where blocks of Llama compute their activations again (``checkpointed_blocks``), Llama stays as it is.
+    Of a pixel decoder those are its ``layers``, if it has any. Where blocks of Llama compute their activations again
+    (``checkpointed_blocks``), Llama stays as it is.
 
     Args:
         backend: of torch.compile.

@@ -5,12 +5,10 @@ Legend: B images, S image side, P image tokens, N packed tokens, Q queries, K sl
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from annexe import weights
@@ -23,9 +21,7 @@ from annexe.models.generation import Binding
 from annexe.models.language_model import Llama
 from annexe.models.pixel_decoder import Grounding
 from annexe.models.rgb_encoder import EvaViT, Projector
-from annexe.models.run_lengths import encode_all
-
-_PIXELS_AT_ONCE = 1 << 26  # of masks at full size on a device
+from annexe.models.run_lengths import at_full_size, encoded
 
 
 @dataclass
@@ -84,7 +80,7 @@ class Draft:
     slots: list[int]  # those that have a target
     masks: Tensor | list[Rle]  # float32[len(slots), h, w], logits on the CPU; or at full size, from a GPU
     size: tuple[int, int]  # height, width of the original image
-    depth: np.ndarray
+    depth: np.ndarray  # float32[S, S], inverse depth up to scale and shift
 
     def complete(self) -> Response:
         """Bring the masks to the size of the image and encode them, if a GPU has not."""
@@ -98,22 +94,6 @@ class Draft:
             if area([rle])
         ]
         return Response(self.analysis, self.answer, max(self.scores), targets, self.depth)
-
-
-def at_full_size(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks bool[n, *size] of ``logits`` float32[n, h, w]."""
-    return F.interpolate(logits[:, None], size=size, mode="bilinear", align_corners=False)[:, 0] > 0
-
-
-def encoded(logits: Tensor, sizes: list[tuple[int, int]]) -> list[Rle]:
-    """Masks of ``logits`` float32[n, h, w], each brought to its own size and encoded on their device."""
-    found: dict[int, Rle] = {}
-    for size in set(sizes):
-        own = torch.tensor([number for number, other in enumerate(sizes) if other == size])
-        for some in own.split(max(1, _PIXELS_AT_ONCE // math.prod(size))):
-            masks = at_full_size(logits[some.to(logits.device)], size)
-            found.update(zip(some.tolist(), encode_all(masks), strict=True))
-    return [found[number] for number in range(len(sizes))]
 
 
 class Annexe(nn.Module):

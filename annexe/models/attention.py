@@ -155,7 +155,7 @@ def attend(
     places: Places | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What a block calls between its projections.
+    """What a block calls between its projections: ``query`` [., H, tokens, D], ``key`` and ``value`` [., K, tokens, D].
 
     A packed sequence, under either kind of mask, leaves its keys and values in ``kept``, if that is given; with
     ``memory`` and ``places`` a token a response goes on from there.

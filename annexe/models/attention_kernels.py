@@ -15,19 +15,19 @@ from torch import Tensor
 if TYPE_CHECKING:
     from annexe.models.attention import Memory, Places
 
-_QUERIES = tl.constexpr(16)  # of an image, taken together: the least that tensor cores take
+_QUERIES = 16  # of an image, taken together: the least that tensor cores take
 _KEYS = tl.constexpr(64)  # read at a time
 _LOWEST = tl.constexpr(-1e30)  # for a softmax of nothing yet; infinity would make the first difference no number
 
 
 @triton.jit
 def _read_prefix(
-    query, row_of, keys, values, said, log_weight, most, length, key_heads,
-    SCALING: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    query, row_of, keys, values, said, log_weight, most, length,
+    QUERIES: tl.constexpr, SCALING: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Queries of one image and key head over the prefix: ``said`` float32[R, H, D], ``log_weight`` float32[R, H]."""
-    image, key_head = tl.program_id(0), tl.program_id(1)
-    number = tl.program_id(2) * _QUERIES + tl.arange(0, _QUERIES)
+    image, key_head, key_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    number = tl.program_id(2) * QUERIES + tl.arange(0, QUERIES)
     place, head = number // GROUP, key_head * GROUP + number % GROUP
     row = tl.load(row_of + image * most + place, mask=place < most, other=-1)
     real, at = row >= 0, (row * key_heads * GROUP + head).to(tl.int64)
@@ -35,9 +35,9 @@ def _read_prefix(
     inside = column < WIDTH
     own = tl.load(query + at[:, None] * WIDTH + column, mask=real[:, None] & inside, other=0)
     first = (image * key_heads + key_head).to(tl.int64) * length
-    total = tl.zeros([_QUERIES], tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
     highest = total + _LOWEST
-    mean = tl.zeros([_QUERIES, PADDED], tl.float32)
+    mean = tl.zeros([QUERIES, PADDED], tl.float32)
     for start in range(0, length, _KEYS):
         token = start + tl.arange(0, _KEYS)
         where, there = (first + token)[:, None] * WIDTH + column, (token < length)[:, None] & inside
@@ -86,19 +86,24 @@ def _read_own(
 def read(query: Tensor, memory: Memory, places: Places, scaling: float) -> Tensor:
     """Attention of ``query`` [R, H, D], of the dtype of ``memory``, which has the new key and value already.
 
+    Args:
+        memory, places: every tensor of them is contiguous.
+
     Returns:
         [R, H, D], of the same dtype.
     """
     (rows, heads, width), (images, most) = query.shape, places.row.shape
     key_heads, length = memory.prefix_keys.shape[1:3]
     group, columns = heads // key_heads, memory.own_keys.shape[2]
-    sizes = {"SCALING": scaling, "GROUP": group, "WIDTH": width, "PADDED": max(16, triton.next_power_of_2(width))}
     query, out = query.contiguous(), torch.empty_like(query)
     said = torch.empty(rows, heads, width, dtype=torch.float32, device=query.device)
     log_weight = torch.empty(rows, heads, dtype=torch.float32, device=query.device)
-    _read_prefix[(images, key_heads, triton.cdiv(most * group, 16))](
-        query, places.row, memory.prefix_keys, memory.prefix_values, said, log_weight, most, length, key_heads,
-        **sizes,
+    sizes = {"SCALING": scaling, "GROUP": group, "WIDTH": width, "PADDED": max(16, triton.next_power_of_2(width))}
+    # Keys and values that are on their way lie in shared memory, of which small cards have 100 KB.
+    sizes["num_stages"] = 3 if width * query.element_size() <= 256 else 1
+    _read_prefix[(images, key_heads, triton.cdiv(most * group, _QUERIES))](
+        query, places.row, memory.prefix_keys, memory.prefix_values, said, log_weight, most, length,
+        QUERIES=_QUERIES, **sizes,
     )  # fmt: skip
     _read_own[(rows, heads)](
         query, places.row, places.image, places.place, memory.own_keys, memory.own_values, places.seen, places.column,

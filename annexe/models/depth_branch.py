@@ -158,7 +158,9 @@ class DepthAnythingV2(nn.Module):
         return DepthFeatures(depth=self.head(maps[-1]), maps=maps)
 
     def neck(self, tapped: list[Tensor]) -> list[Tensor]:
-        """The library's neck, its 1 x 1 convolutions where they cost least: on tokens, and before maps are enlarged.
+        """The library's neck: 4 x [B, 1 + G * G, D] -> 4 x [B, C, h, w], sides G, 2G, 4G, 8G.
+
+        Its 1 x 1 convolutions run where they cost least: on tokens, and before maps are enlarged.
 
         Enlarging is linear and its weights add up to 1, so the order of the two makes no difference.
         """

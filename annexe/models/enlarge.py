@@ -8,7 +8,10 @@ from torch import Tensor
 
 
 def enlarge(maps: Tensor, side: int, *, align_corners: bool) -> Tensor:
-    """As ``F.interpolate(maps, (side, side), mode="bilinear")``: float[B, C, h, w] -> float[B, C, side, side]."""
+    """Bilinear, as ``F.interpolate`` does it: float[B, C, h, w] -> float[B, C, side, side].
+
+    On a GPU it is a product like others: under bf16 autocast in bfloat16, where interpolation would go to float32.
+    """
     if maps.is_cuda:
         return by_products(maps, side, align_corners)
     return F.interpolate(maps, size=(side, side), mode="bilinear", align_corners=align_corners)
@@ -30,6 +33,6 @@ def by_products(maps: Tensor, side: int, align_corners: bool) -> Tensor:
         distance = (at[:, None] - torch.arange(length, device=maps.device)).abs()
         return (1 - distance).clamp(min=0).to(maps.dtype)
 
-    x = maps.permute(0, 2, 3, 1)  # [B, h, w, C], as it lies in memory
+    x = maps.permute(0, 2, 3, 1)  # [B, h, w, C], as maps lie in memory that are channels-last
     x = (shares(x.shape[1]) @ x.flatten(2)).unflatten(2, x.shape[2:])  # [B, side, w, C]
     return (shares(x.shape[2]) @ x).permute(0, 3, 1, 2)

@@ -25,8 +25,11 @@ def by_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """``x`` [..., n] times a matrix given by the rows of its transpose, e4m3[m, n] -> bfloat16[..., m]."""
-    own, scale = by_rows(x.flatten(0, -2))
+    """``x`` [..., n] times a matrix given by the rows of its transpose, e4m3[m, n] -> bfloat16[..., m].
+
+    Kernels take m and n that are multiples of 16, and factors that lie row by row in memory.
+    """
+    own, scale = by_rows(x.flatten(0, -2).contiguous())
     said = torch._scaled_mm(own, codes.t(), scale_a=scale, scale_b=scales.t(), out_dtype=torch.bfloat16)
     return said.unflatten(0, x.shape[:-1])
 

@@ -71,12 +71,12 @@ class Rows:
     slot_states: Tensor  # float[R, S, D]
 
     def select(self, chosen: Tensor) -> Rows:
-        """The ``chosen`` rows, int64[.]; where an index is -1, a row that is done and whose place nobody has."""
+        """The ``chosen`` rows, int64[.]; where an index is -1, a row that is done, in a place that no real row has."""
         real = chosen >= 0
         rows = Rows(**{f.name: getattr(self, f.name)[chosen.clamp(min=0)] for f in fields(self)})
         rows.number.masked_fill_(~real, -1)
         rows.image.masked_fill_(~real, 0)
-        rows.place = torch.where(real, rows.place, int(self.place.max()) + 1)
+        rows.place = torch.where(real, rows.place, rows.place.masked_fill(~real, -1).max() + 1)
         rows.seen &= real[:, None]
         rows.finished |= ~real
         return rows
@@ -251,7 +251,8 @@ class Generator:
         chosen = torch.cat([chosen, spare])
         rows = rows.select(chosen)
         most, column = int(rows.place.max()) + 1, prefill.text.max_branch_length + said
-        source = [kept.keys for kept in prefill.kept] if before is None else [m.prefix_keys for m in before.memories]
+        # Under autocast keys are float32, of their rotation; values have the dtype that products are made in.
+        source = [kept.values for kept in prefill.kept] if before is None else [m.prefix_keys for m in before.memories]
         memories = self._memories(source, prefill.text.prefix_length, rows)
         if self.graphs:
             decoding, step = self._graphed(rows, memories, round_up(most, _PLACES), binding)

@@ -20,7 +20,7 @@ from annexe.errors import UserError, unknown
 from annexe.models.attention import NAME, Kept, packed_attention_mask, packed_block_mask
 from annexe.models.float8 import to_float8
 from annexe.models.generation import Binding, Generator, Prefill, Responses
-from annexe.models.llama import DTYPES, QUANTISED, load_llama, random_llama
+from annexe.models.llama import DTYPES, FLOAT8, QUANTISED, load_llama, random_llama
 from annexe.models.tokenizer import TextTokenizer
 from annexe.registry import register
 from annexe.weights import require_source
@@ -69,8 +69,8 @@ class Llama(nn.Module):
     ) -> None:
         super().__init__()
         require_source("model.language_model", "path", path, init)
-        if dtype not in (*DTYPES, *QUANTISED, "float8"):
-            raise unknown("setting model.language_model.dtype", dtype, (*DTYPES, *QUANTISED, "float8"))
+        if dtype not in (known := (*DTYPES, *QUANTISED, FLOAT8)):
+            raise unknown("setting model.language_model.dtype", dtype, known)
         if dtype not in DTYPES and lora.rank == 0:
             raise UserError(f"model.language_model.dtype {dtype} cannot be trained whole; set lora.rank above 0")
         if path is not None:
@@ -105,7 +105,7 @@ class Llama(nn.Module):
                 LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets),
             )
         self.model = model
-        if dtype == "float8":
+        if dtype == FLOAT8:
             to_float8(self.llama.model.layers)
         self.mask_embedding = nn.Embedding(tokenizer.num_slots, self.hidden_size)
         self.mask_head = nn.Linear(self.hidden_size, tokenizer.num_slots, bias=False)

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 QUANTISED = ("int8", "nf4")
+FLOAT8 = "float8"
 
 
 def load_llama(path: str, dtype: str) -> LlamaForCausalLM:

@@ -5,10 +5,31 @@ Legend: n masks, H x W pixels, E runs of all masks.
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from annexe.metrics.masks import Rle
+
+_PIXELS_AT_ONCE = 1 << 26
+
+
+def at_full_size(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Masks bool[n, *size] of ``logits`` float32[n, h, w]."""
+    return F.interpolate(logits[:, None], size=size, mode="bilinear", align_corners=False)[:, 0] > 0
+
+
+def encoded(logits: Tensor, sizes: list[tuple[int, int]]) -> list[Rle]:
+    """Masks of ``logits`` float32[n, h, w], each brought to its own size and encoded on their device."""
+    found: dict[int, Rle] = {}
+    for size in set(sizes):
+        own = torch.tensor([number for number, other in enumerate(sizes) if other == size])
+        for some in own.split(max(1, _PIXELS_AT_ONCE // math.prod(size))):
+            masks = at_full_size(logits[some.to(logits.device)], size)
+            found.update(zip(some.tolist(), encode_all(masks), strict=True))
+    return [found[number] for number in range(len(sizes))]
 
 
 def encode_all(masks: Tensor) -> list[Rle]:
