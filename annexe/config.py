@@ -136,7 +136,8 @@ class RunConfig:
             raise UserError(f"run.betas is {self.betas}; AdamW takes two numbers from 0 to 1, such as [0.9, 0.999]")
         if self.warmup_steps > self.max_steps:
             raise UserError(
-                f"run.warmup_steps ({self.warmup_steps}) is larger than run.max_steps ({self.max_steps}); lower it"
+                f"run.warmup_steps ({self.warmup_steps}) is larger than run.max_steps ({self.max_steps}); "
+                f"set run.warmup_steps to {self.max_steps} at most"
             )
 
 
@@ -216,9 +217,7 @@ def read_yaml(path: Path) -> DictConfig | ListConfig:
         UserError: for a missing file or bad YAML.
     """
     if not path.is_file():
-        raise UserError(
-            f"no configuration file '{path}'; give --cfg-path a file such as train_configs/annexe_tiny.yaml"
-        )
+        raise UserError(f"no configuration file '{path}'; give a YAML file such as train_configs/annexe_tiny.yaml")
     try:
         return OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as error:

@@ -21,6 +21,8 @@ def unknown(what: str, name: object, choices: Iterable[str]) -> UserError:
     """The error for a name that is not among the choices, with the nearest one pointed out."""
     choices = sorted(choices)
     near = difflib.get_close_matches(str(name), choices, 1)
+    if near and len(choices) > 12:
+        return UserError(f"unknown {what} '{name}'. Did you mean '{near[0]}'?")
     hint = f" Did you mean '{near[0]}'?" if near else ""
     return UserError(f"unknown {what} '{name}'.{hint} Choices: {', '.join(choices) or 'none'}")
 

@@ -211,6 +211,7 @@ def _evaluate(config: Config, accelerator: Accelerator) -> dict[str, Any]:
         "presence_thresholds": model.thresholds(),
         "data_fingerprint": dataset.fingerprint(),
     }
+    _require_same(output, meta)
     weights = (checkpoint / "model.safetensors").stat()
     made_from = {"meta": meta, "model": config.model, "precision": accelerator.mixed_precision}
     parts = Parts(output / "parts", made_from | {"weights": [weights.st_size, weights.st_mtime_ns]})
@@ -239,6 +240,19 @@ def _evaluate(config: Config, accelerator: Accelerator) -> dict[str, Any]:
     metrics = finish(output, records, Truth(dataset), meta, checkpoint)
     shutil.rmtree(output / "parts")
     return metrics
+
+
+def _require_same(output: Path, meta: dict[str, Any]) -> None:
+    """The results of another evaluation are not written over."""
+    if not (output / "metrics.json").is_file():
+        return
+    there = json.loads((output / "metrics.json").read_text(encoding="utf-8"))["meta"]
+    other = [f"{key} {there.get(key)}" for key in meta if there.get(key) != meta[key]]
+    if other:
+        raise UserError(
+            f"run.output_dir '{output}' holds the results of another evaluation ({'; '.join(other)}); choose another "
+            "folder, or remove metrics.json"
+        )
 
 
 def _warn_of_other_answers(dataset: EgoIRGBench | EgoHOS, saved: dict[str, Any]) -> None:

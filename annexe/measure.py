@@ -40,7 +40,9 @@ class Truth:
     def annotations(self, stem: str) -> list[Annotation]:
         """Annotations of an image of the split."""
         if stem not in self._index:
-            raise UserError(f"predicted image '{stem}' is not in split '{self.dataset.split}'; score the right split")
+            raise UserError(
+                f"predicted image '{stem}' is not in split '{self.dataset.split}'; choose the right split and data root"
+            )
         return self.dataset.annotations[self._index[stem]]
 
     def masks(self, stem: str) -> dict[int, Rle]:

@@ -52,6 +52,8 @@ def read_predictions(path: Path, truth: Truth) -> list[Record]:
                     raise UserError(f"'{path}', line {number}: {error}") from None
                 seen[key] = number
                 records.append(record)
+    except FileNotFoundError:
+        raise UserError(f"no predictions '{path}'; give a predictions.jsonl, of an evaluation or your own") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"cannot read predictions '{path}' ({error}); give a text file with a JSON object per line"

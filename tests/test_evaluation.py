@@ -224,7 +224,12 @@ def test_two_evaluations_of_one_folder_refuse_each_other_and_a_killed_one_does_n
     assert str(folder) in message and f"process {holder.pid} " in message and "run.output_dir" in message
     assert [path.name for path in folder.iterdir()] == [".lock"]
     evaluate(config)
-    assert (folder / "metrics.json").is_file()
+    there = (folder / "predictions.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"holds the results of another evaluation \(split test;"):
+        evaluate(make_config(f"run.checkpoint={trained}", f"run.output_dir={folder}", "run.split=val"))
+    assert (folder / "predictions.jsonl").read_bytes() == there
+    evaluate(config)
+    assert (folder / "predictions.jsonl").read_bytes() == there
 
 
 def test_threads_behind_the_model_change_nothing(trained, make_config, tmp_path):

@@ -233,7 +233,7 @@ def test_a_line_that_stands_twice(place: int, truth, records, tmp_path):
 def test_errors_of_the_command(annexe, scenes, records, tmp_path):
     given = ("--data-root", scenes, "--split", "test")
     file = write(tmp_path / "predictions.jsonl", records)
-    assert "cannot read predictions" in annexe("score", tmp_path / "absent.jsonl", *given)
+    assert "no predictions" in annexe("score", tmp_path / "absent.jsonl", *given)
     assert "holds no predictions" in annexe("score", write(tmp_path / "empty.jsonl", []), *given)
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe")
     assert "cannot read predictions" in annexe("score", tmp_path / "bytes.jsonl", *given)

@@ -62,7 +62,7 @@ def one_line(caught: pytest.ExceptionInfo[UserError], *parts: str) -> None:
         ("run=5", ("RunConfig", "5")),
         ("run.device=tpu", ("run.device", "choose auto, cpu or cuda")),
         ("run.checkpoint_every=0", ("run.checkpoint_every", "at least 1")),
-        ("run.warmup_steps=9999", ("run.warmup_steps", "lower it")),
+        ("run.warmup_steps=9999", ("run.warmup_steps to", "at most")),
         ("run.compile=true & run.parallel=fsdp", ("run.compile=false", "run.parallel")),
         ("run.seed", ("'run.seed'", "a.b=c")),
         ("=3", ("'=3'", "a.b=c")),
@@ -100,7 +100,7 @@ def test_wrong_file(text: str, part: str, tmp_path: Path) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_config(tmp_path / "none.yaml")
-    one_line(caught, "none.yaml", "--cfg-path")
+    one_line(caught, "none.yaml", "train_configs/annexe_tiny.yaml")
 
 
 def test_model_and_data_set_have_to_be_named(make_config: MakeConfig) -> None:

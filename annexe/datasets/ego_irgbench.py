@@ -221,7 +221,7 @@ class EgoIRGBench(Dataset):
                 if f"{stem}{ending}" not in names:
                     raise UserError(
                         f"missing file '{self.root / folder / stem}{ending}'; "
-                        f"restore it or take '{stem}' out of split '{self.split}'"
+                        f"restore it, or leave '{stem}' out by datasets.ego_irgbench.exclude (annexe doctor lists all)"
                     )
 
     def _turn(self, index: int, number: int, question: int) -> Turn:

@@ -100,7 +100,8 @@ def survey(root: Path, num_workers: int) -> Survey:
     splits = annotation_folders(root)
     jobs = [(split, stem) for split, stems in splits.items() for stem in stems]
     if not jobs:
-        raise UserError(f"'{root / 'dataset_split'}' holds no SPLIT/*.json; give the folder that holds RGB/")
+        what = f"'{root / 'dataset_split'}' holds no SPLIT/*.json" if root.is_dir() else f"no folder '{root}'"
+        raise UserError(f"{what}; give the folder that holds RGB/")
     result = Survey(splits)
     check_names(root, result)
     photos: dict[bytes, list[tuple[str, str]]] = defaultdict(list)

@@ -21,6 +21,8 @@ from safetensors.numpy import load, save
 
 from annexe.errors import UserError
 
+_WAYS_OUT = "restore it, or leave the image out (annexe doctor lists all such; see the data set's `exclude`)"
+
 log = logging.getLogger(__name__)
 
 
@@ -56,9 +58,9 @@ def read_image(path: Path, mode: str | None = None, at_least: int | None = None)
         image.load()
         return image.convert(mode) if mode else image
     except FileNotFoundError:
-        raise UserError(f"missing file '{path}'; restore it or take the image out of the split") from None
+        raise UserError(f"missing file '{path}'; {_WAYS_OUT}") from None
     except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"cannot read image '{path}' ({error}); restore it from the original data") from None
+        raise UserError(f"cannot read image '{path}' ({error}); {_WAYS_OUT}") from None
 
 
 def read_id_map(path: Path) -> np.ndarray:

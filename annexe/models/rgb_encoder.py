@@ -44,7 +44,11 @@ class EvaViT(nn.Module):
         super().__init__()
         checkpoints.require_source("model.rgb_encoder", "weights", weights, init)
         if image_size % patch_size:
-            raise UserError(f"model.rgb_encoder.image_size {image_size} is no multiple of the patch size {patch_size}")
+            below = image_size // patch_size * patch_size
+            raise UserError(
+                f"model.rgb_encoder.image_size {image_size} is no multiple of the patch size {patch_size}; "
+                f"take {below} or {below + patch_size}"
+            )
         self.image_size, self.grid, self.embed_dim = image_size, image_size // patch_size, embed_dim
         self.vit = Eva(
             img_size=image_size,

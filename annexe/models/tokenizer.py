@@ -77,6 +77,8 @@ def load_tokenizer(folder: str | Path, num_slots: int, vocab_size: int | None = 
     Raises:
         UserError: if there is none.
     """
+    if not Path(folder).is_dir():
+        raise UserError(f"no folder '{folder}' with a tokenizer; set model.language_model.path to Llama's folder")
     for name in ("tokenizer_config.json", "tokenizer.json"):  # built from tokenizer.model alone, spaces merge otherwise
         if not (Path(folder) / name).is_file():
             raise UserError(f"no tokenizer in '{folder}' ({name} is missing); give a whole Hugging Face folder")

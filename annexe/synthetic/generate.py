@@ -120,9 +120,11 @@ def _is_complete(out: Path, settings: Settings) -> bool:
     for name in (_FINISHED, _UNFINISHED):
         if (out / name).exists():
             found = {"hard": False} | json.loads((out / name).read_text())  # older folders are easy and do not say it
-            if found != asdict(settings):
+            asked = asdict(settings)
+            other = [f"{key} is {found.get(key)}, not {asked[key]}" for key in asked if found.get(key) != asked[key]]
+            if other:
                 raise UserError(
-                    f"{out} holds synthetic scenes made with other settings ({found}): "
+                    f"{out} holds synthetic scenes made with other settings ({', '.join(other)}): "
                     "name another folder or delete it."
                 )
             return name == _FINISHED

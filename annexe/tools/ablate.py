@@ -246,7 +246,9 @@ def require_data(roots: set[Path], metrics: list[str]) -> None:
     """Data roots have to be there, with the lists of stems that metrics are asked of."""
     for root in sorted(roots):
         if not root.is_dir():
-            raise UserError(f"no data root '{root}'; set --options datasets.NAME.data_root=DIR")
+            raise UserError(
+                f"no data root '{root}'; name another by --options, such as datasets.ego_irgbench.data_root=DIR"
+            )
         there = {path.stem for path in (root / "subsets").glob("*.txt")}
         for subset, _, metric in (metric.rpartition(":") for metric in metrics):
             if subset not in ("", *there):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from pathlib import Path
 
 from rich.console import Console
@@ -16,6 +17,8 @@ from annexe.metrics.bootstrap import Difference
 from annexe.predictions import read_predictions
 from annexe.scoring import Record, scored
 from annexe.tools.score import add_data_arguments, truth_of
+
+log = logging.getLogger(__name__)
 
 HELP = "compare two predictions files on the queries that both hold"
 
@@ -36,6 +39,12 @@ def run(arguments: argparse.Namespace) -> None:
             f"'{arguments.first}' and '{arguments.second}' have no query in common; predict the same annotations and "
             "wordings with both"
         )
+    if len(common) < min(map(len, systems)):
+        log.warning(
+            "of %d and %d queries only %d are in both files; evaluate with run.queries_per_annotation=all, or ask both "
+            "systems the same wordings",
+            len(systems[0]), len(systems[1]), len(common),
+        )  # fmt: skip
     sides = [
         scored([queries[key] for key in common], truth, workers=arguments.workers, progress=True) for queries in systems
     ]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 from rich.progress import track
 
 from annexe.datasets.transforms import read_image
@@ -59,6 +60,10 @@ def run(arguments: argparse.Namespace) -> None:
     images = [{"kind": "image", "image": image, "analysis": analysis} for image, analysis in analyses.items()]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(arguments.out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (*images, *lines)))
+    num_masks = sum(len(line["masks"]) for line in lines)
+    Console(soft_wrap=True).print(
+        f"{len(lines):,} queries with {num_masks:,} masks in '{arguments.out}'", markup=False, highlight=False
+    )
 
 
 def find_masks(folder: Path) -> dict[Key, dict[int, Path]]:
@@ -81,6 +86,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read answers '{path}' ({error}); give a .tsv or .jsonl file") from None
+    if path.suffix not in (".tsv", ".jsonl"):
+        raise UserError(f"answers '{path}' are neither .tsv (with a header) nor .jsonl; save them as one of these")
     is_table = path.suffix == ".tsv"
     rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if is_table else lines
     for number, line in enumerate(rows, start=2 if is_table else 1):

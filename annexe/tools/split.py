@@ -50,7 +50,9 @@ def run(arguments: argparse.Namespace) -> None:
         check_known(excluded, stems, arguments.exclude, arguments.root)
         stems = [stem for stem in stems if stem not in excluded]
     if not stems:
-        raise UserError(f"'{arguments.root / 'dataset_split'}' holds no SPLIT/*.json; give the folder that holds RGB/")
+        folder = arguments.root / "dataset_split"
+        what = f"'{folder}' holds no SPLIT/*.json" if arguments.root.is_dir() else f"no folder '{arguments.root}'"
+        raise UserError(f"{what}; give the folder that holds RGB/")
     shares = {"train": 1 - arguments.val - arguments.test, "val": arguments.val, "test": arguments.test}
     lists = split(stems, arguments.by, shares, arguments.seed)
     out.mkdir(parents=True)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 
-from annexe.synthetic.generate import generate
+from rich.console import Console
+
+from annexe.synthetic.generate import SPLITS, generate
+
+log = logging.getLogger(__name__)
 
 HELP = "draw synthetic scenes in the layout of Ego-IRGBench"
 
@@ -21,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    there = arguments.out.exists()
     generate(
         arguments.out,
         num_images=arguments.images,
@@ -30,3 +36,10 @@ def run(arguments: argparse.Namespace) -> None:
         hard=arguments.hard,
         num_workers=arguments.workers,
     )
+    sizes = {split: len(list((arguments.out / "dataset_split" / split).iterdir())) for split in SPLITS}
+    counted = ", ".join(f"{number:,} {split}" for split, number in sizes.items())
+    Console(soft_wrap=True).print(
+        f"images in '{arguments.out}'{', some or all there before' * there}: {counted}", markup=False, highlight=False
+    )
+    if not all(sizes.values()):
+        log.warning("a split is empty: ask for more images, or larger --val and --test, to train with validation")
