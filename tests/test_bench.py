@@ -286,8 +286,11 @@ def test_scoring_is_timed_on_predictions_that_are_whole(bench: Callable[..., dic
 
 def test_made_up_predictions_are_of_the_schema_and_complete(scenes: Path, tmp_path: Path) -> None:
     truth = Truth(EgoIRGBench("val", 1, 0, None, data_root=str(scenes), cache=False))
-    write_records(tmp_path / "predictions.jsonl", list(made_up_predictions(truth)))
-    require_complete(read_predictions(tmp_path / "predictions.jsonl", truth), truth)
+    made_up = list(made_up_predictions(truth))
+    write_records(tmp_path / "predictions.jsonl", made_up)
+    read = read_predictions(tmp_path / "predictions.jsonl", truth)
+    require_complete(read, truth)  # raises where an annotation is not asked
+    assert len(read) == len(made_up) and {record["kind"] for record in read} == {"image", "query"}
 
 
 def test_scratch_goes_away_and_leaves_the_cache_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Legend: n masks, H x W pixels, E runs of all masks.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,4 @@ def encode_all(masks: Tensor) -> list[Rle]:
     is_written = torch.stack(written[:-1], dim=1)  # [E, groups]
     text = torch.stack(groups, dim=1)[is_written].cpu().numpy().tobytes().decode("ascii")
     stops = torch.zeros_like(runs).index_add(0, mask, is_written.sum(1)).cumsum(0).tolist()
-    return [
-        {"size": [height, width], "counts": text[start:stop]} for start, stop in zip([0, *stops], stops, strict=False)
-    ]
+    return [{"size": [height, width], "counts": text[start:stop]} for start, stop in pairwise([0, *stops])]
