@@ -244,10 +244,16 @@ def _evaluate(config: Config, accelerator: Accelerator) -> dict[str, Any]:
 
 def _require_same(output: Path, meta: dict[str, Any]) -> None:
     """The results of another evaluation are not written over."""
-    if not (output / "metrics.json").is_file():
+    file = output / "metrics.json"
+    if not file.is_file():
         return
-    there = json.loads((output / "metrics.json").read_text(encoding="utf-8"))["meta"]
-    other = [f"{key} {there.get(key)}" for key in meta if there.get(key) != meta[key]]
+    try:
+        there = json.loads(file.read_text(encoding="utf-8"))["meta"]
+        other = [f"{key} {there.get(key)}" for key in meta if there.get(key) != meta[key]]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise UserError(
+            f"'{file}' is no result of an evaluation; choose another run.output_dir, or remove it"
+        ) from None
     if other:
         raise UserError(
             f"run.output_dir '{output}' holds the results of another evaluation ({'; '.join(other)}); choose another "

@@ -230,6 +230,10 @@ def test_two_evaluations_of_one_folder_refuse_each_other_and_a_killed_one_does_n
     assert (folder / "predictions.jsonl").read_bytes() == there
     evaluate(config)
     assert (folder / "predictions.jsonl").read_bytes() == there
+    for broken in ("{", "[]", "{}"):
+        (folder / "metrics.json").write_text(broken)
+        with pytest.raises(UserError, match=r"metrics\.json' is no result of an evaluation"):
+            evaluate(config)
 
 
 def test_threads_behind_the_model_change_nothing(trained, make_config, tmp_path):

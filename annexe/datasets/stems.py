@@ -54,7 +54,13 @@ def leaks(splits: Mapping[str, Iterable[str]]) -> dict[str, dict[str, float]]:
 
 
 def annotation_folders(root: Path) -> dict[str, list[str]]:
-    """Every folder of ``dataset_split`` with the stems of its annotation files; train, val and test come first."""
+    """Every folder of ``dataset_split`` with the stems of its annotation files; train, val and test come first.
+
+    Raises:
+        UserError: if there is no folder ``root``.
+    """
+    if not root.is_dir():
+        raise UserError(f"no folder '{root}'; give the folder that holds RGB/")
     folder = root / "dataset_split"
     folders = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     folders.sort(key=lambda path: (SPLITS.index(path.name) if path.name in SPLITS else len(SPLITS), path.name))

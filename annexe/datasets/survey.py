@@ -95,13 +95,12 @@ def survey(root: Path, num_workers: int) -> Survey:
     """Check everything under a data root, pixels included, and collect all that is wrong.
 
     Raises:
-        UserError: there is no annotation file to start from.
+        UserError: there is no folder, or no annotation file in it to start from.
     """
     splits = annotation_folders(root)
     jobs = [(split, stem) for split, stems in splits.items() for stem in stems]
     if not jobs:
-        what = f"'{root / 'dataset_split'}' holds no SPLIT/*.json" if root.is_dir() else f"no folder '{root}'"
-        raise UserError(f"{what}; give the folder that holds RGB/")
+        raise UserError(f"'{root / 'dataset_split'}' holds no SPLIT/*.json; give the folder that holds RGB/")
     result = Survey(splits)
     check_names(root, result)
     photos: dict[bytes, list[tuple[str, str]]] = defaultdict(list)

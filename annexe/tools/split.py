@@ -50,9 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
         check_known(excluded, stems, arguments.exclude, arguments.root)
         stems = [stem for stem in stems if stem not in excluded]
     if not stems:
-        folder = arguments.root / "dataset_split"
-        what = f"'{folder}' holds no SPLIT/*.json" if arguments.root.is_dir() else f"no folder '{arguments.root}'"
-        raise UserError(f"{what}; give the folder that holds RGB/")
+        raise UserError(f"'{arguments.root / 'dataset_split'}' holds no SPLIT/*.json; give the folder that holds RGB/")
     shares = {"train": 1 - arguments.val - arguments.test, "val": arguments.val, "test": arguments.test}
     lists = split(stems, arguments.by, shares, arguments.seed)
     out.mkdir(parents=True)
