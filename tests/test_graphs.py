@@ -10,6 +10,7 @@ from annexe.datasets.collate import Batch, Collator
 from annexe.graphs import MULTIPLE, GraphedPass
 from annexe.models import compile_blocks
 from annexe.models.attention import Memory, Places, read_plainly
+from annexe.models.pixel_decoder import Attention
 
 NAMES = list(losses.TERMS)
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs and compiled kernels need a GPU")
@@ -101,3 +102,19 @@ def test_the_kernels_read_what_plain_operations_read(dtype, tolerance):
     finally:
         torch.set_default_device(None)
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+def test_masked_attention_has_gradients_where_scores_are_far_below_zero(compiled):
+    width, device = 64, torch.device("cuda")
+    attention = Attention(width, num_heads=2).to(device)
+    for linear in (attention.query, attention.key):
+        torch.nn.init.eye_(linear.weight)
+    tokens = torch.full((1, 40, width), 6.0, device=device, requires_grad=True)
+    pixels = torch.full((1, 576, width), -6.0, device=device) + 0.1 * torch.randn(1, 576, width, device=device)
+    allowed = torch.ones(1, 40, 576, dtype=torch.bool, device=device)
+    run = torch.compile(attention.forward, fullgraph=True) if compiled else attention
+    with torch.autocast("cuda", torch.bfloat16):
+        run(tokens, pixels, pixels, allowed).square().sum().backward()
+    assert torch.isfinite(tokens.grad).all()
+    assert tokens.grad.any()

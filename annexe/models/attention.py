@@ -9,11 +9,13 @@ query heads a key head (H / K), D width of a head.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -22,6 +24,15 @@ from transformers.masking_utils import sdpa_mask
 from annexe.datasets.collate import BLOCK
 
 NAME = "packed"
+
+
+def masked_kernels() -> AbstractContextManager:
+    """Within it, scaled dot product attention under a mask runs on any kernels but cuDNN's.
+
+    PyTorch 2.11 prefers those on an H100, and their backward pass gives NaN where the number of keys leaves 64 when
+    divided by 128, such as the 576 patches of a 336 image, and a row's scores lie far below zero (pytorch issue 196678).
+    """
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def _sees(segment: Tensor, image: Tensor | None) -> Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]:
@@ -171,7 +182,8 @@ def attend(
         gqa = query.shape[1] != key.shape[1]
         said = flex_attention(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=gqa)
         return said.transpose(1, 2).contiguous(), None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
+    with masked_kernels():
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
 
 
 AttentionInterface.register(NAME, attend)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from annexe.datasets.collate import QueryIndex
 from annexe.errors import unknown
+from annexe.models.attention import masked_kernels
 from annexe.models.enlarge import enlarge
 from annexe.registry import register
 
@@ -58,7 +59,8 @@ class Attention(nn.Module):
         """``x`` [N, n, H] reads ``values`` [N, m, H] where ``allowed`` bool[N, n or 1, m], if given -> [N, n, H]."""
         split = (self.query(x), self.key(keys), self.value(values))
         heads = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in split)
-        read = F.scaled_dot_product_attention(*heads, attn_mask=None if allowed is None else allowed[:, None])
+        with masked_kernels():
+            read = F.scaled_dot_product_attention(*heads, attn_mask=None if allowed is None else allowed[:, None])
         return self.out(read.transpose(1, 2).flatten(2))
 
 
