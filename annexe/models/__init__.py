@@ -62,6 +62,7 @@ def compile_blocks(model: Annexe, backend: str = "inductor") -> None:
         backend: of torch.compile.
     """
     torch._dynamo.config.recompile_limit = 64  # a variant for every shape, with and without gradients
+    torch._functorch.config.activation_memory_budget = 0.9  # drops what is cheap to compute again, at no loss of speed
     torch._dynamo.config.optimize_ddp = False  # it cuts a whole model where buckets end; here are blocks alone
     language, depth, decoder = model.language_model, model.depth_branch, model.pixel_decoder
     blocks = language.llama.model.layers
