@@ -96,10 +96,11 @@ def generate(
         UserError: the numbers make no sense, or `out` holds anything else.
     """
     settings = Settings(num_images, seed, val_fraction, test_fraction, hard)
-    if num_images < 1 or seed < 0 or min(settings.split_sizes()) < 0 or (num_workers or 1) < 1:
+    sizes = settings.split_sizes()
+    if num_images < 1 or seed < 0 or min(sizes) < 0 or (num_workers or 1) < 1:
         raise UserError(
-            f"Cannot make {num_images} images, seed {seed}, val {val_fraction} and test {test_fraction}: "
-            "give at least one image and worker, a seed from 0 on, and fractions from 0 to 1 that sum to at most 1."
+            f"Cannot make {num_images} images, {sizes[1]} of them for val and {sizes[2]} for test, with seed {seed}: "
+            "give at least one image and worker, a seed from 0 on, and val and test that fit into all images."
         )
     if _is_complete(out, settings):
         return

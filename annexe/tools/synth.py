@@ -19,20 +19,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--images", type=int, required=True, help="images in train, val and test together")
     parser.add_argument("--seed", type=int, required=True, help="the same seed gives the same bytes")
-    parser.add_argument("--val", type=float, default=0.05, help="share of the images in val (default %(default)s)")
-    parser.add_argument("--test", type=float, default=0.15, help="share of the images in test (default %(default)s)")
+    share = "share of the images in {}, or from 1 on their number (default %(default)s)"
+    parser.add_argument("--val", type=float, default=0.05, help=share.format("val"))
+    parser.add_argument("--test", type=float, default=0.15, help=share.format("test"))
     parser.add_argument("--hard", action="store_true", help="look-alikes, hidden parts, and questions that tell apart")
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    there = arguments.out.exists()
+    there, images = arguments.out.exists(), max(arguments.images, 1)
+    val, test = (given if given < 1 else given / images for given in (arguments.val, arguments.test))
     generate(
         arguments.out,
         num_images=arguments.images,
         seed=arguments.seed,
-        val_fraction=arguments.val,
-        test_fraction=arguments.test,
+        val_fraction=val,
+        test_fraction=test,
         hard=arguments.hard,
         num_workers=arguments.workers,
     )
