@@ -309,9 +309,10 @@ def test_forward_writes_no_files(make_parts, tmp_path, monkeypatch):
     assert os.listdir(folder) == []
 
 
-def test_compiled_blocks_say_the_same_without_a_break(make_parts):
+@pytest.mark.parametrize("decoder", ["focused=true", "type=deconv"])
+def test_compiled_blocks_say_the_same_without_a_break(make_parts, decoder):
     """Traced by the compiler and run as they are, for code for the CPU takes minutes to make."""
-    model, tokenizer, batch = make_parts("model.language_model.lora.rank=4", "model.pixel_decoder.focused=true")
+    model, tokenizer, batch = make_parts("model.language_model.lora.rank=4", f"model.pixel_decoder.{decoder}")
     prompts = Collator(tokenizer, model.num_image_tokens, 4, responses=False)(batch.samples)
     names = list(losses.TERMS)
 

@@ -55,8 +55,8 @@ def build_model(
 def compile_blocks(model: Annexe, backend: str = "inductor") -> None:
     """Compile what repeats, block by block, so that all blocks of a part share one compilation.
 
-    Of a pixel decoder those are its ``layers``, if it has any. Where blocks of Llama compute their activations again
-    (``checkpointed_blocks``), Llama stays as it is.
+    Of a pixel decoder those are its ``layers``, or all of it if it has none. Where blocks of Llama compute their
+    activations again (``checkpointed_blocks``), Llama stays as it is.
 
     Args:
         backend: of torch.compile.
@@ -69,7 +69,8 @@ def compile_blocks(model: Annexe, backend: str = "inductor") -> None:
     language.compiled = not any(block.gradient_checkpointing for block in blocks)
     for module in depth.model.backbone.modules():  # the library's record what nobody asks for; they cannot be compiled
         module._forward_hooks.clear()
-    modules = [*model.rgb_encoder.vit.blocks, *depth.model.backbone.encoder.layer, *getattr(decoder, "layers", ())]
+    decoder_blocks = getattr(decoder, "layers", [decoder])
+    modules = [*model.rgb_encoder.vit.blocks, *depth.model.backbone.encoder.layer, *decoder_blocks]
     for module in [*modules, *(blocks if language.compiled else ())]:
         module.forward = torch.compile(module.forward, backend=backend)
     depth.neck = torch.compile(depth.neck, backend=backend)

@@ -29,8 +29,8 @@ NAME = "packed"
 def masked_kernels() -> AbstractContextManager:
     """Within it, scaled dot product attention under a mask runs on any kernels but cuDNN's.
 
-    PyTorch 2.11 prefers those on an H100, and their backward pass gives NaN where the number of keys leaves 64 when
-    divided by 128, such as the 576 patches of a 336 image, and a row's scores lie far below zero (pytorch issue 196678).
+    PyTorch 2.11 prefers those on an H100, and their backward pass gives NaN where a row's scores lie far below zero and
+    the number of keys leaves 64 over 128, as the 576 patches of a 336 image do (pytorch issue 196678).
     """
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
