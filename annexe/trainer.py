@@ -45,6 +45,8 @@ from annexe.scoring import Truth, calibrated, score
 
 log = logging.getLogger(__name__)
 
+_MUCH_FOR_A_CPU = 20e6  # trained parameters
+
 
 def seen_in(batches: list[Batch]) -> Tensor:
     """Images, queries and tokens of some batches, float64[3]."""
@@ -241,6 +243,11 @@ class Trainer:
             self.progress.step, self.run.max_steps, total / 1e6, trained / 1e6, len(self.train_set),
             self.train_set.queries_per_image, self.accelerator.num_processes, self.accelerator.device, self.output,
         )  # fmt: skip
+        if self.accelerator.device.type == "cpu" and trained > _MUCH_FOR_A_CPU:
+            log.warning(
+                "no GPU is in use: with %.0f M trained parameters a step can take minutes on a CPU; "
+                "train_configs/annexe_tiny.yaml is made for one", trained / 1e6,
+            )  # fmt: skip
         if self.run.cuda_graphs and not self.graphed:
             log.warning("run.cuda_graphs is for one process on one GPU and is ignored here")
         if self.train_set.num_slots > self.model.pixel_decoder.num_slots:

@@ -78,6 +78,16 @@ def test_accumulation_equals_one_large_batch(make_config, tmp_path):
         torch.testing.assert_close(split[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
 
 
+def test_a_recipe_for_a_gpu_says_so_on_a_cpu(make_config, caplog, monkeypatch):
+    config = make_config("run.validate_every=0")
+    trainer = Trainer(config)
+    trainer._announce()
+    assert "no GPU" not in caplog.text
+    monkeypatch.setattr("annexe.trainer._MUCH_FOR_A_CPU", 1e3)
+    trainer._announce()
+    assert "no GPU is in use" in caplog.text and "annexe_tiny.yaml" in caplog.text
+
+
 def test_every_epoch_is_a_permutation_of_its_own():
     order = sample_order(seed=1, num_images=5, first=0, last=10)
     assert [epoch for epoch, _ in order] == [0] * 5 + [1] * 5
