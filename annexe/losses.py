@@ -34,15 +34,19 @@ class Comparison:
 
     @cached_property
     def masks(self) -> list[tuple[Tensor, Tensor]]:
-        """Of every layer that says something: logits and truth of the used slots, float32[slots in use, h, w] each."""
+        """Of every layer that says something: logits and truth of the used slots, float32[slots in use, h, w] each.
+
+        Truth is the share of a pixel that the target covers, so that edges are learnt finer than pixels are.
+        """
         batch, (query, slot) = self.batch, self.batch.used_slots.clamp(min=0)
-        image, wanted = batch.queries.image[query], batch.slot_ids[query, slot][:, None, None]
-        pairs = []  # `index_select` has a cheaper backward pass than indexing
-        for _, masks in self.predictions.groundings:
-            ids = F.interpolate(batch.target_ids[:, None].float(), size=masks.shape[-2:], mode="nearest-exact")[:, 0]
-            used = masks.flatten(0, 1).index_select(0, query * masks.shape[1] + slot)
-            pairs.append((used.float(), (ids[image] == wanted).float()))
-        return pairs
+        wanted = batch.slot_ids[query, slot][:, None, None]
+        whole = (batch.target_ids[batch.queries.image[query]] == wanted)[:, None].float()  # [slots in use, 1, S, S]
+        sizes = {masks.shape[-2:] for _, masks in self.predictions.groundings}
+        truth = {size: F.interpolate(whole, size=size, mode="area")[:, 0] for size in sizes}
+        return [  # `index_select` has a cheaper backward pass than indexing
+            (masks.flatten(0, 1).index_select(0, query * masks.shape[1] + slot).float(), truth[masks.shape[-2:]])
+            for _, masks in self.predictions.groundings
+        ]
 
 
 @dataclass(frozen=True)

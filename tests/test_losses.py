@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -52,9 +54,10 @@ def test_depth_is_compared_up_to_scale_and_shift_in_inverse_depth(make_parts):
 def test_mask_terms_vanish_for_the_truth_and_ignore_unused_slots(make_parts, term):
     model, _, batch = make_parts()
     predictions = model(batch)
-    side = predictions.mask_logits.shape[-1]
-    ids = torch.nn.functional.interpolate(batch.target_ids[:, None].float(), size=(side, side), mode="nearest-exact")
-    truth = ids[batch.queries.image] == batch.slot_ids[..., None, None]
+    ids = batch.target_ids[:, ::7, ::7]  # a patch has 14 pixels a side and 8 of a mask: no pixel is covered in part
+    batch.target_ids = ids.repeat_interleave(7, 1).repeat_interleave(7, 2)
+    ids = ids.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    truth = ids[batch.queries.image][:, None] == batch.slot_ids[..., None, None]
     masks = torch.where(truth, 30.0, -30.0)
     predictions.groundings = [Grounding(predictions.presence_logits, masks)]
     assert losses.totals(predictions, batch, [term]) < 1e-2
@@ -64,6 +67,20 @@ def test_mask_terms_vanish_for_the_truth_and_ignore_unused_slots(make_parts, ter
     assert losses.totals(predictions, batch, [term]) < 1e-2
     predictions.groundings = [Grounding(predictions.presence_logits, -masks)]
     assert losses.totals(predictions, batch, [term]) > 1
+
+
+def test_truth_of_a_mask_is_the_share_that_a_pixel_is_covered(make_parts):
+    model, _, batch = make_parts()
+    predictions = model(batch)
+    logits, truth = losses.Comparison(predictions, batch).masks[-1]
+    query, slot = batch.used_slots
+    whole = batch.target_ids[batch.queries.image[query]] == batch.slot_ids[query, slot][:, None, None]
+    for number, mask in enumerate(whole):
+        step = mask.shape[0] / logits.shape[-1]
+        for row, column in torch.randint(logits.shape[-1], (20, 2)).tolist():
+            rows, columns = (slice(math.floor(at * step), math.ceil((at + 1) * step)) for at in (row, column))
+            torch.testing.assert_close(truth[number, row, column], mask[rows, columns].float().mean())
+    assert ((truth > 0) & (truth < 1)).any()
 
 
 def test_points_look_at_the_least_certain_pixels_alone(make_parts):
