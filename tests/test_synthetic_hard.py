@@ -358,7 +358,7 @@ def test_kept_wordings_are_new_but_their_words_are_known() -> None:
     assert not set(seen) & set(kept) and not set(FRAMES) & set(KEPT_FRAMES)
 
     def words(texts: list[str]) -> set[str]:
-        return {word for text in texts for word in re.findall(r"[\w'{}]+|[,]", text.lower())}
+        return {word for text in texts for word in re.findall(r"[\w'{}]+|[,]", text)}
 
     assert words([*kept, *KEPT_FRAMES]) <= words([*seen, *FRAMES])
     for name, form in FORMS.items():

@@ -29,7 +29,7 @@ UNSEEN_LIST = "subsets/unseen_pairs.txt"
 _UNSEEN_EVERY = 5  # one in so many val and test images shows a pair that train never shows
 HARD_LISTS = ("unseen_pairs", "unseen_wordings", "unseen_layouts", "ordinary")
 _HARD_EVERY, _HARD_TURNS = 8, {0: "unseen_pairs", 3: "unseen_wordings", 6: "unseen_layouts"}
-_DRAWING_VERSION = 1  # raise it when the same seed draws other bytes, so that old folders are not reused
+_DRAWING_VERSION = 2  # raise it when the same seed draws other bytes, so that old folders are not reused
 _FINISHED, _UNFINISHED = "synthetic.json", "synthetic.unfinished.json"
 
 

@@ -338,13 +338,13 @@ beside
   kept: any {thing} {way} of the {other} | the {thing} on the {way} side of the {other}
   kept: Is there {a_thing} {way} of the {other}?
 """
-KEPT_FRAMES = (
-    "Please show me {}.",
-    "Can you find {} in the picture?",
-    "Could you mark {} for me?",
-    "I want to segment {} in this image.",
-    "Point out {} in the image.",
-    "Can you locate {}?",
+KEPT_FRAMES = (  # of the words of FRAMES, as they are spelled there: others would be tokens never trained
+    "Please highlight {} for me.",
+    "Can you segment {} in the picture?",
+    "Could you point out {} in this image?",
+    "I want to see {} in the picture.",
+    "Mark {} for me.",
+    "Show me {} in this image.",
 )
 VERB_WORDS: dict[str, dict[str, str]] = {
     "hold": {"done": "held in the hand", "ing": "holding something", "acts": "holds something"},
