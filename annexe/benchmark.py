@@ -318,6 +318,8 @@ def measure_generation(config: Config, work: Generation) -> tuple[Record, list[s
     batch = made_up_batch(branches, size, model.num_image_tokens, slots, model.language_model.tokenizer.vocab_size)
     for sample in batch.samples:
         sample.original_size = work.size
+    if accelerator.device.type == "cuda":
+        batch = batch.pin_memory()
     reset_peak(accelerator.device)
 
     def finish(draft: Draft) -> int:

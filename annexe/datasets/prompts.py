@@ -43,7 +43,8 @@ def phrases_of(answer: str) -> dict[int, str]:
     A bare ``<MSK>`` counts as slot 0. An answer without placeholders is a list of phrases: ``the right hand and the
     mug`` gives slots 0 and 1; one that says there is no target gives none.
     """
-    named = {int(slot or 0): phrase.strip() for phrase, slot in _TARGET.findall(answer)}
+    found = _TARGET.findall(answer) if "<msk" in answer.lower() else []  # a long answer without takes it milliseconds
+    named = {int(slot or 0): phrase.strip() for phrase, slot in found}
     if named or not answer or answer in NO_TARGET.values():
         return named
     return dict(enumerate(answer.split(" and ")))

@@ -188,6 +188,12 @@ def decode(rle: Rle) -> np.ndarray:
     return coco_mask.decode(rle).astype(bool)
 
 
+def is_empty(rle: Rle) -> bool:
+    """Whether a mask has no pixel. It is then one run, at most seven characters: a longer one is not even looked at,
+    for pycocotools lets no other thread work meanwhile."""
+    return len(rle["counts"]) <= 7 and not area([rle])
+
+
 def area(masks: Iterable[Rle]) -> int:
     """Returns the number of pixels that any of the masks has."""
     masks = list(masks)

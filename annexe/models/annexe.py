@@ -15,7 +15,7 @@ from annexe import weights
 from annexe.datasets.collate import ANALYSIS, Batch
 from annexe.datasets.prompts import ANSWER_OPENING, NO_TARGET, phrases_of
 from annexe.errors import UserError
-from annexe.metrics.masks import Rle, area, decode, encode
+from annexe.metrics.masks import Rle, decode, encode, is_empty
 from annexe.models.depth_branch import DepthAnythingV2
 from annexe.models.generation import Binding
 from annexe.models.language_model import Llama
@@ -91,7 +91,7 @@ class Draft:
         targets = [
             Target(slot, phrases.get(slot, ""), self.scores[slot], rle)
             for slot, rle in zip(self.slots, rles, strict=True)
-            if area([rle])
+            if not is_empty(rle)
         ]
         return Response(self.analysis, self.answer, max(self.scores), targets, self.depth)
 

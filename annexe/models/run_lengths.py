@@ -14,7 +14,7 @@ from torch import Tensor
 
 from annexe.metrics.masks import Rle
 
-_PIXELS_AT_ONCE = 1 << 26
+_PIXELS_AT_ONCE = 1 << 27
 
 
 def at_full_size(logits: Tensor, size: tuple[int, int]) -> Tensor:
@@ -28,18 +28,20 @@ def encoded(logits: Tensor, sizes: list[tuple[int, int]]) -> list[Rle]:
     for size in set(sizes):
         own = torch.tensor([number for number, other in enumerate(sizes) if other == size])
         for some in own.split(max(1, _PIXELS_AT_ONCE // math.prod(size))):
-            masks = at_full_size(logits[some.to(logits.device)], size)
-            found.update(zip(some.tolist(), encode_all(masks), strict=True))
+            columns = at_full_size(logits[some.to(logits.device)].mT, size[::-1])
+            found.update(zip(some.tolist(), encode_columns(columns), strict=True))
     return [found[number] for number in range(len(sizes))]
 
 
-def encode_all(masks: Tensor) -> list[Rle]:
-    """As `annexe.metrics.encode` of each of ``masks`` bool[n, H, W]."""
-    number, height, width = masks.shape
-    down = masks.transpose(1, 2).flatten(1)  # COCO counts down the columns, and first what is not set
-    ends = torch.cat([down[:, :1], down[:, 1:] != down[:, :-1], torch.ones_like(down[:, :1])], dim=1)
+def encode_columns(masks: Tensor) -> list[Rle]:
+    """As `annexe.metrics.encode` of each mask, whose columns are the rows of ``masks`` bool[n, W, H]."""
+    number, width, height = masks.shape
+    down = masks.flatten(1)  # COCO counts down the columns, and first what is not set
+    ends = down.new_ones(number, height * width + 1)
+    ends[:, 0] = down[:, 0]
+    torch.ne(down[:, 1:], down[:, :-1], out=ends[:, 1:-1])
     mask, end = ends.nonzero(as_tuple=True)  # [E]
-    runs = torch.bincount(mask, minlength=number)  # [n]
+    runs = ends.sum(1)  # [n]
     place = torch.arange(len(mask), device=mask.device) - (runs.cumsum(0) - runs)[mask]
     count = torch.where(place > 0, end - end.roll(1), end)
     # From the fourth on, each is written as the difference to the one two places before, in 5-bit groups, low ones
