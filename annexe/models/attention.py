@@ -179,7 +179,7 @@ def attend(
     if kept is not None:
         kept.keys, kept.values = key, value
     if isinstance(attention_mask, BlockMask):
-        gqa = query.shape[1] != key.shape[1]
+        query, key, gqa = query.to(value.dtype), key.to(value.dtype), query.shape[1] != key.shape[1]
         said = flex_attention(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=gqa)
         return said.transpose(1, 2).contiguous(), None
     with masked_kernels():

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from annexe.models.language_model import Llama
 
 # With CUDA graphs sizes are rounded up to multiples of these, so that batches have few different shapes.
-_ROWS, _COLUMNS, _PLACES = 16, 32, 4
-_MOST_GRAPHS = 16
+_ROWS, _COLUMNS, _PLACES = 16, 32, 16
+_MOST_GRAPHS = 64
 
 
 @dataclass
@@ -305,7 +305,7 @@ class Generator:
         key = (len(memories[0].prefix_keys), *rows.seen.shape, rows.tokens.shape[1], most, refusals)
         if key not in self._captured:
             if len(self._captured) == _MOST_GRAPHS:
-                self._captured.clear()
+                del self._captured[next(iter(self._captured))]  # the oldest
             decoding = Decoding(
                 self.llama,
                 rows.select(torch.arange(len(rows.number), device=rows.number.device)),
