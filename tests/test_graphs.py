@@ -8,9 +8,11 @@ import torch
 from annexe import losses
 from annexe.datasets.collate import Batch, Collator
 from annexe.graphs import MULTIPLE, GraphedPass
+from annexe.metrics import encode
 from annexe.models import compile_blocks
 from annexe.models.attention import Memory, Places, read_plainly
 from annexe.models.pixel_decoder import Attention
+from annexe.models.run_lengths import at_full_size, encoded
 
 NAMES = list(losses.TERMS)
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs and compiled kernels need a GPU")
@@ -68,20 +70,38 @@ def test_compiled_blocks_say_the_same_without_padding(make_parts):
     assert compiled[2] == plain[2]
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
-def test_replayed_steps_of_generation_say_the_same(make_parts, autocast):
-    model, tokenizer, batch = make_parts("model.language_model.initializer_range=0.3")
-    device = torch.device("cuda")
+@pytest.mark.parametrize(
+    ("autocast", "compiled"), [(False, False), (True, False), (False, True)], ids=["float32", "bfloat16", "compiled"]
+)
+def test_replayed_steps_of_generation_say_the_same(make_parts, autocast, compiled):
+    model, tokenizer, batch = make_parts(
+        "model.language_model.initializer_range=0.3", "model.language_model.num_heads=2"
+    )
+    device, generator = torch.device("cuda"), model.language_model.generator
     model.to(device)
     collate = Collator(tokenizer, model.num_image_tokens, 4, responses=False)
-    for samples in (batch.samples, batch.samples[:2], batch.samples):
-        prompts, said = collate(samples).to(device), []
-        for model.language_model.generator.graphs in (False, True):
-            with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-                said.append([(draft.analysis, draft.answer) for draft in model.draft(prompts, 20)])
-        same = sum(one == other for one, other in zip(*said, strict=True))
-        assert same == len(said[0]) or (autocast and same > 0.7 * len(said[0]))
-    assert len(model.language_model.generator._captured) >= 2
+    prompts = [collate(samples).to(device) for samples in (batch.samples, batch.samples[:2], batch.samples)]
+
+    def said() -> list[list[tuple[str, str]]]:
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            return [[(draft.analysis, draft.answer) for draft in model.draft(own, 20)] for own in prompts]
+
+    plain, generator.graphs = said(), True
+    if compiled:
+        compile_blocks(model)
+    for own, other in zip(plain, said(), strict=True):
+        same = sum(one == another for one, another in zip(own, other, strict=True))
+        assert same == len(own) or (autocast and same > 0.7 * len(own))
+    torch._dynamo.reset()
+    assert len(generator._captured) >= 2
+
+
+def test_masks_are_encoded_on_the_device_as_on_the_host():
+    torch.manual_seed(0)
+    logits, sizes = torch.randn(40, 16, 16, device="cuda"), [(1080, 1920), (57, 31)] * 20
+    logits[0], logits[1] = -1, 1
+    for one, size, rle in zip(logits, sizes, encoded(logits, sizes), strict=True):
+        assert rle == encode(at_full_size(one[None], size)[0].cpu().numpy())
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
