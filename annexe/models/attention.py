@@ -9,7 +9,7 @@ query heads a key head (H / K), D width of a head.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +26,14 @@ from annexe.datasets.collate import BLOCK
 NAME = "packed"
 
 
-def masked_kernels() -> AbstractContextManager:
-    """Within it, scaled dot product attention under a mask runs on any kernels but cuDNN's.
+def masked_kernels(device: torch.device) -> AbstractContextManager:
+    """Within it, scaled dot product attention under a mask runs on any of a GPU's kernels but cuDNN's.
 
     PyTorch 2.11 prefers those on an H100, and their backward pass gives NaN where a row's scores lie far below zero and
     the number of keys leaves 64 over 128, as the 576 patches of a 336 image do (pytorch issue 196678).
     """
+    if device.type != "cuda":
+        return nullcontext()
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
@@ -182,7 +184,7 @@ def attend(
         query, key, gqa = query.to(value.dtype), key.to(value.dtype), query.shape[1] != key.shape[1]
         said = flex_attention(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=gqa)
         return said.transpose(1, 2).contiguous(), None
-    with masked_kernels():
+    with masked_kernels(query.device):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
 
 

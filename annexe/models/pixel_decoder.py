@@ -59,7 +59,7 @@ class Attention(nn.Module):
         """``x`` [N, n, H] reads ``values`` [N, m, H] where ``allowed`` bool[N, n or 1, m], if given -> [N, n, H]."""
         split = (self.query(x), self.key(keys), self.value(values))
         heads = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in split)
-        with masked_kernels():
+        with masked_kernels(x.device):
             read = F.scaled_dot_product_attention(*heads, attn_mask=None if allowed is None else allowed[:, None])
         return self.out(read.transpose(1, 2).flatten(2))
 
