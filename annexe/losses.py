@@ -79,8 +79,8 @@ def depth_total(predictions: Predictions, batch: Batch) -> Tensor:
 
 def presence_total(predictions: Predictions, batch: Batch) -> Tensor:
     """Cross entropy of every slot, summed; where the decoder says something at every layer, the mean over layers."""
-    said, truth = predictions.groundings, (batch.slot_ids > 0).float()
-    each = [F.binary_cross_entropy_with_logits(g.presence.float(), truth, reduction="sum") for g in said]
+    said, truth, asked = predictions.groundings, (batch.slot_ids > 0).float(), batch.asked[:, None].float()
+    each = [F.binary_cross_entropy_with_logits(g.presence.float(), truth, asked, reduction="sum") for g in said]
     return sum(each) / len(said)
 
 
@@ -145,7 +145,7 @@ TERMS: dict[str, Term] = {
     ),
     "presence": Term(
         lambda c: presence_total(c.predictions, c.batch),
-        lambda b: torch.tensor(b.slot_ids.numel(), device=b.slot_ids.device),
+        lambda b: b.asked.sum() * b.slot_ids.shape[1],
     ),
     "mask": Term(lambda c: _mask_total(c, mask_term), lambda b: (b.slot_ids > 0).sum()),
     "focal": Term(lambda c: _mask_total(c, focal_term), lambda b: (b.slot_ids > 0).sum()),

@@ -50,7 +50,7 @@ _MUCH_FOR_A_CPU = 20e6  # trained parameters
 
 def seen_in(batches: list[Batch]) -> Tensor:
     """Images, queries and tokens of some batches, float64[3]."""
-    seen = [[len(b.images), len(b.queries.image), int((b.text.segment >= 0).sum())] for b in batches]
+    seen = [[len(b.images), int(b.asked.sum()), int((b.text.segment >= 0).sum())] for b in batches]
     return torch.tensor(seen, dtype=torch.float64).sum(0)
 
 

@@ -116,7 +116,10 @@ def test_patch_phrase_prefers_the_words_of_what_is_shown(make_parts):
 def test_rounding_a_batch_up_changes_nothing(make_parts):
     """Batches of few shapes are made by filling up; what is filled in counts for nothing."""
     model, tokenizer, batch = make_parts()
+    del batch.samples[1].turns[2:]
+    batch = Collator(tokenizer, model.num_image_tokens, 4)(batch.samples)
     filled = Collator(tokenizer, model.num_image_tokens, 4, multiple=64)(batch.samples)
+    assert len(filled.asked) == 3 * filled.queries.most > len(batch.asked) == filled.asked.sum()
     for name in ("segment", "targets"):
         assert getattr(filled.text, name).shape != getattr(batch.text, name).shape
     assert filled.text.segment.shape[1] % 64 == filled.used_slots.shape[1] % 64 == 0

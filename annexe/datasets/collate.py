@@ -97,6 +97,7 @@ class Batch:
     target_ids: Tensor  # uint8[B, S, S]
     text: PackedText
     queries: QueryIndex
+    asked: Tensor  # bool[Q], False = none, where a batch was rounded up
     slot_ids: Tensor  # uint8[Q, num_slots], 0 = slot unused
     used_slots: Tensor  # int64[2, U], query and slot of every target; -1 = none, where a batch was rounded up
     object_ids: Tensor  # uint8[B, O], mask ids that have a phrase, 0 = none
@@ -127,7 +128,8 @@ def pack(
 
     Args:
         multiple: the length of a row is rounded up to it, the longest prompt to a quarter of it, and the number of
-            targets to four times it; so is the length of a row where that takes no work, ``in_one_row``.
+            targets to four times it; so is the length of a row where that takes no work, ``in_one_row``. Above 1 all
+            images get as many queries as the fullest has; those filled in are one token of the analysis.
         in_one_row: say where the tokens are that are no padding.
 
     Returns:
@@ -142,6 +144,7 @@ def pack(
     position = np.zeros((len(branches), length), np.int64)
     ids[:, :image_start], segment[:, :prefix_length] = prefix, 0
     position[:, :prefix_length] = np.arange(prefix_length)
+    most = max(map(len, branches)) if multiple > 1 else 0
     rows: list[tuple[int, int, int]] = []
     query_branches, supervised, targets, is_analysis = [], [], [], []
     for image, image_branches in enumerate(branches):
@@ -159,6 +162,9 @@ def pack(
             targets += response
             is_analysis += [number == ANALYSIS] * len(response)
             column = end
+        for _ in range(len(image_branches), most):
+            query_branches.append(len(rows))
+            rows.append((image, prefix_length, 1))
     spare = round_up(len(targets), wide) - len(targets)
     supervised, targets, is_analysis = supervised + [0] * spare, targets + [-100] * spare, is_analysis + [False] * spare
     branch_image, branch_start, branch_length = torch.tensor(rows).unbind(1)
@@ -178,6 +184,15 @@ def pack(
         "is_analysis": torch.tensor(is_analysis, dtype=torch.bool),
         "tokens": _without_padding(segment) if in_one_row else None,
     }
+
+
+def index_queries(turns: list[int], multiple: int = 1) -> tuple[QueryIndex, Tensor]:
+    """Where the queries of images with ``turns`` queries each belong, as `pack` lays them out, and which are asked."""
+    most = max(turns)
+    numbers = [most] * len(turns) if multiple > 1 else turns
+    place = torch.tensor([k for number in numbers for k in range(number)], dtype=torch.int64)
+    image = torch.arange(len(turns)).repeat_interleave(torch.tensor(numbers))
+    return QueryIndex(image, place, most), place < torch.tensor(turns)[image]
 
 
 def _without_padding(segment: np.ndarray) -> Tensor:
@@ -225,7 +240,9 @@ class Collator:
         branches = [[(ids[p], ids[r] + end if self.responses else []) for p, r in own] for own in pairs]
         prefix = [self.tokenizer.bos_id, *ids[prompts.PREFIX]]
         slots = [[*turn.slot_ids, *[0] * self.num_slots][: self.num_slots] for s in samples for turn in s.turns]
-        slot_ids = torch.tensor(slots, dtype=torch.uint8).view(-1, self.num_slots)
+        queries, asked = index_queries([len(s.turns) for s in samples], self.multiple)
+        slot_ids = torch.zeros(len(asked), self.num_slots, dtype=torch.uint8)
+        slot_ids[asked] = torch.tensor(slots, dtype=torch.uint8).view(-1, self.num_slots)
         used_slots = torch.stack(slot_ids.nonzero(as_tuple=True))
         spare = round_up(used_slots.shape[1], self.multiple) - used_slots.shape[1]
         object_ids, object_words = self._phrases(samples, ids)
@@ -234,11 +251,8 @@ class Collator:
             depth=torch.from_numpy(np.stack([s.depth for s in samples])),
             target_ids=torch.from_numpy(np.stack([s.target_ids for s in samples])),
             text=PackedText(**pack(branches, prefix, self.num_image_tokens, self.multiple, self.in_one_row)),
-            queries=QueryIndex(
-                image=torch.tensor([i for i, s in enumerate(samples) for _ in s.turns], dtype=torch.int64),
-                place=torch.tensor([k for s in samples for k in range(len(s.turns))], dtype=torch.int64),
-                most=max(len(s.turns) for s in samples),
-            ),
+            queries=queries,
+            asked=asked,
             slot_ids=slot_ids,
             used_slots=F.pad(used_slots, (0, spare), value=-1),
             object_ids=object_ids,

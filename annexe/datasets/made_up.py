@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from annexe.config import Config
 from annexe.datasets import build_dataset, prompts
-from annexe.datasets.collate import Batch, PackedText, QueryIndex, Sample, pack, round_up
+from annexe.datasets.collate import Batch, PackedText, Sample, index_queries, pack, round_up
 from annexe.datasets.sampling import sample_order
 from annexe.errors import UserError
 
@@ -100,13 +100,13 @@ def made_up_batch(
         return random.integers(num_words, size=number).tolist()
 
     ids = [[(words(prompt), words(response)) for prompt, response in image] for image in branches]
-    image_of_query = [image for image, own in enumerate(branches) for _ in own[1:]]
+    queries, asked = index_queries([len(own) - 1 for own in branches], multiple)
     shape = (len(branches), image_size, image_size)
     pixels = random.integers(256, size=(*shape, 3), dtype=np.uint8)  # [B, S, S, 3]
     depth = random.uniform(0.5, 2, size=shape).astype(np.float32)
     targets = random.integers(num_slots + 1, size=shape, dtype=np.uint8)
     slots = torch.arange(1, num_slots + 1, dtype=torch.uint8)
-    slot_ids = torch.where(slots <= (num_slots + 1) // 2, slots, 0).repeat(len(image_of_query), 1)  # [Q, K]
+    slot_ids = torch.where(slots <= (num_slots + 1) // 2, slots, 0).repeat(len(asked), 1) * asked[:, None]  # [Q, K]
     used_slots = torch.stack(slot_ids.nonzero(as_tuple=True))
     spare = round_up(used_slots.shape[1], multiple) - used_slots.shape[1]
     return Batch(
@@ -114,11 +114,8 @@ def made_up_batch(
         depth=torch.from_numpy(depth),
         target_ids=torch.from_numpy(targets),
         text=PackedText(**pack(ids, words(num_prefix), num_image_tokens, multiple, in_one_row)),
-        queries=QueryIndex(
-            image=torch.tensor(image_of_query, dtype=torch.int64),
-            place=torch.tensor([place for own in branches for place in range(len(own) - 1)], dtype=torch.int64),
-            most=max(len(own) - 1 for own in branches),
-        ),
+        queries=queries,
+        asked=asked,
         slot_ids=slot_ids,
         used_slots=F.pad(used_slots, (0, spare), value=-1),
         object_ids=slots.repeat(len(branches), 1),
