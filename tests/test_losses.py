@@ -10,6 +10,7 @@ import torch
 from annexe import losses
 from annexe.datasets.collate import Collator
 from annexe.models.pixel_decoder import Grounding
+from annexe.models.run_lengths import at_full_size
 
 NAMES = list(losses.TERMS)
 
@@ -81,6 +82,20 @@ def test_truth_of_a_mask_is_the_share_that_a_pixel_is_covered(make_parts):
             rows, columns = (slice(math.floor(at * step), math.ceil((at + 1) * step)) for at in (row, column))
             torch.testing.assert_close(truth[number, row, column], mask[rows, columns].float().mean())
     assert ((truth > 0) & (truth < 1)).any()
+
+
+def test_shares_tell_edges_that_a_cut_at_one_half_has_lost(make_parts):
+    model, _, batch = make_parts()
+    predictions = model(batch)
+    truth = losses.Comparison(predictions, batch).masks[-1][1]
+    query, slot = batch.used_slots
+    whole = batch.target_ids[batch.queries.image[query]] == batch.slot_ids[query, slot][:, None, None]
+
+    def ciou(logits: torch.Tensor) -> float:
+        masks = at_full_size(logits, tuple(whole.shape[1:]))
+        return ((masks & whole).sum() / (masks | whole).sum()).item()
+
+    assert ciou(truth - 0.5) > ciou((truth > 0.5).float() - 0.5) + 0.005
 
 
 def test_points_look_at_the_least_certain_pixels_alone(make_parts):
