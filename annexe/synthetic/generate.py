@@ -29,7 +29,8 @@ UNSEEN_LIST = "subsets/unseen_pairs.txt"
 _UNSEEN_EVERY = 5  # one in so many val and test images shows a pair that train never shows
 HARD_LISTS = ("unseen_pairs", "unseen_wordings", "unseen_layouts", "ordinary")
 _HARD_EVERY, _HARD_TURNS = 8, {0: "unseen_pairs", 3: "unseen_wordings", 6: "unseen_layouts"}
-_DRAWING_VERSION = 2  # raise it when the same seed draws other bytes, so that old folders are not reused
+_DRAWING_VERSION = 3  # raise it when the same seed draws other bytes, so that old folders are not reused
+_PNG = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]  # a third of the time
 _FINISHED, _UNFINISHED = "synthetic.json", "synthetic.unfinished.json"
 
 
@@ -164,7 +165,7 @@ def _make(job: _Job) -> str:
     stem = _stem(job, scene)
     _write_image(job.out / "RGB" / f"{stem}.jpg", picture.image, [cv2.IMWRITE_JPEG_QUALITY, 90])
     for folder, image in (("depth", picture.depth), ("mask", picture.ids)):
-        _write_image(job.out / folder / f"{stem}.png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1])
+        _write_image(job.out / folder / f"{stem}.png", image, _PNG)
     (job.out / "dataset_split" / job.split / f"{stem}.json").write_text(json.dumps(language, indent=1) + "\n")
     return stem
 

@@ -209,7 +209,7 @@ def _grown(whole: np.ndarray) -> np.ndarray:
 def _lies_well(own: list[Shape], cut: str | None) -> bool:
     """Whether an interaction, or an idle hand, lies in the picture, or is cut off but not too much."""
     bodies = [shape.whole if shape.fist is None else shape.fist for shape in own]
-    outside = [1 - _inside(body).sum() / body.sum() for body in bodies]
+    outside = [1 - np.count_nonzero(_inside(body)) / np.count_nonzero(body) for body in bodies]
     if cut is None:
         return max(outside) < 0.02
     limits = [1 - _VISIBLE_ACTIVE if shape.fist is None else 1 - _VISIBLE_HAND for shape in own]
@@ -221,7 +221,7 @@ def _apart(shapes: list[Shape], own: list[Shape]) -> bool:
     for shape in shapes:
         for other in own:
             bodies = [part.whole if part.fist is None else part.fist for part in (shape, other)]
-            if (_grown(bodies[0]) & bodies[1]).any() or (shape.whole & other.whole).sum() > 40:
+            if (_grown(bodies[0]) & bodies[1]).any() or np.count_nonzero(shape.whole & other.whole) > 40:
                 return False
     return True
 
@@ -247,9 +247,10 @@ def _lay_distractor(
     for _ in range(30):
         centre = (rng.uniform(110, WIDTH - 110), rng.uniform(240, HEIGHT - 130))
         if in_front:
-            rows, columns = np.nonzero(_inside(shapes[rng.integers(len(shapes))].whole))
-            chosen = rng.integers(len(rows))
-            centre = (columns[chosen] * _COARSE + rng.uniform(-160, 160), rows[chosen] * _COARSE + rng.uniform(40, 200))
+            hidden = _inside(shapes[rng.integers(len(shapes))].whole)
+            cells = np.flatnonzero(hidden)
+            row, column = divmod(int(cells[rng.integers(len(cells))]), hidden.shape[1])
+            centre = (column * _COARSE + rng.uniform(-160, 160), row * _COARSE + rng.uniform(40, 200))
         elif near_hand is not None:
             centre = (_middle(near_hand.fist) + rng.choice([-1, 1]) * rng.uniform(210, 420), rng.uniform(600, 900))
         patches = moved(drawn, centre)
@@ -265,17 +266,20 @@ def _lay_distractor(
 
 def _has_room(shape: Shape, shapes: list[Shape], others: list[Shape]) -> bool:
     """Whether an unused object lies in the picture, touched by no hand and clear of the other unused ones."""
-    size = shape.whole.sum()
-    if _inside(shape.whole).sum() < 0.93 * size:
+    size = np.count_nonzero(shape.whole)
+    if np.count_nonzero(_inside(shape.whole)) < 0.93 * size:
         return False
     if any(other.reach is not None and (other.reach & shape.whole).any() for other in shapes):
         return False
-    return all((other.whole & shape.whole).sum() < 0.06 * min(size, other.whole.sum()) for other in others)
+    return all(
+        np.count_nonzero(other.whole & shape.whole) < 0.06 * min(size, np.count_nonzero(other.whole))
+        for other in others
+    )
 
 
 def _hides_some(shape: Shape, shapes: list[Shape]) -> bool:
     """Whether it covers a fair part of an active object or a hand, no more, and stands nearer than the object."""
-    shares = [(shape.whole & other.whole).sum() / other.whole.sum() for other in shapes]
+    shares = [np.count_nonzero(shape.whole & other.whole) / np.count_nonzero(other.whole) for other in shapes]
     hidden = [other for other, share in zip(shapes, shares, strict=True) if share > 0.01 and other.fist is None]
     bottom = bounds(shape.layer.patches)[3]
     return 0.1 < max(shares) < 0.35 and all(bounds(other.layer.patches)[3] < bottom for other in hidden)
@@ -284,7 +288,7 @@ def _hides_some(shape: Shape, shapes: list[Shape]) -> bool:
 def _lies_behind(shape: Shape, shapes: list[Shape]) -> bool:
     """Whether it is visible enough behind hands and active objects, and none that it overlaps stands further back."""
     nearer = np.logical_or.reduce([other.whole for other in shapes])
-    if (shape.whole & nearer).sum() > 0.5 * shape.whole.sum():
+    if np.count_nonzero(shape.whole & nearer) > 0.5 * np.count_nonzero(shape.whole):
         return False
     bottom = bounds(shape.layer.patches)[3]
     on_table = [other for other in shapes if other.fist is None and (shape.whole & other.whole).any()]
@@ -301,9 +305,9 @@ def _is_fit(scene: Scene, shapes: list[Shape], crossed: bool) -> bool:
         least = _VISIBLE_DISTRACTOR if shape.layer.identity >= FIRST_DISTRACTOR else _VISIBLE_ACTIVE
         if shape.fist is not None:
             least = 0.0
-            if (seen & _inside(shape.fist)).sum() < _VISIBLE_HAND * shape.fist.sum():
+            if np.count_nonzero(seen & _inside(shape.fist)) < _VISIBLE_HAND * np.count_nonzero(shape.fist):
                 return False
-        if seen.sum() < max(least * shape.whole.sum(), _VISIBLE_PIXELS / _COARSE**2):
+        if np.count_nonzero(seen) < max(least * np.count_nonzero(shape.whole), _VISIBLE_PIXELS / _COARSE**2):
             return False
     for act in scene.interactions:
         if len(act.sides) == 1:
