@@ -42,7 +42,9 @@ def test_gradients_equal_those_launched_one_by_one(make_parts):
     assert len(graphed.captured) == 2
 
 
-def test_compiled_blocks_say_the_same_without_padding(make_parts):
+def test_compiled_blocks_say_the_same_without_padding(make_parts, monkeypatch):
+    # In TF32, as cuDNN's convolutions are unless told otherwise, most gradients of this model differ by over 1 %.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     model, tokenizer, batch = make_parts(
         "model.language_model.lora.rank=4", "model.language_model.num_heads=2", "model.pixel_decoder.focused=true"
     )

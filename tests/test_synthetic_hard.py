@@ -22,11 +22,13 @@ from annexe.synthetic.language import FRAMES, NO_TARGET_ANSWER, NUM_SLOTS
 from annexe.synthetic.render import Layout, paint
 from annexe.synthetic.scene import (
     CATEGORIES,
+    COLOURS,
     FIRST_DISTRACTOR,
     HAND_IDS,
     Interaction,
     Item,
     Scene,
+    draw_item,
     held_out_colour,
     is_held_out,
 )
@@ -350,6 +352,16 @@ def test_unseen_layouts_are_only_in_their_list(root: Path, scenes: list[Drawn]) 
             sides = re.findall(r"(both|left|right) hands? (?:is|are)", records[0]["caption"])
             acts = [Interaction("", (side,), Item(1, "red", 0), i) for side, i in zip(sides, (1, 4), strict=False)]
             assert any(is_crossed(act, ids) for act in acts) == (stem in listed), stem
+
+
+@pytest.mark.parametrize("wanted", [{"category": 9}, {"colour": "black"}], ids=["category", "colour"])
+def test_an_item_shares_what_is_asked_for_while_one_is_left(wanted: dict) -> None:
+    rng, (field, value), items = np.random.default_rng(0), *wanted.items(), []
+    while not items or getattr(items[-1], field) == value:
+        items.append(draw_item(rng, avoid=tuple(items), **wanted))
+    pairs = [(number, word) for number in CATEGORIES for word in COLOURS if word != held_out_colour(number)]
+    assert {item[:2] for item in items[:-1]} == {pair for pair in pairs if value in pair}
+    assert items[-1][:2] in pairs
 
 
 def test_kept_wordings_are_new_but_their_words_are_known() -> None:

@@ -144,7 +144,7 @@ def draw_item(
     category: int | None = None,
     colour: str | None = None,
 ) -> Item:
-    """An item of an ordinary pair that differs from all of `avoid` in category or colour."""
+    """An item of an ordinary pair that differs from all of `avoid`, of this category or colour while one is left."""
     taken = {item[:2] for item in avoid}
     pairs = [
         (number, word)
@@ -155,6 +155,8 @@ def draw_item(
         and not is_held_out(number, word)
         and (number, word) not in taken
     ]
+    if not pairs:
+        return draw_item(rng, avoid=avoid)
     return Item(*pairs[rng.integers(len(pairs))], variant=int(rng.integers(NUM_VARIANTS)))
 
 
