@@ -56,7 +56,7 @@ def read_image(path: Path, mode: str | None = None, at_least: int | None = None)
         if at_least:
             image.draft(mode, (at_least, at_least))
         image.load()
-        return image.convert(mode) if mode else image
+        return image.convert(mode) if mode and image.mode != mode else image  # the same mode would be copied
     except FileNotFoundError:
         raise UserError(f"missing file '{path}'; {_WAYS_OUT}") from None
     except (OSError, SyntaxError, ValueError) as error:
