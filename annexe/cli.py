@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Callable
 
-import torch
 from rich.console import Console
 from rich.logging import RichHandler
 
@@ -60,8 +59,10 @@ def run_script(work: Callable[[Config], object], description: str, *, evaluation
                 raise unknown("data set", name, config.datasets)
             config.datasets = {name: config.datasets[name]}
         work(config)
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        from torch import distributed  # here, for the processes of `annexe synth` do without
+
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
     guarded(load_and_work)
 

@@ -27,9 +27,10 @@ from torch.utils.data import DataLoader, Dataset
 from annexe.checkpoint import load_progress, load_weights, require_checkpoint, saved_config, without_sources
 from annexe.config import Config, RunConfig
 from annexe.datasets import build_dataset
-from annexe.datasets.collate import Collator, Sample
+from annexe.datasets.collate import Collator
 from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.datasets.egohos import EgoHOS
+from annexe.datasets.sample import Sample
 from annexe.distributed import make_accelerator
 from annexe.errors import UserError
 from annexe.files import locked, write_text

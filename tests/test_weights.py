@@ -23,7 +23,8 @@ from annexe import weights
 from annexe.checkpoint import find_checkpoint, load_weights, saved_config, trained_tensors
 from annexe.cli import main
 from annexe.datasets import prompts
-from annexe.datasets.collate import Collator, Sample, Turn
+from annexe.datasets.collate import Collator
+from annexe.datasets.sample import Sample, Turn
 from annexe.errors import UserError
 from annexe.models import build_model
 from annexe.models.annexe import Annexe

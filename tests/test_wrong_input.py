@@ -395,6 +395,15 @@ def test_any_module_can_be_the_first_that_is_imported() -> None:
     assert {"annexe.metrics", "annexe.datasets", *tools} <= set(output.split()), errors
 
 
+def test_tools_that_need_no_model_start_without_torch() -> None:
+    tools = ("synth", "doctor", "split", "score", "compare", "convert_predictions")
+    code = (
+        f"import sys, annexe.cli, {', '.join(f'annexe.tools.{tool}' for tool in tools)}; print('torch' in sys.modules)"
+    )
+    output, errors = command("-c", code).communicate(timeout=120)
+    assert output.strip() == "False", errors
+
+
 def test_help_names_every_option() -> None:
     started = {
         ("--cfg-path", "--options"): command("train.py", "--help"),

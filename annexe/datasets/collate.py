@@ -6,7 +6,7 @@ Legend: B images, S image side, Q queries, N packed tokens, R branches (B analys
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,37 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from annexe.datasets import prompts
+from annexe.datasets.sample import Sample
 
 BLOCK = 128  # tokens that attention by blocks looks at together
 ANALYSIS = 1  # segment of the analysis branch; queries follow from 2 on, the prefix is 0, padding -1
-
-
-@dataclass
-class Turn:
-    """One annotation of an image with the question drawn for it."""
-
-    annotation: int
-    query_id: int | str
-    query: str
-    answer: str
-    slot_ids: list[int]  # id in the mask PNG of slot k, 0 = unused
-
-
-@dataclass
-class Sample:
-    """One image with its analysis sentence and the annotations drawn for it."""
-
-    stem: str
-    image: np.ndarray  # uint8[S, S, 3]
-    depth: np.ndarray  # float32[S, S], distance, 0 = invalid
-    target_ids: np.ndarray  # uint8[S, S]
-    analysis: str
-    turns: list[Turn]
-    original_size: tuple[int, int]  # height, width
-    object_phrases: dict[int, str] = field(default_factory=dict)  # mask id -> phrase, over all annotations
-    instruction: str = prompts.ANALYSIS_INSTRUCTIONS[0]
-    answer_format: str | None = None  # sentence or phrases, where the model's answers are to have that form
-    patches: Tensor | None = None  # bfloat16[P, E] of a frozen RGB encoder, where they were stored
 
 
 def _each_tensor(record: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from annexe.datasets import prompts
 from annexe.datasets.annotations import Annotation, read_annotations
-from annexe.datasets.collate import Sample, Turn
 from annexe.datasets.index import Annotations, Index, open_index
+from annexe.datasets.sample import Sample, Turn
 from annexe.datasets.stems import CATEGORIES, annotation_folders, category, check_known, read_list
 from annexe.datasets.transforms import PIXEL_FILES, PixelReader
 from annexe.errors import UserError, unknown
@@ -37,7 +36,7 @@ class MissingSplit(UserError):
 
 
 @register("dataset", "ego_irgbench")
-class EgoIRGBench(Dataset):
+class EgoIRGBench:
     """One split of an Ego-IRGBench folder.
 
     Args:

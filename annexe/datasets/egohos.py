@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import Dataset
 
 from annexe.datasets import prompts
-from annexe.datasets.collate import Sample, Turn
 from annexe.datasets.ego_irgbench import Annotation
+from annexe.datasets.sample import Sample, Turn
 from annexe.datasets.transforms import read_id_map, read_image
 from annexe.errors import UserError, unknown
 from annexe.registry import register
@@ -34,7 +33,7 @@ LAST_ID = 8  # 6 to 8 are objects that other objects touch: background, as in th
 
 
 @register("dataset", "egohos")
-class EgoHOS(Dataset):
+class EgoHOS:
     """One split of EgoHOS, for evaluation alone: it has neither sentences nor depth.
 
     Args:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from annexe.config import Config
 from annexe.datasets import build_dataset, prompts
-from annexe.datasets.collate import Batch, PackedText, Sample, index_queries, pack, round_up
+from annexe.datasets.collate import Batch, PackedText, index_queries, pack, round_up
+from annexe.datasets.sample import Sample
 from annexe.datasets.sampling import sample_order
 from annexe.errors import UserError
 
