@@ -213,8 +213,9 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, accelerator: 
     saved = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, state in saved["state"].items():
-        for name in ("exp_avg", "exp_avg_sq"):
-            state[name] = like(state[name], parameters[index])
+        for name, value in state.items():
+            if value.ndim:  # AdamW counts steps in a scalar
+                state[name] = like(value, parameters[index])
     optimizer.load_state_dict(saved)
     for group, options in zip(optimizer.param_groups, configured, strict=True):
         group.update(options)

@@ -81,6 +81,7 @@ class RunConfig:
     max_steps: int = 1000
     batch_size: int = 4
     gradient_accumulation: int = 1
+    optimizer: str = "adamw"  # or muon, for training from scratch: fewer steps to the same losses; not with fsdp
     learning_rate: float = 1e-5
     min_learning_rate: float = 1e-6
     warmup_learning_rate: float = 1e-6
@@ -119,6 +120,10 @@ class RunConfig:
             raise UserError(f"run.parallel is '{self.parallel}'; choose ddp or fsdp")
         if self.compile and self.parallel == "fsdp":
             raise UserError("run.compile does not go with run.parallel=fsdp; set run.compile=false, or ddp")
+        if self.optimizer not in ("adamw", "muon"):
+            raise UserError(f"run.optimizer is '{self.optimizer}'; choose adamw or muon")
+        if self.optimizer == "muon" and self.parallel == "fsdp":
+            raise UserError("run.optimizer=muon needs matrices whole; set run.parallel=ddp, or run.optimizer=adamw")
         if self.timeout_minutes <= 0:
             raise UserError(f"run.timeout_minutes is {self.timeout_minutes}; it must be above 0")
         if self.validation_metric not in VALIDATION_METRICS:

@@ -259,7 +259,7 @@ class Trainer:
 
     def _resumed_from(self) -> Path | None:
         if self.run.resume == "auto":
-            return self._same_seed(find_checkpoint(self.output))
+            return self._as_begun(find_checkpoint(self.output))
         here = find_checkpoint(self.output)
         if self.run.resume:
             resumed = require_checkpoint(self.run.resume, "latest")
@@ -268,7 +268,7 @@ class Trainer:
                     f"run.resume '{resumed}' is not the last checkpoint of run.output_dir '{self.output}', which is "
                     f"'{here.name}': what came after would be lost. Choose another run.output_dir"
                 )
-            return self._same_seed(resumed)
+            return self._as_begun(resumed)
         if here:
             raise UserError(
                 f"run.output_dir '{self.output}' holds a run already; set run.resume=auto to go on with it, "
@@ -276,11 +276,15 @@ class Trainer:
             )
         return None
 
-    def _same_seed(self, resumed: Path | None) -> Path | None:
-        """Order of samples and random frozen weights come from the seed, so a run keeps the one it began with."""
-        seed = saved_config(resumed)["run"]["seed"] if resumed else self.run.seed
-        if seed != self.run.seed:
-            raise UserError(f"run.seed is {self.run.seed} but '{resumed}' was trained with {seed}; set run.seed={seed}")
+    def _as_begun(self, resumed: Path | None) -> Path | None:
+        """A run keeps its seed, of which order of samples and random frozen weights come, and its kind of moments."""
+        before = saved_config(resumed)["run"] if resumed else {}
+        for name, begun in (("seed", before.get("seed")), ("optimizer", before.get("optimizer", "adamw"))):
+            asked = getattr(self.run, name)
+            if resumed and asked != begun:
+                raise UserError(
+                    f"run.{name} is {asked} but '{resumed}' was trained with {begun}; set run.{name}={begun}"
+                )
         return resumed
 
     def _datasets(self) -> tuple[EgoIRGBench, EgoIRGBench | None]:

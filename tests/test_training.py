@@ -12,12 +12,13 @@ import time
 
 import pytest
 import torch
+from torch import nn
 
 from annexe.checkpoint import find_checkpoint, is_complete
 from annexe.config import load_config
 from annexe.datasets.sampling import sample_order
 from annexe.errors import UserError
-from annexe.optim import learning_rate
+from annexe.optim import Muon, build_optimizer, learning_rate, orthogonal
 from annexe.trainer import Trainer, train
 from tests.conftest import ROOT, SMALLEST, TINY
 
@@ -103,6 +104,52 @@ def test_learning_rate_warms_up_and_falls(make_config):
     assert rates[100] == pytest.approx(run.min_learning_rate) and rates[10:] == sorted(rates[10:], reverse=True)
 
 
+@pytest.mark.parametrize("shape", [(3, 8, 20), (3, 20, 8)])
+def test_orthogonalised_matrices_keep_their_singular_vectors(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    diagonal = left.mT @ orthogonal(matrices) @ right.mT
+    values = diagonal.diagonal(dim1=-2, dim2=-1)
+    assert values.min() > 0.6 and values.max() < 1.25
+    torch.testing.assert_close(diagonal, torch.diag_embed(values), atol=1e-5, rtol=0)
+
+
+def test_muon_moves_as_that_of_torch_does_and_the_rest_as_adamw():
+    """PyTorch's takes matrix by matrix, no convolutions, and orthogonalises in bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8, 20), (20, 8), (8, 20), (6, 4, 3, 3)]
+    weights, vector = [torch.randn(shape, generator=generator) for shape in shapes], torch.ones(5)
+    ours = [nn.Parameter(each.clone()) for each in (*weights, vector)]
+    theirs = [nn.Parameter(each.flatten(1).clone()) for each in weights] + [nn.Parameter(vector.clone())]
+    rate = {"lr": 0.1, "weight_decay": 0.05}
+    muon = Muon([{"params": ours[4:]}, {"params": ours[:4], "orthogonal": True}], **rate, fused=True)
+    others = [
+        torch.optim.Muon(theirs[:4], **rate, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(theirs[4:], **rate, fused=True),
+    ]
+    for _ in range(3):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            other.grad = one.grad.view_as(other).clone()
+        for optimizer in (muon, *others):
+            optimizer.step()
+    for one, other, before in zip(ours[:4], theirs, weights, strict=False):
+        assert (one.view_as(other) - other).norm() < 0.02 * (one - before).norm()
+    assert torch.equal(ours[4], theirs[4]) and not torch.equal(ours[4], vector)
+
+
+def test_muon_takes_the_weights_of_layers(make_parts, make_config):
+    model = make_parts()[0]
+    groups = build_optimizer(model, make_config("run.optimizer=muon").run).param_groups
+    names = {p: name for name, p in model.named_parameters()}
+    moved, rest = ([names[p] for group in own for p in group["params"]] for own in (groups[2:], groups[:2]))
+    assert sorted(moved + rest) == sorted(name for name, p in model.named_parameters() if p.requires_grad)
+    embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    of_words = {name for name in names.values() if name in embeddings or name.endswith("lm_head.weight")}
+    assert of_words <= {*rest} and all(name.endswith(".weight") for name in moved)
+    assert {name for name in rest if name.endswith(".weight") and model.get_parameter(name).ndim > 1} == of_words
+
+
 def test_killed_at_a_random_step_it_resumes_bit_for_bit(scenes, tmp_path):
     """With LoRA dropout on, so that the random state matters; also a checkpoint cut short is passed over."""
 
@@ -150,6 +197,8 @@ def test_going_back_does_not_overwrite_what_came_after(make_config, tmp_path):
         train(make_config(*options, f"run.resume={first}"))
     with pytest.raises(UserError, match=r"set run\.seed=0"):
         train(make_config(*options, "run.resume=auto", "run.seed=1"))
+    with pytest.raises(UserError, match=r"set run\.optimizer=muon"):
+        train(make_config(*options, "run.resume=auto", "run.optimizer=adamw"))
     train(make_config(*options, f"run.resume={first}", f"run.output_dir={tmp_path / 'other'}"))
     assert [line["step"] for line in log_of(tmp_path / "other")] == [3, 4]
 

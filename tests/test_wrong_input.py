@@ -64,6 +64,8 @@ def one_line(caught: pytest.ExceptionInfo[UserError], *parts: str) -> None:
         ("run.checkpoint_every=0", ("run.checkpoint_every", "at least 1")),
         ("run.warmup_steps=9999", ("run.warmup_steps to", "at most")),
         ("run.compile=true & run.parallel=fsdp", ("run.compile=false", "run.parallel")),
+        ("run.optimizer=sgd", ("run.optimizer is 'sgd'", "choose adamw or muon")),
+        ("run.optimizer=muon & run.parallel=fsdp", ("run.parallel=ddp", "run.optimizer=adamw")),
         ("run.seed", ("'run.seed'", "a.b=c")),
         ("=3", ("'=3'", "a.b=c")),
         ("run.betas=[1", ("flow sequence", "mend the YAML")),
