@@ -39,12 +39,17 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         groups = self.param_groups
-        self.param_groups = [group for group in groups if not group.get("orthogonal")]
+        self.param_groups = _of_adamw(groups)
         super().step()
         self.param_groups = groups
         for group in groups:
             if group.get("orthogonal"):
                 self._move(group)
+
+    def __setstate__(self, state: dict) -> None:
+        """What `load_state_dict` ends with; AdamW looks for its own state in every group."""
+        super().__setstate__(state | {"param_groups": _of_adamw(state["param_groups"])})
+        self.param_groups = state["param_groups"]
 
     def _move(self, group: dict) -> None:
         same_shape = defaultdict(list)
@@ -61,6 +66,10 @@ class Muon(torch.optim.AdamW):
             steps = orthogonal(matrices) * (_AS_LARGE_AS_ADAMW * max(matrices.shape[1:]) ** 0.5)
             torch._foreach_mul_(own, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(own, steps.view(-1, *shape).unbind(), alpha=-group["lr"])
+
+
+def _of_adamw(groups: list[dict]) -> list[dict]:
+    return [group for group in groups if not group.get("orthogonal")]
 
 
 def build_optimizer(model: nn.Module, run: RunConfig) -> torch.optim.AdamW:
