@@ -89,7 +89,12 @@ def test_evaluation_files_equal_those_of_one_process(trained, make_config, tmp_p
     ]  # fmt: skip
 
 
-FSDP = ("run.parallel=fsdp", "model.language_model.lora.rank=4", "model.language_model.lora.dropout=0")
+FSDP = (
+    "run.parallel=fsdp",
+    "run.optimizer=adamw",
+    "model.language_model.lora.rank=4",
+    "model.language_model.lora.dropout=0",
+)
 
 
 def test_fsdp_trains_validates_and_resumes_as_one_process_does(make_config, tmp_path):

@@ -153,7 +153,7 @@ def test_accumulated_gradients_are_there_at_the_peak(make_config: Callable[..., 
 
 
 def test_fsdp_spreads_what_is_held(make_config: Callable[..., Config]) -> None:
-    config = make_config(*LORA, "run.parallel=fsdp", "model.rgb_encoder.depth=4")
+    config = make_config(*LORA, "run.parallel=fsdp", "run.optimizer=adamw", "model.rgb_encoder.depth=4")
     alone, spread = plan_of(config), plan_of(config, gpus=4)
     assert spread.optimizer.total() == alone.optimizer.total() / 4
     assert alone.weights.total() / 4 < spread.weights.total() < alone.weights.total() * 5 / 4
@@ -248,7 +248,18 @@ def test_a_card_that_nothing_fits_is_told_so(
     [
         (("--gpus", 0), "must be above 0"),
         (("--tokens", 40), "give at least"),
-        (("--gpus", 2, "--options", "run.parallel=fsdp", *LORA[:1], "model.language_model.dtype=nf4"), "cannot spread"),
+        (
+            (
+                "--gpus",
+                2,
+                "--options",
+                "run.parallel=fsdp",
+                "run.optimizer=adamw",
+                *LORA[:1],
+                "model.language_model.dtype=nf4",
+            ),
+            "cannot spread",
+        ),
         (("--options", "model.language_model.path={folder}"), "is no Llama's"),
     ],
 )
