@@ -17,7 +17,7 @@ _AS_LARGE_AS_ADAMW = 0.2  # root mean square of AdamW's steps, by the report tha
 def orthogonal(matrices: Tensor) -> Tensor:
     """About the nearest matrices with singular values of one: float[..., R, C], by five Newton-Schulz steps.
 
-    The steps' polynomial is that of Muon (Jordan et al., 2024); it brings singular values to between 0.7 and 1.2.
+    The steps' polynomial is that of Muon (Jordan et al., 2024): all but tiny singular values end at about 0.7 to 1.2.
     """
     x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
     is_tall = x.shape[-2] > x.shape[-1]

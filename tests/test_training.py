@@ -133,7 +133,7 @@ def test_muon_moves_as_that_of_torch_does_and_the_rest_as_adamw():
             other.grad = one.grad.view_as(other).clone()
         for optimizer in (muon, *others):
             optimizer.step()
-    for one, other, before in zip(ours[:4], theirs, weights, strict=False):
+    for one, other, before in zip(ours[:4], theirs[:4], weights, strict=True):
         assert (one.view_as(other) - other).norm() < 0.02 * (one - before).norm()
     assert torch.equal(ours[4], theirs[4]) and not torch.equal(ours[4], vector)
 
