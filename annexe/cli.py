@@ -18,7 +18,7 @@ from annexe.errors import UserError, unknown
 
 TOOLS = (
     *("synth", "doctor", "split", "score", "compare", "convert-predictions", "weights", "convert-config", "plan"),
-    *("ablate", "bench"),
+    *("predict", "ablate", "bench"),
 )
 
 

@@ -30,6 +30,7 @@ from annexe.datasets import build_dataset
 from annexe.datasets.collate import Collator
 from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.datasets.egohos import EgoHOS
+from annexe.datasets.photos import Photos
 from annexe.datasets.sample import Sample
 from annexe.distributed import make_accelerator
 from annexe.errors import UserError
@@ -51,7 +52,7 @@ Item, Result = TypeVar("Item"), TypeVar("Result")
 class EvaluationSet(Dataset):
     """The images of a data set as evaluation samples."""
 
-    def __init__(self, dataset: EgoIRGBench | EgoHOS, queries_per_annotation: int | str) -> None:
+    def __init__(self, dataset: EgoIRGBench | EgoHOS | Photos, queries_per_annotation: int | str) -> None:
         self.dataset, self.queries_per_annotation = dataset, queries_per_annotation
 
     def __len__(self) -> int:
@@ -68,7 +69,7 @@ def plan_batches(num_images: int, batch_size: int) -> list[list[int]]:
 
 def predict(
     model: Annexe,
-    dataset: EgoIRGBench | EgoHOS,
+    dataset: EgoIRGBench | EgoHOS | Photos,
     batches: list[list[int]],
     *,
     queries_per_annotation: int | str,
@@ -197,7 +198,7 @@ def _evaluate(config: Config, accelerator: Accelerator) -> dict[str, Any]:
     config = replace(config, model=without_sources(config.model or saved["model"], checkpoint))
     dataset = build_dataset(config, run.split, cached=False)
     _warn_of_other_answers(dataset, saved)
-    model = _restored(config, checkpoint, saved["run"]["seed"], accelerator)
+    model = restored(config, checkpoint, accelerator)
     batches = plan_batches(len(dataset), run.batch_size)
     meta = {
         "dataset": next(iter(config.datasets)),
@@ -273,10 +274,12 @@ def _warn_of_other_answers(dataset: EgoIRGBench | EgoHOS, saved: dict[str, Any])
         )  # fmt: skip
 
 
-def _restored(config: Config, checkpoint: Path, seed: int, accelerator: Accelerator) -> Annexe:
-    """The trained model on this process's device."""
+def restored(config: Config, checkpoint: Path, accelerator: Accelerator) -> Annexe:
+    """The trained model on this process's device, ready to answer."""
     tokenizer = tokenizer_of(config, checkpoint / "tokenizer")
-    set_seed(seed)  # frozen random weights are not in a checkpoint: the seed makes them again
+    set_seed(
+        saved_config(checkpoint)["run"]["seed"]
+    )  # frozen random weights are not in a checkpoint: the seed makes them again
     bf16 = accelerator.mixed_precision == "bf16"
     model = build_model(config.model, tokenizer, accelerator.device, bf16=bf16)
     load_weights(checkpoint, model)

@@ -1,0 +1,117 @@
+"""`annexe predict`: photos of one's own are answered as an evaluation answers them, drawn, and refused in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from annexe import cli
+from annexe.config import Config
+from annexe.datasets.photos import photo_files, read_photo
+from annexe.errors import UserError
+from annexe.evaluator import evaluate
+from annexe.metrics import encode
+from annexe.tools.predict import SLOT_COLOURS, answer_picture
+from annexe.trainer import train
+
+FOUND = "model.presence_threshold=0"  # one step of training finds nothing by itself
+
+
+@pytest.fixture
+def trained(make_config: Callable[..., Config], tmp_path: Path) -> Path:
+    train(make_config("run.max_steps=1", "run.warmup_steps=0"))
+    return tmp_path / "run"
+
+
+def annexe(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["annexe", *map(str, words)])
+    cli.main()
+
+
+def test_answers_are_those_of_an_evaluation(trained, scenes, make_config, tmp_path, monkeypatch, capsys):
+    alone = "run.batch_size=1"  # padding changes the last digits
+    evaluate(make_config(FOUND, alone, f"run.checkpoint={trained}", f"run.output_dir={tmp_path / 'eval'}"))
+    lines = [json.loads(line) for line in (tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()]
+    stem = lines[0]["image"]
+    image, *asked = (line for line in lines if line["image"] == stem)
+    questions, photo, out = [line["query"] for line in asked], scenes / "RGB" / f"{stem}.jpg", tmp_path / "out"
+    annexe(monkeypatch, "predict", trained, photo, "--ask", *questions, "--out", out, "--options", FOUND)
+    told = capsys.readouterr().out
+    answered = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert answered[0]["analysis"] == image["analysis"]
+    assert any(line["masks"] for line in asked)
+    for number, (own, other) in enumerate(zip(answered[1:], asked, strict=True)):
+        for key in ("query", "answer", "presence", "masks"):
+            assert own[key] == other[key], key
+        assert own["query"] in told
+        assert own["answer"] in told
+        with Image.open(out / f"{stem}-{number + 1}.jpg") as picture:
+            assert picture.width == 1280
+            assert picture.height > 720  # the caption below
+
+
+def test_a_mask_is_drawn_in_the_colour_of_its_slot():
+    photo = Image.new("RGB", (200, 100), "black")
+    mask = np.zeros((100, 200), bool)
+    mask[20:80, :100] = True
+    shown = {"slot": 1, "phrase": "the mug", "score": 0.9, "rle": encode(mask)}
+    record = {"query": "Where is the mug?", "answer": "The mask of the mug is <MSK_1>.", "masks": [shown]}
+    picture = np.asarray(answer_picture(photo, record)).astype(int)
+    colour = np.array([int(SLOT_COLOURS[1][i : i + 2], 16) for i in (1, 3, 5)])
+    np.testing.assert_allclose(picture[50, 50], 0.42 * colour, atol=1)
+    assert (picture[50, 150] == 0).all()
+    assert (picture[10, 50] == 0).all()
+    assert (picture[100:] == colour).all(-1).any()  # the caption's mark
+
+
+def test_a_photo_is_turned_as_its_camera_says(tmp_path):
+    photo = Image.new("RGB", (30, 20))
+    exif = photo.getexif()
+    exif[0x0112] = 6  # orientation: a quarter turn
+    photo.save(tmp_path / "turned.jpg", exif=exif)
+    assert read_photo(tmp_path / "turned.jpg").size == (20, 30)
+    Image.new("RGBA", (30, 20)).save(tmp_path / "clear.png")
+    assert read_photo(tmp_path / "clear.png").mode == "RGB"
+
+
+def test_folders_and_files_give_their_photos_once(scenes, tmp_path):
+    names = sorted(path.name for path in (scenes / "RGB").iterdir())
+    assert [path.name for path in photo_files([scenes / "RGB"])] == names
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match=r"no \.jpg.* in folder"):
+        photo_files([tmp_path])
+    with pytest.raises(UserError, match=r"no photo .*gone\.jpg"):
+        photo_files([tmp_path / "gone.jpg"])
+    shutil.copy(scenes / "RGB" / names[0], tmp_path)
+    with pytest.raises(UserError, match="have one name"):
+        photo_files([scenes / "RGB", tmp_path / names[0]])
+
+
+def test_wrong_calls_end_in_one_line_and_leave_nothing(trained, scenes, tmp_path, monkeypatch, capsys):
+    photo, out = next((scenes / "RGB").iterdir()), tmp_path / "out"
+    cut = tmp_path / "cut.jpg"
+    cut.write_bytes(photo.read_bytes()[:2000])
+    for words, told in (
+        ((tmp_path / "nowhere", photo, "--ask", "Where?"), "no complete checkpoint"),
+        ((trained, photo, "--ask", " "), "empty question"),
+        ((trained, photo, "--ask", "Where?", "--options", "run.max_new_token=1"), "Did you mean 'max_new_tokens'"),
+        ((trained, cut, "--ask", "Where?"), "cannot read image"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            annexe(monkeypatch, "predict", *words, "--out", out)
+        error = capsys.readouterr().err
+        assert told in error
+        assert "Traceback" not in error
+        assert not list(out.glob("*"))
+    out.mkdir(exist_ok=True)
+    (out / "predictions.jsonl").touch()
+    with pytest.raises(SystemExit, match="2"):
+        annexe(monkeypatch, "predict", trained, photo, "--ask", "Where?", "--out", out)
+    assert "holds predictions already" in capsys.readouterr().err
