@@ -110,6 +110,8 @@ def run(arguments: argparse.Namespace) -> None:
     plan = plan_of(config)
     proposal = None if plan.needs <= card else propose(plan_of, config, arguments.gpus, card)
     notes.append(f"lengths: {source}")
+    if config.run.compile:
+        notes.append("run.compile=true keeps less than this: what is cheap is computed again, and kernels are fused")
     show(plan, proposal, arguments.card, notes, arguments.options)
     if arguments.json is not None:
         record = numbers(plan) | {"card": arguments.card, "fits": plan.needs <= card, "notes": notes, "proposal": None}
