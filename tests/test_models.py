@@ -20,7 +20,7 @@ from annexe.models import compile_blocks
 from annexe.models.annexe import Draft
 from annexe.models.enlarge import by_products, enlarge
 from annexe.models.normalise import STATISTICS
-from annexe.models.pixel_decoder import gather, spread
+from annexe.models.pixel_decoder import Grounding, gather, spread
 from annexe.models.run_lengths import encoded
 from annexe.models.tokenizer import load_tokenizer, train_tokenizer
 
@@ -227,6 +227,15 @@ def test_the_released_defects_come_back_on_request_alone(make_parts):
         model.pixel_decoder.presence_cnn[-1].bias.fill_(-50.0)
         model.pixel_decoder.deconv[-1].bias[1] = 50.0
         assert all(response.targets for response in model.generate(prompts, 2))
+
+
+def test_targets_fill_slots_from_the_first_on(make_parts):
+    model, _, _ = make_parts()
+    presence = torch.tensor([[9, 9, -9, 9], [-9, 9, 9, 9], [9, 9, 9, 9], [-9, -9, -9, -9]]).float()
+    masks = torch.ones(4, 4, 2, 2)
+    masks[2, 1] = -1  # no pixel
+    found = model._found(Grounding(presence, masks))
+    assert found.tolist() == [[True, True, False, False], [False] * 4, [True, False, False, False], [False] * 4]
 
 
 VARIED = "model.language_model.initializer_range=0.3"

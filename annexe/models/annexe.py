@@ -65,7 +65,7 @@ class Response:
 
     analysis: str
     answer: str
-    presence: float  # highest presence of any slot, in [0, 1]
+    presence: float  # of the first slot, in [0, 1], which settles whether there is a target
     targets: list[Target]
     depth: np.ndarray  # float32[S, S], inverse depth up to scale and shift
 
@@ -93,7 +93,7 @@ class Draft:
             for slot, rle in zip(self.slots, rles, strict=True)
             if not is_empty(rle)
         ]
-        return Response(self.analysis, self.answer, max(self.scores), targets, self.depth)
+        return Response(self.analysis, self.answer, self.scores[0], targets, self.depth)
 
 
 class Annexe(nn.Module):
@@ -199,9 +199,12 @@ class Annexe(nn.Module):
         return [0.5 if self.presence_threshold is None else self.presence_threshold] * self.pixel_decoder.num_slots
 
     def _found(self, grounding: Grounding) -> Tensor:
-        """Slots that have a target, bool[Q, K]: present, and with a pixel."""
+        """Slots that have a target, bool[Q, K]: present, and with a pixel. Targets fill slots from the first on."""
+        has_pixels = grounding.masks.flatten(2).amax(-1) > 0
+        if not self.pixel_decoder.gates:
+            return has_pixels
         present = grounding.presence.float().sigmoid() > grounding.presence.new_tensor(self.thresholds()).float()
-        return (present | (not self.pixel_decoder.gates)) & (grounding.masks.flatten(2).amax(-1) > 0)
+        return (present & has_pixels).cumprod(1).bool()
 
     def _binds(self) -> bool:
         """Whether masks are settled before the answer, and the answer has to follow them."""
