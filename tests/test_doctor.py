@@ -162,6 +162,18 @@ def split_over_slots(planted: Planted) -> None:
     planted.edit(lambda entries: entries[0]["masks_idx"].__setitem__(1, entries[0]["masks_idx"][0]))
 
 
+def skip_a_slot(planted: Planted) -> None:
+    """The second target of the first annotation stands in the third slot."""
+
+    def move(entries: list[dict]) -> None:
+        entry = entries[0]
+        entry["answer"] = entry["answer"].replace("<MSK_1>", "<MSK_2>")
+        for name, empty in (("masks_idx", 0), ("tokens", "")):
+            entry[name][1:3] = empty, entry[name][1]
+
+    planted.edit(move)
+
+
 def many_ids(pixels: np.ndarray) -> np.ndarray:
     pixels[:1, :200] = np.arange(50, 250)
     return pixels
@@ -243,6 +255,7 @@ FAULTS: list[tuple[str, str, Fault]] = [
     ("target-without-phrase", "token is missing", lambda p: p.edit(lambda e: e[0].update(tokens=e[0]["tokens"][:1]))),
     ("phrase-without-target", "token of no slot", lambda p: p.edit(lambda e: e[0]["tokens"].__setitem__(3, "the mug"))),
     ("long-masks-idx", "seven entries", lambda p: p.edit(lambda e: e[0]["masks_idx"].extend([0, 0, 0]))),
+    ("slot-gap", "a slot left out", skip_a_slot),
     ("target-twice", "one id in two slots", split_over_slots),
     ("id-range", "id 300", lambda p: p.edit(lambda e: e[1]["masks_idx"].__setitem__(0, 300))),
     ("id-range", "negative id", lambda p: p.edit(lambda e: e[1]["masks_idx"].__setitem__(0, -1))),

@@ -64,6 +64,7 @@ PROBLEMS = {
     "placeholder-form": (WARNING, "a placeholder that is neither <MSK> nor <MSK_k>"),
     "target-without-phrase": (WARNING, "a used slot whose token is empty"),
     "phrase-without-target": (WARNING, "a token in a slot that is not used"),
+    "slot-gap": (WARNING, "a used slot behind an unused one: the model fills slots from the first on"),
     "long-masks-idx": (WARNING, "masks_idx with more than 4 entries"),
     "target-twice": (WARNING, "one id in two slots of an annotation"),
     "id-range": (ERROR, "an id outside 0 to 255"),
@@ -256,6 +257,8 @@ def _check_targets(annotation: Annotation, where: str, report: ImageReport) -> N
     for slot, token in enumerate(annotation.tokens):
         if token.strip() and slot not in slots.keys() | filler:
             report.add("phrase-without-target", f"{where}: slot {slot}, '{token[:40]}'")
+    if sorted(slots) != list(range(len(slots))):
+        report.add("slot-gap", f"{where}: masks_idx {annotation.masks_idx[:8]}")
     if len(annotation.masks_idx) > MAX_SLOTS:
         report.add("long-masks-idx", f"{where}: {len(annotation.masks_idx)} entries")
     if len(set(slots.values())) < len(slots):

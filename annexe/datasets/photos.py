@@ -12,6 +12,8 @@ from annexe.datasets.transforms import read_image
 from annexe.errors import UserError
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+LEAST_SIDE = 32  # pixels
+_ORIENTATION = 0x0112  # in EXIF; from 5 on width and height change places
 
 
 class Photos:
@@ -27,7 +29,7 @@ class Photos:
     def evaluation_sample(self, index: int, _: int | str) -> Sample:
         """As `EgoIRGBench.evaluation_sample`: a question is the only wording of an annotation of its own."""
         file, square = self.files[index], (self.image_size, self.image_size)
-        whole, photo = read_photo(file), read_photo(file, at_least=2 * self.image_size)  # as a data set reads it
+        photo = read_photo(file, at_least=2 * self.image_size)  # as a data set reads it
         return Sample(
             stem=file.stem,
             image=np.asarray(photo.resize(square, Image.Resampling.BICUBIC)),
@@ -35,28 +37,54 @@ class Photos:
             target_ids=np.zeros(square, np.uint8),
             analysis="",
             turns=[Turn(number, 0, question, "", []) for number, question in enumerate(self.questions)],
-            original_size=(whole.height, whole.width),
+            original_size=photo_size(file),
             answer_format=self.answer_format,
         )
 
 
 def photo_files(given: list[Path]) -> list[Path]:
-    """The photos among ``given`` files and folders.
+    """The photos among ``given`` files and folders, each once; of a folder those with a known ending.
 
     Raises:
-        UserError: for a path that is not there, a folder without photos, and two photos with one name.
+        UserError: for a path that is not there, a folder without photos, what is no photo, and two photos of one name.
     """
-    files: dict[str, Path] = {}
+    found: dict[Path, Path] = {}
     for path in given:
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in ENDINGS) if path.is_dir() else [path]
-        if not found or not path.exists():
-            lacks = f"no {', '.join(ENDINGS)} in folder" if path.is_dir() else "no photo"
-            raise UserError(f"{lacks} '{path}'; give image files, or folders of them")
-        for file in found:
-            if file.stem in files:
-                raise UserError(f"'{files[file.stem]}' and '{file}' have one name; rename one, or predict them apart")
-            files[file.stem] = file
-    return list(files.values())
+        inside = sorted(path.glob("[!.]*")) if path.is_dir() else []
+        photos = [file for file in inside if file.is_file() and file.suffix.lower() in ENDINGS]
+        if path.is_dir() and not photos:
+            raise UserError(f"no {', '.join(ENDINGS)} in folder '{path}'; give image files, or folders of them")
+        found |= {file.resolve(): file for file in photos or [path]}
+    by_stem: dict[str, Path] = {}
+    for file in found.values():
+        photo_size(file)
+        other = by_stem.setdefault(file.stem, file)
+        if other != file:
+            raise UserError(f"'{other}' and '{file}' have one name; rename one, or predict them apart")
+    return list(by_stem.values())
+
+
+def photo_size(path: Path) -> tuple[int, int]:
+    """Height and width of a photo that stands upright, from its header.
+
+    Raises:
+        UserError: if it is missing, no image, too small, or of more than 8 bits a channel.
+    """
+    try:
+        path.stem.encode()
+        with Image.open(path) as header:
+            (width, height), mode, turned = header.size, header.mode, header.getexif().get(_ORIENTATION, 1) >= 5
+    except FileNotFoundError:
+        raise UserError(f"no photo '{path}'; give image files, or folders of them") from None
+    except UnicodeEncodeError:
+        raise UserError(f"the name of photo {str(path)!r} is not UTF-8; rename it") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read photo '{path}' ({error}); save it anew, as JPEG or PNG") from None
+    if mode.startswith(("I", "F")):
+        raise UserError(f"photo '{path}' has more than 8 bits a channel (mode {mode}); save it with 8")
+    if min(width, height) < LEAST_SIDE:
+        raise UserError(f"photo '{path}' is {width} x {height}; no side may be below {LEAST_SIDE} pixels")
+    return (width, height) if turned else (height, width)
 
 
 def read_photo(path: Path, at_least: int | None = None) -> Image.Image:

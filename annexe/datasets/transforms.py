@@ -21,7 +21,7 @@ from safetensors.numpy import load, save
 
 from annexe.errors import UserError
 
-_WAYS_OUT = "restore it, or leave the image out (annexe doctor lists all such; see the data set's `exclude`)"
+_WAYS_OUT = "restore it, or leave it out (annexe doctor lists all such of a data set; see its `exclude`)"
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def read_image(path: Path, mode: str | None = None, at_least: int | None = None)
         return image.convert(mode) if mode and image.mode != mode else image  # the same mode would be copied
     except FileNotFoundError:
         raise UserError(f"missing file '{path}'; {_WAYS_OUT}") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read image '{path}' ({error}); {_WAYS_OUT}") from None
 
 

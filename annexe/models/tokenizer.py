@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from annexe.errors import UserError
 
 PLACEHOLDER = re.compile(r"<MSK_(\d+)>")
-_TEMPLATE_TOKENS = ("[INST]", "[/INST]", "<Img>", "</Img>", "[caption]", "[vqa]")
+TEMPLATE_TOKENS = ("[INST]", "[/INST]", "<Img>", "</Img>", "[caption]", "[vqa]")
 
 
 class TextTokenizer:
@@ -90,7 +90,7 @@ def train_tokenizer(texts: Iterable[str], num_slots: int, vocab_size: int = 1024
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens([AddedToken(token, lstrip=True, rstrip=True, normalized=False) for token in _TEMPLATE_TOKENS])
+    tokenizer.add_tokens([AddedToken(token, lstrip=True, rstrip=True, normalized=False) for token in TEMPLATE_TOKENS])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=["<unk>", "<s>", "</s>"],
