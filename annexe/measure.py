@@ -5,11 +5,8 @@ What is measured once of a query serves every score, subset and interval; nothin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +19,17 @@ from annexe.datasets.transforms import read_id_map
 from annexe.errors import UserError
 from annexe.metrics.consistency import Agreement, agreement
 from annexe.metrics.masks import QueryResult, Rle, encode_ids, measure
+from annexe.processes import in_processes, num_cores
 
 Record = dict[str, Any]
 
 BASELINES = ("constant", "reject")
+_RECORDS_A_PROCESS = 5000  # to measure so many takes longer than to start a process
+
+
+def workers_for(records: list[Record]) -> int:
+    """Processes that measuring so many records is worth."""
+    return min(num_cores(), 1 + len(records) // _RECORDS_A_PROCESS)
 
 
 class Truth:
@@ -103,7 +107,7 @@ def measure_records(
     tasks = (_task(stem, [queries[place] for place in own], truth) for stem, own in places.items())
     results: dict[str, list] = {name: [None] * len(queries) for name in ("model", *(BASELINES if baselines else ()))}
     agreements = {}
-    measured = _run(tasks, min(workers, len(places)), baselines)
+    measured = in_processes(partial(_measure_image, baselines=baselines), tasks, min(workers, len(places)))
     shown = track(measured, "measuring masks", total=len(places), disable=not progress, transient=True)
     for (stem, own), image in zip(places.items(), shown, strict=True):
         truth.known[stem], agreements[stem] = image.masks, image.agreements
@@ -126,17 +130,6 @@ def _task(stem: str, queries: list[Record], truth: Truth) -> ImageTask:
         for number, own in slots.items()
     }
     return ImageTask(truth.id_map(stem), truth.known.get(stem), truth.named(stem), queries, slots, labels)
-
-
-def _run(tasks: Iterator[ImageTask], workers: int, baselines: bool) -> Iterator[ImageResults]:
-    """Results of all tasks in their order."""
-    work = partial(_measure_image, baselines=baselines)
-    if workers <= 1:
-        yield from map(work, tasks)
-        return
-    spawn = get_context("spawn")  # a fork would copy a process that may hold threads and a GPU
-    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-        yield from pool.map(work, tasks, chunksize=4)
 
 
 def _measure_image(task: ImageTask, *, baselines: bool) -> ImageResults:

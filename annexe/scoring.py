@@ -144,9 +144,9 @@ def calibrated(records: list[Record], truth: Truth) -> list[float]:
     ]
 
 
-def query_scores(records: list[Record], truth: Truth) -> list[QueryScore]:
+def query_scores(records: list[Record], truth: Truth, workers: int = 1) -> list[QueryScore]:
     """The score of every query record, in their order."""
-    return _query_scores(_measured(records, truth), truth)
+    return _query_scores(_measured(records, truth, workers=workers), truth)
 
 
 def constant_baselines(records: list[Record], truth: Truth) -> dict[str, list[Record]]:
@@ -264,7 +264,7 @@ def _query_score(record: Record, result: QueryResult, truth: Truth) -> QueryScor
         annotation=record["annotation"],
         query_id=record["query_id"],
         query=question["query"],
-        is_sentence=question.get("is_sentence", False),
+        is_sentence=question["is_sentence"],
         target_kind=KINDS[min(len(result.targets), 2)],
         groups=tuple(dict.fromkeys(target.label for target in result.targets if target.label)),
         intersection=result.overlap.intersection,

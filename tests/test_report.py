@@ -26,7 +26,7 @@ from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.datasets.prompts import NO_TARGET_ANSWER
 from annexe.metrics import decode, encode
 from annexe.report import browser, write_report
-from annexe.report.browser import Example, Workers, choose_pictured, judge_all
+from annexe.report.browser import Example, choose_pictured, judge_all
 from annexe.report.examples import choose
 from annexe.report.pictures import MAX_POINTS, OUTLINE_WIDTH, PictureJob, colour_depth, make_pictures, outline
 from annexe.report.verdicts import VERDICTS, judge, objects_of
@@ -122,7 +122,7 @@ def records(truth: Truth) -> list[Record]:
 
 @pytest.fixture(scope="module")
 def examples(records: list[Record], truth: Truth) -> list[Example]:
-    return judge_all(records, truth, Workers(0))
+    return judge_all(records, truth, 1)
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +260,7 @@ def test_an_object_that_no_query_names_can_be_the_wrong_one(truth: Truth) -> Non
         "kind": "query", "image": stem, "annotation": number, "query_id": question["id"], "query": question["query"],
         "answer": "", "presence": 1.0, "masks": [{"slot": 0, "phrase": "", "score": 1.0, "rle": encode(ids == other)}],
     }  # fmt: skip
-    (example,) = judge_all([record], truth, Workers(0))
+    (example,) = judge_all([record], truth, 1)
     assert example.judgement.verdict == "wrong target" and example.judgement.found == (other,)
 
 
@@ -273,7 +273,7 @@ def test_queries_come_from_worst_to_best_in_an_order_of_their_own(
     assert {example.judgement.verdict for example in examples} == set(VERDICTS)
     ious = [example.score.iou for example in examples]
     assert ious == sorted(ious)
-    assert [e.record for e in judge_all(records[::-1], truth, Workers(0))] == [e.record for e in examples]
+    assert [e.record for e in judge_all(records[::-1], truth, 1)] == [e.record for e in examples]
 
 
 def test_errors_get_pictures_first(examples: list[Example]) -> None:

@@ -10,10 +10,11 @@ import cv2
 import numpy as np
 import pytest
 
+from annexe.datasets.prompts import NO_TARGET_ANSWER
 from annexe.errors import UserError
 from annexe.synthetic.canvas import HEIGHT, WIDTH, Canvas, silhouette
-from annexe.synthetic.generate import SPLITS, UNSEEN_LIST, generate
-from annexe.synthetic.language import NO_TARGET_ANSWER, NUM_SLOTS, annotations, caption
+from annexe.synthetic.generate import SPLITS, generate
+from annexe.synthetic.language import NUM_SLOTS, annotations, caption
 from annexe.synthetic.render import item_patches, render
 from annexe.synthetic.scene import (
     CATEGORIES,
@@ -117,7 +118,7 @@ def test_training_never_meets_a_held_out_pair(root: Path) -> None:
 
 
 def test_unseen_pairs_are_listed(root: Path) -> None:
-    listed = (root / UNSEEN_LIST).read_text().split()
+    listed = (root / "subsets" / "unseen_pairs.txt").read_text().split()
     assert len(listed) == 2
     for split in ("val", "test"):
         for stem, records in load(root, split).items():

@@ -13,12 +13,12 @@ import cv2
 import numpy as np
 import pytest
 
-from annexe.errors import UserError
+from annexe.datasets.prompts import NO_TARGET_ANSWER
 from annexe.synthetic.canvas import HEIGHT, WIDTH, Patch, fill
 from annexe.synthetic.generate import HARD_LISTS, SPLITS, generate
 from annexe.synthetic.hard_language import Asked, all_questions, choose, hard_annotations, things_of
 from annexe.synthetic.hard_scene import draw_hard_scene, place
-from annexe.synthetic.language import FRAMES, NO_TARGET_ANSWER, NUM_SLOTS
+from annexe.synthetic.language import FRAMES, NUM_SLOTS
 from annexe.synthetic.render import Layout, paint
 from annexe.synthetic.scene import (
     CATEGORIES,
@@ -395,17 +395,3 @@ def test_kept_wordings_are_only_in_their_list(root: Path) -> None:
         if stem in listed:
             assert all(kept.fullmatch(query) for query in queries_of(records))
             assert not known & set(queries_of(records))
-
-
-def test_older_easy_folders_are_reused(tmp_path: Path) -> None:
-    settings = {"num_images": 1, "seed": 0, "val_fraction": 0.0, "test_fraction": 0.0, "num_workers": 1}
-    generate(tmp_path, **settings)
-    path = tmp_path / "synthetic.json"
-    found = json.loads(path.read_text())
-    assert found.pop("hard") is False
-    path.write_text(json.dumps(found))
-    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
-    generate(tmp_path, **settings)
-    assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
-    with pytest.raises(UserError, match="other settings"):
-        generate(tmp_path, **settings, hard=True)

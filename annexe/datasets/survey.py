@@ -7,7 +7,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from annexe.datasets.checks import ERROR, PROBLEMS, ImageReport, check_image
 from annexe.datasets.stems import SPLITS, annotation_folders, category, fields, leaks
 from annexe.datasets.transforms import PIXEL_FILES
 from annexe.errors import UserError
+from annexe.processes import in_processes
 
 _SHOWN = 20  # places that are kept of one problem in one image
 _ENDINGS = {**dict(PIXEL_FILES), "dataset_split": ".json"}
@@ -123,15 +123,11 @@ def survey(root: Path, num_workers: int) -> Survey:
 
 
 def _reports(root: Path, jobs: list[tuple[str, str]], num_workers: int) -> Iterator[ImageReport]:
-    """Reports of all images, in order; a few at a time are held."""
+    """Reports of all images, in order."""
     check = partial(_check, root)
     console = Console(stderr=True)
     show = partial(track, description="checking", total=len(jobs), console=console, disable=not console.is_terminal)
-    if num_workers == 1:
-        yield from show(map(check, jobs))
-        return
-    with get_context("spawn").Pool(min(num_workers, len(jobs))) as pool:
-        yield from show(pool.imap(check, jobs, chunksize=8))
+    return show(in_processes(check, jobs, min(num_workers, len(jobs))))
 
 
 def _check(root: Path, job: tuple[str, str]) -> ImageReport:

@@ -16,9 +16,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from annexe.files import write_text
+from annexe.processes import num_cores
 from annexe.report.breakdowns import COLUMNS as BREAKDOWN_COLUMNS
 from annexe.report.breakdowns import breakdowns
-from annexe.report.browser import DETAILS_PER_FILE, Browser, Workers, choose_pictured, judge_all
+from annexe.report.browser import DETAILS_PER_FILE, Browser, choose_pictured, judge_all
 from annexe.report.curves import read_curves
 from annexe.report.examples import choose, show
 from annexe.report.pictures import OUTLINE_WIDTH
@@ -67,10 +68,10 @@ def write_report(
     for left_over in (part, old):
         _remove(left_over)
     part.mkdir()
-    with Workers(len({record["image"] for record in records}), num_workers) as workers:
-        examples = judge_all(records, truth, workers)
-        browser = Browser(part, examples, choose_pictured(examples, max_pictures), truth, records)
-        files = browser.write(workers)
+    num_workers = num_workers or num_cores()
+    examples = judge_all(records, truth, num_workers)
+    browser = Browser(part, examples, choose_pictured(examples, max_pictures), truth, records)
+    files = browser.write(num_workers)
     shared = {
         "title": title,
         "report_name": path.name,

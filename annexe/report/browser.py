@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
-import cv2
 from pycocotools import mask as coco_mask
 from rich.progress import track
 
 from annexe.datasets.ego_irgbench import Annotation
 from annexe.datasets.transforms import read_id_map
+from annexe.measure import workers_for
 from annexe.metrics.depth import DepthMetrics
 from annexe.metrics.masks import Rle
+from annexe.processes import in_processes
 from annexe.report.pictures import PictureJob, Pictures, make_pictures
 from annexe.report.verdicts import RIGHT, Judgement, judge, objects_of
 from annexe.scoring import QueryScore, Record, Truth, query_scores
-from annexe.synthetic.generate import num_cores
 
 ROWS_PER_FILE, IMAGES_PER_FILE, DETAILS_PER_FILE = 2000, 1000, 100
 SERIAL_JOBS = 48  # starting processes takes as long as this many photos
@@ -60,38 +59,22 @@ class JudgeJob:
     queries: list[tuple[list[Rle], set[int], float]]
 
 
-class Workers:
-    """Runs functions on many jobs in several processes, with a progress bar; a few jobs are done right here.
-
-    Args:
-        num_jobs: how many there are at once at most.
-        num_workers: processes; all cores if None.
-    """
-
-    def __init__(self, num_jobs: int, num_workers: int | None = None) -> None:
-        num_workers = num_workers or num_cores()
-        self.pool = None
-        if num_workers > 1 and num_jobs > SERIAL_JOBS:
-            self.pool = get_context("spawn").Pool(num_workers, initializer=cv2.setNumThreads, initargs=(0,))
-
-    def map(self, function: Callable[[Input], Output], jobs: Sequence[Input], description: str) -> list[Output]:
-        results = self.pool.imap(function, jobs, chunksize=4) if self.pool else map(function, jobs)
-        return list(track(results, description=description, total=len(jobs), transient=True))
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.pool:
-            self.pool.terminate()
+def spread(
+    work: Callable[[Input], Output], jobs: Sequence[Input], num_workers: int, description: str
+) -> Iterable[Output]:
+    """``work`` on every job with a progress bar, results in order; a few jobs are done right here."""
+    results = in_processes(work, jobs, num_workers if len(jobs) > SERIAL_JOBS else 1)
+    return track(results, description=description, total=len(jobs), transient=True)
 
 
-def judge_all(records: list[Record], truth: Truth, workers: Workers) -> list[Example]:
+def judge_all(records: list[Record], truth: Truth, num_workers: int) -> list[Example]:
     """Every query of the records beside its truth, the lowest IoU first; equal ones in a fixed mixed order."""
     queries = [record for record in records if record["kind"] == "query"]
     scored: dict[str, list[tuple[Record, Annotation, QueryScore]]] = {}
     annotations = {stem: truth.annotations(stem) for stem in {record["image"] for record in queries}}
-    for record, score in zip(queries, query_scores(records, truth), strict=True):
+    for record, score in zip(
+        queries, query_scores(records, truth, min(num_workers, workers_for(records))), strict=True
+    ):
         scored.setdefault(score.image, []).append((record, annotations[score.image][score.annotation], score))
     jobs = [
         JudgeJob(
@@ -100,7 +83,7 @@ def judge_all(records: list[Record], truth: Truth, workers: Workers) -> list[Exa
         )
         for stem, asked in scored.items()
     ]
-    judged = workers.map(judge_queries, jobs, "judging")
+    judged = spread(judge_queries, jobs, num_workers, "judging")
     examples = [
         Example(*query, judgement)
         for asked, judgements in zip(scored.values(), judged, strict=True)
@@ -142,11 +125,11 @@ class Browser:
         self.pictures: dict[str, Pictures] = {}
         self.outlines: dict[int, list[str]] = {}
 
-    def write(self, workers: Workers) -> dict[str, int]:
+    def write(self, num_workers: int) -> dict[str, int]:
         """Write everything; returns the number of files of each kind, which is what the page has to know."""
         (self.folder / "photos").mkdir()
         (self.folder / "data").mkdir()
-        self._make_pictures(workers)
+        self._make_pictures(num_workers)
         positions = range(len(self.examples))
         return {
             "images": self._write_data("images", [self._image(stem) for stem in self.numbers], IMAGES_PER_FILE),
@@ -154,12 +137,13 @@ class Browser:
             "details": self._write_data("details", [self.detail(position) for position in positions], DETAILS_PER_FILE),
         }
 
-    def _make_pictures(self, workers: Workers) -> None:
+    def _make_pictures(self, num_workers: int) -> None:
         by_stem: dict[str, list[int]] = {}
         for position in sorted(self.pictured):
             by_stem.setdefault(self.examples[position].score.image, []).append(position)
         jobs = [self._picture_job(stem, positions) for stem, positions in by_stem.items()]
-        for (stem, positions), made in zip(by_stem.items(), workers.map(make_pictures, jobs, "drawing"), strict=True):
+        drawn = spread(make_pictures, jobs, num_workers, "drawing")
+        for (stem, positions), made in zip(by_stem.items(), drawn, strict=True):
             self.pictures[stem] = made
             outlines = iter(made.predicted)
             for position in positions:

@@ -7,25 +7,23 @@ files, fields and kinds of question. The same settings always give the same byte
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import cv2
 import numpy as np
 from rich.progress import track
 
+from annexe.datasets.stems import SPLITS
 from annexe.errors import UserError
+from annexe.processes import in_processes, num_cores
 from annexe.synthetic.hard_language import hard_annotations
 from annexe.synthetic.hard_scene import draw_hard_scene, place
 from annexe.synthetic.language import annotations
 from annexe.synthetic.render import Picture, paint, render
 from annexe.synthetic.scene import KINDS, VERBS, Scene, draw_scene
 
-SPLITS = ("train", "val", "test")
-UNSEEN_LIST = "subsets/unseen_pairs.txt"
 _UNSEEN_EVERY = 5  # one in so many val and test images shows a pair that train never shows
 HARD_LISTS = ("unseen_pairs", "unseen_wordings", "unseen_layouts", "ordinary")
 _HARD_EVERY, _HARD_TURNS = 8, {0: "unseen_pairs", 3: "unseen_wordings", 6: "unseen_layouts"}
@@ -110,7 +108,8 @@ def generate(
     for folder in ("RGB", "depth", "mask", "subsets", *(f"dataset_split/{split}" for split in SPLITS)):
         (out / folder).mkdir(parents=True, exist_ok=True)
     jobs = list(_jobs(out, settings))
-    stems = list(track(_run(jobs, num_workers), description="Drawing scenes", total=len(jobs)))
+    drawn = in_processes(_make, jobs, min(num_workers or num_cores(), len(jobs)))
+    stems = list(track(drawn, description="Drawing scenes", total=len(jobs)))
     for name in HARD_LISTS if hard else HARD_LISTS[:1]:
         listed = [stem for stem, job in zip(stems, jobs, strict=True) if job.subset == name]
         (out / "subsets" / f"{name}.txt").write_text("".join(f"{stem}\n" for stem in listed))
@@ -121,8 +120,7 @@ def _is_complete(out: Path, settings: Settings) -> bool:
     """Whether `out` holds this very data set; refuses a folder that holds something else."""
     for name in (_FINISHED, _UNFINISHED):
         if (out / name).exists():
-            found = {"hard": False} | json.loads((out / name).read_text())  # older folders are easy and do not say it
-            asked = asdict(settings)
+            found, asked = json.loads((out / name).read_text()), asdict(settings)
             other = [f"{key} is {found.get(key)}, not {asked[key]}" for key in asked if found.get(key) != asked[key]]
             if other:
                 raise UserError(
@@ -141,21 +139,6 @@ def _jobs(out: Path, settings: Settings) -> Iterator[_Job]:
         for index in range(size):
             number += 1
             yield _Job(out, settings.seed, split, index, number, settings.hard)
-
-
-def num_cores() -> int:
-    """Cores this process may use; not every system can tell it from the cores there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _run(jobs: list[_Job], num_workers: int | None) -> Iterator[str]:
-    """Makes all images and yields their stems in order."""
-    num_workers = min(num_workers or num_cores(), len(jobs))
-    if num_workers == 1:
-        yield from map(_make, jobs)
-        return
-    with get_context("spawn").Pool(num_workers, initializer=cv2.setNumThreads, initargs=(0,)) as pool:
-        yield from pool.imap(_make, jobs, chunksize=4)
 
 
 def _make(job: _Job) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from annexe.datasets.prompts import NO_TARGET
 from annexe.synthetic.scene import (
     CATEGORIES,
     COLOURS,
@@ -38,8 +39,6 @@ from annexe.synthetic.wordings import (
 )
 
 NUM_SLOTS = 4
-NO_TARGET_ANSWER = "There is no suitable referring result."
-NO_TARGET_TOKEN = "none"
 NO_TARGET_SHARE = 0.335
 NUM_ANNOTATIONS = (8, 9, 10, 11)
 _NUM_QUERIES = (5, 6, 7, 8, 9, 10)
@@ -112,7 +111,7 @@ def records(
         targets = sorted(question.targets, key=list(names).index)
         queries = _paraphrases(question, rng, asked, frames)
         phrases = [names[target] for target in targets]
-        tokens = phrases or [NO_TARGET_TOKEN]
+        tokens = phrases or [NO_TARGET["phrases"]]
         result.append(
             {
                 "masks_idx": targets + [0] * (NUM_SLOTS - len(targets)),
@@ -138,7 +137,7 @@ def target_names(scene: Scene) -> dict[int, str]:
 
 def _answer(phrases: list[str]) -> str:
     if not phrases:
-        return NO_TARGET_ANSWER
+        return NO_TARGET["sentence"]
     parts = [f"the mask of {phrase} is <MSK_{slot}>" for slot, phrase in enumerate(phrases)]
     if len(parts) > 1:
         parts[-1] = f"and {parts[-1]}"

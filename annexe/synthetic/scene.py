@@ -7,25 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-# HOI4D's category numbers; 10, 15, 16 and 19 are not used there.
-CATEGORIES: dict[int, str] = {
-    1: "toy car",
-    2: "mug",
-    3: "laptop",
-    4: "storage furniture",
-    5: "bottle",
-    6: "safe",
-    7: "bowl",
-    8: "bucket",
-    9: "scissors",
-    11: "pliers",
-    12: "kettle",
-    13: "knife",
-    14: "trash can",
-    17: "lamp",
-    18: "stapler",
-    20: "chair",
-}
+from annexe.datasets.stems import CATEGORIES
+
 COLOURS = ("red", "blue", "green", "yellow", "white", "black")
 NUM_VARIANTS = 2
 VERBS = ("hold", "lift", "push", "touch")

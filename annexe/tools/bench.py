@@ -46,9 +46,10 @@ from annexe.journal import git_commit
 from annexe.metrics import encode
 from annexe.models import num_slots, tokenizer_of
 from annexe.models.tokenizer import TextTokenizer, train_tokenizer
+from annexe.processes import num_cores
 from annexe.scoring import Record as Prediction
 from annexe.scoring import Truth, score_all
-from annexe.synthetic.generate import generate, num_cores
+from annexe.synthetic.generate import generate
 from annexe.timing import Record, SampledMemory, memory_of
 from annexe.trainer import training_loader
 
@@ -231,7 +232,7 @@ def _tokenizer(config: Config, dataset: EgoIRGBench) -> TextTokenizer:
     path = config.model["language_model"]["path"]
     if path is not None and (Path(path) / "tokenizer.json").is_file():
         return tokenizer_of(config, Path(path))
-    return train_tokenizer(sorted({*dataset.texts(), *prompts.texts()}), num_slots(config))
+    return train_tokenizer(dataset.texts(), num_slots(config))
 
 
 def _time_loader(loader: DataLoader, batch_size: int, title: str) -> Record:
@@ -260,7 +261,7 @@ def measure_scoring(num_queries: int, workers: int) -> Record:
     with scratch(own_cache=True) as folder:
         number = -(-num_queries // _QUERIES_OF_SCENE)
         generate(folder / "data", num_images=number, seed=0, val_fraction=0, test_fraction=1, num_workers=workers)
-        dataset = EgoIRGBench("test", 1, 0, None, data_root=str(folder / "data"), cache=False)
+        dataset = EgoIRGBench("test", 1, 0, None, data_root=str(folder / "data"))
         records, asked = [], 0
         for record in made_up_predictions(Truth(dataset)):
             records.append(record)

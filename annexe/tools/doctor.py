@@ -18,7 +18,7 @@ from annexe.datasets.stems import GROUPS
 from annexe.datasets.survey import Survey, survey
 from annexe.errors import UserError
 from annexe.files import write_text
-from annexe.synthetic.generate import num_cores
+from annexe.processes import num_cores
 
 HELP = "check every file of a data root; exit code 1 where there are errors"
 _COLOURS = {NOTE: "cyan", WARNING: "yellow", ERROR: "red"}

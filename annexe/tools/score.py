@@ -14,8 +14,8 @@ from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.errors import UserError
 from annexe.files import write_text
 from annexe.predictions import read_predictions, require_complete
+from annexe.processes import num_cores
 from annexe.scoring import PROTOCOLS, Truth, score_all
-from annexe.synthetic.generate import num_cores
 
 HELP = "score a predictions file of any system"
 
@@ -51,7 +51,7 @@ def truth_of(arguments: argparse.Namespace) -> Truth:
     if arguments.workers < 1:
         raise UserError(f"--workers {arguments.workers} must be at least 1")
     dataset = EgoIRGBench(
-        arguments.split, 1, 0, None, data_root=arguments.data_root, answer_format=arguments.answer_format, cache=False
+        arguments.split, 1, 0, None, data_root=arguments.data_root, answer_format=arguments.answer_format
     )  # the size and the seed are a model's, and none is here
     return Truth(dataset)
 
