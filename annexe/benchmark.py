@@ -25,7 +25,6 @@ from rich.progress import track
 from torch import Tensor
 
 from annexe.config import PARTS, Config, WandbConfig
-from annexe.datasets import prompts
 from annexe.datasets.collate import Batch
 from annexe.datasets.made_up import even_branches, made_up_batch, nominal_branches, prompts_alone, tokens_of_branches
 from annexe.distributed import make_accelerator
@@ -370,7 +369,7 @@ def _tokenizer(config: Config) -> TextTokenizer:
     if path is not None:
         return tokenizer_of(config, Path(path))
     slots, num_words = num_slots(config), config.model["language_model"]["vocab_size"]
-    return TextTokenizer(train_tokenizer(prompts.texts(), slots).base, slots, num_words)
+    return TextTokenizer(train_tokenizer((), slots).base, slots, num_words)
 
 
 def never_end(language: Llama) -> None:

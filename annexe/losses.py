@@ -15,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from annexe.config import LossWeights
 from annexe.datasets.collate import Batch
+from annexe.errors import UserError
 from annexe.models.annexe import Predictions
 
 
 @dataclass
 class Comparison:
-    """Predictions and truth, and what several terms take from them, made once."""
+    """Predictions and ground truth of a batch; what several terms need of them is computed once."""
 
     predictions: Predictions
     batch: Batch
@@ -34,9 +36,9 @@ class Comparison:
 
     @cached_property
     def masks(self) -> list[tuple[Tensor, Tensor]]:
-        """Of every layer that says something: logits and truth of the used slots, float32[slots in use, h, w] each.
+        """Of every supervised decoder layer: mask logits and targets of the used slots, float32[used slots, h, w] each.
 
-        Truth is the share of a pixel that the target covers, so that edges are learnt finer than pixels are.
+        Targets are area-averaged to the size of the logits, hence soft at edges, which are so learnt finer than pixels.
         """
         batch, (query, slot) = self.batch, self.batch.used_slots.clamp(min=0)
         wanted = batch.slot_ids[query, slot][:, None, None]
@@ -78,10 +80,10 @@ def depth_total(predictions: Predictions, batch: Batch) -> Tensor:
 
 
 def presence_total(predictions: Predictions, batch: Batch) -> Tensor:
-    """Cross entropy of every slot, summed; where the decoder says something at every layer, the mean over layers."""
-    said, truth, asked = predictions.groundings, (batch.slot_ids > 0).float(), batch.asked[:, None].float()
-    each = [F.binary_cross_entropy_with_logits(g.presence.float(), truth, asked, reduction="sum") for g in said]
-    return sum(each) / len(said)
+    """Binary cross entropy summed over all slots; the mean over supervised decoder layers."""
+    groundings, truth, asked = predictions.groundings, (batch.slot_ids > 0).float(), batch.asked[:, None].float()
+    each = [F.binary_cross_entropy_with_logits(g.presence.float(), truth, asked, reduction="sum") for g in groundings]
+    return sum(each) / len(groundings)
 
 
 def _mask_total(comparison: Comparison, term: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -156,6 +158,18 @@ TERMS: dict[str, Term] = {
         lambda b: (b.object_ids > 0).sum(),
     ),
 }
+
+
+def active(weights: LossWeights, *, name_patches: bool) -> dict[str, float]:
+    """Terms to compute and their weights; ``focal`` and ``points`` stand in for ``mask`` and cost nothing at weight 0.
+
+    Raises:
+        UserError: for a weight of ``patch_phrase`` where the model does not name patches.
+    """
+    chosen = {name: getattr(weights, name) for name in TERMS}
+    if not name_patches and chosen.pop("patch_phrase"):
+        raise UserError("run.loss_weights.patch_phrase needs model.name_patches=true; set it, or the weight 0")
+    return {name: weight for name, weight in chosen.items() if weight or name not in ("focal", "points")}
 
 
 def counts(batches: list[Batch], names: list[str]) -> Tensor:

@@ -14,7 +14,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,11 +31,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from annexe import losses
 from annexe.config import PARTS, Config
-from annexe.datasets import build_dataset, prompts
-from annexe.datasets.collate import Batch, PackedText, QueryIndex
+from annexe.datasets import build_dataset
+from annexe.datasets.collate import Batch, each_tensor
 from annexe.datasets.made_up import (
     NUM_REAL_BATCHES,
-    PREFIX,
     Branches,
     even_branches,
     longest_batch,
@@ -48,13 +47,13 @@ from annexe.errors import UserError
 from annexe.models import build_model, num_slots, tokenizer_of
 from annexe.models.annexe import Annexe, Predictions
 from annexe.models.llama import DTYPES, QUANTISED
-from annexe.models.tokenizer import TextTokenizer, train_tokenizer
+from annexe.models.tokenizer import BPE_VOCABULARY, TextTokenizer, train_tokenizer
 from annexe.optim import build_optimizer
 
 GB = 1e9
 FRAGMENTATION, CONTEXT = 1.06, 0.7 * GB  # what a card needs beside the tensors: gaps between them, and CUDA itself
 WORKSPACES = 2 * 32 * 2**20  # cuBLAS' on Hopper, one for the forward and one for the backward thread
-_WORDS_OF_LLAMA, _WORDS_OF_OWN = 32000, 1024
+_WORDS_OF_LLAMA = 32000
 _REST, _HELD = "embeddings, logits, losses", "held"
 
 
@@ -207,7 +206,7 @@ def without_files(config: Config) -> tuple[Config, Any, list[str]]:
     config, notes = copy.deepcopy(config), []
     model = config.model
     language, folder = model["language_model"], model["language_model"].get("path")
-    tokenizer, num_words = None, language["vocab_size"] or _WORDS_OF_OWN
+    tokenizer, num_words = None, language["vocab_size"] or BPE_VOCABULARY
     if folder is not None and (Path(folder) / "config.json").is_file():
         sizes = _llama_sizes(Path(folder) / "config.json")
         num_words = sizes.pop("vocab_size")
@@ -221,7 +220,7 @@ def without_files(config: Config) -> tuple[Config, Any, list[str]]:
             f"{num_words} words assumed"
         )
     elif _data_root(config) is not None:
-        texts = sorted({*build_dataset(config, "train", cached=False).texts(), *prompts.texts()})
+        texts = build_dataset(config, "train", cached=False).texts()
         tokenizer = TextTokenizer(
             train_tokenizer(texts, num_slots(config)).base, num_slots(config), language["vocab_size"]
         )
@@ -288,15 +287,6 @@ def fake_model(config: Config, tokenizer: Any, mode: FakeTensorMode, *, bf16: bo
     return model.train()
 
 
-def _fake(value: Any, mode: FakeTensorMode) -> Any:
-    """A batch or a part of one with fake tensors."""
-    if isinstance(value, Tensor):
-        return mode.from_tensor(value)
-    if isinstance(value, Batch | PackedText | QueryIndex):
-        return replace(value, **{f.name: _fake(getattr(value, f.name), mode) for f in fields(value)})
-    return value
-
-
 @dataclass
 class Plan:
     """Predicted bytes of one training step on one GPU, by part of the model."""
@@ -348,10 +338,10 @@ def measure(
     mode, live = fake_mode(), LiveBytes()
     model = fake_model(config, tokenizer, mode, bf16=bf16)
     side, num_words = model.rgb_encoder.image_size, tokenizer.vocab_size
-    batch = made_up_batch(branches, side, model.num_image_tokens, num_slots(config), num_words, num_prefix=PREFIX)
+    batch = made_up_batch(branches, side, model.num_image_tokens, num_slots(config), num_words)
     parts = dict(model.named_children())
     trained = {part: [p for p in m.parameters() if p.requires_grad] for part, m in parts.items()}
-    terms = [name for name in losses.TERMS if name != "patch_phrase" or model.name_patches]
+    terms = list(losses.active(run.loss_weights, name_patches=model.name_patches))
     accumulates = run.gradient_accumulation > 1 or (gpus > 1 and run.parallel == "ddp")  # DDP's buckets stay
     with mode, live, CudaRules():
         live.add([list(model.parameters()), list(model.buffers())])
@@ -369,7 +359,7 @@ def measure(
         saved = held - held / share - gathered  # by spreading over several GPUs
         if live.current - saved > most:
             return None
-        batch = _fake(batch, mode)
+        batch = each_tensor(batch, mode.from_tensor)
         live.add([batch.images, batch.depth, batch.target_ids])
         live.start()
         with live.attributing(parts):

@@ -27,7 +27,7 @@ from annexe.checkpoint import (
     saved_config,
 )
 from annexe.config import Config, RunConfig, as_dict
-from annexe.datasets import build_dataset, prompts
+from annexe.datasets import build_dataset
 from annexe.datasets.collate import Batch, Collator
 from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.datasets.patches import stored_patches
@@ -83,7 +83,7 @@ class Trainer:
         bf16 = self.accelerator.mixed_precision == "bf16"
         self.model = build_model(config.model, self.tokenizer, self.accelerator.device, bf16=bf16)
         self.frozen = frozen_probe(self.model)
-        set_seed(run.seed + self.accelerator.process_index)  # and drops out its own
+        set_seed(run.seed + self.accelerator.process_index)  # but each has its own dropout
         if resumed:
             load_weights(resumed, self.model)
         if run.compile:
@@ -104,22 +104,17 @@ class Trainer:
             load_optimizer(resumed, self.optimizer, self.accelerator)
             self.progress = load_progress(resumed)
             self.model.calibrated_thresholds = self.progress.thresholds
-        self.weights = {name: getattr(run.loss_weights, name) for name in losses.TERMS}
-        if not self.model.name_patches:
-            if self.weights["patch_phrase"]:
-                raise UserError("run.loss_weights.patch_phrase needs model.name_patches=true; set it, or the weight 0")
-            del self.weights["patch_phrase"]
-        for name in ("focal", "points"):  # they stand in for the mask term
-            if not self.weights[name]:
-                del self.weights[name]
+            if saved_config(resumed)["run"]["validation_metric"] != run.validation_metric:
+                self.progress.best_score = self.progress.best_step = None  # of another scale
+        self.loss_weights = losses.active(run.loss_weights, name_patches=self.model.name_patches)
         device = self.accelerator.device
-        self.term_weights = torch.tensor(list(self.weights.values()), device=device)
+        self.weight_of_terms = torch.tensor(list(self.loss_weights.values()), device=device)
         self.seen = torch.zeros(3, dtype=torch.float64, device=device)  # images, queries, tokens not yet in progress
         self.graphed = run.cuda_graphs and device.type == "cuda" and self.accelerator.num_processes == 1
-        self.run_pass = self._pass
+        self.run_pass = self._forward_backward
         if self.graphed:
             trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-            self.run_pass = GraphedPass(self._pass, trained, device)
+            self.run_pass = GraphedPass(self._forward_backward, trained, device)
         self.model.language_model.generator.graphs = self.graphed
         self.fingerprint = self.train_set.fingerprint() if self.accelerator.is_main_process else ""
         self.truth = Truth(self.validation_set) if self.validation_set else None
@@ -130,7 +125,7 @@ class Trainer:
         self._announce()
         if self.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()  # what making the model took does not count
-        window = Window(list(self.weights), self.accelerator.device)
+        window = Window(list(self.loss_weights), self.accelerator.device)
         batches = iter(self._loader())
         with self.journal.bar(self.progress.step, self.run.max_steps) as advance:
             while self.progress.step < self.run.max_steps:
@@ -146,7 +141,7 @@ class Trainer:
                     window.require_finite(step, self.output / "checkpoints")
                 if logged:
                     self._log_window(window)
-                    window = Window(list(self.weights), self.accelerator.device)
+                    window = Window(list(self.loss_weights), self.accelerator.device)
                 if validated:
                     self.validate()
                 if saved:
@@ -162,13 +157,13 @@ class Trainer:
         Returns:
             Each term's total on this rank, its units over all ranks, and the gradient norm, all on the device.
         """
-        names, device = list(self.weights), self.accelerator.device
+        names, device = list(self.loss_weights), self.accelerator.device
         counted = torch.cat([losses.counts(batches, names), seen_in(batches)])  # on the CPU, where nothing has to wait
         if not self.graphed:
             batches = [batch.to(device) for batch in batches]
         counted = sum_over_ranks(self.accelerator, counted.to(device, non_blocking=True))
         units, seen = counted[: len(names)], counted[len(names) :]
-        factor = self.term_weights / units.clamp(min=1)
+        factor = self.weight_of_terms / units.clamp(min=1)
         self.wrapped.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.progress.step, self.run)
@@ -183,9 +178,9 @@ class Trainer:
         self.seen += seen
         return totals, units, norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def _pass(self, batch: Batch, factor: Tensor) -> Tensor:
+    def _forward_backward(self, batch: Batch, factor: Tensor) -> Tensor:
         """Forward and backward over one micro-batch: each term's total; the loss is their sum, times ``factor``."""
-        term_totals = losses.totals(self.wrapped(batch), batch, list(self.weights))
+        term_totals = losses.totals(self.wrapped(batch), batch, list(self.loss_weights))
         self.accelerator.backward((factor * term_totals).sum() * self.accelerator.num_processes)
         return term_totals.detach()
 
@@ -277,7 +272,7 @@ class Trainer:
         return None
 
     def _as_begun(self, resumed: Path | None) -> Path | None:
-        """A run keeps its seed, of which order of samples and random frozen weights come, and its kind of moments."""
+        """Refuse another seed, which fixes the order of samples and random frozen weights, and another optimizer."""
         before = saved_config(resumed)["run"] if resumed else {}
         for name, begun in (("seed", before.get("seed")), ("optimizer", before.get("optimizer", "adamw"))):
             asked = getattr(self.run, name)
@@ -296,8 +291,7 @@ class Trainer:
         llama = self.config.model["language_model"].get("path")
         folder = resumed / "tokenizer" if resumed else Path(llama) if llama else self.output / "tokenizer"
         if not (resumed or llama) and self.accelerator.is_main_process:
-            texts = sorted({*self.train_set.texts(), *prompts.texts()})
-            train_tokenizer(texts, num_slots(self.config)).save(folder)
+            train_tokenizer(self.train_set.texts(), num_slots(self.config)).save(folder)
         self.accelerator.wait_for_everyone()
         return tokenizer_of(self.config, folder)
 
@@ -331,7 +325,7 @@ class Trainer:
     def _log_window(self, window: Window) -> None:
         self._read_counters()
         terms = window.means(sum_over_ranks(self.accelerator, window.totals))
-        loss = sum(self.weights[name] * value for name, value in terms.items())
+        loss = sum(self.loss_weights[name] * value for name, value in terms.items())
         self.journal.write(
             {
                 "kind": "train",

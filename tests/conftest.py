@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from annexe.config import Config, load_config
-from annexe.datasets import build_dataset, prompts
+from annexe.datasets import build_dataset
 from annexe.datasets.collate import Batch, Collator
 from annexe.models import build_model
 from annexe.models.annexe import Annexe
@@ -84,7 +84,7 @@ def make_parts(make_config: Callable[..., Config]) -> Callable[..., tuple[Annexe
     def make(*options: str, num_images: int = 3) -> tuple[Annexe, TextTokenizer, Batch]:
         config = make_config(*options)
         dataset = build_dataset(config, "train")
-        tokenizer = train_tokenizer(sorted({*dataset.texts(), *prompts.texts()}), num_slots=4)
+        tokenizer = train_tokenizer(dataset.texts(), num_slots=4)
         torch.manual_seed(0)
         model = build_model(config.model, tokenizer).eval()
         collate = Collator(tokenizer, model.num_image_tokens, num_slots=4)

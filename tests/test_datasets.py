@@ -366,7 +366,7 @@ def test_processes_may_fill_one_cache_together(reader: PixelReader) -> None:
 
 def test_batch_holds_slots_and_images_of_queries(make_config: Callable[..., Config]) -> None:
     dataset = build_dataset(make_config(), "train")
-    tokenizer = train_tokenizer(sorted({*dataset.texts(), *prompts.texts()}), num_slots=2)
+    tokenizer = train_tokenizer(dataset.texts(), num_slots=2)
     samples = [dataset[0, index] for index in range(3)]
     batch = Collator(tokenizer, 16, num_slots=2)(samples)
     turns = [turn for sample in samples for turn in sample.turns]

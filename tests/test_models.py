@@ -20,7 +20,7 @@ from annexe.models import compile_blocks
 from annexe.models.annexe import Draft
 from annexe.models.enlarge import by_products, enlarge
 from annexe.models.normalise import STATISTICS
-from annexe.models.pixel_decoder import Grounding, gather, spread
+from annexe.models.pixel_decoder import Grounding, pad_per_image, unpad
 from annexe.models.run_lengths import encoded
 from annexe.models.tokenizer import load_tokenizer, train_tokenizer
 
@@ -156,7 +156,7 @@ def test_slots_read_where_their_mask_is(make_parts):
     decoder, side = model.pixel_decoder, 2 * model.rgb_encoder.grid
     masks = torch.full((len(batch.queries.image), 4, side, side), -1.0)
     masks[:, 0, 2, 5] = 1.0  # slot 0 lies in patch (1, 2), the others are empty
-    seen = decoder._where(masks, num_readers=6, queries=batch.queries, num_images=len(batch.samples))
+    seen = decoder._attention_mask(masks, num_out=6, queries=batch.queries, num_images=len(batch.samples))
     first = seen.unflatten(1, (-1, 6))[0, 0].unflatten(1, (decoder.grid, decoder.grid))
     assert first[0].nonzero().tolist() == [[1, 2]]
     assert first[1:].all()
@@ -174,9 +174,9 @@ def test_in_the_last_layer_slots_read_alone_to_the_same_end(make_parts):
 def test_queries_come_back_from_their_images(images):
     image = torch.tensor(images)
     queries, rows = QueryIndex(image, torch.tensor([0, 1, 0, 1][: len(image)]), 2), torch.randn(len(image), 5)
-    per_image = spread(rows, queries, num_images=2)
+    per_image = pad_per_image(rows, queries, num_images=2)
     assert per_image.shape == (2, 2, 5)
-    assert torch.equal(gather(per_image, queries), rows)
+    assert torch.equal(unpad(per_image, queries), rows)
 
 
 def test_masks_finished_on_the_device_are_those_finished_behind_it(monkeypatch):

@@ -46,7 +46,7 @@ def real_parts(config: Config) -> tuple:
     model = build_model(config.model, tokenizer, torch.device("cpu"), bf16=True).train()
     size, slots = model.rgb_encoder.image_size, num_slots(config)
     batch = made_up_batch(nominal_branches(2, 3), size, model.num_image_tokens, slots, tokenizer.vocab_size)
-    terms = [name for name in losses.TERMS if name != "patch_phrase" or model.name_patches]
+    terms = list(losses.active(config.run.loss_weights, name_patches=model.name_patches))
 
     def forward() -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from annexe.checkpoint import find_checkpoint, is_complete
+from annexe.checkpoint import MANIFEST, find_checkpoint, is_complete, load_progress
 from annexe.config import load_config
 from annexe.datasets.sampling import sample_order
 from annexe.errors import UserError
@@ -201,6 +201,22 @@ def test_going_back_does_not_overwrite_what_came_after(make_config, tmp_path):
         train(make_config(*options, "run.resume=auto", "run.optimizer=adamw"))
     train(make_config(*options, f"run.resume={first}", f"run.output_dir={tmp_path / 'other'}"))
     assert [line["step"] for line in log_of(tmp_path / "other")] == [3, 4]
+
+
+def test_another_validation_metric_finds_a_best_step_of_its_own(make_config, tmp_path):
+    options = ("run.validate_every=2", "run.validation_images=2", "run.resume=auto")
+    train(make_config(*options, "run.max_steps=2", "run.validation_metric=answer/cider"))
+    progress = load_progress(find_checkpoint(tmp_path / "run"))
+    assert progress.best_step == 2
+    file = tmp_path / "run" / "checkpoints" / "step-00000002" / "state.json"
+    text = file.read_text().replace(f'"best_score": {progress.best_score}', '"best_score": 9.5')
+    assert "9.5" in text
+    file.write_text(text)  # a CIDEr that no cIoU reaches
+    sizes = file.with_name(MANIFEST)
+    sizes.write_text(json.dumps(json.loads(sizes.read_text()) | {"state.json": len(text)}))
+    train(make_config(*options, "run.max_steps=4", "run.validation_metric=grounding/ciou"))
+    progress = load_progress(find_checkpoint(tmp_path / "run"))
+    assert progress.best_step == 4 and progress.best_score <= 1
 
 
 def test_a_folder_that_is_being_trained_into_is_left_alone(make_config, tmp_path):

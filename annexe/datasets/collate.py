@@ -21,14 +21,14 @@ BLOCK = 128  # tokens that attention by blocks looks at together
 ANALYSIS = 1  # segment of the analysis branch; queries follow from 2 on, the prefix is 0, padding -1
 
 
-def _each_tensor(record: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def each_tensor(record: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """A copy of a dataclass with every tensor changed, those of the dataclasses in it included."""
     changed = {f.name: getattr(record, f.name) for f in fields(record)}
     for name, value in changed.items():
         if isinstance(value, Tensor):
             changed[name] = change(value)
         elif is_dataclass(value):
-            changed[name] = _each_tensor(value, change)
+            changed[name] = each_tensor(value, change)
     return replace(record, **changed)
 
 
@@ -70,7 +70,7 @@ class Batch:
     target_ids: Tensor  # uint8[B, S, S]
     text: PackedText
     queries: QueryIndex
-    asked: Tensor  # bool[Q], False = none, where a batch was rounded up
+    asked: Tensor  # bool[Q], False = padding, where a batch was rounded up
     slot_ids: Tensor  # uint8[Q, num_slots], 0 = slot unused
     used_slots: Tensor  # int64[2, U], query and slot of every target; -1 = none, where a batch was rounded up
     object_ids: Tensor  # uint8[B, O], mask ids that have a phrase, 0 = none
@@ -79,11 +79,11 @@ class Batch:
     patches: Tensor | None = None  # bfloat16[B, P, E], where they were stored
 
     def to(self, device: torch.device) -> Batch:
-        return _each_tensor(self, lambda tensor: tensor.to(device, non_blocking=True))
+        return each_tensor(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """In page-locked memory, from where a GPU copies while the host goes on; the loader calls this."""
-        return _each_tensor(self, Tensor.pin_memory)
+        return each_tensor(self, Tensor.pin_memory)
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -168,6 +168,12 @@ def index_queries(turns: list[int], multiple: int = 1) -> tuple[QueryIndex, Tens
     return QueryIndex(image, place, most), place < torch.tensor(turns)[image]
 
 
+def used_slots_of(slot_ids: Tensor, multiple: int) -> Tensor:
+    """Query and slot of every target, int64[2, U], filled up with -1 to a ``multiple``."""
+    used = torch.stack(slot_ids.nonzero(as_tuple=True))
+    return F.pad(used, (0, round_up(used.shape[1], multiple) - used.shape[1]), value=-1)
+
+
 def _without_padding(segment: np.ndarray) -> Tensor:
     """Where tokens are, and spare ones up to a multiple of a block, or of about a 32nd where that is more: so few
     different numbers occur."""
@@ -216,8 +222,6 @@ class Collator:
         queries, asked = index_queries([len(s.turns) for s in samples], self.multiple)
         slot_ids = torch.zeros(len(asked), self.num_slots, dtype=torch.uint8)
         slot_ids[asked] = torch.tensor(slots, dtype=torch.uint8).view(-1, self.num_slots)
-        used_slots = torch.stack(slot_ids.nonzero(as_tuple=True))
-        spare = round_up(used_slots.shape[1], self.multiple) - used_slots.shape[1]
         object_ids, object_words = self._phrases(samples, ids)
         return Batch(
             images=torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2),
@@ -227,7 +231,7 @@ class Collator:
             queries=queries,
             asked=asked,
             slot_ids=slot_ids,
-            used_slots=F.pad(used_slots, (0, spare), value=-1),
+            used_slots=used_slots_of(slot_ids, self.multiple),
             object_ids=object_ids,
             object_words=object_words,
             samples=samples if self.keep_samples else [],

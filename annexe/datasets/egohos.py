@@ -143,7 +143,7 @@ class EgoHOS:
                 tokens=[called],
                 masks_idx=[number if number in present else 0],
                 with_mask=number in present,
-                questions=[{"query": query, "id": 0}],
+                questions=[{"query": query, "id": 0, "is_sentence": True}],
             )
             for number, (_, called, query) in CATEGORIES.items()
         ]

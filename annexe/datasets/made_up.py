@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from annexe.config import Config
 from annexe.datasets import build_dataset, prompts
-from annexe.datasets.collate import Batch, PackedText, index_queries, pack, round_up
+from annexe.datasets.collate import Batch, PackedText, index_queries, pack, used_slots_of
 from annexe.datasets.sample import Sample
 from annexe.datasets.sampling import sample_order
 from annexe.errors import UserError
@@ -81,7 +80,6 @@ def made_up_batch(
     num_slots: int,
     num_words: int,
     *,
-    num_prefix: int = PREFIX,
     multiple: int = 1,
     in_one_row: bool = False,
 ) -> Batch:
@@ -92,7 +90,6 @@ def made_up_batch(
         image_size: S.
         num_image_tokens: image tokens of the prefix.
         num_words: size of the vocabulary that ids are drawn from.
-        num_prefix: tokens before the image tokens.
         multiple, in_one_row: as the collator takes them.
     """
     random = np.random.default_rng(0)
@@ -108,17 +105,15 @@ def made_up_batch(
     targets = random.integers(num_slots + 1, size=shape, dtype=np.uint8)
     slots = torch.arange(1, num_slots + 1, dtype=torch.uint8)
     slot_ids = torch.where(slots <= (num_slots + 1) // 2, slots, 0).repeat(len(asked), 1) * asked[:, None]  # [Q, K]
-    used_slots = torch.stack(slot_ids.nonzero(as_tuple=True))
-    spare = round_up(used_slots.shape[1], multiple) - used_slots.shape[1]
     return Batch(
         images=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
         depth=torch.from_numpy(depth),
         target_ids=torch.from_numpy(targets),
-        text=PackedText(**pack(ids, words(num_prefix), num_image_tokens, multiple, in_one_row)),
+        text=PackedText(**pack(ids, words(PREFIX), num_image_tokens, multiple, in_one_row)),
         queries=queries,
         asked=asked,
         slot_ids=slot_ids,
-        used_slots=F.pad(used_slots, (0, spare), value=-1),
+        used_slots=used_slots_of(slot_ids, multiple),
         object_ids=slots.repeat(len(branches), 1),
         object_words=torch.from_numpy(random.integers(num_words, size=(len(branches), num_slots, 4))),
         samples=[

@@ -26,8 +26,8 @@ from annexe.errors import UserError
 log = logging.getLogger(__name__)
 
 
-class Photos(Dataset):
-    """The photos of a data set alone, uint8[3, S, S]."""
+class IndexedPhotos(Dataset):
+    """The photos of a data set alone, each with its index, uint8[3, S, S]."""
 
     def __init__(self, dataset: EgoIRGBench) -> None:
         self.dataset = dataset
@@ -86,7 +86,7 @@ def stored_patches(
         with part.open("wb") as file:
             file.truncate(needed)
     accelerator.wait_for_everyone()
-    own = Subset(Photos(dataset), range(accelerator.process_index, len(dataset), accelerator.num_processes))
+    own = Subset(IndexedPhotos(dataset), range(accelerator.process_index, len(dataset), accelerator.num_processes))
     loader = DataLoader(own, batch_size=batch_size, num_workers=num_workers, generator=torch.Generator())
     with part.open("r+b") as file, torch.no_grad(), accelerator.autocast():
         for indices, photos in track(loader, "storing patches", disable=not accelerator.is_main_process):

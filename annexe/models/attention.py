@@ -80,7 +80,7 @@ def packed_block_mask(segment: Tensor, image: Tensor | None = None) -> BlockMask
 
 @dataclass
 class Kept:
-    """Rotated keys and values of a packed sequence in one layer, K x N x D for each image."""
+    """KV cache of one layer as the prefill leaves it: rotated, K x N x D for each image."""
 
     keys: Tensor | None = None
     values: Tensor | None = None
@@ -88,7 +88,7 @@ class Kept:
 
 @dataclass
 class Memory:
-    """What new tokens read in one layer: the prefix, once an image, and the tokens of every response."""
+    """KV cache of one layer while decoding: the prefix, shared by an image's responses, and their own tokens."""
 
     prefix_keys: Tensor  # [B, K, P, D]
     prefix_values: Tensor

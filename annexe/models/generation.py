@@ -40,7 +40,7 @@ class Prefill:
 
 @dataclass
 class Binding:
-    """What responses have to name."""
+    """Constraints of greedy decoding: what responses have to name."""
 
     silent: Tensor  # bool[R], no word is to be said
     slots: Tensor | None  # bool[R, S], each is named once and no other; None leaves the responses free
@@ -49,7 +49,7 @@ class Binding:
 
 @dataclass
 class Responses:
-    """What was said."""
+    """What was generated."""
 
     tokens: list[list[int]]  # R rows, end of sequence left out
     slot_states: Tensor  # float[R, S, D], states of the placeholders, 0 where a slot is not named
@@ -122,7 +122,7 @@ class Decoding:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Say a token; done twice, it is said again."""
+        """Generate one token of every response; repeated before `advance`, it generates the same one."""
         rows, llama = self.rows, self.llama
         logits = llama.logits(rows.state)  # [R, V + S]
         if self.bound:

@@ -1,6 +1,6 @@
 """Pixel decoders: presence and mask of every target slot, from a query's prompt states and the image's features.
 
-``query`` (default): slots and words read the pixels by cross attention; masks are dot products with the finest map.
+``query`` (default): a transformer decoder after Mask2Former; masks are dot products of slots with the finest map.
 ``deconv``: the released ANNEXE design, made deterministic and free of the answer.
 
 Legend: B images, Q queries, K slots, L prompt tokens, D language width, E RGB width, G patches a side, H decoder
@@ -24,13 +24,13 @@ from annexe.registry import register
 
 
 class Grounding(NamedTuple):
-    """What a decoder says about every query."""
+    """What a decoder predicts for every query."""
 
     presence: Tensor  # float[Q, K], logits
     masks: Tensor  # float[Q, K, h, w], logits
 
 
-def spread(rows: Tensor, queries: QueryIndex, num_images: int) -> Tensor:
+def pad_per_image(rows: Tensor, queries: QueryIndex, num_images: int) -> Tensor:
     """Lay per-query rows [Q, ...] out per image, padded: [B, queries of the fullest image, ...]."""
     if len(rows) == num_images * queries.most:  # none is missing: nothing has to be copied
         return rows.unflatten(0, (num_images, queries.most))
@@ -39,8 +39,8 @@ def spread(rows: Tensor, queries: QueryIndex, num_images: int) -> Tensor:
     return padded
 
 
-def gather(per_image: Tensor, queries: QueryIndex) -> Tensor:
-    """Undo `spread`: [B, queries of the fullest image, ...] -> [Q, ...]."""
+def unpad(per_image: Tensor, queries: QueryIndex) -> Tensor:
+    """Undo `pad_per_image`: [B, queries of the fullest image, ...] -> [Q, ...]."""
     rows = per_image.flatten(0, 1)
     if len(rows) == len(queries.image):
         return rows
@@ -65,7 +65,9 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Slots and words of one query talk to each other, then read the pixels of their image, then think."""
+    """Transformer decoder layer (pre-norm): self-attention over the slots and words of a query, cross-attention to the
+    pixels of its image, feed-forward network.
+    """
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -76,29 +78,29 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        real: Tensor,
+        token_mask: Tensor,
         keys: Tensor,
         values: Tensor,
-        seen: Tensor | None,
+        pixel_mask: Tensor | None,
         queries: QueryIndex,
-        num_readers: int,
+        num_out: int,
     ) -> Tensor:
-        """``tokens`` [Q, K + L, H], ``real`` bool[Q, 1, K + L], pixels [B, G * G, H] -> the first ``num_readers``.
+        """``tokens`` [Q, K + L, H], ``token_mask`` bool[Q, 1, K + L], pixels [B, G * G, H] -> the first ``num_out``.
 
-        ``seen`` bool[B, n * num_readers, G * G]: which pixels a token may read; all of them where it is None.
+        ``pixel_mask`` bool[B, n * num_out, G * G]: which pixels a token may attend to; all of them where it is None.
         """
         x = self.norms[0](tokens)
-        tokens = tokens[:, :num_readers] + self.own_attention(x[:, :num_readers], x, x, real)
+        tokens = tokens[:, :num_out] + self.own_attention(x[:, :num_out], x, x, token_mask)
         # All tokens of an image attend to its pixels together: keys are projected once an image, not once a query.
-        per_image = spread(self.norms[1](tokens), queries, len(keys))  # [B, n, num_readers, H]
-        read = self.pixel_attention(per_image.flatten(1, 2), keys, values, seen)
-        tokens = tokens + gather(read.view_as(per_image), queries)
+        per_image = pad_per_image(self.norms[1](tokens), queries, len(keys))  # [B, n, num_out, H]
+        read = self.pixel_attention(per_image.flatten(1, 2), keys, values, pixel_mask)
+        tokens = tokens + unpad(read.view_as(per_image), queries)
         return tokens + self.mlp(self.norms[2](tokens))
 
 
 @register("pixel_decoder", "query")
 class QueryDecoder(nn.Module):
-    """Slots and the words of the prompt read the pixels; a mask is the dot product of its slot with the finest map.
+    """Slots and words of the prompt attend to the pixels; a mask is the dot product of its slot with the finest map.
 
     Masks stand at 8 G a side: 256 for a 448 image, 96 for a 168 one.
 
@@ -106,11 +108,11 @@ class QueryDecoder(nn.Module):
         num_slots: targets a query can have.
         hidden_size: width of slots, words and coarse pixels.
         pixel_dim: width of the finest map.
-        words: all words of the prompt take part, not its end alone.
-        pixels: what is read: ``rgb`` patches, the ``depth`` branch's maps, or ``both``.
-        focused: slots read where the layer before put their mask (masked attention of Mask2Former, CVPR 2022).
-        supervised_layers: every layer is held to the truth, its masks at 2 G a side.
-        told_presence: presence is what a slot saw and, added to it, what the end of the prompt tells by itself.
+        words: all tokens of the prompt join the slots in self- and cross-attention, not its end alone.
+        pixels: what is attended to: ``rgb`` patches, the ``depth`` branch's maps, or ``both``.
+        focused: masked attention of Mask2Former (CVPR 2022): a slot attends inside its mask of the layer before.
+        supervised_layers: deep supervision: every layer has losses, with its masks at 2 G a side.
+        told_presence: to a slot's presence logit another is added, from the end of the prompt alone.
         language_gradients: the losses of presence and masks reach the language model.
         reads: ``prompt``, or ``answer``: a slot starts from the state of its ``<MSK_k>`` in the answer, the true one in
             training and the generated one in use (LISA, CVPR 2024), and there are no words.
@@ -186,40 +188,42 @@ class QueryDecoder(nn.Module):
             What each layer says, if all are supervised, and last what counts.
         """
         prompt = prompt if self.language_gradients else prompt.detach()
-        tokens, real, told = self._tokens(prompt, prompt_mask)
+        tokens, token_mask, prompt_presence = self._tokens(prompt, prompt_mask)
         rgb, values = self._coarse(patches, maps[0])
         keys = values + self.position
         finest = self._finest(rgb, maps[-1])  # [B, C, 8 G, 8 G]
         coarse = F.avg_pool2d(finest, 4)
-        # Words read for the slots of the next layer; in the last one slots read alone.
-        readers = [tokens.shape[1]] * (len(self.layers) - 1) + [self.num_slots]
-        said: list[Grounding] = []
-        seen = None
+        # Words are updated for the slots of the next layer; the last one updates slots alone.
+        num_out = [tokens.shape[1]] * (len(self.layers) - 1) + [self.num_slots]
+        groundings: list[Grounding] = []
+        pixel_mask = None
         for number, layer in enumerate(self.layers):
-            tokens = layer(tokens, real, keys, values, seen, queries, readers[number])
+            tokens = layer(tokens, token_mask, keys, values, pixel_mask, queries, num_out[number])
             last, slots = number == len(self.layers) - 1, tokens[:, : self.num_slots]
             if last or self.supervised_layers or self.focused:
-                said.append(self._say(slots, told, finest if last else coarse, queries))
+                groundings.append(self._predict(slots, prompt_presence, finest if last else coarse, queries))
             if self.focused and not last:
-                seen = self._where(said[-1].masks, readers[number + 1], queries, len(keys))
-        return said if self.supervised_layers else said[-1:]
+                pixel_mask = self._attention_mask(groundings[-1].masks, num_out[number + 1], queries, len(keys))
+        return groundings if self.supervised_layers else groundings[-1:]
 
     def _tokens(self, prompt: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
-        """Slots, and behind them the words: [Q, K + L, H]; which of them are real, bool[Q, 1, K + L]; told presence."""
-        told = 0.0
+        """Slots and then words, [Q, K + L, H]; their mask, bool[Q, 1, K + L]; presence by the prompt alone."""
+        prompt_presence = 0.0
         if self.reads == "answer":
             slots = self.slot + self.condition(prompt) * prompt_mask[..., None]  # [Q, K, H]
         else:
             end = prompt[torch.arange(len(prompt), device=prompt.device), prompt_mask.sum(1) - 1]  # [Q, D]
             slots = self.slot + self.condition(end)[:, None]
-            told = told if self.told_presence is None else self.told_presence(end)  # [Q, K]
-        real = prompt_mask.new_ones(slots.shape[:2])
-        if self.word is None:
-            return slots, real[:, None], told
-        return torch.cat([slots, self.word(prompt)], dim=1), torch.cat([real, prompt_mask], dim=1)[:, None], told
+            if self.told_presence is not None:
+                prompt_presence = self.told_presence(end)  # [Q, K]
+        token_mask = prompt_mask.new_ones(slots.shape[:2])
+        if self.word is not None:
+            slots = torch.cat([slots, self.word(prompt)], dim=1)
+            token_mask = torch.cat([token_mask, prompt_mask], dim=1)
+        return slots, token_mask[:, None], prompt_presence
 
     def _coarse(self, patches: Tensor, coarsest: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Patches as the decoder sees them, if it does, and all that can be read at G x G, [B, G * G, H]."""
+        """RGB patches projected, if they take part, and all that is attended to at G x G, [B, G * G, H]."""
         rgb = None if self.rgb is None else self.rgb(patches)
         if self.depth is None:
             return rgb, rgb
@@ -233,20 +237,22 @@ class QueryDecoder(nn.Module):
             x = x + enlarge(image, finest.shape[-1], align_corners=False)
         return self.pixel_out(F.gelu(self.pixel_norm(x)))
 
-    def _say(self, slots: Tensor, told: Tensor | float, pixels: Tensor, queries: QueryIndex) -> Grounding:
+    def _predict(
+        self, slots: Tensor, prompt_presence: Tensor | float, pixels: Tensor, queries: QueryIndex
+    ) -> Grounding:
         slots = self.norm(slots)
         embeddings = self.mask_embedding(slots) / pixels.shape[1] ** 0.5
-        per_image = spread(embeddings, queries, len(pixels))  # [B, n, K, C]
+        per_image = pad_per_image(embeddings, queries, len(pixels))  # [B, n, K, C]
         masks = torch.einsum("bnkc,bchw->bnkhw", per_image, pixels)
-        return Grounding(self.presence(slots).squeeze(-1) + told, gather(masks, queries))
+        return Grounding(self.presence(slots).squeeze(-1) + prompt_presence, unpad(masks, queries))
 
     @torch.no_grad()
-    def _where(self, masks: Tensor, num_readers: int, queries: QueryIndex, num_images: int) -> Tensor:
-        """Pixels that a token may read, bool[B, n * num_readers, G * G]: a slot those of its mask, others all."""
+    def _attention_mask(self, masks: Tensor, num_out: int, queries: QueryIndex, num_images: int) -> Tensor:
+        """Cross-attention mask, bool[B, n * num_out, G * G]: a slot attends inside its mask, a word to all pixels."""
         inside = F.max_pool2d(masks, 2).flatten(2) > 0  # [Q, K, G * G]
-        words = inside.new_ones(len(inside), num_readers - self.num_slots, inside.shape[-1])
-        seen = spread(torch.cat([inside, words], dim=1), queries, num_images).flatten(1, 2)
-        return seen | ~seen.any(-1, keepdim=True)  # an empty mask says nothing, and no row may be empty
+        words = inside.new_ones(len(inside), num_out - self.num_slots, inside.shape[-1])
+        allowed = pad_per_image(torch.cat([inside, words], dim=1), queries, num_images).flatten(1, 2)
+        return allowed | ~allowed.any(-1, keepdim=True)  # an empty mask says nothing, and no row may be empty
 
 
 @register("pixel_decoder", "deconv")

@@ -9,9 +9,11 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from annexe.datasets import prompts
 from annexe.errors import UserError
 
 PLACEHOLDER = re.compile(r"<MSK_(\d+)>")
+BPE_VOCABULARY = 1024
 TEMPLATE_TOKENS = ("[INST]", "[/INST]", "<Img>", "</Img>", "[caption]", "[vqa]")
 
 
@@ -85,18 +87,19 @@ def load_tokenizer(folder: str | Path, num_slots: int, vocab_size: int | None = 
     return TextTokenizer(AutoTokenizer.from_pretrained(str(folder)), num_slots, vocab_size)
 
 
-def train_tokenizer(texts: Iterable[str], num_slots: int, vocab_size: int = 1024) -> TextTokenizer:
-    """Train a small byte-level BPE on ``texts``, for runs that have no Llama tokenizer."""
+def train_tokenizer(texts: Iterable[str], num_slots: int) -> TextTokenizer:
+    """Train a small byte-level BPE on ``texts`` and those of the prompts, for runs that have no Llama tokenizer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens([AddedToken(token, lstrip=True, rstrip=True, normalized=False) for token in TEMPLATE_TOKENS])
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=BPE_VOCABULARY,
         special_tokens=["<unk>", "<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
+    texts = sorted({*texts, *prompts.texts()})  # each once, in one order
     tokenizer.train_from_iterator((PLACEHOLDER.sub("", text) for text in texts), trainer)
     base = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
