@@ -35,14 +35,16 @@ from annexe.datasets.sample import Sample
 from annexe.distributed import make_accelerator
 from annexe.errors import UserError
 from annexe.files import locked, write_text
-from annexe.measure import workers_for
 from annexe.metrics import depth_errors
 from annexe.models import build_model, compile_blocks, tokenizer_of
 from annexe.models.annexe import Annexe, Draft
+from annexe.processes import num_cores
 from annexe.report import write_report
 from annexe.scoring import Record, Truth, category_ious, constant_baselines, score_all
 
 log = logging.getLogger(__name__)
+
+RECORDS_A_PROCESS = 5000  # to score so many takes longer than to start a process
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
@@ -319,7 +321,7 @@ def finish(output: Path, records: list[Record], truth: Truth, meta: dict, checkp
 
 def scores_of(records: list[Record], truth: Truth) -> dict[str, Any]:
     """All scores; of EgoHOS, which has no sentences, those of masks alone, with the IoU of its categories."""
-    workers = workers_for(records)
+    workers = min(num_cores(), 1 + len(records) // RECORDS_A_PROCESS)
     if not isinstance(truth.dataset, EgoHOS):
         return score_all(records, truth, workers=workers)
     queries = [record for record in records if record["kind"] == "query"]

@@ -19,17 +19,11 @@ from annexe.datasets.transforms import read_id_map
 from annexe.errors import UserError
 from annexe.metrics.consistency import Agreement, agreement
 from annexe.metrics.masks import QueryResult, Rle, encode_ids, measure
-from annexe.processes import in_processes, num_cores
+from annexe.processes import in_processes
 
 Record = dict[str, Any]
 
 BASELINES = ("constant", "reject")
-_RECORDS_A_PROCESS = 5000  # to measure so many takes longer than to start a process
-
-
-def workers_for(records: list[Record]) -> int:
-    """Processes that measuring so many records is worth."""
-    return min(num_cores(), 1 + len(records) // _RECORDS_A_PROCESS)
 
 
 class Truth:

@@ -144,9 +144,9 @@ def calibrated(records: list[Record], truth: Truth) -> list[float]:
     ]
 
 
-def query_scores(records: list[Record], truth: Truth, workers: int = 1) -> list[QueryScore]:
+def query_scores(records: list[Record], truth: Truth) -> list[QueryScore]:
     """The score of every query record, in their order."""
-    return _query_scores(_measured(records, truth, workers=workers), truth)
+    return _query_scores(_measured(records, truth), truth)
 
 
 def constant_baselines(records: list[Record], truth: Truth) -> dict[str, list[Record]]:

@@ -18,7 +18,6 @@ from rich.progress import track
 
 from annexe.datasets.ego_irgbench import Annotation
 from annexe.datasets.transforms import read_id_map
-from annexe.measure import workers_for
 from annexe.metrics.depth import DepthMetrics
 from annexe.metrics.masks import Rle
 from annexe.processes import in_processes
@@ -72,9 +71,7 @@ def judge_all(records: list[Record], truth: Truth, num_workers: int) -> list[Exa
     queries = [record for record in records if record["kind"] == "query"]
     scored: dict[str, list[tuple[Record, Annotation, QueryScore]]] = {}
     annotations = {stem: truth.annotations(stem) for stem in {record["image"] for record in queries}}
-    for record, score in zip(
-        queries, query_scores(records, truth, min(num_workers, workers_for(records))), strict=True
-    ):
+    for record, score in zip(queries, query_scores(records, truth), strict=True):
         scored.setdefault(score.image, []).append((record, annotations[score.image][score.annotation], score))
     jobs = [
         JudgeJob(
