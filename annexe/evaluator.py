@@ -34,7 +34,7 @@ from annexe.datasets.photos import Photos
 from annexe.datasets.sample import Sample
 from annexe.distributed import make_accelerator
 from annexe.errors import UserError
-from annexe.files import locked, write_text
+from annexe.files import locked, write_json, write_text
 from annexe.metrics import depth_errors
 from annexe.models import build_model, compile_blocks, tokenizer_of
 from annexe.models.annexe import Annexe, Draft
@@ -313,7 +313,7 @@ def finish(output: Path, records: list[Record], truth: Truth, meta: dict, checkp
         truth=truth,
         log=log_file if log_file.is_file() else None,
     )
-    write_text(output / "metrics.json", json.dumps(metrics, indent=1))  # last: where it is, everything is
+    write_json(output / "metrics.json", metrics)  # last: where it is, everything is
     log.info("scored in %.1f s, reported in %.1f s", scored - started, time.perf_counter() - scored)
     show(metrics, output)
     return metrics

@@ -77,7 +77,8 @@ class Trainer:
         self.accelerator = make_accelerator(run)
         self.output = Path(run.output_dir)
         resumed = self._resumed_from()
-        self.train_set, self.validation_set = self._datasets()
+        self.train_set = build_dataset(config, "train")
+        self.validation_set = build_dataset(config, "val") if run.validate_every else None
         self.tokenizer = self._tokenizer(resumed)
         set_seed(run.seed)  # every rank builds the same model
         bf16 = self.accelerator.mixed_precision == "bf16"
@@ -281,10 +282,6 @@ class Trainer:
                     f"run.{name} is {asked} but '{resumed}' was trained with {begun}; set run.{name}={begun}"
                 )
         return resumed
-
-    def _datasets(self) -> tuple[EgoIRGBench, EgoIRGBench | None]:
-        train_set = build_dataset(self.config, "train")
-        return train_set, build_dataset(self.config, "val") if self.run.validate_every else None
 
     def _tokenizer(self, resumed: Path | None) -> TextTokenizer:
         """The Llama's tokenizer, or one trained on the train split's text by the main process of a new run."""

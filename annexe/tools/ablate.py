@@ -29,7 +29,7 @@ from rich.console import Console
 from annexe.checkpoint import find_checkpoint, load_progress
 from annexe.config import load_config, read_yaml
 from annexe.errors import UserError, refused, unknown
-from annexe.files import write_text
+from annexe.files import write_json, write_text
 from annexe.report.tables import GROUPS, MEAN_ACCURACY
 
 HELP = "train and evaluate every row of an ablation, and write one table"
@@ -149,7 +149,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     def write_table() -> None:
         record = summary(ablation, known)
-        write_text(out / "table.json", json.dumps(record, indent=1))
+        write_json(out / "table.json", record)
         write_text(out / "table.md", markdown(record))
 
     (out / "cache").mkdir(parents=True, exist_ok=True)
@@ -304,7 +304,7 @@ def work_off(
 def execute(stage: Stage, gpu: str | None, children: list[subprocess.Popen]) -> Path | None:
     """Run a stage's command as a further child; gives the file of its output where it failed."""
     stage.folder.mkdir(parents=True, exist_ok=True)
-    write_text(stage.folder / "ablation.json", json.dumps(stage.made_from, indent=1))
+    write_json(stage.folder / "ablation.json", stage.made_from)
     cache = stage.folder / "cache"
     if stage.command[1] == TRAIN and not os.path.lexists(cache):
         cache.symlink_to(Path("..", "..", "cache"))  # resized pixels, which keep data roots and sizes apart themselves

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import tempfile
 import time
@@ -40,7 +39,7 @@ from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.datasets.sampling import MicroBatches
 from annexe.datasets.transforms import read_id_map
 from annexe.errors import UserError
-from annexe.files import write_text
+from annexe.files import write_json
 from annexe.graphs import MULTIPLE
 from annexe.journal import git_commit
 from annexe.metrics import encode
@@ -127,7 +126,7 @@ def run(arguments: argparse.Namespace) -> None:
             columns = _compare(arguments, config, report)
     show(report, columns)
     if arguments.json is not None:
-        write_text(arguments.json, json.dumps(report, indent=1) + "\n")
+        write_json(arguments.json, report)
 
 
 def _check(arguments: argparse.Namespace) -> None:

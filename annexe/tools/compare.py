@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from annexe.errors import UserError
-from annexe.files import write_text
+from annexe.files import write_json
 from annexe.metrics import differences
 from annexe.metrics.bootstrap import Difference
 from annexe.predictions import read_predictions
@@ -58,8 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
             "num_videos": num_videos,
             "metrics": {name: difference._asdict() for name, difference in compared.items()},
         }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        write_text(arguments.json, json.dumps(record, indent=1))
+        write_json(arguments.json, record)
     show(compared, [len(queries) for queries in systems], len(common), num_videos)
 
 

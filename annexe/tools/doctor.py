@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from annexe.datasets.checks import ERROR, NOTE, PROBLEMS, WARNING
 from annexe.datasets.stems import GROUPS
 from annexe.datasets.survey import Survey, survey
 from annexe.errors import UserError
-from annexe.files import write_text
+from annexe.files import write_json
 from annexe.processes import num_cores
 
 HELP = "check every file of a data root; exit code 1 where there are errors"
@@ -39,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     verdict = verdict_of(found)
     if arguments.json:
         report = {"root": str(arguments.root), "verdict": verdict, **found.as_dict()}
-        write_text(arguments.json, json.dumps(report, indent=1))
+        write_json(arguments.json, report)
     console = Console(soft_wrap=True)
     show(found, console)
     console.print(verdict, markup=False, highlight=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from rich.table import Table
 
 from annexe.config import Config, load_config
 from annexe.errors import UserError
-from annexe.files import write_text
+from annexe.files import write_json
 from annexe.memory import CONTEXT, FRAGMENTATION, GB, Plan, lengths, measure, queries_of, without_files
 from annexe.models.llama import DTYPES, QUANTISED
 
@@ -117,8 +116,7 @@ def run(arguments: argparse.Namespace) -> None:
         record = numbers(plan) | {"card": arguments.card, "fits": plan.needs <= card, "notes": notes, "proposal": None}
         if proposal is not None:
             record["proposal"] = {"options": as_options(proposal[0])} | numbers(proposal[1])
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        write_text(arguments.json, json.dumps(record, indent=2) + "\n")
+        write_json(arguments.json, record)
 
 
 def as_options(options: dict[str, Any]) -> list[str]:

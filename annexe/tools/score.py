@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from rich.table import Column, Table
 
 from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.errors import UserError
-from annexe.files import write_text
+from annexe.files import write_json
 from annexe.predictions import read_predictions, require_complete
 from annexe.processes import num_cores
 from annexe.scoring import PROTOCOLS, Truth, score_all
@@ -71,8 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
         "data_fingerprint": truth.dataset.fingerprint(),
     }
     if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(arguments.out, json.dumps(metrics, indent=1))
+        write_json(arguments.out, metrics)
     show(metrics)
 
 
