@@ -10,14 +10,20 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
+import re
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -79,7 +85,7 @@ def find_checkpoint(where: Path, which: str = "latest") -> Path | None:
     """The checkpoint folder meant by ``where``: itself, or the ``latest`` or ``best`` complete one of a run folder."""
     if (where / MANIFEST).is_file() or where.name.startswith("step-"):
         return where if is_complete(where) else None
-    found = sorted(path for path in (where / "checkpoints").glob("step-*") if is_complete(path))
+    found = [path for path in _by_step(where / "checkpoints") if is_complete(path)]
     if not found:
         return None
     best = json.loads((found[-1] / "state.json").read_text())["best_step"]
@@ -119,31 +125,52 @@ def save_checkpoint(
     """
     folder = run_folder / "checkpoints" / f"step-{progress.step:08d}"
     part = folder.with_name(f"part-{folder.name}")
+    tensors, moments = whole(trained_tensors(model)), whole(optimizer.state_dict())
+    size = 0
     if accelerator.is_main_process:
+        bad = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+        if bad is not None:
+            raise UserError(
+                f"{bad} is not finite after step {progress.step}, which is not saved; the checkpoints in "
+                f"'{folder.parent}' are intact. Lower run.learning_rate or check the data"
+            )
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    torch.save(_random_state(accelerator.device), part / f"rng-{accelerator.process_index}.pt")
-    tensors, moments = whole(trained_tensors(model)), whole(optimizer.state_dict())
+    with _removed_on_error(part):
+        torch.save(_random_state(accelerator.device), part / f"rng-{accelerator.process_index}.pt")
     accelerator.wait_for_everyone()
-    size = 0
     if accelerator.is_main_process:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part / "model.safetensors")
-        language = model.language_model
-        if hasattr(language.model, "peft_config"):
-            own = {n.removeprefix(_ADAPTED): t for n, t in tensors.items() if n.startswith(_ADAPTED)}
-            language.model.save_pretrained(part / "adapter", state_dict=own)
-        language.tokenizer.save(part / "tokenizer")
-        torch.save(moments, part / "optimizer.pt")
-        (part / "state.json").write_text(json.dumps(asdict(progress), indent=1))
-        (part / "frozen.json").write_text(json.dumps(frozen, indent=1))
-        OmegaConf.save(OmegaConf.create(config), part / "config.yaml")
-        size = _seal(part)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(part, folder)
+        with _removed_on_error(part):
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part / "model.safetensors")
+            language = model.language_model
+            if hasattr(language.model, "peft_config"):
+                own = {n.removeprefix(_ADAPTED): t for n, t in tensors.items() if n.startswith(_ADAPTED)}
+                language.model.save_pretrained(part / "adapter", state_dict=own)
+            language.tokenizer.save(part / "tokenizer")
+            torch.save(moments, part / "optimizer.pt")
+            (part / "state.json").write_text(json.dumps(asdict(progress), indent=1))
+            (part / "frozen.json").write_text(json.dumps(frozen, indent=1))
+            OmegaConf.save(OmegaConf.create(config), part / "config.yaml")
+            size = _seal(part)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(part, folder)
         _prune(folder.parent, keep, progress.best_step)
     accelerator.wait_for_everyone()
     return size
+
+
+@contextmanager
+def _removed_on_error(part: Path) -> Iterator[None]:
+    """Leave no half of a checkpoint behind, where the disk is full for example."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise UserError(
+            f"cannot write '{part}' ({' '.join(str(error).split())[:200]}); the checkpoints before it are intact. Make "
+            "room, then go on with run.resume=auto"
+        ) from error
 
 
 def without_sources(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -188,7 +215,7 @@ def load_weights(folder: Path, model: Annexe) -> None:
                 f"the frozen weights of {name.partition('.')[0]} are not those that '{folder}' was trained with "
                 f"({name} differs): take the same files; with init: random also the same kind of device"
             )
-    tensors = load_file(folder / "model.safetensors")
+    tensors = _read(folder / "model.safetensors", load_file)
     wanted = trained_tensors(model)
     faults = [f"missing {name}" for name in wanted.keys() - tensors.keys()]
     faults += [f"unexpected {name}" for name in tensors.keys() - wanted.keys()]
@@ -210,7 +237,7 @@ def load_weights(folder: Path, model: Annexe) -> None:
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
     """Restore the optimizer's moments and this rank's random state; betas and weight decay stay as configured."""
     configured = [{key: group[key] for key in ("betas", "weight_decay")} for group in optimizer.param_groups]
-    saved = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+    saved = _read(folder / "optimizer.pt", partial(torch.load, weights_only=True, map_location="cpu"))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, state in saved["state"].items():
         for name, value in state.items():
@@ -225,6 +252,16 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, accelerator: 
         torch.set_rng_state(state["cpu"])
         if "cuda" in state and accelerator.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"], accelerator.device)
+
+
+def _read(file: Path, load: Callable[[Path], Any]) -> Any:
+    try:
+        return load(file)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        raise UserError(
+            f"'{file}' is damaged ({' '.join(str(error).split())[:120]}); remove its folder to go on from the "
+            "checkpoint before"
+        ) from None
 
 
 def load_progress(folder: Path) -> Progress:
@@ -245,8 +282,14 @@ def _seal(folder: Path) -> int:
     return sum(files.values())
 
 
+def _by_step(folder: Path) -> list[Path]:
+    """Folders of checkpoints by step; whatever else a user keeps beside them does not count."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
 def _prune(folder: Path, keep: int, best_step: int | None) -> None:
-    found = sorted(folder.glob("step-*"))
+    found = _by_step(folder)
     whole = [path for path in found if is_complete(path)]
     kept = {*whole[-keep:], folder / f"step-{best_step or 0:08d}"}
     for old in found:

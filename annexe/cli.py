@@ -23,13 +23,21 @@ TOOLS = (
 
 
 def guarded(work: Callable[[], None]) -> None:
-    """Run ``work``; a mistake of the user ends in one line on standard error and exit code 2."""
+    """Run ``work``; a mistake of the user, or a file that fails, ends in one line on standard error and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
     logging.getLogger("annexe").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     try:
         work()
-    except UserError as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+    except KeyboardInterrupt:
+        Console(stderr=True, soft_wrap=True).print("interrupted; a training goes on with run.resume=auto", style="red")
+        sys.exit(130)
+    except (UserError, OSError) as error:
+        told = str(error)
+        if isinstance(error, OSError):
+            if error.filename is None:
+                raise  # not about a file
+            told = f"cannot use '{error.filename}' ({error.strerror}); name another place, or give it rights and room"
+        Console(stderr=True, soft_wrap=True).print(f"error: {told}", style="red", markup=False, highlight=False)
         sys.exit(2)
 
 

@@ -6,6 +6,7 @@ Three blocks: ``model`` and ``datasets`` name registered components (``annexe.re
 from __future__ import annotations
 
 import importlib
+import math
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,10 @@ class WandbConfig:
     project: str = "annexe"
     name: str | None = None
     mode: str = "online"
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("online", "offline", "disabled"):
+            raise UserError(f"run.wandb.mode is '{self.mode}'; choose online, offline or disabled")
 
 
 # Metrics that can pick the best checkpoint: more is better.
@@ -124,13 +129,24 @@ class RunConfig:
             raise UserError(f"run.optimizer is '{self.optimizer}'; choose adamw or muon")
         if self.optimizer == "muon" and self.parallel == "fsdp":
             raise UserError("run.optimizer=muon needs matrices whole; set run.parallel=ddp, or run.optimizer=adamw")
-        if self.timeout_minutes <= 0:
+        if not 0 < self.timeout_minutes < math.inf:
             raise UserError(f"run.timeout_minutes is {self.timeout_minutes}; it must be above 0")
         if self.validation_metric not in VALIDATION_METRICS:
             raise unknown("run.validation_metric", self.validation_metric, VALIDATION_METRICS)
         for name in ("seed", "num_workers", "warmup_steps", "validate_every"):
             if getattr(self, name) < 0:
                 raise UserError(f"run.{name} is {getattr(self, name)}; it cannot be negative")
+        if self.seed >= 2**32:
+            raise UserError(f"run.seed is {self.seed}; it must be below {2**32}")
+        if not self.clip_norm > 0:
+            raise UserError(f"run.clip_norm is {self.clip_norm}; it must be above 0 (.inf clips nothing)")
+        rates = ("learning_rate", "min_learning_rate", "warmup_learning_rate", "weight_decay")
+        weights = {f"loss_weights.{name}": weight for name, weight in vars(self.loss_weights).items()}
+        for name, value in {**{name: getattr(self, name) for name in rates}, **weights}.items():
+            if not 0 <= value < math.inf:
+                raise UserError(f"run.{name} is {value}; it must be a number from 0 on")
+        if not any(weights.values()):
+            raise UserError("run.loss_weights are all 0; there is nothing to train")
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise UserError(f"run.{name} is {getattr(self, name)}; it must be at least 1")
@@ -246,6 +262,8 @@ def import_plugins(modules: list[str]) -> None:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
             raise UserError(f"imports: {error}; install it or put its folder on PYTHONPATH") from None
+        except (ImportError, SyntaxError) as error:
+            raise UserError(f"imports: module '{module}' is wrong ({error}); mend it") from None
 
 
 def check_components(config: Config) -> None:

@@ -27,6 +27,19 @@ def unknown(what: str, name: object, choices: Iterable[str]) -> UserError:
     return UserError(f"unknown {what} '{name}'.{hint} Choices: {', '.join(choices) or 'none'}")
 
 
+def require_sizes(where: str, **sizes: int) -> None:
+    """Raise a `UserError` for the first of a component's ``sizes`` that is below 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise UserError(f"{where}.{name} is {size}; it must be at least 1")
+
+
+def require_multiple(where: str, name: str, value: int, of: int, needed_by: str) -> None:
+    """Raise a `UserError` unless a setting's ``value`` is a multiple of ``of``."""
+    if value < 1 or value % of:
+        raise UserError(f"{where}.{name} is {value}; it must be a multiple of {of}, for {needed_by}")
+
+
 def refused(where: str, error: OmegaConfBaseException) -> UserError:
     """The error for a setting under ``where`` that OmegaConf refused, for its name, its value or its absence."""
     key = ".".join(filter(None, [where, error.full_key])) or "block"

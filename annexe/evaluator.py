@@ -166,11 +166,12 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
 def read_records(path: Path) -> list[Record]:
     """Read a predictions file; a line that is not JSON is named by its number."""
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"'{path}', line {number} is not JSON ({error}); remove or mend it") from None
+    with path.open(encoding="utf-8") as lines:  # `str.splitlines` would also cut at line separators inside of a text
+        for number, line in enumerate(lines, start=1):
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise UserError(f"'{path}', line {number} is not JSON ({error}); remove or mend it") from None
     return records
 
 

@@ -14,11 +14,30 @@ from typing import Any
 from annexe.errors import UserError
 
 
+def require_writable(path: Path) -> None:
+    """Make the folder of a file that is written at the end of long work, and refuse a folder in its place.
+
+    Raises:
+        UserError: naming what is in the way.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path.parent, os.W_OK)
+    except OSError as error:
+        raise UserError(f"cannot write '{path}' ({error.strerror}); name another file") from None
+    if path.is_dir() or not writable:
+        raise UserError(f"cannot write '{path}' ({'a folder' if writable else 'no permission'}); name another file")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` under another name, then rename: a kill in between leaves what was there before."""
     part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -28,10 +47,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Keep other processes out of ``folder`` by a lock on its file ``.lock``, which dies with this process.
 
     It is a POSIX record lock: processes forked from this one do not hold it. The file stays; only the lock counts.
+    With ``wait`` the lock is waited for.
 
     Raises:
         UserError: naming the process that holds the lock.
@@ -39,7 +59,7 @@ def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+", encoding="utf-8") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
             raise UserError(

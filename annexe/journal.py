@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -102,8 +103,7 @@ class Journal:
     def _rewind(self, step: int) -> None:
         """Drop the lines of steps after the checkpoint that a resumed run starts from."""
         lines = self.path.read_text().splitlines(keepends=True) if step and self.path.is_file() else []
-        whole = [line for line in lines if line.endswith("\n")]
-        write_text(self.path, "".join(line for line in whole if json.loads(line)["step"] <= step))
+        write_text(self.path, "".join(line for line in lines if _step_of(line) <= step))
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record; a train record gets its speed since the one before."""
@@ -153,6 +153,14 @@ class Journal:
             self.wandb.finish()
 
 
+def _step_of(line: str) -> float:
+    """The step of a line of the log; after all others for one that was cut short or damaged."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 def git_commit() -> str | None:
     """Commit of the source tree, where it is a git checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
@@ -169,10 +177,15 @@ def start_wandb(config: Config, output: Path) -> Any:
     except ImportError:
         raise UserError("run.wandb.enabled needs the package wandb: pip install 'annexe[wandb]'") from None
     settings = config.run.wandb
-    return wandb.init(
-        project=settings.project,
-        name=settings.name,
-        mode=settings.mode,
-        dir=str(output),
-        config=as_dict(config),
-    )
+    try:
+        return wandb.init(
+            project=settings.project,
+            name=settings.name,
+            mode=settings.mode,
+            dir=str(output),
+            config=as_dict(config),
+        )
+    except wandb.Error as error:
+        raise UserError(
+            f"run.wandb: {' '.join(str(error).split())}; run `wandb login`, or set run.wandb.mode=offline"
+        ) from None

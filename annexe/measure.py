@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
+import numpy as np
 from pycocotools import mask as coco_mask
 from rich.progress import track
 
 from annexe.datasets.ego_irgbench import Annotation, EgoIRGBench
-from annexe.datasets.transforms import read_id_map
+from annexe.datasets.transforms import image_size, read_id_map, require_ids
 from annexe.errors import UserError
 from annexe.metrics.consistency import Agreement, agreement
 from annexe.metrics.masks import QueryResult, Rle, encode_ids, measure
@@ -46,7 +46,7 @@ class Truth:
     def masks(self, stem: str) -> dict[int, Rle]:
         """Mask id -> RLE, for every id that an annotation of the image names."""
         if stem not in self.known:
-            self.known[stem] = encode_ids(read_id_map(self.id_map(stem)), self.named(stem))
+            self.known[stem] = _true_masks(self.id_map(stem), self.named(stem))
         return self.known[stem]
 
     def named(self, stem: str) -> list[int]:
@@ -59,8 +59,7 @@ class Truth:
     def size(self, stem: str) -> tuple[int, int]:
         """Height and width of an image."""
         if stem not in self._sizes:
-            with Image.open(self.id_map(stem)) as image:
-                self._sizes[stem] = (image.height, image.width)
+            self._sizes[stem] = image_size(self.id_map(stem))
         return self._sizes[stem]
 
 
@@ -116,6 +115,13 @@ def blind_masks(masks: dict[int, Rle]) -> dict[str, dict[int, Rle]]:
     return {"constant": {0: coco_mask.merge(list(masks.values()))} if masks else {}, "reject": {}}
 
 
+def _true_masks(id_map: Path, named: list[int]) -> dict[int, Rle]:
+    """Mask id -> RLE; every id that an annotation names has to be in the map, as for training."""
+    ids = read_id_map(id_map)
+    require_ids(set(named) - set(np.unique(ids).tolist()), id_map)
+    return encode_ids(ids, named)
+
+
 def _task(stem: str, queries: list[Record], truth: Truth) -> ImageTask:
     annotations = truth.annotations(stem)
     slots = {record["annotation"]: annotations[record["annotation"]].slots for record in queries}
@@ -127,7 +133,7 @@ def _task(stem: str, queries: list[Record], truth: Truth) -> ImageTask:
 
 
 def _measure_image(task: ImageTask, *, baselines: bool) -> ImageResults:
-    masks = task.known if task.known is not None else encode_ids(read_id_map(task.id_map), task.named)
+    masks = task.known if task.known is not None else _true_masks(task.id_map, task.named)
     targets = {number: {slot: masks[i] for slot, i in own.items()} for number, own in task.slots.items()}
     before: dict[tuple, QueryResult] = {}  # wordings of a question often get the same masks
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from annexe.config import RunConfig
+from annexe.errors import UserError
 
 _MOMENTUM = 0.95
 _AS_LARGE_AS_ADAMW = 0.2  # root mean square of AdamW's steps, by the report that scales Muon with it
@@ -83,6 +84,11 @@ def build_optimizer(model: nn.Module, run: RunConfig) -> torch.optim.AdamW:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d) and not name.endswith("lm_head")
     }
+    if any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters()):
+        raise UserError(
+            "model.language_model.dtype bfloat16 cannot be trained whole, for most steps would be rounded away; set "
+            "float32, which run.mixed_precision=bf16 makes as fast, or lora.rank above 0"
+        )
     moved, decayed, plain = [], [], []
     for name, p in model.named_parameters():
         if p.requires_grad:

@@ -6,6 +6,7 @@ The form of a line is in ``predictions.schema.json``; what has to fit the data i
 from __future__ import annotations
 
 import json
+import math
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def require_complete(records: list[Record], truth: Truth) -> None:
 def _parsed(line: str) -> Record:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
         raise BadValue(f"not JSON ({error}); remove or mend it") from None
     kinds = SCHEMA["$defs"]
     kind = record.get("kind") if isinstance(record, dict) else None
@@ -98,6 +99,8 @@ def _check_form(value: Any, schema: dict[str, Any], where: str) -> None:
     if is_bool or not any(isinstance(value, _TYPES[name]) for name in types):
         note = f" ({schema['description']})" if "description" in schema else ""
         raise BadValue(f"{where} is {type(value).__name__}, must be {' or '.join(types)}{note}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadValue(f"{where} is {value}, must be finite")
     if isinstance(value, (int, float)):
         low, high = schema.get("minimum", value), schema.get("maximum", value)
         if not low <= value <= high:

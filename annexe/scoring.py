@@ -12,7 +12,8 @@ from typing import Any
 
 from annexe.datasets import egohos
 from annexe.datasets.ego_irgbench import EgoIRGBench
-from annexe.datasets.prompts import NO_TARGET_ANSWER
+from annexe.datasets.prompts import NO_TARGET
+from annexe.datasets.stems import read_list
 from annexe.measure import Measured, Record, Truth, blind_masks, measure_records
 from annexe.metrics import (
     AnnexeRelease,
@@ -157,7 +158,7 @@ def constant_baselines(records: list[Record], truth: Truth) -> dict[str, list[Re
     """
     analysis, answer = _frequent_texts(truth.dataset)
     images = [{**record, "analysis": analysis, "depth": None} for record in _of_kind(records, "image")]
-    answers = {"constant": answer, "reject": NO_TARGET_ANSWER}
+    answers = {"constant": answer, "reject": NO_TARGET[truth.dataset.answer_format or "sentence"]}
     baselines = {name: list(images) for name in answers}
     blind: dict[str, dict] = {}
     for record in _of_kind(records, "query"):
@@ -216,7 +217,7 @@ def _standard(system: System, truth: Truth) -> dict[str, float]:
     for record, result in zip(system.queries, system.results, strict=True):
         stem, number = record["image"], record["annotation"]
         annotation = truth.annotations(stem)[number]
-        key = f"{stem}/{number}/{record['query_id']}"
+        key = f"{stem}/{number}/{record['query_id']!r}"  # 0 and "0" are two wordings
         reference = truth.dataset.reference(annotation)
         answer.update(key, record["answer"], reference, has_target=bool(annotation.slots))
         for metric in (grounding, calibration, hands):
@@ -303,7 +304,7 @@ def _subsets(model: System, truth: Truth) -> dict[str, dict[str, float]]:
     """Standard metrics on every list of stems of the data root that has predictions."""
     subsets = {}
     for path in sorted((truth.dataset.root / "subsets").glob("*.txt")):
-        chosen = model.of(set(path.read_text(encoding="utf-8").split()))
+        chosen = model.of(set(read_list(path, "subsets")))
         if chosen.images or chosen.queries:
             subsets[path.stem] = _standard(chosen, truth)
     return subsets

@@ -95,6 +95,7 @@ class Trainer:
                 self.train_set,
                 Path(run.store_patches),
                 self.accelerator,
+                settings=config.model["rgb_encoder"],
                 batch_size=run.batch_size,
                 num_workers=run.num_workers,
             )
@@ -105,6 +106,8 @@ class Trainer:
             load_optimizer(resumed, self.optimizer, self.accelerator)
             self.progress = load_progress(resumed)
             self.model.calibrated_thresholds = self.progress.thresholds
+            if self.progress.step > run.max_steps:
+                raise UserError(f"'{resumed}' is past run.max_steps {run.max_steps}; raise it to go on")
             if saved_config(resumed)["run"]["validation_metric"] != run.validation_metric:
                 self.progress.best_score = self.progress.best_step = None  # of another scale
         self.loss_weights = losses.active(run.loss_weights, name_patches=self.model.name_patches)
@@ -284,10 +287,11 @@ class Trainer:
         return resumed
 
     def _tokenizer(self, resumed: Path | None) -> TextTokenizer:
-        """The Llama's tokenizer, or one trained on the train split's text by the main process of a new run."""
-        llama = self.config.model["language_model"].get("path")
-        folder = resumed / "tokenizer" if resumed else Path(llama) if llama else self.output / "tokenizer"
-        if not (resumed or llama) and self.accelerator.is_main_process:
+        """The Llama's tokenizer, that of the run to start from, or one trained on the train split's text."""
+        llama, start = self.config.model["language_model"].get("path"), self.config.model.get("init_from")
+        before = resumed or (find_checkpoint(Path(start)) if start and not llama else None)
+        folder = before / "tokenizer" if before else Path(llama) if llama else self.output / "tokenizer"
+        if not (before or llama) and self.accelerator.is_main_process:
             train_tokenizer(self.train_set.texts(), num_slots(self.config)).save(folder)
         self.accelerator.wait_for_everyone()
         return tokenizer_of(self.config, folder)

@@ -343,7 +343,7 @@ def test_json_cannot_be_written_is_said_before_anything_is_measured(
     monkeypatch.setattr(sys, "argv", ["annexe", "bench", "metrics", "--json", str(tmp_path / "file" / "bench.json")])
     with pytest.raises(SystemExit, match="2"):
         main()
-    assert "choose another --json" in capsys.readouterr().err
+    assert "name another file" in capsys.readouterr().err
 
 
 def test_percentiles_of_steps_grow() -> None:

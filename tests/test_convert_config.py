@@ -70,6 +70,23 @@ def test_every_key_is_mapped_or_named(old):
     assert "extra.key: unknown to us, left out" in more
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("run.init_lr", "fast"),
+        ("model.lora_r", "r64"),
+        ("run.max_epoch", None),
+        ("datasets.egoirgbench.build_info.images.storage", "/"),
+        ("datasets.egoirgbench.vis_processor.train.mean", 0.5),
+    ],
+)
+def test_a_value_that_means_nothing_is_named(key, value, old):
+    settings = OmegaConf.load(old)
+    OmegaConf.update(settings, key, value)
+    with pytest.raises(UserError, match=rf"{key.replace('.', '[.]')}\b.*mend"):
+        convert(OmegaConf.to_container(settings))
+
+
 def test_a_schedule_we_do_not_have_and_two_keys_that_disagree_stop(old):
     config = OmegaConf.load(old)
     config.run.lr_sched = "linear_warmup_step_lr"

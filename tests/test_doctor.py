@@ -447,7 +447,9 @@ def test_the_data_set_leaves_out_the_quarantine(
     assert dataset.stems == [planted.second] and dataset[0, 0].stem == planted.second
 
 
-@pytest.mark.parametrize(("arguments", "part"), [((), "dataset_split"), (("--json", "no/where.json"), "--json")])
+@pytest.mark.parametrize(
+    ("arguments", "part"), [((), "dataset_split"), (("--json", "/"), "cannot write '/' (a folder)")]
+)
 def test_wrong_arguments(
     arguments: tuple[str, ...], part: str, doctor: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:

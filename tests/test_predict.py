@@ -95,16 +95,17 @@ def test_a_photo_is_turned_as_its_camera_says(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("photo", "told"),
+    ("photo", "ending", "told"),
     [
-        (Image.fromarray(np.full((40, 60), 300, np.uint16)), "more than 8 bits"),
-        (Image.new("RGB", (60, 31)), "60 x 31; no side may be below 32"),
+        (Image.fromarray(np.full((40, 60), 300, np.uint16)), "png", "more than 8 bits"),
+        (Image.new("RGB", (60, 31)), "png", "60 x 31; no side may be below 32"),
+        (Image.new("RGB", (60, 40)), "tif", "is TIFF"),
     ],
 )
-def test_photos_that_would_be_read_wrongly_are_refused(tmp_path, photo, told):
-    photo.save(tmp_path / "photo.png")
+def test_photos_that_would_be_read_wrongly_are_refused(tmp_path, photo, ending, told):
+    photo.save(tmp_path / f"photo.{ending}")
     with pytest.raises(UserError, match=told):
-        photo_files([tmp_path / "photo.png"])
+        photo_files([tmp_path / f"photo.{ending}"])
 
 
 def test_folders_and_files_give_their_photos_once(scenes, tmp_path):

@@ -21,6 +21,7 @@ from annexe import cli
 from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.datasets.prompts import NO_TARGET_ANSWER
 from annexe.errors import UserError
+from annexe.evaluator import read_records
 from annexe.metrics import GroundingMetrics, decode, encode
 from annexe.metrics.masks import measure
 from annexe.predictions import SCHEMA, read_predictions, require_complete
@@ -194,6 +195,8 @@ ROW = [  # a change to a query line with two masks, and what the message must sa
     ((*RLE, "counts"), "0", "does not add up to 1080 x 1920"),
     ((*RLE, "counts"), "no code!", "is no COCO run-length code"),
     ((*RLE, "counts"), "", "is no COCO run-length code"),
+    ((*RLE, "counts"), "\ud800", "is no COCO run-length code"),
+    (("annotation",), 10**400, "has no annotation 1000"),
     (("masks", 1, "slot"), 0, "slot 0 has two masks"),
     (("image",), "nowhere", "'nowhere' is not in split 'test'"),
     (("annotation",), 99, "has no annotation 99"),
@@ -213,7 +216,11 @@ def test_a_bad_line_is_named_with_what_is_wrong(path, value, part, truth, record
 
 
 @pytest.mark.parametrize(
-    ("line", "part"), [("{", "not JSON"), ("", "not JSON"), ("[]", "object"), ("3", "object"), ('{"kind": []}', "kind")]
+    ("line", "part"),
+    [
+        *(("{", "not JSON"), ("", "not JSON"), ("[]", "object"), ("3", "object"), ('{"kind": []}', "kind")),
+        *(("1" * 5000, "not JSON"), ("[" * 100_000, "not JSON")),
+    ],
 )
 def test_a_line_that_is_no_object(line: str, part: str, truth, records, tmp_path):
     file = write(tmp_path / "predictions.jsonl", records[:1])
@@ -240,6 +247,72 @@ def test_errors_of_the_command(annexe, scenes, records, tmp_path):
     assert "split 'tset' has no files" in annexe("score", file, "--data-root", scenes, "--split", "tset")
     assert "is not in split 'val'" in annexe("score", file, "--data-root", scenes, "--split", "val")
     assert "--workers 0" in annexe("score", file, *given, "--workers", 0)
+    (tmp_path / "folder").mkdir()
+    assert "folder' (a folder)" in annexe("score", file, *given, "--out", tmp_path / "folder")
+    assert "folder' (a folder)" in annexe("compare", file, file, *given, "--json", tmp_path / "folder")
+
+
+def test_lists_that_an_evaluation_had_are_there_for_scoring_too(annexe, scenes, records, tmp_path):
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    stems = sorted({record["image"] for record in records})
+    (lists / "mine.txt").write_text("\n".join(stems))
+    (tmp_path / "left_out.txt").write_text(f"{stems[0]}\n")
+    file = write(tmp_path / "p.jsonl", [record for record in records if record["image"] != stems[0]])
+    chosen = ("--split-dir", lists, "--exclude", tmp_path / "left_out.txt")
+    given = ("--data-root", scenes, "--split", "mine", *chosen)
+    annexe("score", file, *given, "--complete", "--out", tmp_path / "m.json")
+    meta = json.loads((tmp_path / "m.json").read_text())["meta"]
+    assert meta["split_dir"] == str(lists) and meta["exclude"] == str(tmp_path / "left_out.txt")
+    assert "B - A" in annexe("compare", file, file, *given)
+    whole = write(tmp_path / "whole.jsonl", records)
+    assert "is not in split 'mine'" in annexe("score", whole, *given)
+
+
+def test_what_is_wrong_with_the_truth_is_told_of_the_truth(annexe, scenes, records, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(scenes, root)
+    given = ("score", write(tmp_path / "p.jsonl", records), "--data-root", root, "--split", "test")
+    named = next(record["image"] for record in records if record.get("masks"))
+    (root / "subsets").mkdir(exist_ok=True)
+    (root / "subsets" / "bytes.txt").write_bytes(b"\xff")
+    assert "bytes.txt' is no list of stems" in annexe(*given)
+    (root / "subsets" / "bytes.txt").write_text(f"{named}\nno such image\n")
+    annexe(*given, "--out", tmp_path / "m.json")
+    assert set(json.loads((tmp_path / "m.json").read_text())["subsets"]) >= {"bytes"}
+    path = root / "mask" / f"{named}.png"
+    Image.fromarray(np.zeros_like(Image.open(path))).save(path)
+    assert f"are not in '{path}'; mend masks_idx" in annexe(*given)
+    path.write_bytes(path.read_bytes()[:20])
+    assert f"cannot read image '{path}'" in annexe(*given)
+
+
+def test_wordings_of_one_id_and_ids_that_look_alike(scenes, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(scenes, root)
+    path = sorted((root / "dataset_split" / "test").iterdir())[0]
+    entries = json.loads(path.read_text())[:1]
+    entries[0]["questions"] = [{"query": text, "id": i} for text, i in (("a", 0), ("b", "0"), ("c", 0))]
+    path.write_text(json.dumps(entries))
+    truth = truth_of(root)
+    turns = truth.dataset.evaluation_sample(0, "all").turns
+    assert sorted((turn.query, turn.query_id) for turn in turns) == [("a", 0), ("b", "0")]
+    common = {"kind": "query", "image": path.stem, "annotation": 0, "answer": "none", "masks": []}
+    metrics = score_all([{**common, "query_id": turn.query_id} for turn in turns], truth)
+    assert metrics["standard"]["num_queries"] == 2
+
+
+def test_what_refuses_phrases_is_what_the_data_says(scenes):
+    truth = Truth(EgoIRGBench("test", 1, 0, None, data_root=str(scenes), answer_format="phrases", cache=False))
+    asked = [
+        {"kind": "query", "image": stem, "annotation": n, "query_id": a.questions[0]["id"], "answer": "", "masks": []}
+        for stem in truth.dataset.stems
+        for n, a in enumerate(truth.annotations(stem))
+    ]
+    without = sum(not truth.annotations(query["image"])[query["annotation"]].slots for query in asked)
+    assert 0 < without < len(asked)
+    reject = score_all(asked, truth)["baselines"]["reject"]
+    assert reject["answer/exact_match"] == pytest.approx(without / len(asked))
 
 
 def test_complete_demands_every_annotation(truth: Truth, records: list[Record]):
@@ -465,6 +538,7 @@ def test_the_example_of_the_page_runs(annexe, truth: Truth, scenes: Path, tmp_pa
             "image\tannotation\tquery_id\tanswer\tanalysis\nA\t0\t0\tx\tone\nA\t0\t1\tx\ttwo\n",
             "line 3: image 'A' has another analysis",
         ),
+        ("image\tannotation\tquery_id\tanswer\nA\t0\t0\tx\nA\t0\t0\ty\n", "line 3: query 0 of this annotation stands"),
     ],
 )
 def test_tables_that_cannot_be_converted(answers: str, part: str, annexe, tmp_path):
@@ -487,9 +561,30 @@ def test_masks_that_cannot_be_converted(annexe, tmp_path):
     assert "stray.png' is not named" in annexe(*given)
     assert "no folder" in annexe("convert-predictions", tmp_path / "none", answers, tmp_path / "out.jsonl")
     (tmp_path / "masks" / "stray.png").unlink()
-    for text, part in (("[1]", "line 1 is wrong"), ("{", "line 1 is wrong"), ("{}", "line 1 has no image")):
+    row = {"image": "A", "annotation": 0, "query_id": 0, "answer": "x"}
+    for text, part in (
+        *(("[1]", "line 1 is wrong"), ("{", "line 1 is wrong"), ("{}", "line 1 has no image")),
+        (json.dumps(row | {"image": ["A"]}), "image must be a string"),
+        (json.dumps(row | {"answer": "\ud800"}), "surrogates not allowed"),
+    ):
         answers.write_text(f"{text}\n")
         assert part in annexe(*given)
+
+
+def test_odd_tables_and_masks_that_are_converted(annexe, tmp_path):
+    """A mark of the byte order, line separators within a text, long answers, and masks with an alpha channel."""
+    folder = tmp_path / "masks" / "A"
+    folder.mkdir(parents=True)
+    inside = np.zeros((6, 8, 2), np.uint8)
+    inside[2:4, 1:6, 0] = 255
+    inside[..., 1] = 255
+    Image.fromarray(inside, "LA").save(folder / "0_0_0.png")
+    answer = "a\u2028b\x85c" + "x" * 200_000
+    table = f"image\tannotation\tquery_id\tanswer\nA\t0\t0\t{answer}\n"
+    (tmp_path / "answers.tsv").write_bytes(b"\xef\xbb\xbf" + table.encode())
+    annexe("convert-predictions", tmp_path / "masks", tmp_path / "answers.tsv", tmp_path / "new" / "out.jsonl")
+    (line,) = read_records(tmp_path / "new" / "out.jsonl")
+    assert line["answer"] == answer and (decode(line["masks"][0]["rle"]) == inside[..., 0] // 255).all()
 
 
 def test_nothing_predicted_is_refused_everywhere(truth: Truth, records: list[Record]):

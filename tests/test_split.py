@@ -143,6 +143,7 @@ def test_exclude(annexe: Callable[..., tuple[int, str]], scenes: Path, tmp_path:
     [
         (("--val", "0.6", "--test", "0.4"), "leave something to train"),
         (("--seed", "-1"), "seed from 0"),
+        (("--val", "nan"), "cannot split with --val nan"),
         (("--exclude", "no-file.txt"), "--exclude: cannot read"),
     ],
 )

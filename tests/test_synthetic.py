@@ -185,6 +185,10 @@ def test_finished_folder_is_reused_and_others_are_refused(root: Path, tmp_path: 
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty"):
         generate(tmp_path, **SETTINGS)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "synthetic.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        generate(tmp_path / "cut", **SETTINGS)
     with pytest.raises(UserError, match="3 of them for val and 3 for test"):
         generate(tmp_path / "new", num_images=4, seed=0, val_fraction=0.8, test_fraction=0.8)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,13 +16,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from annexe import cli
+from annexe import checkpoint, cli
 from annexe.checkpoint import MANIFEST, find_checkpoint
 from annexe.config import Config, load_config
 from annexe.datasets import build_dataset
+from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.errors import UserError
 from annexe.evaluator import evaluate
-from annexe.trainer import train
+from annexe.files import require_writable, write_json, write_text
+from annexe.trainer import Trainer, train
 from tests.conftest import ROOT, SMALLEST, TINY
 
 MakeConfig = Callable[..., Config]
@@ -66,6 +69,14 @@ def one_line(caught: pytest.ExceptionInfo[UserError], *parts: str) -> None:
         ("run.compile=true & run.parallel=fsdp", ("run.compile=false", "run.parallel")),
         ("run.optimizer=sgd", ("run.optimizer is 'sgd'", "choose adamw or muon")),
         ("run.optimizer=muon & run.parallel=fsdp", ("run.parallel=ddp", "run.optimizer=adamw")),
+        ("run.clip_norm=0", ("run.clip_norm is 0", "above 0")),
+        ("run.clip_norm=.nan", ("run.clip_norm", "above 0")),
+        ("run.learning_rate=.nan", ("run.learning_rate is nan", "from 0 on")),
+        ("run.weight_decay=-1", ("run.weight_decay is -1", "from 0 on")),
+        ("run.loss_weights.mask=-1", ("run.loss_weights.mask is -1", "from 0 on")),
+        ("run.seed=4294967296", ("run.seed", "below 4294967296")),
+        ("run.timeout_minutes=.nan", ("run.timeout_minutes", "above 0")),
+        ("run.wandb.mode=offlin", ("run.wandb.mode is 'offlin'", "offline")),
         ("run.seed", ("'run.seed'", "a.b=c")),
         ("=3", ("'=3'", "a.b=c")),
         ("run.betas=[1", ("flow sequence", "mend the YAML")),
@@ -191,7 +202,15 @@ def test_missing_field(field: str, read: Callable[..., None], root: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("answer", 5), ("masks_idx", ["two"]), ("tokens", None), ("questions", []), ("questions", [5])]
+    ("field", "value"),
+    [
+        *(("answer", 5), ("masks_idx", ["two"]), ("tokens", None), ("questions", []), ("questions", [5])),
+        *(
+            ("masks_idx", [float("inf")]),
+            ("answer", "half a pair: \ud800"),
+            ("questions", [{"query": "\ud800", "id": 0}]),
+        ),
+    ],
 )
 def test_wrong_field(field: str, value: object, read: Callable[..., None], root: Path) -> None:
     edit_annotation(root, lambda entry: entry.update({field: value}))
@@ -306,6 +325,94 @@ def test_evaluation_needs_a_checkpoint(make_config: MakeConfig, tmp_path: Path) 
     one_line(caught, "no complete checkpoint", str(tmp_path / "nothing"))
 
 
+@pytest.mark.parametrize(
+    ("option", "part"),
+    [
+        ("model.language_model.num_heads=3", "model.language_model.hidden_size is 32; it must be a multiple of 6"),
+        ("model.language_model.num_heads=0", "model.language_model.num_heads is 0"),
+        ("model.language_model.checkpointed_blocks=-1", "checkpointed_blocks -1 must be at least 0"),
+        ("model.language_model.lora.rank=-1", "lora.rank -1"),
+        ("model.language_model.lora={rank: 4, dropout: 1.5}", "model.language_model.lora.dropout is 1.5"),
+        ("model.language_model.lora={rank: 4, targets: [q_prj]}", "Did you mean 'q_proj'"),
+        ("model.language_model.dtype=bfloat16", "cannot be trained whole"),
+        ("model.rgb_encoder.num_heads=3", "model.rgb_encoder.embed_dim is 32; it must be a multiple of 12"),
+        ("model.rgb_encoder.image_size=-168", "model.rgb_encoder.image_size is -168"),
+        ("model.rgb_encoder.patch_size=28", "model.rgb_encoder.patch_size must be 14"),
+        ("model.pixel_decoder.num_slots=0", "model.pixel_decoder.num_slots is 0"),
+        ("model.pixel_decoder.hidden_size=66", "model.pixel_decoder.hidden_size is 66; it must be a multiple of"),
+        ("model.merge=0", "model.merge is 0"),
+        ("model.presence_threshold=7", "model.presence_threshold is 7"),
+    ],
+)
+def test_sizes_of_a_model(option: str, part: str, make_config: MakeConfig) -> None:
+    with pytest.raises(UserError) as caught:
+        Trainer(make_config(option))
+    one_line(caught, part)
+
+
+def test_what_else_is_kept_among_the_checkpoints_stays(run_folder: Path, make_config: MakeConfig) -> None:
+    folder = run_folder / "checkpoints"
+    shutil.copytree(folder / "step-00000001", folder / "step-keep-this")
+    assert find_checkpoint(run_folder) == folder / "step-00000002"
+    train(make_config("run.max_steps=3", "run.resume=auto", "run.keep_checkpoints=1"))
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000003", "step-keep-this"]
+
+
+def test_damage_within_a_checkpoint_is_named(run_folder: Path, make_config: MakeConfig) -> None:
+    (run_folder / "log.jsonl").write_text("no line of ours\n" + (run_folder / "log.jsonl").read_text())
+    train(make_config("run.max_steps=3", "run.resume=auto"))
+    for name in ("optimizer.pt", "model.safetensors"):
+        file = run_folder / "checkpoints" / "step-00000003" / name
+        file.write_bytes(bytes(file.stat().st_size))
+        with pytest.raises(UserError) as caught:
+            train(make_config("run.max_steps=4", "run.resume=auto"))
+        one_line(caught, name, "is damaged", "remove its folder")
+    with pytest.raises(UserError) as caught:
+        train(make_config("run.max_steps=2", f"run.resume={run_folder / 'checkpoints' / 'step-00000003'}"))
+    one_line(caught, "model.safetensors")
+
+
+def test_a_run_that_is_further_than_asked(run_folder: Path, make_config: MakeConfig) -> None:
+    before = (run_folder / "config.yaml").read_text()
+    with pytest.raises(UserError) as caught:
+        train(make_config("run.max_steps=1", "run.warmup_steps=1", "run.resume=auto"))
+    one_line(caught, "past run.max_steps 1", "step-00000002")
+    assert (run_folder / "config.yaml").read_text() == before
+
+
+def test_a_disk_that_is_full_leaves_no_half_checkpoint(
+    run_folder: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError) as caught:
+        train(make_config("run.max_steps=3", "run.resume=auto", "run.checkpoint_every=1"))
+    one_line(caught, "cannot write", "No space left", "run.resume=auto")
+    assert [path.name for path in sorted((run_folder / "checkpoints").iterdir())] == ["step-00000001", "step-00000002"]
+
+
+def test_weights_that_are_not_finite_are_not_saved(run_folder: Path, make_config: MakeConfig) -> None:
+    trainer = Trainer(make_config("run.max_steps=3", "run.resume=auto"))
+    trainer.progress.step = 3
+    trainer.model.projector.linear.bias.data[0] = float("nan")
+    with pytest.raises(UserError) as caught:
+        trainer.save()
+    one_line(caught, "projector.linear.bias is not finite", "intact")
+    assert find_checkpoint(run_folder).name == "step-00000002"
+
+
+def test_a_run_to_start_from_brings_its_words(run_folder: Path, make_config: MakeConfig, tmp_path: Path) -> None:
+    started = Trainer(
+        make_config("model.init=null", f"model.init_from={run_folder}", f"run.output_dir={tmp_path / 'next'}")
+    )
+    saved = run_folder / "checkpoints" / "step-00000002" / "tokenizer" / "tokenizer.json"
+    started.tokenizer.save(tmp_path / "its")
+    assert (tmp_path / "its" / "tokenizer.json").read_bytes() == saved.read_bytes()
+    assert not (tmp_path / "next" / "tokenizer").exists(), "none was trained"
+
+
 def test_loss_that_is_not_finite_leaves_the_last_checkpoint(make_config: MakeConfig, tmp_path: Path) -> None:
     wild = ("run.learning_rate=1e30", "run.warmup_steps=1", "run.max_steps=8", "run.checkpoint_every=1")
     with pytest.raises(UserError) as caught:
@@ -333,6 +440,43 @@ def test_guard_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith("error: [bold]thing[/bold] is wrong; mend it")
     assert printed.err.count("\n") == 1
+
+
+def test_a_file_that_fails_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for work in (
+        lambda: write_json(tmp_path / "file" / "metrics.json", {}),
+        lambda: write_json(tmp_path / "folder", {}),
+        lambda: require_writable(tmp_path / "file" / "metrics.json"),
+        lambda: require_writable(tmp_path / "folder"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            cli.guarded(work)
+        error = capsys.readouterr().err
+        assert caught.value.code == 2 and error.count("\n") == 1 and str(tmp_path) in error
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        cli.guarded(stop)
+    assert caught.value.code == 130 and capsys.readouterr().err.startswith("interrupted")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "text", "\ud800")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"], "nothing half written"
+
+
+def test_scoring_goes_without_a_train_split_that_can_be_read(scenes: Path, root: Path) -> None:
+    whole = EgoIRGBench("train", 1, 0, None, data_root=str(root)).annotations_of("train")
+    assert len(whole) == 2
+    first(root, "dataset_split/train").write_text("[" * 100_000)
+    shutil.copytree(scenes / "dataset_split" / "test", root / "dataset_split" / "test")
+    for folder in ("RGB", "depth", "mask"):
+        shutil.copytree(scenes / folder, root / folder, dirs_exist_ok=True)
+    assert len(EgoIRGBench("test", 1, 0, None, data_root=str(root)).annotations_of("train")) == 1
+    with pytest.raises(UserError, match="is not JSON"):
+        EgoIRGBench("train", 1, 0, None, data_root=str(root))
 
 
 def command(*arguments: object) -> subprocess.Popen:

@@ -34,18 +34,25 @@ class Annotation:
         return self.tokens[slot] if slot < len(self.tokens) else ""
 
 
+def _text(value: Any) -> str:
+    """``value`` as text; half a surrogate pair, which JSON can hold, raises a `ValueError`."""
+    text = str(value)
+    text.encode()
+    return text
+
+
 def _question(question: dict[str, Any]) -> dict[str, Any]:
     return {
-        "query": str(question["query"]),
+        "query": _text(question["query"]),
         "id": question["id"],
         "is_sentence": bool(question.get("is_sentence", False)),
     }
 
 
 FIELDS: dict[str, Callable[[Any], Any]] = {
-    "caption": str,
-    "answer": lambda answer: _BARE_PLACEHOLDER.sub("<MSK_0>", answer),
-    "tokens": lambda tokens: [str(token) for token in tokens],
+    "caption": _text,
+    "answer": lambda answer: _text(_BARE_PLACEHOLDER.sub("<MSK_0>", answer)),
+    "tokens": lambda tokens: [_text(token) for token in tokens],
     "masks_idx": lambda ids: [int(mask_id) for mask_id in ids],
     "with_mask": bool,
     "questions": lambda questions: [_question(question) for question in questions],
@@ -61,7 +68,7 @@ def read_annotations(path: Path) -> list[Annotation]:
     """
     try:
         entries = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"'{path}' is not JSON ({error}); restore it from the original data") from None
     except OSError as error:
         raise UserError(f"cannot read '{path}' ({error.strerror}); restore it from the original data") from None
@@ -80,7 +87,7 @@ def _annotation(entry: Any, where: str) -> Annotation:
     for name, convert in FIELDS.items():
         try:
             values[name] = convert(entry[name])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(
                 f"{where}: field '{name}' is missing or wrong ({error!r}); mend it or remove the annotation"
             ) from None

@@ -223,7 +223,7 @@ def _check_fields(entry: Any, where: str, report: ImageReport) -> Annotation | N
             values[name] = convert(entry[name])
         except KeyError as error:
             report.add("missing-field", f"{where}: {name} without {error}")
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             report.add("wrong-field", f"{where}: {name} ({error})")
         else:
             if not _TYPES[name](entry[name]):

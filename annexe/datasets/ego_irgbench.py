@@ -79,6 +79,7 @@ class EgoIRGBench:
         self.stored_patches: StoredPatches | None = None  # of the RGB encoder, where the trainer stored them
         self.split_dir, self.exclude = (Path(path) if path else None for path in (split_dir, exclude))
         self._places = self._select(split)
+        self._require_annotations()
         self.stems = list(self._places)
         self.annotations = Annotations(self._places.values())
         self.pixels = PixelReader(self.root, image_size, cache_dir if cache else None)
@@ -101,11 +102,12 @@ class EgoIRGBench:
         raise KeyError((stem, annotation, query_id))
 
     def annotations_of(self, split: str) -> Annotations:
-        """Annotations of another split of the same data; none where there is no such split."""
+        """Annotations of another split of the same data; none where there is no such split or nothing to read in it."""
         try:
-            return Annotations(self._select(split).values())
+            places = self._select(split).values()
         except MissingSplit:
             return Annotations(())
+        return Annotations((index, row) for index, row in places if index.num_annotations(row))  # damaged ones left out
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         """The training sample (epoch, index): ``queries_per_image`` annotations, a wording drawn for each."""
@@ -123,8 +125,10 @@ class EgoIRGBench:
         turns = []
         for number, annotation in enumerate(self.annotations[index]):
             key = zlib.crc32(f"{self.stems[index]}/{number}".encode())
-            order = np.random.default_rng([self.seed, key]).permutation(len(annotation.questions))
-            turns += [self._turn(index, number, question) for question in order[:number_asked].tolist()]
+            order = np.random.default_rng([self.seed, key]).permutation(len(annotation.questions)).tolist()
+            ids = [question["id"] for question in annotation.questions]
+            order = [question for question in order if ids.index(ids[question]) == question]  # of one id the first
+            turns += [self._turn(index, number, question) for question in order[:number_asked]]
         return self._sample(index, turns, prompts.ANALYSIS_INSTRUCTIONS[0])
 
     def texts(self) -> list[str]:
@@ -188,14 +192,17 @@ class EgoIRGBench:
                 "%s leaves out %d of %d images of split '%s'", self.exclude, len(places) - len(left), len(places), split
             )
             places = left
-        if not places:
+        return places
+
+    def _require_annotations(self) -> None:
+        if not self._places:
             raise UserError(
-                f"split '{split}' is empty: its lists leave no image; mend datasets.ego_irgbench.exclude or split_dir"
+                f"split '{self.split}' is empty: its lists leave no image; mend datasets.ego_irgbench.exclude or "
+                "split_dir"
             )
-        for stem, (index, row) in places.items():
+        for stem, (index, row) in self._places.items():
             if index.num_annotations(row) == 0:
                 read_annotations(index.folder / f"{stem}.json")  # says what is wrong with it
-        return places
 
     def _listed(self, stems: set[str], path: Path) -> dict[str, tuple[Index, int]]:
         """Places of the ``stems`` that the list in ``path`` names, whichever split on disk holds them."""

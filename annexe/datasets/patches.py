@@ -11,7 +11,9 @@ import logging
 import math
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.errors import UserError
+from annexe.files import locked
 
 log = logging.getLogger(__name__)
 
@@ -56,26 +59,43 @@ def stored_patches(
     folder: Path,
     accelerator: Accelerator,
     *,
+    settings: dict[str, Any],
     batch_size: int,
     num_workers: int,
 ) -> StoredPatches:
     """The patches that ``encoder`` makes of every photo of ``dataset``, from ``folder`` or written there now.
 
-    The file's name is a hash of the data set's files, the image size and some of the encoder's weights. Every process
-    writes its share.
+    The file's name is a hash of the data set's files, the encoder's ``settings``, the precision and some of its
+    weights. Every process writes its share; another run that stores in the same folder is waited for.
 
     Raises:
         UserError: if the encoder is trained, or the disk has no room.
     """
     if any(parameter.requires_grad for parameter in encoder.parameters()):
         raise UserError("run.store_patches needs model.rgb_encoder.frozen=true: patches of a trained encoder change")
-    shape, device = (encoder.grid**2, encoder.embed_dim), accelerator.device
-    path, needed = folder / f"{_name(encoder, dataset)}.patches", 2 * math.prod(shape) * len(dataset)
-    if path.is_file() and path.stat().st_size == needed:
-        return StoredPatches(path, shape)
-    part = path.with_suffix(".part")
+    shape = (encoder.grid**2, encoder.embed_dim)
+    name = _name(encoder, dataset, {**settings, "precision": accelerator.mixed_precision})
+    path, needed = folder / f"{name}.patches", 2 * math.prod(shape) * len(dataset)
+    with locked(folder, wait=True) if accelerator.is_main_process else nullcontext():
+        accelerator.wait_for_everyone()
+        if not (path.is_file() and path.stat().st_size == needed):
+            _store(encoder, dataset, path, needed, accelerator, batch_size=batch_size, num_workers=num_workers)
+    return StoredPatches(path, shape)
+
+
+def _store(
+    encoder: nn.Module,
+    dataset: EgoIRGBench,
+    path: Path,
+    needed: int,
+    accelerator: Accelerator,
+    *,
+    batch_size: int,
+    num_workers: int,
+) -> None:
+    """Write the ``needed`` bytes of all patches to ``path``, whole or not at all."""
+    folder, part, device = path.parent, path.with_suffix(".part"), accelerator.device
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
         if free < needed:
             raise UserError(
@@ -97,11 +117,10 @@ def stored_patches(
     if accelerator.is_main_process:
         part.replace(path)
     accelerator.wait_for_everyone()
-    return StoredPatches(path, shape)
 
 
-def _name(encoder: nn.Module, dataset: EgoIRGBench) -> str:
+def _name(encoder: nn.Module, dataset: EgoIRGBench, settings: dict[str, Any]) -> str:
     """What patches depend on, as a file name."""
     weights = [float(parameter.detach().flatten()[:64].double().sum()) for parameter in encoder.parameters()]
-    made_from = [dataset.fingerprint(), encoder.image_size, weights]
+    made_from = [dataset.fingerprint(), settings, weights]
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]

@@ -68,18 +68,21 @@ def photo_size(path: Path) -> tuple[int, int]:
     """Height and width of a photo that stands upright, from its header.
 
     Raises:
-        UserError: if it is missing, no image, too small, or of more than 8 bits a channel.
+        UserError: if it is missing, no image, a TIFF, too small, or of more than 8 bits a channel.
     """
     try:
         path.stem.encode()
         with Image.open(path) as header:
             (width, height), mode, turned = header.size, header.mode, header.getexif().get(_ORIENTATION, 1) >= 5
+            form = header.format
     except FileNotFoundError:
         raise UserError(f"no photo '{path}'; give image files, or folders of them") from None
     except UnicodeEncodeError:
         raise UserError(f"the name of photo {str(path)!r} is not UTF-8; rename it") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read photo '{path}' ({error}); save it anew, as JPEG or PNG") from None
+    if form == "TIFF":  # Pillow turns them upright by itself, some of them twice
+        raise UserError(f"photo '{path}' is TIFF; save it as JPEG or PNG")
     if mode.startswith(("I", "F")):
         raise UserError(f"photo '{path}' has more than 8 bits a channel (mode {mode}); save it with 8")
     if min(width, height) < LEAST_SIDE:

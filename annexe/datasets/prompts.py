@@ -24,7 +24,7 @@ _TARGET = re.compile(
     r"\s*(?:and )?(?:the mask of )?"  # The mask of X is <MSK_0>, and the mask of Y is <MSK_1>.
     r"([^,.;<>]*?)"
     r"(?: (?:is|are) in interaction, (?:its|their) mask)?"  # X is in interaction, its mask is <MSK>.
-    r"(?: (?:is|are))? ?<MSK_?(\d*)>",
+    r"(?: (?:is|are))? ?<MSK_?(\d{0,4})>",
     re.I,
 )
 

@@ -77,7 +77,7 @@ def read_list(path: Path, setting: str) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix != ".json":
-            return [line.strip() for line in text.splitlines() if line.strip()]
+            return [line.strip() for line in text.split("\n") if line.strip()]
         return [str(stem) for stem in json.loads(text)["quarantine"]]
     except OSError as error:
         raise UserError(

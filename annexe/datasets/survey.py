@@ -172,8 +172,8 @@ def check_names(root: Path, result: Survey) -> None:
     for folder in folders:
         _check_folder(root, folder, set(home), result)
     for path in sorted((root / "subsets").glob("*.txt")):
-        strange = sorted(set(path.read_text(encoding="utf-8", errors="replace").split()) - home.keys())
-        for stem in strange:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        for stem in sorted({line.strip() for line in lines} - home.keys() - {""}):
             result.add("subset-stem", stem, f"subsets/{path.name}")
 
 

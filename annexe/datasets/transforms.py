@@ -63,6 +63,21 @@ def read_image(path: Path, mode: str | None = None, at_least: int | None = None)
         raise UserError(f"cannot read image '{path}' ({error}); {_WAYS_OUT}") from None
 
 
+def image_size(path: Path) -> tuple[int, int]:
+    """Height and width of an image file from its header; raises as `read_image`."""
+    try:
+        with Image.open(path) as header:
+            return header.height, header.width
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read image '{path}' ({error}); {_WAYS_OUT}") from None
+
+
+def require_ids(absent: set[int], id_map: Path) -> None:
+    """Raise a `UserError` for ids that annotations name and that ``id_map`` does not hold."""
+    if absent:
+        raise UserError(f"mask ids {sorted(absent)} are not in '{id_map}'; mend masks_idx or the PNG")
+
+
 def read_id_map(path: Path) -> np.ndarray:
     """Read a one-channel id map as uint8[height, width]."""
     ids = np.asarray(read_image(path))
@@ -93,10 +108,7 @@ class PixelReader:
         pixels = (
             self._decode(stem) if self.cache_dir is None else self._cached(stem, self.cache_dir / f"{stem}.safetensors")
         )
-        absent = sorted(set(ids) - set(pixels.present_ids.tolist()))
-        if absent:
-            path = self.files(stem)[2]
-            raise UserError(f"mask ids {absent} of '{stem}' are not in '{path}'; mend masks_idx or the PNG")
+        require_ids(set(ids) - set(pixels.present_ids.tolist()), self.files(stem)[2])
         return pixels
 
     def _cached(self, stem: str, entry: Path) -> Pixels:

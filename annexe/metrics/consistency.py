@@ -13,7 +13,7 @@ from annexe.datasets.prompts import NO_TARGET
 from annexe.metrics.masks import Overlap, QueryResult, Rle, area
 from annexe.metrics.text import normalise
 
-PLACEHOLDER = re.compile(r"<MSK_?(\d*)>")
+PLACEHOLDER = re.compile(r"<MSK_?(\d{0,4})>")
 HANDS = ("left_hand", "right_hand")
 
 

@@ -205,7 +205,7 @@ def fault_of(rle: Rle) -> str | None:
 
     pycocotools takes any string: counts that do not add up to the size read outside of the mask.
     """
-    codes = np.frombuffer(rle["counts"].encode("utf-8"), np.uint8).astype(np.int64) - 48
+    codes = np.frombuffer(rle["counts"].encode("utf-8", "surrogatepass"), np.uint8).astype(np.int64) - 48
     if not codes.size or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
         return "is no COCO run-length code"
     # A number is its 5-bit groups, low ones first; bit 5 says that more follow, bit 4 of the last is its sign.

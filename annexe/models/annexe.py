@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from annexe import weights
 from annexe.datasets.collate import ANALYSIS, Batch
 from annexe.datasets.prompts import ANSWER_OPENING, NO_TARGET, phrases_of
-from annexe.errors import UserError
+from annexe.errors import UserError, require_sizes
 from annexe.metrics.masks import Rle, decode, encode, is_empty
-from annexe.models.depth_branch import DepthAnythingV2
+from annexe.models.depth_branch import PATCH, DepthAnythingV2
 from annexe.models.generation import Binding
 from annexe.models.language_model import Llama
 from annexe.models.pixel_decoder import Grounding
@@ -127,6 +127,11 @@ class Annexe(nn.Module):
     ) -> None:
         super().__init__()
         weights.require_source("model", "init_from", init_from, init)
+        if rgb_encoder.grid != rgb_encoder.image_size // PATCH:
+            raise UserError(f"model.rgb_encoder.patch_size must be {PATCH}, that of the depth branch")
+        if not 0 <= (presence_threshold or 0) <= 1:
+            raise UserError(f"model.presence_threshold is {presence_threshold}; it must be at least 0 and at most 1")
+        require_sizes("model", merge=merge)
         if rgb_encoder.grid % merge:
             raise UserError(f"model.merge {merge} does not divide the {rgb_encoder.grid} patches of a row; change one")
         self.rgb_encoder, self.depth_branch = rgb_encoder, depth_branch

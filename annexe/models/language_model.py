@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from annexe.datasets.collate import PackedText
-from annexe.errors import UserError, unknown
+from annexe.errors import UserError, require_multiple, require_sizes, unknown
 from annexe.models.attention import NAME, Kept, packed_attention_mask, packed_block_mask
 from annexe.models.float8 import to_float8
 from annexe.models.generation import Binding, Generator, Prefill, Responses
@@ -71,6 +71,16 @@ class Llama(nn.Module):
         require_source("model.language_model", "path", path, init)
         if dtype not in (known := (*DTYPES, *QUANTISED, FLOAT8)):
             raise unknown("setting model.language_model.dtype", dtype, known)
+        where = "model.language_model"
+        require_sizes(where, num_layers=num_layers, num_heads=num_heads, mlp_dim=mlp_dim)
+        require_multiple(where, "hidden_size", hidden_size, 2 * num_heads, f"rotary positions in {num_heads} heads")
+        if not (lora.rank >= 0 and checkpointed_blocks >= 0 and initializer_range > 0):
+            raise UserError(
+                f"{where}: lora.rank {lora.rank} and checkpointed_blocks {checkpointed_blocks} must be at least 0, "
+                f"initializer_range {initializer_range} above it"
+            )
+        if not 0 <= lora.dropout < 1:
+            raise UserError(f"{where}.lora.dropout is {lora.dropout}; it must be at least 0 and below 1")
         if dtype not in DTYPES and lora.rank == 0:
             raise UserError(f"model.language_model.dtype {dtype} cannot be trained whole; set lora.rank above 0")
         if path is not None:
@@ -100,6 +110,10 @@ class Llama(nn.Module):
         self.compiled = False  # its blocks are
         self.generator = Generator(self)
         if lora.rank > 0:
+            names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+            for target in lora.targets or [""]:
+                if target not in names:
+                    raise unknown("name of a layer in model.language_model.lora.targets", target, names - {""})
             model = get_peft_model(
                 model,
                 LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets),

@@ -9,6 +9,7 @@ width, C pixel width, h x w mask logits.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 
 from annexe.datasets.collate import QueryIndex
-from annexe.errors import unknown
+from annexe.errors import require_multiple, require_sizes, unknown
 from annexe.models.attention import masked_kernels
 from annexe.models.enlarge import enlarge
 from annexe.registry import register
@@ -145,6 +146,9 @@ class QueryDecoder(nn.Module):
             raise unknown("setting model.pixel_decoder.reads", reads, ("prompt", "answer"))
         if pixels not in ("rgb", "depth", "both"):
             raise unknown("setting model.pixel_decoder.pixels", pixels, ("rgb", "depth", "both"))
+        where, of = "model.pixel_decoder", math.lcm(max(num_heads, 1), 4)
+        require_sizes(where, num_slots=num_slots, num_layers=num_layers, num_heads=num_heads, pixel_dim=pixel_dim)
+        require_multiple(where, "hidden_size", hidden_size, of, f"{num_heads} heads and positions in a plane")
         self.grid, self.num_slots, self.reads = grid, num_slots, reads
         words = words and reads == "prompt"
         self.focused, self.supervised_layers, self.language_gradients = focused, supervised_layers, language_gradients
@@ -284,6 +288,7 @@ class DeconvDecoder(nn.Module):
         defects: bool = False,
     ) -> None:
         super().__init__()
+        require_sizes("model.pixel_decoder", num_slots=num_slots, num_rows=num_rows)
         self.grid, self.num_slots, self.num_rows, self.defects = grid, num_slots, num_rows, defects
         self.gates = not defects
         self.presence_cnn = nn.Sequential(

@@ -5,12 +5,14 @@ Legend: B images, S image side, G = S / patch patches a side, P = G * G, D encod
 
 from __future__ import annotations
 
+import math
+
 from timm.layers import build_sincos2d_pos_embed
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from annexe import weights as checkpoints
-from annexe.errors import UserError
+from annexe.errors import UserError, require_multiple, require_sizes
 from annexe.models.normalise import Normalise
 from annexe.registry import register
 
@@ -43,6 +45,10 @@ class EvaViT(nn.Module):
     ) -> None:
         super().__init__()
         checkpoints.require_source("model.rgb_encoder", "weights", weights, init)
+        sizes = {"image_size": image_size, "patch_size": patch_size, "depth": depth, "mlp_dim": mlp_dim}
+        require_sizes("model.rgb_encoder", **sizes, num_heads=num_heads)
+        of = math.lcm(num_heads, 4)
+        require_multiple("model.rgb_encoder", "embed_dim", embed_dim, of, f"{num_heads} heads and positions in a plane")
         if image_size % patch_size:
             below = image_size // patch_size * patch_size
             raise UserError(

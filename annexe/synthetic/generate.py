@@ -17,6 +17,7 @@ from rich.progress import track
 
 from annexe.datasets.stems import SPLITS
 from annexe.errors import UserError
+from annexe.files import write_json
 from annexe.processes import in_processes, num_cores
 from annexe.synthetic.hard_language import hard_annotations
 from annexe.synthetic.hard_scene import draw_hard_scene, place
@@ -104,7 +105,7 @@ def generate(
     if _is_complete(out, settings):
         return
     out.mkdir(parents=True, exist_ok=True)
-    (out / _UNFINISHED).write_text(json.dumps(asdict(settings), indent=1) + "\n")
+    write_json(out / _UNFINISHED, asdict(settings))
     for folder in ("RGB", "depth", "mask", "subsets", *(f"dataset_split/{split}" for split in SPLITS)):
         (out / folder).mkdir(parents=True, exist_ok=True)
     jobs = list(_jobs(out, settings))
@@ -120,7 +121,10 @@ def _is_complete(out: Path, settings: Settings) -> bool:
     """Whether `out` holds this very data set; refuses a folder that holds something else."""
     for name in (_FINISHED, _UNFINISHED):
         if (out / name).exists():
-            found, asked = json.loads((out / name).read_text()), asdict(settings)
+            try:
+                found, asked = dict(json.loads((out / name).read_text())), asdict(settings)
+            except (ValueError, TypeError):
+                raise UserError(f"'{out / name}' is damaged: delete '{out}', or name another folder.") from None
             other = [f"{key} is {found.get(key)}, not {asked[key]}" for key in asked if found.get(key) != asked[key]]
             if other:
                 raise UserError(

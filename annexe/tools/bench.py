@@ -39,7 +39,7 @@ from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.datasets.sampling import MicroBatches
 from annexe.datasets.transforms import read_id_map
 from annexe.errors import UserError
-from annexe.files import write_json
+from annexe.files import require_writable, write_json
 from annexe.graphs import MULTIPLE
 from annexe.journal import git_commit
 from annexe.metrics import encode
@@ -108,10 +108,7 @@ def _add_configuration(parser: argparse.ArgumentParser, *, against: bool = False
 def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     if arguments.json is not None:
-        try:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write '{arguments.json}' ({error.strerror}); choose another --json") from None
+        require_writable(arguments.json)
     report: dict[str, Any] = {"what": arguments.action, "machine": machine()}
     if arguments.action == "metrics":
         report["measured"] = measure_scoring(arguments.queries, arguments.workers)

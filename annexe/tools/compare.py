@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from annexe.errors import UserError
-from annexe.files import write_json
+from annexe.files import require_writable, write_json
 from annexe.metrics import differences
 from annexe.metrics.bootstrap import Difference
 from annexe.predictions import read_predictions
@@ -30,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.json is not None:
+        require_writable(arguments.json)
     truth = truth_of(arguments)
     systems = [_queries(read_predictions(path, truth)) for path in (arguments.first, arguments.second)]
     common = [key for key in systems[0] if key in systems[1]]

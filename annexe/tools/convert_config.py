@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,12 @@ def convert(old: Settings) -> tuple[Settings, list[str]]:
             continue
         if key in _MAPPED:
             ours, change = _MAPPED[key]
-            value = change(value)
+            try:
+                value = change(value)
+            except (TypeError, ValueError, IndexError) as error:
+                if isinstance(error, UserError):
+                    raise
+                raise UserError(f"{key}: cannot use {value!r}; mend it") from None
             before = OmegaConf.select(new, ours) if ours in set_by else value
             if before != value and key != "run.resume_ckpt_path":  # a run to go on with replaces what it began from
                 raise UserError(f"{set_by[ours]} and {key} disagree on {ours} ({before} and {value}); mend one")
@@ -158,9 +164,14 @@ def convert(old: Settings) -> tuple[Settings, list[str]]:
         known = next((k for k in _WITHOUT_COUNTERPART if key == k or key.startswith(f"{k}.")), None)
         notes.append(f"{key}: {_WITHOUT_COUNTERPART[known] if known else 'unknown to us, left out'}")
     if "run.max_epoch" in flat and "run.iters_per_epoch" in flat:
-        new.run.max_steps = int(flat["run.max_epoch"]) * int(flat["run.iters_per_epoch"])
+        factors = (flat["run.max_epoch"], flat["run.iters_per_epoch"])
+        if not all(isinstance(factor, int) for factor in factors):
+            raise UserError(f"run.max_epoch and run.iters_per_epoch are {factors}; mend them, to whole numbers")
+        new.run.max_steps = math.prod(factors)
     if flat.get("run.lr_sched", "linear_warmup_cosine_lr") != "linear_warmup_cosine_lr":
         raise UserError(f"run.lr_sched {flat['run.lr_sched']} is not known; only linear_warmup_cosine_lr is")
+    if OmegaConf.select(new, "model.language_model.lora.rank") == 0:
+        new.model.language_model.dtype = "float32"  # trained whole
     if "model.init_from" not in set_by:
         new.model.init = "random"
     if "path" not in new.model.language_model:

@@ -6,6 +6,7 @@ import argparse
 import csv
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from rich.progress import track
 
 from annexe.datasets.transforms import read_image
 from annexe.errors import UserError
-from annexe.files import write_text
+from annexe.files import require_writable, write_text
 from annexe.metrics.masks import Rle, encode_ids
 
 HELP = "make predictions.jsonl of mask images and a table of answers"
@@ -38,11 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    require_writable(arguments.out)
     masks = find_masks(arguments.masks)
+    seen: set[Key] = set()
     analyses: dict[str, str] = {}
     lines: list[dict[str, Any]] = []
     for where, row in read_rows(arguments.answers):
         key = (row["image"], row["annotation"], str(row["query_id"]))
+        if key in seen:
+            raise UserError(f"{where}: query {row['query_id']!r} of this annotation stands further up; keep one row")
+        seen.add(key)
         query = {name: row[name] for name in REQUIRED} | {
             "masks": [{"slot": slot, "rle": path} for slot, path in sorted(masks.pop(key, {}).items())]
         }
@@ -58,7 +64,6 @@ def run(arguments: argparse.Namespace) -> None:
         for mask in line["masks"]:
             mask["rle"] = read_mask(mask["rle"])
     images = [{"kind": "image", "image": image, "analysis": analysis} for image, analysis in analyses.items()]
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(arguments.out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (*images, *lines)))
     num_masks = sum(len(line["masks"]) for line in lines)
     Console(soft_wrap=True).print(
@@ -83,19 +88,26 @@ def find_masks(folder: Path) -> dict[Key, dict[int, Path]]:
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(Where it stands, row) of a table of answers; in a TSV numbers are read as such."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8-sig") as file:  # a spreadsheet program puts a mark in front
+            lines = list(file)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read answers '{path}' ({error}); give a .tsv or .jsonl file") from None
     if path.suffix not in (".tsv", ".jsonl"):
         raise UserError(f"answers '{path}' are neither .tsv (with a header) nor .jsonl; save them as one of these")
     is_table = path.suffix == ".tsv"
+    csv.field_size_limit(sys.maxsize)
     rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if is_table else lines
     for number, line in enumerate(rows, start=2 if is_table else 1):
         where = f"'{path}', line {number}"
         try:
             row = _typed(line) if is_table else json.loads(line)
             missing = [name for name in REQUIRED if row.get(name) is None]
-        except (ValueError, AttributeError) as error:
+            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no character
+            if not missing and not isinstance(row["image"], str):
+                raise ValueError("image must be a string")
+            if not missing and not isinstance(row["annotation"], int):
+                raise ValueError("annotation must be a number")
+        except (ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"{where} is wrong ({error}); mend it or remove it") from None
         if missing:
             raise UserError(f"{where} has no {', '.join(missing)}; a row needs {', '.join(REQUIRED)}")
@@ -103,9 +115,12 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def read_mask(path: Path) -> Rle:
-    """RLE of the pixels that are not 0, in any channel but the fourth."""
-    pixels = np.asarray(read_image(path))
-    inside = pixels[..., :3].any(axis=2) if pixels.ndim == 3 else pixels > 0
+    """RLE of the pixels that are not 0, in any channel but alpha."""
+    image = read_image(path)
+    pixels = np.asarray(image)
+    if pixels.ndim == 3:
+        pixels = pixels[..., : len(image.getbands()) - ("A" in image.getbands())].any(axis=2)
+    inside = pixels > 0
     return encode_ids(inside.astype(np.uint8), [1])[1]
 
 

@@ -16,7 +16,7 @@ from annexe.datasets.checks import ERROR, NOTE, PROBLEMS, WARNING
 from annexe.datasets.stems import GROUPS
 from annexe.datasets.survey import Survey, survey
 from annexe.errors import UserError
-from annexe.files import write_json
+from annexe.files import require_writable, write_json
 from annexe.processes import num_cores
 
 HELP = "check every file of a data root; exit code 1 where there are errors"
@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.workers is not None and arguments.workers < 1:
         raise UserError(f"--workers is {arguments.workers}; give at least 1")
-    if arguments.json and not arguments.json.parent.is_dir():
-        raise UserError(f"--json: no folder '{arguments.json.parent}'; make it first")
+    if arguments.json is not None:
+        require_writable(arguments.json)
     found = survey(arguments.root, arguments.workers or num_cores())
     verdict = verdict_of(found)
     if arguments.json:

@@ -11,7 +11,7 @@ from rich.table import Column, Table
 
 from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.errors import UserError
-from annexe.files import write_json
+from annexe.files import require_writable, write_json
 from annexe.predictions import read_predictions, require_complete
 from annexe.processes import num_cores
 from annexe.scoring import PROTOCOLS, Truth, score_all
@@ -36,6 +36,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """What names the truth, for every command that scores."""
     parser.add_argument("--data-root", required=True, metavar="DIR", help="folder that holds RGB/")
     parser.add_argument("--split", required=True, help="split that was predicted")
+    parser.add_argument("--split-dir", metavar="DIR", help="lists of the splits, as the evaluation had them")
+    parser.add_argument("--exclude", metavar="FILE", help="images left out, as the evaluation left them out")
     parser.add_argument(
         "--answer-format",
         default="sentence",
@@ -49,13 +51,13 @@ def truth_of(arguments: argparse.Namespace) -> Truth:
     """The data set that the arguments name."""
     if arguments.workers < 1:
         raise UserError(f"--workers {arguments.workers} must be at least 1")
-    dataset = EgoIRGBench(
-        arguments.split, 1, 0, None, data_root=arguments.data_root, answer_format=arguments.answer_format
-    )  # the size and the seed are a model's, and none is here
-    return Truth(dataset)
+    named = {name: getattr(arguments, name) for name in ("data_root", "answer_format", "split_dir", "exclude")}
+    return Truth(EgoIRGBench(arguments.split, 1, 0, None, **named))  # the size and the seed are a model's: none is here
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.out is not None:
+        require_writable(arguments.out)
     truth = truth_of(arguments)
     records = read_predictions(arguments.predictions, truth)
     if arguments.complete:
@@ -66,6 +68,8 @@ def run(arguments: argparse.Namespace) -> None:
         "predictions": str(arguments.predictions),
         "data_root": arguments.data_root,
         "split": arguments.split,
+        "split_dir": arguments.split_dir,
+        "exclude": arguments.exclude,
         "answer_format": arguments.answer_format,
         "data_fingerprint": truth.dataset.fingerprint(),
     }

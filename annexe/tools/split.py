@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     out = arguments.out
     if out.exists():
         raise UserError(f"'{out}' exists; name a folder that does not, so that no list is replaced")
-    if min(arguments.val, arguments.test, arguments.seed) < 0 or arguments.val + arguments.test >= 1:
+    if not (min(arguments.val, arguments.test, arguments.seed) >= 0 and arguments.val + arguments.test < 1):  # or NaN
         raise UserError(
             f"cannot split with --val {arguments.val}, --test {arguments.test}, --seed {arguments.seed}: "
             "give shares from 0 that leave something to train, and a seed from 0 on"

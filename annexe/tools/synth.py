@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 from pathlib import Path
 
 from rich.console import Console
 
+from annexe.errors import UserError
 from annexe.synthetic.generate import SPLITS, generate
 
 log = logging.getLogger(__name__)
@@ -28,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     there, images = arguments.out.exists(), max(arguments.images, 1)
+    if not all(0 <= given < math.inf for given in (arguments.val, arguments.test)):  # nor NaN
+        raise UserError(f"--val {arguments.val} --test {arguments.test}: give shares or numbers from 0 on")
     val, test = (given if given < 1 else given / images for given in (arguments.val, arguments.test))
     generate(
         arguments.out,
