@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from pycocotools import mask as coco_mask
 from rich.progress import track
 
@@ -18,7 +17,7 @@ from annexe.datasets.ego_irgbench import Annotation, EgoIRGBench
 from annexe.datasets.transforms import image_size, read_id_map, require_ids
 from annexe.errors import UserError
 from annexe.metrics.consistency import Agreement, agreement
-from annexe.metrics.masks import QueryResult, Rle, encode_ids, measure
+from annexe.metrics.masks import QueryResult, Rle, area, encode_ids, measure
 from annexe.processes import in_processes
 
 Record = dict[str, Any]
@@ -117,9 +116,9 @@ def blind_masks(masks: dict[int, Rle]) -> dict[str, dict[int, Rle]]:
 
 def _true_masks(id_map: Path, named: list[int]) -> dict[int, Rle]:
     """Mask id -> RLE; every id that an annotation names has to be in the map, as for training."""
-    ids = read_id_map(id_map)
-    require_ids(set(named) - set(np.unique(ids).tolist()), id_map)
-    return encode_ids(ids, named)
+    masks = encode_ids(read_id_map(id_map), named)
+    require_ids({mask_id for mask_id, rle in masks.items() if not area([rle])}, id_map)
+    return masks
 
 
 def _task(stem: str, queries: list[Record], truth: Truth) -> ImageTask:
