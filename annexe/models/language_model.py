@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -34,6 +34,23 @@ class Lora:
     alpha: float = 16
     dropout: float = 0.05
     targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise UserError(f"model.language_model.lora.rank is {self.rank}; it must be at least 0")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model.language_model.lora.dropout is {self.dropout}; it must be at least 0 and below 1")
+
+
+def _with_adapters(model: LlamaForCausalLM, lora: Lora) -> PeftModel:
+    layers = [name for name, module in model.named_modules() if not any(module.children())]
+    for target in lora.targets or [""]:
+        if not any(f".{name}".endswith(f".{target}") for name in layers):
+            choices = {name.rpartition(".")[2] for name in layers}
+            raise unknown("name of a layer in model.language_model.lora.targets", target, choices)
+    return get_peft_model(
+        model, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets)
+    )
 
 
 @register("language_model", "llama")
@@ -74,13 +91,11 @@ class Llama(nn.Module):
         where = "model.language_model"
         require_sizes(where, num_layers=num_layers, num_heads=num_heads, mlp_dim=mlp_dim)
         require_multiple(where, "hidden_size", hidden_size, 2 * num_heads, f"rotary positions in {num_heads} heads")
-        if not (lora.rank >= 0 and checkpointed_blocks >= 0 and initializer_range > 0):
+        if checkpointed_blocks < 0 or not initializer_range > 0:
             raise UserError(
-                f"{where}: lora.rank {lora.rank} and checkpointed_blocks {checkpointed_blocks} must be at least 0, "
-                f"initializer_range {initializer_range} above it"
+                f"{where}: checkpointed_blocks {checkpointed_blocks} must be at least 0, initializer_range "
+                f"{initializer_range} above it"
             )
-        if not 0 <= lora.dropout < 1:
-            raise UserError(f"{where}.lora.dropout is {lora.dropout}; it must be at least 0 and below 1")
         if dtype not in DTYPES and lora.rank == 0:
             raise UserError(f"model.language_model.dtype {dtype} cannot be trained whole; set lora.rank above 0")
         if path is not None:
@@ -110,14 +125,7 @@ class Llama(nn.Module):
         self.compiled = False  # its blocks are
         self.generator = Generator(self)
         if lora.rank > 0:
-            names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-            for target in lora.targets or [""]:
-                if target not in names:
-                    raise unknown("name of a layer in model.language_model.lora.targets", target, names - {""})
-            model = get_peft_model(
-                model,
-                LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=lora.targets),
-            )
+            model = _with_adapters(model, lora)
         self.model = model
         if dtype == FLOAT8:
             to_float8(self.llama.model.layers)
