@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ from annexe.config import import_plugins
 from annexe.distributed import like, whole
 from annexe.errors import UserError
 from annexe.models.annexe import Annexe
+from annexe.weights import DAMAGED
 
 log = logging.getLogger(__name__)
 
@@ -257,7 +257,7 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, accelerator: 
 def _read(file: Path, load: Callable[[Path], Any]) -> Any:
     try:
         return load(file)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+    except DAMAGED as error:
         raise UserError(
             f"'{file}' is damaged ({' '.join(str(error).split())[:120]}); remove its folder to go on from the "
             "checkpoint before"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from annexe.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def require_writable(path: Path) -> None:
@@ -59,13 +62,16 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+", encoding="utf-8") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise UserError(
-                f"'{folder}' is being written to by {file.read().strip() or 'another process'}; wait for it, end it, "
-                "or set another run.output_dir"
-            ) from None
+            holder = file.read().strip() or "another process"
+            if not wait:
+                raise UserError(
+                    f"'{folder}' is being written to by {holder}; wait for it, end it, or set another run.output_dir"
+                ) from None
+            log.info("waiting for %s, which writes to '%s'", holder, folder)
+            fcntl.lockf(file, fcntl.LOCK_EX)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

@@ -106,8 +106,6 @@ class Trainer:
             load_optimizer(resumed, self.optimizer, self.accelerator)
             self.progress = load_progress(resumed)
             self.model.calibrated_thresholds = self.progress.thresholds
-            if self.progress.step > run.max_steps:
-                raise UserError(f"'{resumed}' is past run.max_steps {run.max_steps}; raise it to go on")
             if saved_config(resumed)["run"]["validation_metric"] != run.validation_metric:
                 self.progress.best_score = self.progress.best_step = None  # of another scale
         self.loss_weights = losses.active(run.loss_weights, name_patches=self.model.name_patches)
@@ -276,7 +274,11 @@ class Trainer:
         return None
 
     def _as_begun(self, resumed: Path | None) -> Path | None:
-        """Refuse another seed, which fixes the order of samples and random frozen weights, and another optimizer."""
+        """Refuse another seed, which fixes the order of samples and random frozen weights, another optimizer, and a
+        checkpoint that is further than the run should go.
+        """
+        if resumed and load_progress(resumed).step > self.run.max_steps:
+            raise UserError(f"'{resumed}' is past run.max_steps {self.run.max_steps}; raise it to go on")
         before = saved_config(resumed)["run"] if resumed else {}
         for name, begun in (("seed", before.get("seed")), ("optimizer", before.get("optimizer", "adamw"))):
             asked = getattr(self.run, name)

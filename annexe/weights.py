@@ -26,7 +26,17 @@ log = logging.getLogger(__name__)
 
 _SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _WRAPPERS = ("model", "state_dict", "module")
-_DAMAGED = (OSError, RuntimeError, EOFError, KeyError, ValueError, AttributeError, pickle.UnpicklingError)
+# What reading a damaged file of weights raises
+DAMAGED = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    KeyError,
+    ValueError,
+    AttributeError,
+    pickle.UnpicklingError,
+    SafetensorError,
+)
 
 
 @dataclass(frozen=True)
@@ -265,7 +275,7 @@ def _read_file(file: Path, shapes_only: bool) -> dict[str, Tensor]:
         ) from None
     except UserError:
         raise
-    except (*_DAMAGED, SafetensorError) as error:
+    except DAMAGED as error:
         detail = (str(error).splitlines() or [""])[0]
         raise UserError(
             f"'{file}' is damaged or cut short ({type(error).__name__}: {detail}); fetch it again"

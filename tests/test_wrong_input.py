@@ -369,7 +369,7 @@ def test_damage_within_a_checkpoint_is_named(run_folder: Path, make_config: Make
             train(make_config("run.max_steps=4", "run.resume=auto"))
         one_line(caught, name, "is damaged", "remove its folder")
     with pytest.raises(UserError) as caught:
-        train(make_config("run.max_steps=2", f"run.resume={run_folder / 'checkpoints' / 'step-00000003'}"))
+        train(make_config("run.max_steps=4", f"run.resume={run_folder / 'checkpoints' / 'step-00000003'}"))
     one_line(caught, "model.safetensors")
 
 
