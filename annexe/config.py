@@ -15,7 +15,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from annexe.errors import UserError, refused, unknown
+from annexe.errors import UserError, over_defaults, refused, unknown
 from annexe.registry import settings
 
 
@@ -201,8 +201,7 @@ def load_config(cfg_path: str | Path, options: list[str] = (), *, onto_checkpoin
             chosen = OmegaConf.select(over, f"model.{part}.type")
             if chosen is not None and chosen != OmegaConf.select(base, f"model.{part}.type"):
                 base.model[part] = {}
-        given = OmegaConf.merge(base, over)
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), given))
+        config = over_defaults(Config, OmegaConf.merge(base, over))
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {refused('', error)}") from None
     except UserError as error:

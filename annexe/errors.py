@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import fields
 
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 
@@ -38,6 +39,29 @@ def require_multiple(where: str, name: str, value: int, of: int, needed_by: str)
     """Raise a `UserError` unless a setting's ``value`` is a multiple of ``of``."""
     if value < 1 or value % of:
         raise UserError(f"{where}.{name} is {value}; it must be a multiple of {of}, for {needed_by}")
+
+
+def over_defaults(schema: object, given: object, where: str = "") -> object:
+    """``given`` over the defaults of ``schema``, a dataclass or an instance of one, as an instance.
+
+    Raises:
+        UserError: for an unknown key, a value of the wrong type, or a value where a block belongs.
+    """
+    defaults = OmegaConf.structured(schema)
+    try:
+        given = OmegaConf.create(given)
+        _require_blocks(OmegaConf.to_container(defaults), given, where)
+        return OmegaConf.to_object(OmegaConf.merge(defaults, given))
+    except OmegaConfBaseException as error:
+        raise refused(where, error) from None
+
+
+def _require_blocks(defaults: dict, given: object, where: str) -> None:
+    if not isinstance(given, DictConfig):
+        raise UserError(f"{where or 'all of it'} is '{given}'; it must be a block of settings")
+    for key, block in defaults.items():
+        if isinstance(block, dict) and given.get(key) is not None:
+            _require_blocks(block, given[key], ".".join(filter(None, [where, key])))
 
 
 def refused(where: str, error: OmegaConfBaseException) -> UserError:

@@ -11,10 +11,9 @@ from collections.abc import Callable
 from dataclasses import field, make_dataclass
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
 
-from annexe.errors import refused, unknown
+from annexe.errors import over_defaults, unknown
 
 _COMPONENTS: dict[str, dict[str, Callable]] = {}
 
@@ -42,11 +41,7 @@ def settings(kind: str, spec: dict[str, Any], where: str) -> dict[str, Any]:
         raise unknown(f"setting {where}.{key}: '{spec['type']}' has no", key, options)
     defaults = {name: MISSING if p.default is p.empty else p.default for name, p in options.items()}
     fields = [(n, hints[n], field(default_factory=lambda value=v: value)) for n, v in defaults.items()]
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(make_dataclass("Settings", fields)), given)
-        checked = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise refused(where, error) from None
+    checked = over_defaults(make_dataclass("Settings", fields), given, where)
     return {name: getattr(checked, name) for name in options}
 
 

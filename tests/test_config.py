@@ -64,6 +64,13 @@ def test_nothing_unknown_and_nothing_of_another_type_passes(option: str) -> None
         load_config(TINY, [option])
 
 
+@pytest.mark.parametrize("option", ["run=fast", "run.loss_weights=2", "model.language_model.lora=4", "datasets=3"])
+def test_a_value_where_a_block_belongs_is_named(option: str) -> None:
+    key, _, value = option.partition("=")
+    with pytest.raises(UserError, match=rf"(^|: ){key} is '{value}'; it must be a block of settings"):
+        load_config(TINY, [option])
+
+
 def test_interpolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANNEXE_RUNS", "elsewhere")
     path = write(

@@ -62,7 +62,7 @@ def one_line(caught: pytest.ExceptionInfo[UserError], *parts: str) -> None:
         ("model.rgb_encoder.depth=deep", ("model.rgb_encoder.depth", "'deep'")),
         ("model.rgb_encoder=5", ("model.rgb_encoder", "block of settings")),
         ("datasets.ego_irgbench=5", ("datasets.ego_irgbench", "block of settings")),
-        ("run=5", ("RunConfig", "5")),
+        ("run=5", ("run is '5'", "block of settings")),
         ("run.device=tpu", ("run.device", "choose auto, cpu or cuda")),
         ("run.checkpoint_every=0", ("run.checkpoint_every", "at least 1")),
         ("run.warmup_steps=9999", ("run.warmup_steps to", "at most")),

@@ -23,12 +23,11 @@ from typing import Any
 
 import torch
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from annexe.checkpoint import find_checkpoint, load_progress
 from annexe.config import load_config, read_yaml
-from annexe.errors import UserError, refused, unknown
+from annexe.errors import UserError, over_defaults, unknown
 from annexe.files import write_json, write_text
 from annexe.report.tables import GROUPS, MEAN_ACCURACY
 
@@ -171,9 +170,9 @@ def read_ablation(path: Path, options: Iterable[str] = (), evaluation_options: I
         raise UserError(f"no file of rows '{path}'; give one such as train_configs/grounding_ablation.yaml")
     given = read_yaml(path)
     try:
-        ablation = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Ablation), given))
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {refused('', error)}") from None
+        ablation = over_defaults(Ablation, given)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}; it must be a block with config and rows") from None
     if not ablation.rows or not ablation.metrics:
