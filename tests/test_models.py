@@ -151,6 +151,15 @@ def test_each_layer_is_held_to_the_truth(make_parts):
         torch.testing.assert_close(losses.totals(model(batch), batch, [name]), sum(parts) / len(parts))
 
 
+@pytest.mark.parametrize("scale", [2, 4])
+def test_masks_stand_at_the_scale_that_is_asked_for(make_parts, scale):
+    model, _, batch = make_parts(f"model.pixel_decoder.mask_scale={scale}")
+    predictions = model(batch)
+    assert [g.masks.shape[-1] // model.rgb_encoder.grid for g in predictions.groundings] == [2, scale]
+    losses.totals(predictions, batch, list(losses.TERMS)).sum().backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
 def test_slots_read_where_their_mask_is(make_parts):
     model, _, batch = make_parts()
     decoder, side = model.pixel_decoder, 2 * model.rgb_encoder.grid

@@ -103,12 +103,13 @@ class DecoderLayer(nn.Module):
 class QueryDecoder(nn.Module):
     """Slots and words of the prompt attend to the pixels; a mask is the dot product of its slot with the finest map.
 
-    Masks stand at 8 G a side: 256 for a 448 image, 96 for a 168 one.
+    Masks stand at 8 G a side, if ``mask_scale`` does not say else: 256 for a 448 image, 96 for a 168 one.
 
     Args:
         num_slots: targets a query can have.
         hidden_size: width of slots, words and coarse pixels.
         pixel_dim: width of the finest map.
+        mask_scale: masks stand at so many G a side: 2, 4 or 8, each the size of one fused map of the depth branch.
         words: all tokens of the prompt join the slots in self- and cross-attention, not its end alone.
         pixels: what is attended to: ``rgb`` patches, the ``depth`` branch's maps, or ``both``.
         focused: masked attention of Mask2Former (CVPR 2022): a slot attends inside its mask of the layer before.
@@ -133,6 +134,7 @@ class QueryDecoder(nn.Module):
         num_layers: int = 3,
         num_heads: int = 8,
         pixel_dim: int = 64,
+        mask_scale: int = 8,
         words: bool = True,
         pixels: str = "both",
         focused: bool = True,
@@ -146,10 +148,12 @@ class QueryDecoder(nn.Module):
             raise unknown("setting model.pixel_decoder.reads", reads, ("prompt", "answer"))
         if pixels not in ("rgb", "depth", "both"):
             raise unknown("setting model.pixel_decoder.pixels", pixels, ("rgb", "depth", "both"))
+        if mask_scale not in (2, 4, 8):
+            raise unknown("setting model.pixel_decoder.mask_scale", mask_scale, ("2", "4", "8"))
         where, of = "model.pixel_decoder", math.lcm(max(num_heads, 1), 4)
         require_sizes(where, num_slots=num_slots, num_layers=num_layers, num_heads=num_heads, pixel_dim=pixel_dim)
         require_multiple(where, "hidden_size", hidden_size, of, f"{num_heads} heads and positions in a plane")
-        self.grid, self.num_slots, self.reads = grid, num_slots, reads
+        self.grid, self.num_slots, self.reads, self.mask_scale = grid, num_slots, reads, mask_scale
         words = words and reads == "prompt"
         self.focused, self.supervised_layers, self.language_gradients = focused, supervised_layers, language_gradients
         self.slot = nn.Parameter(torch.randn(num_slots, hidden_size))
@@ -195,8 +199,8 @@ class QueryDecoder(nn.Module):
         tokens, token_mask, prompt_presence = self._tokens(prompt, prompt_mask)
         rgb, values = self._coarse(patches, maps[0])
         keys = values + self.position
-        finest = self._finest(rgb, maps[-1])  # [B, C, 8 G, 8 G]
-        coarse = F.avg_pool2d(finest, 4)
+        finest = self._finest(rgb, maps[self.mask_scale.bit_length() - 1])  # [B, C, h, w]
+        coarse = F.avg_pool2d(finest, self.mask_scale // 2)  # [B, C, 2 G, 2 G]
         # Words are updated for the slots of the next layer; the last one updates slots alone.
         num_out = [tokens.shape[1]] * (len(self.layers) - 1) + [self.num_slots]
         groundings: list[Grounding] = []
