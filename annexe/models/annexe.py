@@ -208,7 +208,8 @@ class Annexe(nn.Module):
         has_pixels = grounding.masks.flatten(2).amax(-1) > 0
         if not self.pixel_decoder.gates:
             return has_pixels
-        present = grounding.presence.float().sigmoid() > grounding.presence.new_tensor(self.thresholds()).float()
+        scores = grounding.presence.float().sigmoid()
+        present = scores > scores.new_tensor(self.thresholds())  # float32: in bfloat16 all above .998 are 1
         return (present & has_pixels).cumprod(1).bool()
 
     def _binds(self) -> bool:
