@@ -151,7 +151,7 @@ def records_of(drafted: tuple[Sample, list[Draft]]) -> list[Record]:
                 "query": turn.query,
                 "answer": response.answer,
                 "presence": round(response.presence, 6),
-                "slot_scores": [round(score, 6) for score in draft.scores],
+                "slot_scores": [round(score, 12) for score in draft.scores],  # thresholds are set by them
                 "masks": masks,
             }
         )
@@ -290,8 +290,9 @@ def restored(config: Config, checkpoint: Path, accelerator: Accelerator) -> Anne
 
 def ready(model: Annexe, run: RunConfig, accelerator: Accelerator) -> Annexe:
     """``model`` as it answers fastest: adapters merged for good; graphs and compiled blocks where ``run`` has them."""
-    model.language_model.merge()
-    model.language_model.generator.graphs = run.cuda_graphs and accelerator.device.type == "cuda"
+    language = model.language_model
+    language.merge()
+    language.generator.graphs = run.cuda_graphs and accelerator.device.type == "cuda" and language.graphable
     if run.compile:
         compile_blocks(model)
     return accelerator.prepare_model(model.eval(), evaluation_mode=True)

@@ -69,7 +69,10 @@ def depth_total(predictions: Predictions, batch: Batch) -> Tensor:
     weight = valid.float() / valid.sum(1, keepdim=True).clamp(min=1)
 
     def normalise(x: Tensor) -> Tensor:
-        middle = torch.where(valid, x, torch.nan).nanmedian(dim=1, keepdim=True).values.nan_to_num()
+        middle = torch.where(valid, x.detach(), torch.nan).nanmedian(dim=1, keepdim=True).values.nan_to_num()
+        # A median hands its gradient to one pixel, on a GPU to any of those that are equal; the mean to all of them.
+        mean = (x * weight).sum(1, keepdim=True)
+        middle = middle + (mean - mean.detach())
         spread = ((x - middle).abs() * weight).sum(1, keepdim=True)
         return (x - middle) / (spread + 1e-6)
 
@@ -135,6 +138,11 @@ def patch_phrase_total(predictions: Predictions, batch: Batch) -> Tensor:
     return (each * (batch.object_ids > 0)).sum()
 
 
+def num_used_slots(batch: Batch) -> Tensor:
+    """Slots that have a target."""
+    return (batch.slot_ids > 0).sum()
+
+
 TERMS: dict[str, Term] = {
     "analysis": Term(lambda c: (c.tokens * c.batch.text.is_analysis).sum(), lambda b: b.text.is_analysis.sum()),
     "answer": Term(
@@ -149,10 +157,10 @@ TERMS: dict[str, Term] = {
         lambda c: presence_total(c.predictions, c.batch),
         lambda b: b.asked.sum() * b.slot_ids.shape[1],
     ),
-    "mask": Term(lambda c: _mask_total(c, mask_term), lambda b: (b.slot_ids > 0).sum()),
-    "focal": Term(lambda c: _mask_total(c, focal_term), lambda b: (b.slot_ids > 0).sum()),
-    "points": Term(lambda c: _mask_total(c, points_term), lambda b: (b.slot_ids > 0).sum()),
-    "dice": Term(lambda c: _mask_total(c, dice_term), lambda b: (b.slot_ids > 0).sum()),
+    "mask": Term(lambda c: _mask_total(c, mask_term), num_used_slots),
+    "focal": Term(lambda c: _mask_total(c, focal_term), num_used_slots),
+    "points": Term(lambda c: _mask_total(c, points_term), num_used_slots),
+    "dice": Term(lambda c: _mask_total(c, dice_term), num_used_slots),
     "patch_phrase": Term(
         lambda c: patch_phrase_total(c.predictions, c.batch),
         lambda b: (b.object_ids > 0).sum(),

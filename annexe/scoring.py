@@ -153,8 +153,8 @@ def query_scores(records: list[Record], truth: Truth) -> list[QueryScore]:
 def constant_baselines(records: list[Record], truth: Truth) -> dict[str, list[Record]]:
     """Predictions that look at nothing, for the queries of ``records``.
 
-    ``constant``: the most frequent training analysis and answer, and as mask the union of all hands and active objects
-    (which no blind system could know: a generous bound). ``reject``: no query ever has a target.
+    ``constant``: the most frequent training analysis and answer, and as mask the union of all that any question of the
+    photo names (which no blind system could know: a generous bound). ``reject``: no query ever has a target.
     """
     analysis, answer = _frequent_texts(truth.dataset)
     images = [{**record, "analysis": analysis, "depth": None} for record in _of_kind(records, "image")]

@@ -112,7 +112,8 @@ class Trainer:
         device = self.accelerator.device
         self.weight_of_terms = torch.tensor(list(self.loss_weights.values()), device=device)
         self.seen = torch.zeros(3, dtype=torch.float64, device=device)  # images, queries, tokens not yet in progress
-        self.graphed = run.cuda_graphs and device.type == "cuda" and self.accelerator.num_processes == 1
+        alone = device.type == "cuda" and self.accelerator.num_processes == 1
+        self.graphed = run.cuda_graphs and alone and self.model.language_model.graphable
         self.run_pass = self._forward_backward
         if self.graphed:
             trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -246,7 +247,7 @@ class Trainer:
                 "train_configs/annexe_tiny.yaml is made for one", trained / 1e6,
             )  # fmt: skip
         if self.run.cuda_graphs and not self.graphed:
-            log.warning("run.cuda_graphs is for one process on one GPU and is ignored here")
+            log.warning("run.cuda_graphs is for one process on one GPU without an int8 base and is ignored here")
         if self.train_set.num_slots > self.model.pixel_decoder.num_slots:
             log.warning(
                 "annotations use up to %d slots, model.pixel_decoder.num_slots is %d: the model trains on the first "

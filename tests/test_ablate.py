@@ -235,6 +235,16 @@ def test_a_dry_run_prints_commands_and_makes_nothing(annexe, rows, tmp_path):
     assert ["run.seed=0" in line for line in trainings] == [True, True, False, False]
 
 
+def test_settings_that_only_other_rows_refuse_are_taken(annexe, rows, tmp_path):
+    both = {"default": None, "deconv": {"options": ["model.pixel_decoder={type: deconv}"]}}
+    words = "model.pixel_decoder.words"
+    given = (rows(rows=both, options=[]), "--out", tmp_path / "out", "--dry-run", "--options", f"{words}=false")
+    code, printed, _ = annexe(*given, "--rows", "default")
+    assert code is None and len(printed.splitlines()) == 2
+    code, _, errors = annexe(*given)
+    assert code == 2 and "row 'deconv'" in errors and "'words'" in errors and len(errors.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
@@ -269,6 +279,7 @@ def test_wrong_arguments_end_in_one_line(annexe, rows, tmp_path, monkeypatch):
         ((*given, "--rows", "one_layer"), "Did you mean 'one-layer'"),
         ((*given, "--gpus", 0), "0 CUDA devices"),
         ((*given, "--seeds", 0, -1), "--seeds"),
+        ((*given, "--options", "model.pixel_decoder.num_rows=4"), "row 'default': unknown setting"),
         ((*given, "--options", "datasets.ego_irgbench.data_root=nowhere"), "no data root 'nowhere'"),
     ):
         code, _, errors = annexe(*words)

@@ -199,6 +199,17 @@ def test_all_fields_of_a_row_are_selected(make_prompts):
         assert torch.equal(getattr(chosen, field.name)[:2], getattr(rows, field.name)[[2, 0]])
 
 
+@pytest.mark.parametrize(("std", "merged"), [(0.03, True), (0.0003, False), (0.0, True)])
+def test_adapters_that_coarse_weights_would_round_away_stay_apart(make_prompts, std, merged):
+    """An untrained adapter adds nothing and loses nothing."""
+    llama, _, _ = make_prompts(*LORA, "model.language_model.dtype=bfloat16")
+    for name, parameter in llama.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=std)
+    llama.merge()
+    assert {m.merged for m in llama.modules() if hasattr(m, "lora_B")} == {merged}
+
+
 def test_merged_adapters_say_the_same(make_prompts):
     llama, prefill, samples = make_prompts(*LORA)
     for name, parameter in llama.named_parameters():

@@ -41,6 +41,18 @@ def test_invalid_depth_is_left_out(make_parts):
     assert losses.TERMS["depth"].count(batch) == 0
 
 
+def test_the_gradient_of_depth_is_spread_over_all_pixels(make_parts):
+    """That of a plain median lies in one pixel for the most part."""
+    model, _, batch = make_parts()
+    predictions = model(batch)
+    predictions.depth = predictions.depth.detach().requires_grad_()
+    losses.depth_total(predictions, batch).backward()
+    gradient, valid = predictions.depth.grad, batch.depth > 0
+    assert gradient[valid].abs().max() < 0.01 * gradient.abs().sum()
+    assert (gradient[~valid] == 0).all()
+    assert gradient.sum().abs() < 1e-4 * gradient.abs().sum()  # a shift of the whole map changes nothing
+
+
 def test_depth_is_compared_up_to_scale_and_shift_in_inverse_depth(make_parts):
     model, _, batch = make_parts()
     predictions = model(batch)

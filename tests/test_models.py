@@ -250,10 +250,10 @@ def test_targets_fill_slots_from_the_first_on(make_parts):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_thresholds_are_not_rounded_to_the_precision_of_presence(make_parts, dtype):
     model, _, _ = make_parts()
-    model.calibrated_thresholds = [0.99894, 0.999, 0.5, 0.5]
-    presence = torch.tensor([[8.0, 8.0, -9.0, -9.0], [6.0, 8.0, -9.0, -9.0]], dtype=dtype)  # .99966, .99753
-    found = model._found(Grounding(presence, torch.ones(2, 4, 2, 2, dtype=dtype)))
-    assert found.tolist() == [[True, True, False, False], [False] * 4]
+    model.calibrated_thresholds = [0.99894, 0.999, 0.9999995, 0.9999999]
+    presence = torch.tensor([[8, 8, 15, 15], [8, 8, 15, 17], [6, 8, 15, 17]], dtype=dtype)  # 6: .9975, 15: .9999997
+    found = model._found(Grounding(presence, torch.ones(3, 4, 2, 2, dtype=dtype)))
+    assert found.tolist() == [[True, True, True, False], [True] * 4, [False] * 4]
 
 
 VARIED = "model.language_model.initializer_range=0.3"

@@ -5,12 +5,14 @@ Legend: B images, N packed tokens, M tokens of all images, D width, V words, S p
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -24,6 +26,10 @@ from annexe.models.llama import DTYPES, FLOAT8, QUANTISED, load_llama, random_ll
 from annexe.models.tokenizer import TextTokenizer
 from annexe.registry import register
 from annexe.weights import require_source
+
+log = logging.getLogger(__name__)
+
+_KEPT_BY_MERGING = 0.95
 
 
 @dataclass
@@ -140,6 +146,11 @@ class Llama(nn.Module):
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     @property
+    def graphable(self) -> bool:
+        """Whether a CUDA graph can hold it: int8 products have the host look for outliers on the way."""
+        return self.dtype != "int8"
+
+    @property
     def by_blocks(self) -> bool:
         """Whether attention skips blocks (FlexAttention): it takes compiled ones, a GPU and heads 16 wide or more."""
         width = self.hidden_size // self.llama.config.num_attention_heads
@@ -195,6 +206,28 @@ class Llama(nn.Module):
         return self.generator.decode(prefill, max_new_tokens, binding)
 
     def merge(self) -> None:
-        """Add the adapters to the weights that they adapt, for good: the same responses, less work for each."""
-        if self.model is not self.llama and self.dtype in DTYPES:
+        """Add the adapters to the weights that they adapt, for good: less work for each response.
+
+        They stay apart where the weights are too coarse for them: bfloat16 rounds a sum with something small to what it
+        was, so that much of an adapter that has hardly been trained would be lost.
+        """
+        if self.model is self.llama or self.dtype not in DTYPES:
+            return
+        if (kept := self._kept_by_merging()) < _KEPT_BY_MERGING:
+            log.info(
+                "the LoRA adapters stay apart: merged into coarse weights %.0f %% of them would be kept", 100 * kept
+            )
+        else:
             self.model.merge_adapter()
+
+    @torch.no_grad()
+    def _kept_by_merging(self) -> float:
+        """How much of what the adapters add would be in the sums: 1 is all, but for noise of rounding."""
+        added, kept = 0.0, 0.0
+        for layer in self.model.modules():
+            if isinstance(layer, LoraLayer):
+                weight, delta = layer.get_base_layer().weight, layer.get_delta_weight("default").float()
+                merged = (weight.float() + delta).to(weight.dtype).float()
+                kept += float(((merged - weight.float()) * delta).sum())
+                added += float(delta.square().sum())
+        return kept / added if added else 1.0

@@ -16,7 +16,7 @@ HEADLINE = {
     "depth/delta1": "Depth, δ < 1.25",
 }
 BASELINES = {
-    "constant": "most frequent training sentences, all hands and active objects as mask",
+    "constant": "most frequent training sentences, all that any question names as mask",
     "reject": "always “no target”",
 }
 

@@ -128,7 +128,11 @@ def run(arguments: argparse.Namespace) -> None:
     known = []  # the runs that are asked for, and those of earlier calls
     for name in ablation.rows:
         earlier = [path.name.removeprefix("seed-") for path in (out / name).glob("seed-*")]
-        known += runs_of(ablation, out, name, sorted({*seeds, *(int(seed) for seed in earlier if seed.isdigit())}))
+        own = {*(seeds if name in names else ()), *(int(seed) for seed in earlier if seed.isdigit())}
+        try:
+            known += runs_of(ablation, out, name, sorted(own)) if own else []
+        except UserError as error:
+            raise UserError(f"row '{name}': {error}") from None
     chosen = [each for each in known if each.row in names and each.seed in seeds]
     chosen.sort(key=lambda each: seeds.index(each.seed))  # a first seed of every row before a second one of any
     groups: dict[Path, list[Run]] = {}
