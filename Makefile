@@ -42,7 +42,7 @@ $(DEMO)/report.html: $(DEMO)/eval/metrics.json
 	cp $(DEMO)/eval/report.html $@
 
 test: install lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .

@@ -21,7 +21,8 @@ from annexe.registry import settings
 
 @dataclass
 class LossWeights:
-    """Weight of each loss term; the first five default to the released recipe, dice belongs to the mask term."""
+    """Weight of each loss term; of ``analysis`` to ``mask`` they are the released ones, and dice, which the released
+    recipe does not have, stands beside the cross entropy of masks as in Mask2Former."""
 
     analysis: float = 1.0
     answer: float = 1.0

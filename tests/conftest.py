@@ -57,6 +57,16 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["ANNEXE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+def assert_same_but_for_rounding(
+    tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], floor: float = 1e-6
+) -> None:
+    """Compares by norm, not by element: rounding turns the sign of a depth error that is all but zero, and with it a
+    step of AdamW where the gradient is as small. Tensors whose gradient is nothing but rounding differ by ``floor``."""
+    assert tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (tensors[name] - tensor).norm() <= floor + 1e-3 * tensor.norm(), name
+
+
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data root with 12 train, 3 val and 5 test scenes."""

@@ -238,7 +238,7 @@ def test_a_dry_run_prints_commands_and_makes_nothing(annexe, rows, tmp_path):
 def test_settings_that_only_other_rows_refuse_are_taken(annexe, rows, tmp_path):
     both = {"default": None, "deconv": {"options": ["model.pixel_decoder={type: deconv}"]}}
     words = "model.pixel_decoder.words"
-    given = (rows(rows=both, options=[]), "--out", tmp_path / "out", "--dry-run", "--options", f"{words}=false")
+    given = (rows(rows=both, options=[]), "--out", tmp_path / "out", "--dry-run", "--options", f"{words}=true")
     code, printed, _ = annexe(*given, "--rows", "default")
     assert code is None and len(printed.splitlines()) == 2
     code, _, errors = annexe(*given)

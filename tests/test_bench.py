@@ -42,19 +42,21 @@ NO_DATA = "datasets.ego_irgbench.data_root=no/such/folder"
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+def bench(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., dict[str, Any]]:
     """Runs `annexe bench` with the smallest configuration and gives what it wrote; nothing else may be left on disk."""
-    for name in ("temporary", "here"):
-        (tmp_path / name).mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    monkeypatch.chdir(tmp_path / "here")
+    here, temporary = tmp_path / "here", tmp_path_factory.mktemp("t")  # short: sockets lie in it
+    here.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.chdir(here)
 
     def run(what: str, *arguments: object, options: tuple[str, ...] = (NO_DATA,)) -> dict[str, Any]:
         config = () if what == "metrics" else ("--cfg-path", TINY, "--options", *SMALLEST, *options)
         command = ["annexe", "bench", what, *config, *arguments, "--json", tmp_path / "bench.json"]
         monkeypatch.setattr(sys, "argv", [str(word) for word in command])
         main()
-        left = [*(tmp_path / "temporary").iterdir(), *(tmp_path / "here").iterdir()]
+        left = [*temporary.iterdir(), *here.iterdir()]
         assert not [path for path in left if not path.name.startswith("annexe_nltk_data")]  # goes with the process
         return json.loads((tmp_path / "bench.json").read_text())
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from annexe.evaluator import evaluate
 from annexe.trainer import train
-from tests.conftest import ROOT, SMALLEST, TINY
+from tests.conftest import ROOT, SMALLEST, TINY, assert_same_but_for_rounding
 from tests.test_training import FREE, gradients, log_of
 
 
@@ -53,10 +53,7 @@ def test_gradients_equal_those_of_one_process(make_config, tmp_path):
     alone = gradients(make_config(*FREE, "run.batch_size=4", f"run.output_dir={tmp_path / 'one'}"))
     config = make_config(*FREE, "run.batch_size=2", f"run.output_dir={tmp_path / 'two'}")
     run_distributed(save_gradients, config, tmp_path / "gradients.pt")
-    together = torch.load(tmp_path / "gradients.pt", weights_only=True)
-    assert together.keys() == alone.keys()
-    for name, gradient in alone.items():
-        torch.testing.assert_close(together[name], gradient, atol=1e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+    assert_same_but_for_rounding(torch.load(tmp_path / "gradients.pt", weights_only=True), alone)
 
 
 @pytest.fixture
@@ -123,9 +120,7 @@ def test_fsdp_trains_validates_and_resumes_as_one_process_does(make_config, tmp_
     assert [v["step"] for v in lines("two", "validation")] == [2, 4]
     files = [tmp_path / name / "checkpoints" / "step-00000004" / "model.safetensors" for name in ("one", "two")]
     one, two = (load_file(file) for file in files)
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, atol=2e-4, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+    assert_same_but_for_rounding(two, one, floor=2e-4)
 
 
 def test_a_killed_rank_ends_the_job_and_a_restart_goes_on(scenes, tmp_path):

@@ -129,7 +129,7 @@ def test_presence_gates_masks(make_parts):
 
 
 DECODER_SETTINGS = (
-    *("words=false", "pixels=rgb", "pixels=depth", "focused=true", "supervised_layers=false", "told_presence=true"),
+    *("words=true", "pixels=rgb", "pixels=depth", "focused=true", "supervised_layers=false", "told_presence=true"),
     "reads=answer",
     "type=deconv model.pixel_decoder.defects=true",
 )

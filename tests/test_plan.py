@@ -26,7 +26,8 @@ from annexe.tools.plan import candidates, with_options
 from tests.conftest import ROOT, SMALLEST, TINY
 
 FULL = ROOT / "train_configs" / "annexe.yaml"
-LORA = ("model.language_model.lora.rank=4", "model.language_model.dtype=bfloat16")
+LORA = ("model.language_model.lora.rank=4", "model.language_model.dtype=bfloat16", "run.optimizer=adamw")
+DECONV = ("model.pixel_decoder.type=deconv", "model.pixel_decoder.num_rows=32", "run.optimizer=adamw")
 
 
 def plan_of(config: Config, num_images: int = 2, num_queries: int = 3, **more: Any) -> Plan:
@@ -75,7 +76,7 @@ def test_weights_gradients_and_moments_are_those_of_real_tensors(
 
 @pytest.mark.parametrize(
     "options",
-    [(), LORA, (*LORA, "model.language_model.checkpointed_blocks=1"), ("model.pixel_decoder.type=deconv",)],
+    [(), LORA, (*LORA, "model.language_model.checkpointed_blocks=1"), DECONV],
     ids=["whole", "lora", "checkpointed", "deconv"],
 )
 def test_kept_activations_are_those_that_a_real_forward_pass_saves(
@@ -89,7 +90,7 @@ def test_kept_activations_are_those_that_a_real_forward_pass_saves(
     with CudaRules(), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         forward()
     real = rounded(t for t in saved if t.untyped_storage().data_ptr() not in held)
-    assert plan.activations.total() == pytest.approx(real, rel=0.03)
+    assert plan.activations.total() == pytest.approx(real, rel=0.04)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "nf4"])
@@ -153,7 +154,7 @@ def test_accumulated_gradients_are_there_at_the_peak(make_config: Callable[..., 
 
 
 def test_fsdp_spreads_what_is_held(make_config: Callable[..., Config]) -> None:
-    config = make_config(*LORA, "run.parallel=fsdp", "run.optimizer=adamw", "model.rgb_encoder.depth=4")
+    config = make_config(*LORA, "run.parallel=fsdp", "model.rgb_encoder.depth=4")
     alone, spread = plan_of(config), plan_of(config, gpus=4)
     assert spread.optimizer.total() == alone.optimizer.total() / 4
     assert alone.weights.total() / 4 < spread.weights.total() < alone.weights.total() * 5 / 4

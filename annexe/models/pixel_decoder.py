@@ -101,16 +101,16 @@ class DecoderLayer(nn.Module):
 
 @register("pixel_decoder", "query")
 class QueryDecoder(nn.Module):
-    """Slots and words of the prompt attend to the pixels; a mask is the dot product of its slot with the finest map.
+    """Slots attend to each other and to the pixels; a mask is the dot product of its slot with the finest map.
 
     Masks stand at 8 G a side, if ``mask_scale`` does not say else: 256 for a 448 image, 96 for a 168 one.
 
     Args:
         num_slots: targets a query can have.
-        hidden_size: width of slots, words and coarse pixels.
+        hidden_size: width of slots and coarse pixels.
         pixel_dim: width of the finest map.
         mask_scale: masks stand at so many G a side: 2, 4 or 8, each the size of one fused map of the depth branch.
-        words: all tokens of the prompt join the slots in self- and cross-attention, not its end alone.
+        words: slots start from the end of the prompt; all its other tokens join them in self- and cross-attention.
         pixels: what is attended to: ``rgb`` patches, the ``depth`` branch's maps, or ``both``.
         focused: masked attention of Mask2Former (CVPR 2022): a slot attends inside its mask of the layer before.
         supervised_layers: deep supervision: every layer has losses, with its masks at 2 G a side.
@@ -135,7 +135,7 @@ class QueryDecoder(nn.Module):
         num_heads: int = 8,
         pixel_dim: int = 64,
         mask_scale: int = 8,
-        words: bool = True,
+        words: bool = False,
         pixels: str = "both",
         focused: bool = True,
         supervised_layers: bool = True,
