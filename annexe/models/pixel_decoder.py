@@ -110,7 +110,7 @@ class QueryDecoder(nn.Module):
         hidden_size: width of slots and coarse pixels.
         pixel_dim: width of the finest map.
         mask_scale: masks stand at so many G a side: 2, 4 or 8, each the size of one fused map of the depth branch.
-        words: slots start from the end of the prompt; all its other tokens join them in self- and cross-attention.
+        words: slots start from the end of the prompt; all tokens of the prompt join them in self- and cross-attention.
         pixels: what is attended to: ``rgb`` patches, the ``depth`` branch's maps, or ``both``.
         focused: masked attention of Mask2Former (CVPR 2022): a slot attends inside its mask of the layer before.
         supervised_layers: deep supervision: every layer has losses, with its masks at 2 G a side.
