@@ -9,7 +9,7 @@ DATA := $(DEMO)/data
 .PHONY: help install demo test lint format clean-demo
 
 help:
-	@echo "make demo    synthetic data, training, evaluation and report under $(DEMO) (two CPU cores, 18 to 30 minutes)"
+	@echo "make demo    synthetic data, training, evaluation and report under $(DEMO) (two CPU cores, 18 to 40 minutes)"
 	@echo "make test    lint, format check and all tests, up to four at a time (two CPU cores, 10 to 18 minutes)"
 	@echo "make format  format the code"
 
