@@ -90,7 +90,8 @@ def test_kept_activations_are_those_that_a_real_forward_pass_saves(
     with CudaRules(), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         forward()
     real = rounded(t for t in saved if t.untyped_storage().data_ptr() not in held)
-    assert plan.activations.total() == pytest.approx(real, rel=0.04)
+    unseen = 0.01 * ("model.language_model.checkpointed_blocks=1" in options)  # what such a block reads, by no hook
+    assert plan.activations.total() == pytest.approx(real, rel=0.03 + unseen)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "nf4"])
