@@ -13,23 +13,39 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from annexe import __version__
-from annexe.config import Config, load_config
-from annexe.errors import UserError, unknown
+from annexe.config import Config
+from annexe.errors import UserError, unknown_name_error
 
 TOOLS = (
-    *("synth", "doctor", "split", "score", "compare", "convert-predictions", "weights", "convert-config", "plan"),
+    *(
+        "synth",
+        "doctor",
+        "split",
+        "score",
+        "compare",
+        "convert-predictions",
+        "weights",
+        "convert-config",
+        "plan",
+    ),
     *("predict", "ablate", "bench"),
 )
 
 
-def guarded(work: Callable[[], None]) -> None:
+def exit_on_user_error(work: Callable[[], None]) -> None:
     """Run ``work``; a mistake of the user, or a file that fails, ends in one line on standard error and exit code 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
-    logging.getLogger("annexe").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)]
+    )
+    logging.getLogger("annexe").setLevel(
+        logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    )
     try:
         work()
     except KeyboardInterrupt:
-        Console(stderr=True, soft_wrap=True).print("interrupted; a training goes on with run.resume=auto", style="red")
+        Console(stderr=True, soft_wrap=True).print(
+            "interrupted; a training goes on with run.resume=auto", style="red"
+        )
         sys.exit(130)
     except (UserError, OSError) as error:
         told = str(error)
@@ -37,16 +53,22 @@ def guarded(work: Callable[[], None]) -> None:
             if error.filename is None:
                 raise  # not about a file
             told = f"cannot use '{error.filename}' ({error.strerror}); name another place, or give it rights and room"
-        Console(stderr=True, soft_wrap=True).print(f"error: {told}", style="red", markup=False, highlight=False)
+        Console(stderr=True, soft_wrap=True).print(
+            f"error: {told}", style="red", markup=False, highlight=False
+        )
         sys.exit(2)
 
 
-def run_script(work: Callable[[Config], object], description: str, *, evaluation: bool = False) -> None:
+def run_script(
+    work: Callable[[Config], object], description: str, *, evaluation: bool = False
+) -> None:
     """Entry of a torchrun script: ``--cfg-path`` and ``--options`` to a configuration, then ``work`` on it.
 
     An evaluation also takes ``--dataset``, and its model settings stand over those of its checkpoint.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cfg-path", required=True, metavar="YAML", help="configuration file")
     parser.add_argument(
         "--options",
@@ -56,15 +78,19 @@ def run_script(work: Callable[[Config], object], description: str, *, evaluation
         help="settings put over the file, such as run.batch_size=8 datasets.ego_irgbench.data_root=DIR",
     )
     if evaluation:
-        parser.add_argument("--dataset", metavar="NAME", help="which data set of the file (default: its only one)")
+        parser.add_argument(
+            "--dataset", metavar="NAME", help="which data set of the file (default: its only one)"
+        )
     arguments = parser.parse_args()
 
     def load_and_work() -> None:
+        from annexe.build import load_config  # here: the processes of `annexe synth` do without torch
+
         config = load_config(arguments.cfg_path, arguments.options, onto_checkpoint=evaluation)
         name = getattr(arguments, "dataset", None)
         if name is not None:
             if name not in config.datasets:
-                raise unknown("data set", name, config.datasets)
+                raise unknown_name_error("data set", name, config.datasets)
             config.datasets = {name: config.datasets[name]}
         work(config)
         from torch import distributed  # here, for the processes of `annexe synth` do without
@@ -72,19 +98,23 @@ def run_script(work: Callable[[Config], object], description: str, *, evaluation
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
-    guarded(load_and_work)
+    exit_on_user_error(load_and_work)
 
 
 def main() -> None:
     """Entry of the ``annexe`` command: parse, then run the sub-command's module in `annexe.tools`."""
-    parser = argparse.ArgumentParser(prog="annexe", description="Egocentric interaction reasoning and grounding.")
+    parser = argparse.ArgumentParser(
+        prog="annexe", description="Egocentric interaction reasoning and grounding."
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     asked = sys.argv[1:2]
-    for name in asked if asked and asked[0] in TOOLS else TOOLS:  # one tool does not wait for the imports of all
+    for name in (
+        asked if asked and asked[0] in TOOLS else TOOLS
+    ):  # one tool does not wait for the imports of all
         tool = importlib.import_module(f"annexe.tools.{name.replace('-', '_')}")
         command = commands.add_parser(name, help=tool.HELP, description=tool.HELP)
         tool.add_arguments(command)
         command.set_defaults(run=tool.run)
     arguments = parser.parse_args()
-    guarded(lambda: arguments.run(arguments))
+    exit_on_user_error(lambda: arguments.run(arguments))

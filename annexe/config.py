@@ -5,18 +5,16 @@ Three blocks: ``model`` and ``datasets`` name registered components (``annexe.re
 
 from __future__ import annotations
 
-import importlib
 import math
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from annexe.errors import UserError, over_defaults, refused, unknown
-from annexe.registry import settings
+from annexe.errors import UserError, unknown_name_error
 
 
 @dataclass
@@ -32,7 +30,7 @@ class LossWeights:
     dice: float = 3.0
     focal: float = 0.0
     points: float = 0.0
-    patch_phrase: float = 0.0
+    image_token_labels: float = 0.0
 
 
 @dataclass
@@ -76,8 +74,12 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"
     mixed_precision: str = "auto"
-    compile: bool = False  # torch.compile of every block: slow to start, then faster steps; not with fsdp
-    cuda_graphs: bool = False  # one GPU: a pass, or a step of generation, as one CUDA graph for each shape of batch
+    compile: bool = (
+        False  # torch.compile of every block: slow to start, then faster steps; not with fsdp
+    )
+    cuda_graphs: bool = (
+        False  # one GPU: a pass, or a step of generation, as one CUDA graph for each shape of batch
+    )
 
     # Several GPUs (torchrun): the whole model on each, or its weights spread over all
     parallel: str = "ddp"
@@ -87,7 +89,9 @@ class RunConfig:
     max_steps: int = 1000
     batch_size: int = 4
     gradient_accumulation: int = 1
-    optimizer: str = "adamw"  # or muon, for training from scratch: fewer steps to the same losses; not with fsdp
+    optimizer: str = (
+        "adamw"  # or muon, for training from scratch: fewer steps to the same losses; not with fsdp
+    )
     learning_rate: float = 1e-5
     min_learning_rate: float = 1e-6
     warmup_learning_rate: float = 1e-6
@@ -99,7 +103,9 @@ class RunConfig:
 
     # Loading
     num_workers: int = 4
-    store_patches: str | None = None  # folder: the frozen RGB encoder runs once a photo, not once an epoch
+    store_patches: str | None = (
+        None  # folder: the frozen RGB encoder runs once a photo, not once an epoch
+    )
 
     # Logging, validation and checkpoints, in optimizer steps
     log_every: int = 20
@@ -121,28 +127,40 @@ class RunConfig:
         if self.device not in ("auto", "cpu", "cuda"):
             raise UserError(f"run.device is '{self.device}'; choose auto, cpu or cuda")
         if self.mixed_precision not in ("auto", "fp32", "bf16"):
-            raise UserError(f"run.mixed_precision is '{self.mixed_precision}'; choose auto, fp32 or bf16")
+            raise UserError(
+                f"run.mixed_precision is '{self.mixed_precision}'; choose auto, fp32 or bf16"
+            )
         if self.parallel not in ("ddp", "fsdp"):
             raise UserError(f"run.parallel is '{self.parallel}'; choose ddp or fsdp")
         if self.compile and self.parallel == "fsdp":
-            raise UserError("run.compile does not go with run.parallel=fsdp; set run.compile=false, or ddp")
+            raise UserError(
+                "run.compile does not go with run.parallel=fsdp; set run.compile=false, or ddp"
+            )
         if self.optimizer not in ("adamw", "muon"):
             raise UserError(f"run.optimizer is '{self.optimizer}'; choose adamw or muon")
         if self.optimizer == "muon" and self.parallel == "fsdp":
-            raise UserError("run.optimizer=muon needs matrices whole; set run.parallel=ddp, or run.optimizer=adamw")
+            raise UserError(
+                "run.optimizer=muon needs matrices whole; set run.parallel=ddp, or run.optimizer=adamw"
+            )
         if not 0 < self.timeout_minutes < math.inf:
             raise UserError(f"run.timeout_minutes is {self.timeout_minutes}; it must be above 0")
         if self.validation_metric not in VALIDATION_METRICS:
-            raise unknown("run.validation_metric", self.validation_metric, VALIDATION_METRICS)
+            raise unknown_name_error(
+                "run.validation_metric", self.validation_metric, VALIDATION_METRICS
+            )
         for name in ("seed", "num_workers", "warmup_steps", "validate_every"):
             if getattr(self, name) < 0:
                 raise UserError(f"run.{name} is {getattr(self, name)}; it cannot be negative")
         if self.seed >= 2**32:
             raise UserError(f"run.seed is {self.seed}; it must be below {2**32}")
         if not self.clip_norm > 0:
-            raise UserError(f"run.clip_norm is {self.clip_norm}; it must be above 0 (.inf clips nothing)")
+            raise UserError(
+                f"run.clip_norm is {self.clip_norm}; it must be above 0 (.inf clips nothing)"
+            )
         rates = ("learning_rate", "min_learning_rate", "warmup_learning_rate", "weight_decay")
-        weights = {f"loss_weights.{name}": weight for name, weight in vars(self.loss_weights).items()}
+        weights = {
+            f"loss_weights.{name}": weight for name, weight in vars(self.loss_weights).items()
+        }
         for name, value in {**{name: getattr(self, name) for name in rates}, **weights}.items():
             if not 0 <= value < math.inf:
                 raise UserError(f"run.{name} is {value}; it must be a number from 0 on")
@@ -153,9 +171,13 @@ class RunConfig:
                 raise UserError(f"run.{name} is {getattr(self, name)}; it must be at least 1")
         asked = self.queries_per_annotation
         if asked != "all" and (not isinstance(asked, int) or asked < 1):
-            raise UserError(f"run.queries_per_annotation is {asked!r}; set it to all, or to a number from 1 on")
+            raise UserError(
+                f"run.queries_per_annotation is {asked!r}; set it to all, or to a number from 1 on"
+            )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"run.betas is {self.betas}; AdamW takes two numbers from 0 to 1, such as [0.9, 0.999]")
+            raise UserError(
+                f"run.betas is {self.betas}; AdamW takes two numbers from 0 to 1, such as [0.9, 0.999]"
+            )
         if self.warmup_steps > self.max_steps:
             raise UserError(
                 f"run.warmup_steps ({self.warmup_steps}) is larger than run.max_steps ({self.max_steps}); "
@@ -176,61 +198,6 @@ class Config:
 PARTS = ("rgb_encoder", "depth_branch", "language_model", "pixel_decoder")
 
 
-def load_config(cfg_path: str | Path, options: list[str] = (), *, onto_checkpoint: bool = False) -> Config:
-    """Read a YAML file, put ``a.b=c`` options over it, and check every key and value.
-
-    Args:
-        onto_checkpoint: where there are model settings, they stand over those that ``run.checkpoint`` was trained with.
-
-    Raises:
-        UserError: for a missing file, bad YAML, an unknown key or component, or a value of the wrong type.
-    """
-    path = Path(cfg_path)
-    base = read_yaml(path)
-    if is_released(base):
-        raise UserError(
-            f"{path} is of the released ANNEXE code; turn it into ours: annexe convert-config {path} NEW.yaml"
-        )
-    for option in options:
-        if "=" not in option or option.startswith("="):
-            raise UserError(f"option '{option}' is not of the form a.b=c")
-    try:
-        over = OmegaConf.from_dotlist(list(options))
-        if onto_checkpoint:
-            base = _onto_checkpoint(base, over)
-        for part in PARTS:  # another type takes none of the old one's settings along
-            chosen = OmegaConf.select(over, f"model.{part}.type")
-            if chosen is not None and chosen != OmegaConf.select(base, f"model.{part}.type"):
-                base.model[part] = {}
-        config = over_defaults(Config, OmegaConf.merge(base, over))
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {refused('', error)}") from None
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise UserError(
-            f"cannot read '{path}' and its options: {' '.join(str(error).split())}; mend the YAML"
-        ) from None
-    import_plugins(config.imports)
-    check_components(config)
-    return config
-
-
-def _onto_checkpoint(base: DictConfig, over: DictConfig) -> DictConfig:
-    """``base`` with its model settings, if it or ``over`` has any, put over those of the checkpoint both name."""
-    named = OmegaConf.select(OmegaConf.merge(base, over), "run.checkpoint")
-    if named is None or ("model" not in base and "model" not in over):
-        return base
-    from annexe.checkpoint import require_checkpoint, saved_config  # here, for it imports the model
-
-    saved = {"model": saved_config(require_checkpoint(named, "best"))["model"]}
-    for part in PARTS:
-        chosen = OmegaConf.select(base, f"model.{part}.type")
-        if chosen not in (None, saved["model"][part]["type"]):
-            saved["model"][part] = {}
-    return OmegaConf.merge(saved, base)
-
-
 def read_yaml(path: Path) -> DictConfig | ListConfig:
     """A YAML file as it stands.
 
@@ -238,11 +205,15 @@ def read_yaml(path: Path) -> DictConfig | ListConfig:
         UserError: for a missing file or bad YAML.
     """
     if not path.is_file():
-        raise UserError(f"no configuration file '{path}'; give a YAML file such as train_configs/annexe_tiny.yaml")
+        raise UserError(
+            f"no configuration file '{path}'; give a YAML file such as train_configs/annexe_tiny.yaml"
+        )
     try:
         return OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
-        raise UserError(f"cannot read '{path}': {' '.join(str(error).split())}; mend the YAML") from None
+        raise UserError(
+            f"cannot read '{path}': {' '.join(str(error).split())}; mend the YAML"
+        ) from None
 
 
 def is_released(config: DictConfig | ListConfig) -> bool:
@@ -255,44 +226,50 @@ def is_released(config: DictConfig | ListConfig) -> bool:
     return has or "evaluation_datasets" in config
 
 
-def import_plugins(modules: list[str]) -> None:
-    """Import modules that register components of their own."""
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            raise UserError(f"imports: {error}; install it or put its folder on PYTHONPATH") from None
-        except (ImportError, SyntaxError) as error:
-            raise UserError(f"imports: module '{module}' is wrong ({error}); mend it") from None
-
-
-def check_components(config: Config) -> None:
-    """Check the settings of every component against its constructor, and fill in its defaults."""
-    import annexe.datasets
-    import annexe.models  # noqa: F401  (they register)
-
-    for name, spec in config.datasets.items():
-        config.datasets[name] = _filled("dataset", spec, f"datasets.{name}", type=name)
-        del config.datasets[name]["type"]
-    if config.model is not None:
-        for part in PARTS:
-            if part not in config.model:
-                raise UserError(f"model.{part} is missing; a model needs {', '.join(PARTS)}")
-        parts = {part: _filled(part, config.model[part], f"model.{part}") for part in PARTS}
-        own = {key: value for key, value in config.model.items() if key not in PARTS}
-        config.model = _filled("model", own, "model") | parts
-
-
-def _filled(kind: str, spec: object, where: str, **more: str) -> dict[str, Any]:
-    """A component's block with the defaults of its constructor."""
-    if not isinstance(spec, dict):
-        raise UserError(f"{where} is '{spec}'; it must be a block of settings")
-    spec = {**more, **spec}
-    values = settings(kind, spec, where)
-    plain = {key: asdict(value) if is_dataclass(value) else value for key, value in values.items()}
-    return {"type": spec["type"]} | plain
+def device_settings(run: RunConfig) -> dict[str, Any]:
+    """The settings that `annexe.distributed.make_accelerator` takes."""
+    return {
+        "device": run.device,
+        "mixed_precision": run.mixed_precision,
+        "timeout_minutes": run.timeout_minutes,
+    }
 
 
 def as_dict(config: Config) -> dict[str, Any]:
     """The resolved configuration as plain containers, to be saved with a run."""
     return OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+
+
+def merge_strictly(schema: object, given: object, where: str = "") -> object:
+    """``given`` over the defaults of ``schema``, a dataclass or an instance of one, as an instance.
+
+    Raises:
+        UserError: for an unknown key, a value of the wrong type, or a value where a block belongs.
+    """
+    defaults = OmegaConf.structured(schema)
+    try:
+        given = OmegaConf.create(given)
+        _require_blocks(OmegaConf.to_container(defaults), given, where)
+        return OmegaConf.to_object(OmegaConf.merge(defaults, given))
+    except OmegaConfBaseException as error:
+        raise setting_error(where, error) from None
+
+
+def _require_blocks(defaults: dict, given: object, where: str) -> None:
+    if not isinstance(given, DictConfig):
+        raise UserError(f"{where or 'all of it'} is '{given}'; it must be a block of settings")
+    for key, block in defaults.items():
+        if isinstance(block, dict) and given.get(key) is not None:
+            _require_blocks(block, given[key], ".".join(filter(None, [where, key])))
+
+
+def setting_error(where: str, error: OmegaConfBaseException) -> UserError:
+    """The error for a setting under ``where`` that OmegaConf refused, for its name, its value or its absence."""
+    key = ".".join(filter(None, [where, error.full_key])) or "block"
+    if isinstance(error, ConfigKeyError) and error.object_type is not None:
+        return unknown_name_error(
+            f"setting {key}: no", error.key, [field.name for field in fields(error.object_type)]
+        )
+    if isinstance(error, MissingMandatoryValue):
+        return UserError(f"setting {key} is missing and has no default; add it")
+    return UserError(f"setting {key}: {str(error).splitlines()[0]}")

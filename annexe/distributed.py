@@ -15,21 +15,28 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
-from annexe.config import RunConfig
 from annexe.errors import UserError
-from annexe.models.annexe import Annexe
 
 
-def make_accelerator(run: RunConfig) -> Accelerator:
-    """Set up device, processes (torchrun's environment) and mixed precision: bf16 on CUDA unless told otherwise."""
-    cuda = torch.cuda.is_available()
-    if run.device == "cuda" and not cuda:
+def make_accelerator(*, device: str, mixed_precision: str, timeout_minutes: float) -> Accelerator:
+    """Set up device, processes (torchrun's environment) and mixed precision.
+
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``.
+        mixed_precision: ``auto`` (bf16 on CUDA), ``fp32`` or ``bf16``.
+        timeout_minutes: how long a process waits for the others.
+
+    Raises:
+        UserError: if ``device`` is ``cuda`` and there is none.
+    """
+    has_cuda = torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
         raise UserError("run.device is cuda but torch sees no GPU; set run.device=cpu or auto")
-    on_cuda = cuda and run.device != "cpu"
-    timeout = timedelta(minutes=run.timeout_minutes)
+    on_cuda = has_cuda and device != "cpu"
+    timeout = timedelta(minutes=timeout_minutes)
     if "TORCHELASTIC_RESTART_COUNT" in os.environ and not dist.is_initialized():
         join_group("nccl" if on_cuda else "gloo", timeout)
-    bf16 = run.mixed_precision == "bf16" or (run.mixed_precision == "auto" and on_cuda)
+    bf16 = mixed_precision == "bf16" or (mixed_precision == "auto" and on_cuda)
     return Accelerator(
         cpu=not on_cuda,
         mixed_precision="bf16" if bf16 else "no",
@@ -50,7 +57,7 @@ def join_group(backend: str, timeout: timedelta) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
-def distribute(accelerator: Accelerator, model: Annexe, parallel: str) -> nn.Module:
+def distribute(accelerator: Accelerator, model: nn.Module, parallel: str) -> nn.Module:
     """What the training step calls: ``model`` itself, wrapped in DDP, or, under ``fsdp``, sharded in place.
 
     FSDP shards by block of the encoder and of the language model; what is left belongs to the root.
@@ -65,18 +72,19 @@ def distribute(accelerator: Accelerator, model: Annexe, parallel: str) -> nn.Mod
         )
     if accelerator.num_processes == 1:  # needs neither
         return accelerator.prepare_model(model, evaluation_mode=True)
-    model.to(memory_format=torch.contiguous_format)  # all that FSDP takes, and what DDP's buckets are made for
+    model.to(
+        memory_format=torch.contiguous_format
+    )  # all that FSDP takes, and what DDP's buckets are made for
     if parallel == "ddp":
         return accelerator.prepare_model(model)
-    blocks = [*model.rgb_encoder.vit.blocks, *model.language_model.llama.model.layers]
-    for block in blocks:
+    for block in model.blocks():
         fully_shard(block)
     fully_shard(model)
-    register_fsdp_forward_method(model, "draft")
+    register_fsdp_forward_method(model, "generate_raw")
     return accelerator.prepare_model(model, evaluation_mode=True)
 
 
-def whole(value: Any) -> Any:
+def to_full_cpu(value: Any) -> Any:
     """``value`` with every sharded tensor in it gathered on every rank, and all its tensors on the CPU."""
 
     def gathered(leaf: Any) -> Any:
@@ -87,14 +95,16 @@ def whole(value: Any) -> Any:
     return tree_map(gathered, value)
 
 
-def like(value: Tensor, parameter: Tensor) -> Tensor:
+def distribute_like(value: Tensor, parameter: Tensor) -> Tensor:
     """``value``, the same on all ranks, laid out as ``parameter`` is: sharded, or with its strides.
 
     The fused AdamW takes moments of other strides than the parameter's without a word and mixes them up.
     """
     if not isinstance(parameter, DTensor):
         return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
-    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return distribute_tensor(
+        value.to(parameter.device), parameter.device_mesh, parameter.placements
+    )
 
 
 def sum_over_ranks(accelerator: Accelerator, values: Tensor) -> Tensor:

@@ -29,7 +29,9 @@ def require_writable(path: Path) -> None:
     except OSError as error:
         raise UserError(f"cannot write '{path}' ({error.strerror}); name another file") from None
     if path.is_dir() or not writable:
-        raise UserError(f"cannot write '{path}' ({'a folder' if writable else 'no permission'}); name another file")
+        raise UserError(
+            f"cannot write '{path}' ({'a folder' if writable else 'no permission'}); name another file"
+        )
 
 
 def write_text(path: Path, text: str) -> None:

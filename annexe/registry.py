@@ -1,51 +1,65 @@
-"""Named components: ``@register(kind, name)`` adds one, ``build(kind, spec)`` makes one.
+"""Components by name: ``@register(kind, name)`` adds one, ``lookup(kind, name)`` finds it.
 
-What YAML may set are a component's keyword-only arguments; what the code injects stands before the ``*``.
+What YAML may set are a component's keyword-only arguments; what the code injects stands before the
+``*``.
 """
 
 from __future__ import annotations
 
-import inspect
-import typing
+import importlib
 from collections.abc import Callable
-from dataclasses import field, make_dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from omegaconf import MISSING
+from annexe.errors import UserError, unknown_name_error
 
-from annexe.errors import over_defaults, unknown
+Component = TypeVar("Component", bound=Callable[..., Any])
 
-_COMPONENTS: dict[str, dict[str, Callable]] = {}
+_COMPONENTS: dict[str, dict[str, Callable[..., Any]]] = {}
 
 
-def register(kind: str, name: str) -> Callable[[Callable], Callable]:
-    """Register a class or function as component ``name`` of ``kind``; a name that is taken raises."""
+def register(kind: str, name: str) -> Callable[[Component], Component]:
+    """Register a class or function as component ``name`` of ``kind``.
 
-    def add(component: Callable) -> Callable:
-        if _COMPONENTS.setdefault(kind, {}).setdefault(name, component) is not component:
-            raise ValueError(f"{kind} '{name}' is registered twice: {_COMPONENTS[kind][name]} and {component}")
+    Raises:
+        ValueError: if the name is taken.
+    """
+
+    def add(component: Component) -> Component:
+        registered = _COMPONENTS.setdefault(kind, {}).setdefault(name, component)
+        if registered is not component:
+            raise ValueError(f"{kind} '{name}' is registered twice: {registered} and {component}")
         return component
 
     return add
 
 
-def settings(kind: str, spec: dict[str, Any], where: str) -> dict[str, Any]:
-    """Check ``spec`` (``type`` plus arguments) against its component's signature and fill in the defaults."""
-    given = {key: value for key, value in spec.items() if key != "type"}
-    if spec.get("type") not in _COMPONENTS.get(kind, {}):
-        raise unknown(f"{where}.type", spec.get("type"), _COMPONENTS.get(kind, {}))
-    component = _COMPONENTS[kind][spec["type"]]
-    hints = typing.get_type_hints(component.__init__ if inspect.isclass(component) else component)
-    options = {p.name: p for p in inspect.signature(component).parameters.values() if p.kind is p.KEYWORD_ONLY}
-    for key in given.keys() - options.keys():
-        raise unknown(f"setting {where}.{key}: '{spec['type']}' has no", key, options)
-    defaults = {name: MISSING if p.default is p.empty else p.default for name, p in options.items()}
-    fields = [(n, hints[n], field(default_factory=lambda value=v: value)) for n, v in defaults.items()]
-    checked = over_defaults(make_dataclass("Settings", fields), given, where)
-    return {name: getattr(checked, name) for name in options}
+def lookup(kind: str, name: object, where: str) -> Callable[..., Any]:
+    """The component ``name`` of ``kind``.
+
+    Args:
+        where: the setting that names it, for the message.
+
+    Raises:
+        UserError: if there is no such component, with the names there are.
+    """
+    components = _COMPONENTS.get(kind, {})
+    if name not in components:
+        raise unknown_name_error(where, name, components)
+    return components[str(name)]
 
 
-def build(kind: str, spec: dict[str, Any], *parts: Any) -> Any:
-    """Make the component that ``spec`` names from its settings and the injected ``parts``."""
-    arguments = settings(kind, spec, kind)
-    return _COMPONENTS[kind][spec["type"]](*parts, **arguments)
+def import_plugins(modules: list[str]) -> None:
+    """Import modules that register components of their own.
+
+    Raises:
+        UserError: for a module that cannot be found or imported.
+    """
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"imports: {error}; install it or put its folder on PYTHONPATH"
+            ) from None
+        except (ImportError, SyntaxError) as error:
+            raise UserError(f"imports: module '{module}' is wrong ({error}); fix it") from None

@@ -14,34 +14,38 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from annexe import losses
-from annexe.checkpoint import (
+from annexe.build import build_dataset, build_model, build_tokenizer
+from annexe.checkpoints.run_folder import (
     Progress,
     find_checkpoint,
-    frozen_probe,
-    load_optimizer,
     load_progress,
-    load_weights,
     require_checkpoint,
-    save_checkpoint,
     saved_config,
 )
-from annexe.config import Config, RunConfig, as_dict
-from annexe.datasets import build_dataset
-from annexe.datasets.collate import Batch, Collator
+from annexe.checkpoints.training_state import (
+    frozen_fingerprint,
+    load_optimizer,
+    load_weights,
+    save_checkpoint,
+)
+from annexe.config import Config, RunConfig, as_dict, device_settings
+from annexe.datasets.collate import Collator
 from annexe.datasets.ego_irgbench import EgoIRGBench
-from annexe.datasets.patches import stored_patches
-from annexe.datasets.sampling import MicroBatches
+from annexe.datasets.sampler import MicroBatches
 from annexe.distributed import distribute, gather_lists, make_accelerator, sum_over_ranks
 from annexe.errors import UserError
-from annexe.evaluator import plan_batches, predict
+from annexe.evaluation.predict import plan_batches, predict
+from annexe.evaluation.scoring import calibrate_thresholds, score
+from annexe.evaluation.truth import Truth
 from annexe.files import locked
-from annexe.graphs import MULTIPLE, GraphedPass
-from annexe.journal import Journal, Window
-from annexe.models import build_model, compile_blocks, num_slots, tokenizer_of
-from annexe.models.tokenizer import TextTokenizer, train_tokenizer
-from annexe.optim import build_optimizer, learning_rate
-from annexe.scoring import Truth, calibrated, score
+from annexe.models.compile import compile_blocks
+from annexe.models.language_model.tokenizer import TextTokenizer, train_tokenizer
+from annexe.structures.batch import Batch
+from annexe.training import losses
+from annexe.training.cuda_graphs import MULTIPLE, GraphedPass
+from annexe.training.feature_cache import stored_patches
+from annexe.training.optimizer import build_optimizer, learning_rate
+from annexe.training.run_log import LossWindow, RunLogger
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +54,19 @@ _MUCH_FOR_A_CPU = 20e6  # trained parameters
 
 def seen_in(batches: list[Batch]) -> Tensor:
     """Images, queries and tokens of some batches, float64[3]."""
-    seen = [[len(b.images), int(b.asked.sum()), int((b.text.segment >= 0).sum())] for b in batches]
+    seen = [
+        [len(b.images), int(b.query_mask.sum()), int((b.text.segment_ids >= 0).sum())]
+        for b in batches
+    ]
     return torch.tensor(seen, dtype=torch.float64).sum(0)
 
 
 def training_loader(
-    train_set: EgoIRGBench, batches: MicroBatches, collate: Collator, run: RunConfig, device: torch.device
+    train_set: EgoIRGBench,
+    batches: MicroBatches,
+    collate: Collator,
+    run: RunConfig,
+    device: torch.device,
 ) -> DataLoader:
     """One rank's micro-batches, made by ``run.num_workers`` processes."""
     return DataLoader(
@@ -74,7 +85,7 @@ class Trainer:
     def __init__(self, config: Config) -> None:
         run = config.run
         self.config, self.run = config, run
-        self.accelerator = make_accelerator(run)
+        self.accelerator = make_accelerator(**device_settings(run))
         self.output = Path(run.output_dir)
         resumed = self._resumed_from()
         self.train_set = build_dataset(config, "train")
@@ -83,7 +94,7 @@ class Trainer:
         set_seed(run.seed)  # every rank builds the same model
         bf16 = self.accelerator.mixed_precision == "bf16"
         self.model = build_model(config.model, self.tokenizer, self.accelerator.device, bf16=bf16)
-        self.frozen = frozen_probe(self.model)
+        self.frozen = frozen_fingerprint(self.model)
         set_seed(run.seed + self.accelerator.process_index)  # but each has its own dropout
         if resumed:
             load_weights(resumed, self.model)
@@ -108,27 +119,35 @@ class Trainer:
             self.model.calibrated_thresholds = self.progress.thresholds
             if saved_config(resumed)["run"]["validation_metric"] != run.validation_metric:
                 self.progress.best_score = self.progress.best_step = None  # of another scale
-        self.loss_weights = losses.active(run.loss_weights, name_patches=self.model.name_patches)
+        self.loss_weights = losses.active(
+            run.loss_weights, image_token_head=self.model.image_token_head
+        )
         device = self.accelerator.device
         self.weight_of_terms = torch.tensor(list(self.loss_weights.values()), device=device)
-        self.seen = torch.zeros(3, dtype=torch.float64, device=device)  # images, queries, tokens not yet in progress
+        self.seen = torch.zeros(
+            3, dtype=torch.float64, device=device
+        )  # images, queries, tokens not yet in progress
         alone = device.type == "cuda" and self.accelerator.num_processes == 1
-        self.graphed = run.cuda_graphs and alone and self.model.language_model.graphable
+        self.graphed = run.cuda_graphs and alone and self.model.language_model.supports_cuda_graphs
         self.run_pass = self._forward_backward
         if self.graphed:
-            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            trained = [
+                parameter for parameter in self.model.parameters() if parameter.requires_grad
+            ]
             self.run_pass = GraphedPass(self._forward_backward, trained, device)
-        self.model.language_model.generator.graphs = self.graphed
+        self.model.text_decoder.graphs = self.graphed
         self.fingerprint = self.train_set.fingerprint() if self.accelerator.is_main_process else ""
         self.truth = Truth(self.validation_set) if self.validation_set else None
-        self.journal = Journal(config, self.output, self.progress, enabled=self.accelerator.is_main_process)
+        self.journal = RunLogger(
+            config, self.output, self.progress, enabled=self.accelerator.is_main_process
+        )
 
     def train(self) -> None:
         """Run every step that is left, with validation and checkpoints on the way."""
         self._announce()
         if self.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()  # what making the model took does not count
-        window = Window(list(self.loss_weights), self.accelerator.device)
+        window = LossWindow(list(self.loss_weights), self.accelerator.device)
         batches = iter(self._loader())
         with self.journal.bar(self.progress.step, self.run.max_steps) as advance:
             while self.progress.step < self.run.max_steps:
@@ -138,13 +157,15 @@ class Trainer:
                 advance(step)
                 last = step == self.run.max_steps
                 logged = step % self.run.log_every == 0 or last
-                validated = self.run.validate_every and (step % self.run.validate_every == 0 or last)
+                validated = self.run.validate_every and (
+                    step % self.run.validate_every == 0 or last
+                )
                 saved = validated or step % self.run.checkpoint_every == 0 or last
                 if logged or saved:
                     window.require_finite(step, self.output / "checkpoints")
                 if logged:
                     self._log_window(window)
-                    window = Window(list(self.loss_weights), self.accelerator.device)
+                    window = LossWindow(list(self.loss_weights), self.accelerator.device)
                 if validated:
                     self.validate()
                 if saved:
@@ -161,7 +182,9 @@ class Trainer:
             Each term's total on this rank, its units over all ranks, and the gradient norm, all on the device.
         """
         names, device = list(self.loss_weights), self.accelerator.device
-        counted = torch.cat([losses.counts(batches, names), seen_in(batches)])  # on the CPU, where nothing has to wait
+        counted = torch.cat(
+            [losses.counts(batches, names), seen_in(batches)]
+        )  # on the CPU, where nothing has to wait
         if not self.graphed:
             batches = [batch.to(device) for batch in batches]
         counted = sum_over_ranks(self.accelerator, counted.to(device, non_blocking=True))
@@ -172,7 +195,9 @@ class Trainer:
             group["lr"] = learning_rate(self.progress.step, self.run)
         totals = torch.zeros(len(names), device=device)
         for number, batch in enumerate(batches, start=1):
-            with nullcontext() if number == len(batches) else self.accelerator.no_sync(self.wrapped):
+            with (
+                nullcontext() if number == len(batches) else self.accelerator.no_sync(self.wrapped)
+            ):
                 totals += self.run_pass(batch, factor)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.run.clip_norm)
         self.optimizer.step()
@@ -193,7 +218,9 @@ class Trainer:
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         batches = plan_batches(number, self.run.batch_size)
         own = batches[rank::world_size]
-        filler = -(-len(batches) // world_size) - len(own)  # under FSDP every rank has to take part in every batch
+        filler = -(-len(batches) // world_size) - len(
+            own
+        )  # under FSDP every rank has to take part in every batch
         predicted = predict(
             self.model,
             self.validation_set,
@@ -204,14 +231,26 @@ class Trainer:
             device=self.accelerator.device,
             autocast=self.accelerator.autocast,
         )
-        records = gather_lists(self.accelerator, [r for batch in list(predicted)[: len(own)] for r in batch])
+        records = gather_lists(
+            self.accelerator, [r for batch in list(predicted)[: len(own)] for r in batch]
+        )
         metrics = score(records, self.truth)
-        chosen = metrics.get(self.run.validation_metric, 0.0)  # absent where there was nothing to measure
-        self.progress.thresholds = self.model.calibrated_thresholds = calibrated(records, self.truth)
+        chosen = metrics.get(
+            self.run.validation_metric, 0.0
+        )  # absent where there was nothing to measure
+        self.progress.thresholds = self.model.calibrated_thresholds = calibrate_thresholds(
+            records, self.truth
+        )
         if self.progress.best_score is None or chosen >= self.progress.best_score:
             self.progress.best_score, self.progress.best_step = chosen, self.progress.step
         self.journal.write({"kind": "validation", "step": self.progress.step, **metrics})
-        log.info("step %d: %s %.3f on %d images", self.progress.step, self.run.validation_metric, chosen, number)
+        log.info(
+            "step %d: %s %.3f on %d images",
+            self.progress.step,
+            self.run.validation_metric,
+            chosen,
+            number,
+        )
 
     def save(self) -> None:
         """Write a checkpoint; every validated step is written, so the best one is there."""
@@ -229,12 +268,19 @@ class Trainer:
         )
         self.journal.write_manifest(self.progress, self.fingerprint)
         seconds = time.perf_counter() - started
-        log.info("step %d: checkpoint of %.2f GB written in %.1f s", self.progress.step, size / 1e9, seconds)
+        log.info(
+            "step %d: checkpoint of %.2f GB written in %.1f s",
+            self.progress.step,
+            size / 1e9,
+            seconds,
+        )
 
     def _announce(self) -> None:
         parameters = list(self.model.parameters())
         trained = sum(p.numel() for p in parameters if p.requires_grad)
-        total = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in parameters)  # NF4: two a byte
+        total = sum(
+            p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in parameters
+        )  # NF4: two a byte
         log.info(
             "step %d of %d: %.1f M parameters, %.1f M of them trained, on %d images with up to %d queries each, "
             "%d process(es) on %s, under '%s'",
@@ -247,12 +293,14 @@ class Trainer:
                 "train_configs/annexe_tiny.yaml is made for one", trained / 1e6,
             )  # fmt: skip
         if self.run.cuda_graphs and not self.graphed:
-            log.warning("run.cuda_graphs is for one process on one GPU without an int8 base and is ignored here")
+            log.warning(
+                "run.cuda_graphs is for one process on one GPU without an int8 base and is ignored here"
+            )
         if self.train_set.num_slots > self.model.pixel_decoder.num_slots:
             log.warning(
                 "annotations use up to %d slots, model.pixel_decoder.num_slots is %d: the model trains on the first "
                 "ones, the metrics count all",
-                self.train_set.num_slots, self.model.pixel_decoder.num_slots,
+                self.train_set.num_slots,
             )  # fmt: skip
 
     def _resumed_from(self) -> Path | None:
@@ -279,9 +327,14 @@ class Trainer:
         checkpoint that is further than the run should go.
         """
         if resumed and load_progress(resumed).step > self.run.max_steps:
-            raise UserError(f"'{resumed}' is past run.max_steps {self.run.max_steps}; raise it to go on")
+            raise UserError(
+                f"'{resumed}' is past run.max_steps {self.run.max_steps}; raise it to go on"
+            )
         before = saved_config(resumed)["run"] if resumed else {}
-        for name, begun in (("seed", before.get("seed")), ("optimizer", before.get("optimizer", "adamw"))):
+        for name, begun in (
+            ("seed", before.get("seed")),
+            ("optimizer", before.get("optimizer", "adamw")),
+        ):
             asked = getattr(self.run, name)
             if resumed and asked != begun:
                 raise UserError(
@@ -291,13 +344,20 @@ class Trainer:
 
     def _tokenizer(self, resumed: Path | None) -> TextTokenizer:
         """The Llama's tokenizer, that of the run to start from, or one trained on the train split's text."""
-        llama, start = self.config.model["language_model"].get("path"), self.config.model.get("init_from")
+        llama, start = (
+            self.config.model["language_model"].get("path"),
+            self.config.model.get("init_from"),
+        )
         before = resumed or (find_checkpoint(Path(start)) if start and not llama else None)
-        folder = before / "tokenizer" if before else Path(llama) if llama else self.output / "tokenizer"
+        folder = (
+            before / "tokenizer" if before else Path(llama) if llama else self.output / "tokenizer"
+        )
         if not (before or llama) and self.accelerator.is_main_process:
-            train_tokenizer(self.train_set.texts(), num_slots(self.config)).save(folder)
+            train_tokenizer(
+                self.train_set.texts(), self.config.model["pixel_decoder"]["num_slots"]
+            ).save(folder)
         self.accelerator.wait_for_everyone()
-        return tokenizer_of(self.config, folder)
+        return build_tokenizer(self.config, folder)
 
     def _loader(self) -> DataLoader:
         own = MicroBatches(
@@ -312,8 +372,8 @@ class Trainer:
             self.tokenizer,
             self.model.num_image_tokens,
             self.model.pixel_decoder.num_slots,
-            multiple=MULTIPLE if self.graphed else 1,
-            in_one_row=self.model.language_model.by_blocks,
+            pad_to_multiple_of=MULTIPLE if self.graphed else 1,
+            unpad=self.model.language_model.uses_flex_attention,
             keep_samples=False,
         )
         return training_loader(self.train_set, own, collate, self.run, self.accelerator.device)
@@ -326,7 +386,7 @@ class Trainer:
         self.progress.queries += int(queries)
         self.progress.tokens += int(tokens)
 
-    def _log_window(self, window: Window) -> None:
+    def _log_window(self, window: LossWindow) -> None:
         self._read_counters()
         terms = window.means(sum_over_ranks(self.accelerator, window.totals))
         loss = sum(self.loss_weights[name] * value for name, value in terms.items())
@@ -354,5 +414,7 @@ class Trainer:
 
 def train(config: Config) -> None:
     """Train what ``config`` describes; a second training of the same folder is refused as long as one goes on."""
-    with locked(Path(config.run.output_dir)) if os.environ.get("RANK", "0") == "0" else nullcontext():
+    with (
+        locked(Path(config.run.output_dir)) if os.environ.get("RANK", "0") == "0" else nullcontext()
+    ):
         Trainer(config).train()

@@ -5,7 +5,9 @@ torchrun eval_scripts/eval_egohos.py --cfg-path eval_configs/egohos.yaml --datas
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # the processes that score and draw read this file too, and need nothing of it
+if (
+    __name__ == "__main__"
+):  # the processes that score and draw read this file too, and need nothing of it
     from annexe.cli import run_script
     from annexe.evaluator import evaluate
 

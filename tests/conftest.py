@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from annexe.config import Config, load_config
-from annexe.datasets import build_dataset
-from annexe.datasets.collate import Batch, Collator
-from annexe.models import build_model
+from annexe.build import build_dataset, build_model, load_config
+from annexe.config import Config
+from annexe.datasets.collate import Collator
 from annexe.models.annexe import Annexe
-from annexe.models.tokenizer import TextTokenizer, train_tokenizer
+from annexe.models.language_model.tokenizer import TextTokenizer, train_tokenizer
+from annexe.structures.batch import Batch
 from annexe.synthetic.generate import generate
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +33,7 @@ SMALLEST = (
     "model.pixel_decoder.hidden_size=32",
     "model.pixel_decoder.num_layers=2",
     "model.pixel_decoder.pixel_dim=8",
-    "model.pixel_decoder.focused=false",  # a hard cut: differences of rounding, which many tests allow, would show
+    "model.pixel_decoder.masked_attention=false",  # a hard cut: differences of rounding, which many tests allow, would show
     "run.num_workers=0",
     "run.device=cpu",
     "run.batch_size=2",
@@ -67,7 +67,9 @@ def assert_same_but_for_rounding(
         if name.startswith("depth_branch."):
             assert (tensors[name] - tensor).norm() <= atol + 1e-3 * tensor.norm(), name
         else:
-            torch.testing.assert_close(tensors[name], tensor, atol=atol, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                tensors[name], tensor, atol=atol, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 @pytest.fixture(scope="session")
@@ -84,14 +86,20 @@ def make_config(scenes: Path, tmp_path: Path) -> Callable[..., Config]:
 
     def make(*options: str) -> Config:
         own = (f"datasets.ego_irgbench.data_root={scenes}", f"run.output_dir={tmp_path / 'run'}")
-        chosen = [o for o in SMALLEST if not ("model.pixel_decoder.type=deconv" in options and "pixel_decoder" in o)]
+        chosen = [
+            o
+            for o in SMALLEST
+            if not ("model.pixel_decoder.type=deconv" in options and "pixel_decoder" in o)
+        ]
         return load_config(TINY, [*chosen, *own, *options])
 
     return make
 
 
 @pytest.fixture
-def make_parts(make_config: Callable[..., Config]) -> Callable[..., tuple[Annexe, TextTokenizer, Batch]]:
+def make_parts(
+    make_config: Callable[..., Config],
+) -> Callable[..., tuple[Annexe, TextTokenizer, Batch]]:
     """Builds the smallest model (seed 0, eval mode), its tokenizer, and a training batch of the first images."""
 
     def make(*options: str, num_images: int = 3) -> tuple[Annexe, TextTokenizer, Batch]:

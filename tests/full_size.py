@@ -15,11 +15,12 @@ import cv2
 import numpy as np
 from rich.progress import track
 
-from annexe.datasets.transforms import read_id_map
-from annexe.metrics import encode
+from annexe.datasets.image_names import CATEGORIES
+from annexe.datasets.pixels import read_id_map
+from annexe.rle import encode
 from annexe.synthetic.language import annotations
 from annexe.synthetic.render import render
-from annexe.synthetic.scene import CATEGORIES, Scene, draw_scene
+from annexe.synthetic.scene import Scene, draw_scene
 
 NUM_IMAGES, NUM_SCENES, FRAMES = 20_504, 8, 7  # FRAMES of a video
 ENDINGS = {"RGB": ".jpg", "depth": ".png", "mask": ".png"}
@@ -28,9 +29,15 @@ ENDINGS = {"RGB": ".jpg", "depth": ".png", "mask": ".png"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--predictions", type=int, default=0, metavar="N", help="queries to predict")
+    parser.add_argument(
+        "--predictions", type=int, default=0, metavar="N", help="queries to predict"
+    )
     arguments = parser.parse_args()
-    for folder in ("scenes", *ENDINGS, *(f"dataset_split/{split}" for split in ("train", "val", "test"))):
+    for folder in (
+        "scenes",
+        *ENDINGS,
+        *(f"dataset_split/{split}" for split in ("train", "val", "test")),
+    ):
         (arguments.out / folder).mkdir(parents=True)
     scenes = [draw(arguments.out / "scenes", number) for number in range(NUM_SCENES)]
     rng = np.random.default_rng(0)
@@ -41,8 +48,12 @@ def main() -> None:
                 arguments.out / "scenes" / f"{number_of_scene}-{folder}{ending}",
                 arguments.out / folder / f"{stem}{ending}",
             )
-        split = rng.choice(["train", "val", "test"], p=[0.7, 0.1, 0.2])  # by frame, as in the published split
-        entries = annotations(scenes[number_of_scene], np.random.default_rng(number), allow_held_out=True)
+        split = rng.choice(
+            ["train", "val", "test"], p=[0.7, 0.1, 0.2]
+        )  # by frame, as in the published split
+        entries = annotations(
+            scenes[number_of_scene], np.random.default_rng(number), allow_held_out=True
+        )
         (arguments.out / "dataset_split" / split / f"{stem}.json").write_text(json.dumps(entries))
     if arguments.predictions:
         write_predictions(arguments.out, arguments.predictions)
@@ -57,21 +68,53 @@ def write_predictions(root: Path, number: int) -> None:
             scene = os.stat(root / "mask" / f"{path.stem}.png").st_ino
             ids = None
             entries = json.loads(path.read_text())
-            queries = [(n, entry, question) for n, entry in enumerate(entries) for question in entry["questions"]]
-            record = {"kind": "image", "image": path.stem, "analysis": entries[0]["caption"], "depth": None}
+            queries = [
+                (n, entry, question)
+                for n, entry in enumerate(entries)
+                for question in entry["questions"]
+            ]
+            record = {
+                "kind": "image",
+                "image": path.stem,
+                "analysis": entries[0]["caption"],
+                "depth": None,
+            }
             file.write(json.dumps(record) + "\n")
             for n, entry, question in queries[:left]:
                 masks, by = [], int(rng.integers(0, 40))
                 for slot, mask_id in enumerate(entry["masks_idx"]):
                     if mask_id and rng.random() < 0.9:
                         if (scene, by, mask_id) not in moved:
-                            ids = read_id_map(root / "mask" / f"{path.stem}.png") if ids is None else ids
+                            ids = (
+                                read_id_map(root / "mask" / f"{path.stem}.png")
+                                if ids is None
+                                else ids
+                            )
                             moved[scene, by, mask_id] = encode(np.roll(ids == mask_id, by, axis=1))
                         rle = moved[scene, by, mask_id]
-                        masks.append({"slot": slot, "phrase": entry["tokens"][slot], "score": 0.9, "rle": rle})
-                answer = entry["answer"] if rng.random() < 0.7 else "The mask of the mug is <MSK_0>."
-                record = {"kind": "query", "image": path.stem, "annotation": n, "query_id": question["id"]}
-                record |= {"query": question["query"], "answer": answer, "presence": rng.random(), "masks": masks}
+                        masks.append(
+                            {
+                                "slot": slot,
+                                "phrase": entry["tokens"][slot],
+                                "score": 0.9,
+                                "rle": rle,
+                            }
+                        )
+                answer = (
+                    entry["answer"] if rng.random() < 0.7 else "The mask of the mug is <MSK_0>."
+                )
+                record = {
+                    "kind": "query",
+                    "image": path.stem,
+                    "annotation": n,
+                    "query_id": question["id"],
+                }
+                record |= {
+                    "query": question["query"],
+                    "answer": answer,
+                    "presence": rng.random(),
+                    "masks": masks,
+                }
                 file.write(json.dumps(record) + "\n")
             left -= len(queries[:left])
             if left == 0:

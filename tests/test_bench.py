@@ -16,25 +16,31 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from annexe.benchmark import never_end, scratch
+from annexe.benchmarks.flops import (
+    counted,
+    flops_of_vit,
+    num_pairs,
+    of_depth,
+    of_llama,
+    work_of_batch,
+)
+from annexe.benchmarks.memory import without_files
+from annexe.benchmarks.random_batch import even_branches, nominal_branches, random_batch
+from annexe.benchmarks.random_model import never_end, scratch
+from annexe.benchmarks.scoring_speed import random_predictions
+from annexe.benchmarks.timing import Timeline, ceiling, in_sections, percentiles
+from annexe.build import build_model, load_config
 from annexe.cli import main
-from annexe.config import PARTS, Config, load_config
+from annexe.config import PARTS, Config
 from annexe.datasets.ego_irgbench import EgoIRGBench
-from annexe.datasets.made_up import even_branches, made_up_batch, nominal_branches
-from annexe.datasets.transforms import PixelReader
-from annexe.evaluator import write_records
-from annexe.flops import counted, num_pairs, of_depth, of_eva, of_llama, work_of_batch
-from annexe.graphs import MULTIPLE
-from annexe.memory import without_files
+from annexe.datasets.pixels import PixelReader
+from annexe.evaluation.records import read_predictions, require_complete, write_records
+from annexe.evaluation.truth import Truth
 from annexe.models import annexe as whole
-from annexe.models import build_model
 from annexe.models.annexe import Annexe
-from annexe.models.attention import packed_attention_mask
-from annexe.predictions import read_predictions, require_complete
-from annexe.scoring import Truth
+from annexe.models.language_model.attention import packed_attention_mask
 from annexe.synthetic.generate import generate
-from annexe.timing import Timeline, ceiling, in_sections, percentiles
-from annexe.tools.bench import made_up_predictions
+from annexe.training.cuda_graphs import MULTIPLE
 from tests.conftest import ROOT, SMALLEST, TINY
 
 FULL = ROOT / "train_configs" / "annexe.yaml"
@@ -57,7 +63,9 @@ def bench(
         monkeypatch.setattr(sys, "argv", [str(word) for word in command])
         main()
         left = [*temporary.iterdir(), *here.iterdir()]
-        assert not [path for path in left if not path.name.startswith("annexe_nltk_data")]  # goes with the process
+        assert not [
+            path for path in left if not path.name.startswith("annexe_nltk_data")
+        ]  # goes with the process
         return json.loads((tmp_path / "bench.json").read_text())
 
     return run
@@ -72,7 +80,11 @@ def assert_adds_up(sections: dict[str, dict[str, float]]) -> None:
     """Parts of a step make up the step."""
     parts = [own for name, own in sections.items() if name != "all"]
     assert sum(own["ms"] for own in parts) == pytest.approx(sections["all"]["ms"])
-    assert sum(own["share"] for own in parts) == pytest.approx(sections["all"]["share"]) == pytest.approx(1)
+    assert (
+        sum(own["share"] for own in parts)
+        == pytest.approx(sections["all"]["share"])
+        == pytest.approx(1)
+    )
 
 
 def assert_ordered(times: dict[str, float]) -> None:
@@ -91,9 +103,14 @@ def assert_ordered(times: dict[str, float]) -> None:
 def test_encoders_take_what_the_counter_counts(options: tuple[str, ...]) -> None:
     model = on_meta(load_config(TINY, [*SMALLEST, *options]))
     images = torch.zeros(3, 3, 112, 112)
-    eva, depth = of_eva(model.rgb_encoder, 3), of_depth(model.depth_branch, 112, 3)
-    for formula, run in ((eva, counted(model.rgb_encoder, images)), (depth, counted(model.depth_branch, images))):
-        assert formula.forward == pytest.approx(run.forward) and formula.backward == pytest.approx(run.backward)
+    eva, depth = flops_of_vit(model.rgb_encoder, 3), of_depth(model.depth_branch, 112, 3)
+    for formula, run in (
+        (eva, counted(model.rgb_encoder, images)),
+        (depth, counted(model.depth_branch, images)),
+    ):
+        assert formula.forward == pytest.approx(run.forward) and formula.backward == pytest.approx(
+            run.backward
+        )
     assert (depth.backward == 0) == ("model.depth_branch.trained=none" in options)
 
 
@@ -102,32 +119,47 @@ def test_the_language_model_takes_what_the_counter_counts_but_for_what_the_mask_
     rank: int, make_parts: Callable[..., tuple]
 ) -> None:
     model, tokenizer, _ = make_parts(f"model.language_model.lora.rank={rank}")
-    language, num_layers = model.language_model.train(), len(model.language_model.llama.model.layers)
-    text = made_up_batch(nominal_branches(2, 3), 112, model.num_image_tokens, 4, tokenizer.vocab_size).text
-    embeddings = torch.randn(*text.segment.shape, language.hidden_size, requires_grad=True)
+    language, num_layers = (
+        model.language_model.train(),
+        len(model.language_model.llama.model.layers),
+    )
+    text = random_batch(
+        nominal_branches(2, 3), 112, model.num_image_tokens, 4, tokenizer.vocab_size
+    ).text
+    embeddings = torch.randn(*text.segment_ids.shape, language.hidden_size, requires_grad=True)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        logits = language.logits(language(embeddings, text).flatten(0, 1)[text.supervised])
+        logits = language.logits(language(embeddings, text).flatten(0, 1)[text.label_positions])
         forward = counter.get_total_flops()
         logits.sum().backward()
-    formula = of_llama(language, text, num_logits=len(text.supervised))
-    rows, columns = text.segment.shape
-    masked = 4 * (rows * columns**2 - num_pairs(text.segment)) * language.hidden_size * num_layers
-    assert forward == pytest.approx(formula.forward + masked, rel=2e-3)  # angles of the positions are a product too
+    formula = of_llama(language, text, num_logits=len(text.label_positions))
+    rows, columns = text.segment_ids.shape
+    masked = (
+        4 * (rows * columns**2 - num_pairs(text.segment_ids)) * language.hidden_size * num_layers
+    )
+    assert forward == pytest.approx(
+        formula.forward + masked, rel=2e-3
+    )  # angles of the positions are a product too
     assert counter.get_total_flops() == pytest.approx(formula.total + 3 * masked, rel=2e-3)
     assert (formula.backward == 2 * formula.forward) == (rank == 0)
 
 
 def test_pairs_are_those_of_the_mask() -> None:
-    batch = made_up_batch([[(3, 2), (4, 1)], [(2, 2)]], 14, 5, 4, 100)
-    real = batch.text.segment >= 0
-    assert num_pairs(batch.text.segment) == int(packed_attention_mask(batch.text.segment)[:, 0][real].sum())
+    batch = random_batch([[(3, 2), (4, 1)], [(2, 2)]], 14, 5, 4, 100)
+    real = batch.text.segment_ids >= 0
+    assert num_pairs(batch.text.segment_ids) == int(
+        packed_attention_mask(batch.text.segment_ids)[:, 0][real].sum()
+    )
 
 
-@pytest.mark.parametrize(("num_queries", "num_tokens", "per_query"), [(1, 430, 14.0), (8, 963, 3.5)])
-def test_full_size_takes_14_tflop_a_sample(num_queries: int, num_tokens: int, per_query: float) -> None:
+@pytest.mark.parametrize(
+    ("num_queries", "num_tokens", "per_query"), [(1, 430, 14.0), (8, 963, 3.5)]
+)
+def test_full_size_takes_14_tflop_a_sample(
+    num_queries: int, num_tokens: int, per_query: float
+) -> None:
     model = on_meta(load_config(FULL, ["model.depth_branch.trained=none"]))
     branches = even_branches(1, num_queries, num_tokens - 4 - model.num_image_tokens)
-    works = work_of_batch(model, made_up_batch(branches, 448, model.num_image_tokens, 4, 32000))
+    works = work_of_batch(model, random_batch(branches, 448, model.num_image_tokens, 4, 32000))
     tflop = {part: work.total / 1e12 for part, work in works.items()}
     assert set(tflop) == {*PARTS, "projector"}
     assert tflop["rgb_encoder"] == pytest.approx(2.25, rel=0.005)
@@ -141,16 +173,27 @@ def test_full_size_takes_14_tflop_a_sample(num_queries: int, num_tokens: int, pe
 def test_rounded_up_tokens_take_nothing() -> None:
     model = on_meta(load_config(TINY, list(SMALLEST)))
     works = []
-    for multiple in (1, MULTIPLE):
-        batch = made_up_batch(nominal_branches(2, 3), 112, model.num_image_tokens, 4, 1024, multiple=multiple)
-        assert batch.text.segment.shape[1] % multiple == batch.used_slots.shape[1] % multiple == 0
+    for pad_to_multiple_of in (1, MULTIPLE):
+        batch = random_batch(
+            nominal_branches(2, 3),
+            112,
+            model.num_image_tokens,
+            4,
+            1024,
+            pad_to_multiple_of=pad_to_multiple_of,
+        )
+        assert (
+            batch.text.segment_ids.shape[1] % pad_to_multiple_of
+            == batch.used_slots.shape[1] % pad_to_multiple_of
+            == 0
+        )
         works.append(work_of_batch(model, batch))
     assert works[0]["language_model"] == works[1]["language_model"]
 
 
 def test_time_is_put_down_to_what_was_entered(monkeypatch: pytest.MonkeyPatch) -> None:
     moments = iter([0.0, 1.0, 3.0, 10.0, 11.0])
-    monkeypatch.setattr("annexe.timing.time.perf_counter", lambda: next(moments))
+    monkeypatch.setattr("annexe.benchmarks.timing.time.perf_counter", lambda: next(moments))
     timeline = Timeline(torch.device("cpu"))
     for section in ("read", "think", "read", "think", "end"):
         timeline.enter(section)
@@ -167,7 +210,17 @@ def test_training_is_measured_without_data_and_beside_another(
     bench: Callable[..., dict], capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = bench(
-        "train", "--steps", 3, "--warmup", 1, "--queries", 2, "--tokens", 200, "--against", "run.batch_size=1"
+        "train",
+        "--steps",
+        3,
+        "--warmup",
+        1,
+        "--queries",
+        2,
+        "--tokens",
+        200,
+        "--against",
+        "run.batch_size=1",
     )
     assert report["what"] == "train" and report["against_options"] == ["run.batch_size=1"]
     for record, images in ((report["measured"], 2), (report["against"], 1)):
@@ -181,9 +234,13 @@ def test_training_is_measured_without_data_and_beside_another(
         assert record["peak_memory_gb"]["resident"] > 0.1 and record["seconds_to_first_step"] > 0
         flop = record["tflop_per_image"]
         assert set(flop) == {*PARTS, "projector", "all"}
-        assert all(own["forward"] + own["backward"] == pytest.approx(own["total"]) for own in flop.values())
+        assert all(
+            own["forward"] + own["backward"] == pytest.approx(own["total"]) for own in flop.values()
+        )
         assert sum(own["total"] for own in flop.values()) == pytest.approx(2 * flop["all"]["total"])
-        assert record["tflop_per_second"] == pytest.approx(flop["all"]["total"] * record["images_per_second"])
+        assert record["tflop_per_second"] == pytest.approx(
+            flop["all"]["total"] * record["images_per_second"]
+        )
         assert record["share_of_ceiling"] == pytest.approx(
             record["tflop_per_second"] / record["ceiling_tflop_per_second"]
         )
@@ -205,14 +262,22 @@ def test_training_on_its_own_data_goes_on_with_other_photos(
 ) -> None:
     decoded = []
     decode = PixelReader._decode
-    monkeypatch.setattr(PixelReader, "_decode", lambda self, stem: decoded.append(stem) or decode(self, stem))
-    options = (f"datasets.ego_irgbench.data_root={scenes}", "run.gradient_accumulation=2", "run.batch_size=1")
+    monkeypatch.setattr(
+        PixelReader, "_decode", lambda self, stem: decoded.append(stem) or decode(self, stem)
+    )
+    options = (
+        f"datasets.ego_irgbench.data_root={scenes}",
+        "run.gradient_accumulation=2",
+        "run.batch_size=1",
+    )
     report = bench("train", "--real", "--steps", 2, "--warmup", 1, options=options)
     record = report["measured"]
     assert record["images_per_step"] == 2 and record["queries_per_image"] == 5  # as the file says
     assert record["parts_of_step"]["waiting for data"]["ms"] > 0
     assert "photos are decoded" in report["notes"][0]
-    assert len(decoded) == len(set(decoded)) == 12  # 1 + 1 + 2 steps, and 1 + 2 for the parts: more than there are
+    assert (
+        len(decoded) == len(set(decoded)) == 12
+    )  # 1 + 1 + 2 steps, and 1 + 2 for the parts: more than there are
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
@@ -228,16 +293,35 @@ def test_graphs_are_measured_and_parts_are_timed_without_them(bench: Callable[..
 def test_stored_patches_leave_the_encoder_out(bench: Callable[..., dict]) -> None:
     frozen = (NO_DATA, "model.rgb_encoder.frozen=true")
     measured = bench("train", "--stored", "--steps", 2, "--warmup", 0, options=frozen)["measured"]
-    assert measured["tflop_per_image"]["rgb_encoder"]["total"] == 0 < measured["tflop_per_image"]["all"]["total"]
+    assert (
+        measured["tflop_per_image"]["rgb_encoder"]["total"]
+        == 0
+        < measured["tflop_per_image"]["all"]["total"]
+    )
     assert "rgb_encoder, forward" not in measured["parts_of_step"]
 
 
-def test_every_response_has_its_full_length(bench: Callable[..., dict], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_response_has_its_full_length(
+    bench: Callable[..., dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
     shapes = set()
     encode = whole.encode
     monkeypatch.setattr(whole, "encode", lambda mask: shapes.add(mask.shape) or encode(mask))
     options = (NO_DATA, "model.presence_threshold=0", "run.num_workers=1")
-    asked = ("--queries", 2, "--batch-size", 3, "--new-tokens", 7, "--batches", 2, "--height", 90, "--width", 160)
+    asked = (
+        "--queries",
+        2,
+        "--batch-size",
+        3,
+        "--new-tokens",
+        7,
+        "--batches",
+        2,
+        "--height",
+        90,
+        "--width",
+        160,
+    )
     report = bench("generate", *asked, options=options)
     record = report["measured"]
     assert record["tokens_per_response"] == 7 and shapes == {(90, 160)}
@@ -245,7 +329,13 @@ def test_every_response_has_its_full_length(bench: Callable[..., dict], monkeypa
     assert record["answers_per_second"] == pytest.approx(2 * record["images_per_second"])
     assert_ordered(record["batch_ms"])
     assert_adds_up(record["parts_of_batch"])
-    named = {"encoders", "prefill", "pixel_decoder", "decoding", "waiting for masks and run lengths"}
+    named = {
+        "encoders",
+        "prefill",
+        "pixel_decoder",
+        "decoding",
+        "waiting for masks and run lengths",
+    }
     assert named <= set(record["parts_of_batch"])
 
 
@@ -264,7 +354,9 @@ def test_the_loader_is_timed_with_an_empty_and_a_filled_cache(
 ) -> None:
     decoded = []
     decode = PixelReader._decode
-    monkeypatch.setattr(PixelReader, "_decode", lambda self, stem: decoded.append(stem) or decode(self, stem))
+    monkeypatch.setattr(
+        PixelReader, "_decode", lambda self, stem: decoded.append(stem) or decode(self, stem)
+    )
     options = (f"datasets.ego_irgbench.data_root={scenes}",)
     report = bench("data", "--images", 8, "--workers", 0, 1, options=options)
     assert list(report["measured"]) == ["0", "1"]
@@ -279,7 +371,9 @@ def test_the_loader_is_timed_with_an_empty_and_a_filled_cache(
             assert workers == "0" or 0.01 < own["memory_per_worker_gb"] < 5
 
 
-def test_scoring_is_timed_on_predictions_that_are_whole(bench: Callable[..., dict], tmp_path: Path) -> None:
+def test_scoring_is_timed_on_predictions_that_are_whole(
+    bench: Callable[..., dict], tmp_path: Path
+) -> None:
     record = bench("metrics", "--queries", 70, "--workers", 1)["measured"]
     assert record["queries"] == 70 and record["images"] == 1
     assert record["queries_per_second"] == pytest.approx(70 / record["seconds"])
@@ -288,18 +382,22 @@ def test_scoring_is_timed_on_predictions_that_are_whole(bench: Callable[..., dic
 
 def test_made_up_predictions_are_of_the_schema_and_complete(scenes: Path, tmp_path: Path) -> None:
     truth = Truth(EgoIRGBench("val", 1, 0, None, data_root=str(scenes), cache=False))
-    made_up = list(made_up_predictions(truth))
+    made_up = list(random_predictions(truth))
     write_records(tmp_path / "predictions.jsonl", made_up)
     read = read_predictions(tmp_path / "predictions.jsonl", truth)
     require_complete(read, truth)  # raises where an annotation is not asked
     assert len(read) == len(made_up) and {record["kind"] for record in read} == {"image", "query"}
 
 
-def test_scratch_goes_away_and_leaves_the_cache_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_scratch_goes_away_and_leaves_the_cache_setting(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("ANNEXE_CACHE", "mine")
     with scratch(own_cache=True) as folder:
         assert os.environ["ANNEXE_CACHE"].startswith(str(folder))
-        generate(folder / "data", num_images=1, seed=0, val_fraction=0, test_fraction=0, num_workers=1)
+        generate(
+            folder / "data", num_images=1, seed=0, val_fraction=0, test_fraction=0, num_workers=1
+        )
     assert not folder.exists() and os.environ["ANNEXE_CACHE"] == "mine"
 
 
@@ -319,7 +417,11 @@ def test_scratch_goes_away_and_leaves_the_cache_setting(monkeypatch: pytest.Monk
     ],
 )
 def test_wrong_input_ends_in_one_line(
-    what: str, arguments: tuple, said: str, bench: Callable[..., dict], capsys: pytest.CaptureFixture[str]
+    what: str,
+    arguments: tuple,
+    said: str,
+    bench: Callable[..., dict],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
         bench(what, *arguments)
@@ -331,7 +433,9 @@ def test_a_configuration_without_a_model_is_refused(
     what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        sys, "argv", ["annexe", "bench", what, "--cfg-path", str(ROOT / "eval_configs/annexe_tiny.yaml")]
+        sys,
+        "argv",
+        ["annexe", "bench", what, "--cfg-path", str(ROOT / "eval_configs/annexe_tiny.yaml")],
     )
     with pytest.raises(SystemExit, match="2"):
         main()
@@ -342,7 +446,9 @@ def test_json_cannot_be_written_is_said_before_anything_is_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(sys, "argv", ["annexe", "bench", "metrics", "--json", str(tmp_path / "file" / "bench.json")])
+    monkeypatch.setattr(
+        sys, "argv", ["annexe", "bench", "metrics", "--json", str(tmp_path / "file" / "bench.json")]
+    )
     with pytest.raises(SystemExit, match="2"):
         main()
     assert "name another file" in capsys.readouterr().err
@@ -351,4 +457,6 @@ def test_json_cannot_be_written_is_said_before_anything_is_measured(
 def test_percentiles_of_steps_grow() -> None:
     times = percentiles([0.001 * n for n in range(1, 101)])
     assert times["p50"] == pytest.approx(50.5) and (times["min"], times["max"]) == (1.0, 100.0)
-    assert all(a <= b for a, b in pairwise(times[key] for key in ("min", "p50", "p90", "p99", "max")))
+    assert all(
+        a <= b for a, b in pairwise(times[key] for key in ("min", "p50", "p90", "p99", "max"))
+    )

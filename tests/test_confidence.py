@@ -15,11 +15,11 @@ from annexe.metrics import (
     PresenceRisk,
     best_threshold,
     differences,
-    encode,
 )
 from annexe.metrics.bootstrap import METRICS
 from annexe.metrics.consistency import agreement
-from annexe.metrics.masks import QueryResult, measure
+from annexe.metrics.grounding import QueryResult, measure
+from annexe.rle import encode
 
 
 def rectangle(top: int, left: int, bottom: int, right: int) -> dict:
@@ -39,22 +39,30 @@ def test_calibration_worked_by_hand():
     metric = MaskCalibration()
     metric.add(measure({0: TARGET}, {0: TARGET}, {}, {0: 0.95}))  # right, last bin
     metric.add(measure({0: HALF}, {0: TARGET}, {}, {0: 1.0}))  # IoU 0.5 is right, last bin
-    metric.add(measure({0: ELSEWHERE, 1: TARGET}, {0: TARGET}, {}, {0: 0.96, 1: 0.3}))  # wrong; slot 1 has no target
+    metric.add(
+        measure({0: ELSEWHERE, 1: TARGET}, {0: TARGET}, {}, {0: 0.96, 1: 0.3})
+    )  # wrong; slot 1 has no target
     metric.add(measure({0: ELSEWHERE}, {}, {}, {0: 0.31}))  # no target, the bin of 0.3
     metric.add(measure({0: EMPTY}, {0: TARGET}, {}, {0: 0.9}))  # no pixel, no mask
     metric.add(measure({0: TARGET}, {0: TARGET}, {}))  # without a score
     # |2.91 - 2| + |0.61 - 0| over 5 masks
     assert metric.compute() == pytest.approx(
-        {"calibration/ece": 1.52 / 5, "calibration/confidence": 3.52 / 5, "calibration/accuracy": 2 / 5}
+        {
+            "calibration/ece": 1.52 / 5,
+            "calibration/confidence": 3.52 / 5,
+            "calibration/accuracy": 2 / 5,
+        }
     )
     assert MaskCalibration().compute() == {}
 
 
 def test_risk_worked_by_hand():
-    right, missed, refused = (measure(p, t, {}) for p, t in (({0: HALF}, {0: TARGET}), ({}, {0: TARGET}), ({}, {})))
+    right, missed, rejected = (
+        measure(p, t, {}) for p, t in (({0: HALF}, {0: TARGET}), ({}, {0: TARGET}), ({}, {}))
+    )
     metric = PresenceRisk()
     metric.add(right, 0.9)
-    metric.add(refused, 0.2)  # sure of 0.8
+    metric.add(rejected, 0.2)  # sure of 0.8
     metric.add(missed, 0.2)  # as sure, and wrong: each of the two counts 1 / 2
     metric.add(right, 0.6)
     # Wrong among the surest: 0, 1/2 of 2, 1 of 3, 1 of 4.
@@ -76,9 +84,14 @@ def random_results(seed: int, number: int = 60) -> list[QueryResult]:
     results = []
     for _ in range(number):
         predicted, targets = (
-            {slot: choices[rng.integers(4)] for slot in range(2) if rng.random() < 0.6} for _ in range(2)
+            {slot: choices[rng.integers(4)] for slot in range(2) if rng.random() < 0.6}
+            for _ in range(2)
         )
-        results.append(measure(predicted, targets, HAND_AND_MUG, {slot: float(rng.random()) for slot in predicted}))
+        results.append(
+            measure(
+                predicted, targets, HAND_AND_MUG, {slot: float(rng.random()) for slot in predicted}
+            )
+        )
     return results
 
 
@@ -92,7 +105,9 @@ def test_risk_of_all_is_the_share_of_wrong_decisions_and_order_does_not_matter()
     other = PresenceRisk()
     other.decisions = risk.decisions[::-1]
     assert risk.compute() == other.compute()
-    assert risk.compute()["presence/risk@1.0"] == pytest.approx(1 - grounding.compute()["presence/accuracy"])
+    assert risk.compute()["presence/risk@1.0"] == pytest.approx(
+        1 - grounding.compute()["presence/accuracy"]
+    )
 
 
 def test_agreement_worked_by_hand():
@@ -137,7 +152,9 @@ def test_object_without_hand(predicted: dict, counts: int):
     }
 
 
-def clusters_of(results: list[QueryResult], num_clusters: int, exact: list[bool]) -> ClusterBootstrap:
+def clusters_of(
+    results: list[QueryResult], num_clusters: int, exact: list[bool]
+) -> ClusterBootstrap:
     bootstrap = ClusterBootstrap()
     for number, (result, is_exact) in enumerate(zip(results, exact, strict=True)):
         bootstrap.update(f"video {number % num_clusters}", result, is_exact)
@@ -157,7 +174,9 @@ def test_bootstrap_measures_what_the_metrics_do():
         if name in grounding.compute():
             assert row.first == pytest.approx(grounding.compute()[name], abs=1e-12), name
     assert compared["answer/exact_match"].first == pytest.approx(sum(exact) / len(exact))
-    assert all((row.difference, row.low, row.high, row.p) == (0, 0, 0, 1) for row in compared.values())
+    assert all(
+        (row.difference, row.low, row.high, row.p) == (0, 0, 0, 1) for row in compared.values()
+    )
 
 
 def test_intervals_equal_slow_resampling():
@@ -172,7 +191,13 @@ def test_intervals_equal_slow_resampling():
             for _ in range(times[number % num_clusters]):
                 metric.add(result)
         values.append(metric.compute())
-    for name in ("grounding/ciou", "grounding/giou", "grounding/t_acc", "grounding/miou", "grounding/precision@0.5"):
+    for name in (
+        "grounding/ciou",
+        "grounding/giou",
+        "grounding/t_acc",
+        "grounding/miou",
+        "grounding/precision@0.5",
+    ):
         expected = np.quantile([value[name] for value in values], [0.025, 0.975])
         assert clusters.compute()[name] == pytest.approx(expected), name
     low, high = clusters.compute()["grounding/giou"]
@@ -209,15 +234,21 @@ def test_a_clear_difference_is_significant_and_chance_is_not():
     other_half = [(bad if number % 2 else good)[0] for number in range(40)]
     exact = [True] * 40
     clear = differences(clusters_of(bad, 40, exact), clusters_of(good, 40, exact))["grounding/giou"]
-    assert (clear.difference, clear.low, clear.high) == (1, 1, 1) and clear.p == pytest.approx(2 / 1001)
-    chance = differences(clusters_of(half, 40, exact), clusters_of(other_half, 40, exact))["grounding/giou"]
+    assert (clear.difference, clear.low, clear.high) == (1, 1, 1) and clear.p == pytest.approx(
+        2 / 1001
+    )
+    chance = differences(clusters_of(half, 40, exact), clusters_of(other_half, 40, exact))[
+        "grounding/giou"
+    ]
     assert chance.difference == 0 and chance.low < 0 < chance.high and chance.p > 0.5
 
 
 def test_one_video_gives_neither_interval_nor_p():
     clusters = clusters_of(random_results(7), 1, [True] * 60)
     assert clusters.compute() == {}
-    assert {(row.low, row.high, row.p) for row in differences(clusters, clusters).values()} == {(None, None, None)}
+    assert {(row.low, row.high, row.p) for row in differences(clusters, clusters).values()} == {
+        (None, None, None)
+    }
 
 
 @pytest.mark.parametrize("balanced", [False, True])
@@ -247,7 +278,11 @@ def test_without_a_choice_the_threshold_is_a_half():
 @pytest.mark.parametrize(
     ("slots", "answer", "contradicts"),
     [
-        ((0, 1), "The mask of the left hand is <MSK_0>, and the mask of the mug is <MSK_1>.", False),
+        (
+            (0, 1),
+            "The mask of the left hand is <MSK_0>, and the mask of the mug is <MSK_1>.",
+            False,
+        ),
         ((0,), "The mask of the left hand is <MSK_0>, and the mask of the mug is <MSK_1>.", True),
         ((0, 1), "The mask of the left hand is <MSK_0>.", True),
         ((), "The mask of the left hand is <MSK_0>.", True),
@@ -263,7 +298,9 @@ def test_without_a_choice_the_threshold_is_a_half():
 def test_contradictions_of_answer_and_masks(slots, answer, contradicts):
     square = np.ones((4, 4), bool)
     metric = AnswerContradictions()
-    metric.add(measure({slot: encode(square) for slot in slots}, {0: encode(square)}, {0: "mug"}), answer)
+    metric.add(
+        measure({slot: encode(square) for slot in slots}, {0: encode(square)}, {0: "mug"}), answer
+    )
     other = AnswerContradictions()
     other.merge(metric)
     assert other.compute() == {"consistency/contradictions": float(contradicts)}

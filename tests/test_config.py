@@ -10,12 +10,12 @@ import torch
 from omegaconf import OmegaConf
 
 from annexe import registry
-from annexe.checkpoint import find_checkpoint, saved_config
-from annexe.config import Config, RunConfig, as_dict, load_config
+from annexe.build import build_component, build_model, check_component, load_config
+from annexe.checkpoints.run_folder import find_checkpoint, saved_config
+from annexe.config import Config, RunConfig, as_dict
 from annexe.errors import UserError
-from annexe.models import build_model, num_slots
-from annexe.models.tokenizer import load_tokenizer
-from annexe.registry import build, register, settings
+from annexe.models.language_model.tokenizer import load_tokenizer
+from annexe.registry import register
 from annexe.trainer import train
 from tests.conftest import ROOT, SMALLEST, TINY
 
@@ -42,39 +42,57 @@ def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
 
 
 def test_numbers_and_null(tmp_path: Path) -> None:
-    path = write(tmp_path, "run: {learning_rate: 1e-4, weight_decay: 1, resume: null, betas: [0, 1e-1]}")
+    path = write(
+        tmp_path, "run: {learning_rate: 1e-4, weight_decay: 1, resume: null, betas: [0, 1e-1]}"
+    )
     run = load_config(path, ["run.clip_norm=1e-4", "run.checkpoint=null"]).run
-    assert (run.learning_rate, run.weight_decay, run.clip_norm, run.betas) == (1e-4, 1.0, 1e-4, [0.0, 0.1])
-    assert all(isinstance(value, float) for value in (run.learning_rate, run.weight_decay, run.clip_norm, *run.betas))
+    assert (run.learning_rate, run.weight_decay, run.clip_norm, run.betas) == (
+        1e-4,
+        1.0,
+        1e-4,
+        [0.0, 0.1],
+    )
+    assert all(
+        isinstance(value, float)
+        for value in (run.learning_rate, run.weight_decay, run.clip_norm, *run.betas)
+    )
     assert run.resume is None and run.checkpoint is None
 
 
 def test_options_go_over_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, "run: {seed: 1, max_steps: 2000, loss_weights: {mask: 2}}")
-    config = load_config(path, ["run.seed=5", "run.seed=7", "run.loss_weights.dice=4", "run.output_dir=a=b"])
+    config = load_config(
+        path, ["run.seed=5", "run.seed=7", "run.loss_weights.dice=4", "run.output_dir=a=b"]
+    )
     assert (config.run.seed, config.run.max_steps, config.run.output_dir) == (7, 2000, "a=b")
     assert (config.run.loss_weights.mask, config.run.loss_weights.dice) == (2.0, 4.0)
 
 
 @pytest.mark.parametrize(
-    "option", ["seed=1", "run.seeds=1", "run.seed=one", "run.seed=1.5", "model.rgb_encoder.frozen=perhaps"]
+    "option",
+    ["seed=1", "run.seeds=1", "run.seed=one", "run.seed=1.5", "model.rgb_encoder.frozen=perhaps"],
 )
 def test_nothing_unknown_and_nothing_of_another_type_passes(option: str) -> None:
     with pytest.raises(UserError):
         load_config(TINY, [option])
 
 
-@pytest.mark.parametrize("option", ["run=fast", "run.loss_weights=2", "model.language_model.lora=4", "datasets=3"])
+@pytest.mark.parametrize(
+    "option", ["run=fast", "run.loss_weights=2", "model.language_model.lora=4", "datasets=3"]
+)
 def test_a_value_where_a_block_belongs_is_named(option: str) -> None:
     key, _, value = option.partition("=")
-    with pytest.raises(UserError, match=rf"(^|: ){key} is '{value}'; it must be a block of settings"):
+    with pytest.raises(
+        UserError, match=rf"(^|: ){key} is '{value}'; it must be a block of settings"
+    ):
         load_config(TINY, [option])
 
 
 def test_interpolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANNEXE_RUNS", "elsewhere")
     path = write(
-        tmp_path, 'run: {output_dir: "${oc.env:ANNEXE_RUNS}/a", max_steps: 3000, warmup_steps: "${run.max_steps}"}'
+        tmp_path,
+        'run: {output_dir: "${oc.env:ANNEXE_RUNS}/a", max_steps: 3000, warmup_steps: "${run.max_steps}"}',
     )
     config = load_config(path)
     assert (config.run.output_dir, config.run.warmup_steps) == ("elsewhere/a", 3000)
@@ -87,7 +105,9 @@ def test_resolved_configuration_loads_again(tmp_path: Path) -> None:
     assert load_config(path) == config
 
 
-def test_configuration_saved_with_a_run_loads_again(make_config: Callable[..., Config], tmp_path: Path) -> None:
+def test_configuration_saved_with_a_run_loads_again(
+    make_config: Callable[..., Config], tmp_path: Path
+) -> None:
     config = make_config("run.max_steps=2")
     train(config)
     assert load_config(tmp_path / "run" / "config.yaml") == config
@@ -101,6 +121,11 @@ def test_configuration_saved_with_a_run_loads_again(make_config: Callable[..., C
 def shelf(monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty registry for one test."""
     monkeypatch.setattr(registry, "_COMPONENTS", {})
+
+
+def build(kind: str, spec: dict, *parts: object) -> object:
+    """A component of a block that was checked, as a configuration's are."""
+    return build_component(kind, check_component(kind, spec, kind), *parts)
 
 
 @pytest.mark.usefixtures("shelf")
@@ -119,7 +144,9 @@ def test_a_name_is_taken_once() -> None:
 def test_unknown_names_list_the_choices() -> None:
     register("light", "lamp")(lambda *, watts=5: watts)
     register("light", "torch")(lambda *, watts=5: watts)
-    with pytest.raises(UserError, match=r"unknown light.type 'lmap'. Did you mean 'lamp'\? Choices: lamp, torch"):
+    with pytest.raises(
+        UserError, match=r"unknown light.type 'lmap'. Did you mean 'lamp'\? Choices: lamp, torch"
+    ):
         build("light", {"type": "lmap"})
     with pytest.raises(UserError, match=r"unknown light.type 'None'. Choices: lamp, torch"):
         build("light", {})
@@ -130,19 +157,28 @@ def test_unknown_names_list_the_choices() -> None:
 @pytest.mark.usefixtures("shelf")
 def test_arguments_are_checked_before_the_component_is_made() -> None:
     @register("light", "lamp")
-    def lamp(socket: str, *, watts: int, colour: str | None = None, sizes: list[int] = [1]) -> tuple:  # noqa: B006
+    def lamp(
+        socket: str, *, watts: int, colour: str | None = None, sizes: list[int] = [1]
+    ) -> tuple:  # noqa: B006
         return socket, watts, colour, sizes
 
     assert build("light", {"type": "lamp", "watts": "7"}, "E27") == ("E27", 7, None, [1])
-    assert settings("light", {"type": "lamp", "watts": 7, "sizes": [2, 3]}, "here")["sizes"] == [2, 3]
+    assert check_component("light", {"type": "lamp", "watts": 7, "sizes": [2, 3]}, "here")[
+        "sizes"
+    ] == [
+        2,
+        3,
+    ]
     with pytest.raises(UserError, match=r"here\.watts is missing"):
-        settings("light", {"type": "lamp"}, "here")
-    with pytest.raises(UserError, match=r"here\.wats: .* Did you mean 'watts'\? Choices: colour, sizes, watts"):
-        settings("light", {"type": "lamp", "wats": 7}, "here")
+        check_component("light", {"type": "lamp"}, "here")
+    with pytest.raises(
+        UserError, match=r"here\.wats: .* Did you mean 'watts'\? Choices: colour, sizes, watts"
+    ):
+        check_component("light", {"type": "lamp", "wats": 7}, "here")
     with pytest.raises(UserError, match=r"here\.socket"):  # injected by the code, not for YAML
-        settings("light", {"type": "lamp", "watts": 7, "socket": "E14"}, "here")
+        check_component("light", {"type": "lamp", "watts": 7, "socket": "E14"}, "here")
     with pytest.raises(UserError, match=r"here\.watts.*'bright'"):
-        settings("light", {"type": "lamp", "watts": "bright"}, "here")
+        check_component("light", {"type": "lamp", "watts": "bright"}, "here")
 
 
 PLUGIN = '''
@@ -164,22 +200,36 @@ class ShoutingDecoder(QueryDecoder):
 
 
 def test_component_from_outside(
-    make_config: Callable[..., Config], scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_config: Callable[..., Config],
+    scenes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(registry, "_COMPONENTS", {kind: dict(names) for kind, names in registry._COMPONENTS.items()})
+    monkeypatch.setattr(
+        registry, "_COMPONENTS", {kind: dict(names) for kind, names in registry._COMPONENTS.items()}
+    )
     (tmp_path / "annexe_shouting.py").write_text(PLUGIN)
     given = OmegaConf.load(TINY)
     given.imports = ["annexe_shouting"]
     given.model.pixel_decoder = {"type": "shouting_query", "gain": 3}
     OmegaConf.save(given, tmp_path / "plugin.yaml")
-    own = (f"datasets.ego_irgbench.data_root={scenes}", f"run.output_dir={tmp_path / 'run'}", "run.max_steps=2")
+    own = (
+        f"datasets.ego_irgbench.data_root={scenes}",
+        f"run.output_dir={tmp_path / 'run'}",
+        "run.max_steps=2",
+    )
     options = [option for option in SMALLEST if "pixel_decoder" not in option]
     config = load_config(tmp_path / "plugin.yaml", [*options, *own])
     train(config)
     checkpoint = find_checkpoint(tmp_path / "run")
-    model = build_model(saved_config(checkpoint)["model"], load_tokenizer(checkpoint / "tokenizer", num_slots(config)))
-    assert type(model.pixel_decoder).__name__ == "ShoutingDecoder" and model.pixel_decoder.gain == 3.0
+    model = build_model(
+        saved_config(checkpoint)["model"],
+        load_tokenizer(checkpoint / "tokenizer", config.model["pixel_decoder"]["num_slots"]),
+    )
+    assert (
+        type(model.pixel_decoder).__name__ == "ShoutingDecoder" and model.pixel_decoder.gain == 3.0
+    )
     assert torch.is_tensor(model.pixel_decoder.slot)
     with pytest.raises(UserError, match="Did you mean 'gain'"):
         load_config(tmp_path / "plugin.yaml", ["model.pixel_decoder.gian=1"])

@@ -6,12 +6,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from annexe.config import load_config
+from annexe.build import build_model, load_config
 from annexe.errors import UserError
-from annexe.models import build_model
-from annexe.models.tokenizer import train_tokenizer
-from annexe.optim import build_optimizer
+from annexe.models.language_model.tokenizer import train_tokenizer
 from annexe.tools.convert_config import convert
+from annexe.training.optimizer import build_optimizer
 from tests.conftest import ROOT
 
 RELEASED = """
@@ -58,7 +57,10 @@ def test_every_key_is_mapped_or_named(old):
     assert new["run"]["learning_rate"] == 1e-5
     assert not [note for note in notes if "unknown to us" in note]
     assert len(notes) == 18
-    assert (new["model"]["language_model"]["dtype"], new["model"]["language_model"]["checkpointed_blocks"]) == (
+    assert (
+        new["model"]["language_model"]["dtype"],
+        new["model"]["language_model"]["checkpointed_blocks"],
+    ) == (
         "bfloat16",
         0,
     )
@@ -104,16 +106,27 @@ def test_the_full_size_model_and_its_optimizer_are_built(which, old, tmp_path):
     path = ROOT / "train_configs" / "annexe.yaml"
     if which == "converted":
         path = tmp_path / "new.yaml"
-        OmegaConf.save(OmegaConf.create(convert(OmegaConf.to_container(OmegaConf.load(old)))[0]), path)
-    sources = {"rgb_encoder.": "weights", "depth_branch.": "weights", "language_model.": "path", "": "init_from"}
+        OmegaConf.save(
+            OmegaConf.create(convert(OmegaConf.to_container(OmegaConf.load(old)))[0]), path
+        )
+    sources = {
+        "rgb_encoder.": "weights",
+        "depth_branch.": "weights",
+        "language_model.": "path",
+        "": "init_from",
+    }
     options = [f"model.{block}{setting}=null" for block, setting in sources.items()]
     options += [f"model.{block}init=random" for block in sources]
     config = load_config(path, options)
     with torch.device("meta"):
         model = build_model(config.model, train_tokenizer(["some words"], num_slots=4))
     optimizer = build_optimizer(model, config.run)
-    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
-    assert sizes["rgb_encoder"] == 985_894_528 + (1025 - 257 + 2) * 1408  # positions of 448, and ln_vision
+    sizes = {
+        name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
+    }
+    assert (
+        sizes["rgb_encoder"] == 985_894_528 + (1025 - 257 + 2) * 1408
+    )  # positions of 448, and ln_vision
     assert sizes["depth_branch"] == 97_470_785 + (1025 - 1370) * 768
     lora = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
     assert lora == 33_554_432

@@ -16,15 +16,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from annexe import prompts
+from annexe.build import build_dataset
 from annexe.config import Config
-from annexe.datasets import build_dataset, prompts, transforms
-from annexe.datasets.collate import ANALYSIS, Batch, Collator
-from annexe.datasets.ego_irgbench import EgoIRGBench, read_annotations
-from annexe.datasets.transforms import PixelReader, Pixels
+from annexe.datasets import pixels as transforms
+from annexe.datasets.annotations import read_annotations
+from annexe.datasets.collate import Collator
+from annexe.datasets.ego_irgbench import EgoIRGBench
+from annexe.datasets.pixels import PixelReader, Pixels
 from annexe.errors import UserError
-from annexe.losses import depth_total
 from annexe.models.annexe import Annexe
-from annexe.models.tokenizer import TextTokenizer, train_tokenizer
+from annexe.models.language_model.tokenizer import TextTokenizer, train_tokenizer
+from annexe.structures.batch import ANALYSIS, Batch
+from annexe.training.losses import depth_total
 from tests.conftest import SHARED
 
 SIZE = 112
@@ -34,7 +38,9 @@ MakeParts = Callable[..., tuple[Annexe, TextTokenizer, Batch]]
 
 def annotation(**changes: object) -> dict:
     """A no-frills annotation with the benchmark's fields."""
-    questions = [{"query": f"Wording {number}?", "is_sentence": 1, "id": number} for number in range(5)]
+    questions = [
+        {"query": f"Wording {number}?", "is_sentence": 1, "id": number} for number in range(5)
+    ]
     return {
         "caption": "The right hand is holding pliers.",
         "answer": "The mask of the right hand is <MSK_0>.",
@@ -45,7 +51,9 @@ def annotation(**changes: object) -> dict:
     } | changes
 
 
-def write_image(root: Path, annotations: list[dict], stem: str = STEM, split: str = "train") -> None:
+def write_image(
+    root: Path, annotations: list[dict], stem: str = STEM, split: str = "train"
+) -> None:
     """A photo of noise with hand 2 in its left half, object 1 in the right one, and a depth map with holes."""
     random = np.random.default_rng(5)
     ids = np.zeros((108, 192), np.uint8)
@@ -54,7 +62,11 @@ def write_image(root: Path, annotations: list[dict], stem: str = STEM, split: st
     depth[:12] = 0
     depth[random.random(depth.shape) < 0.2] = 0
     photo = random.integers(0, 255, (108, 192, 3), dtype=np.uint8)
-    for folder, pixels, ending in (("RGB", photo, "jpg"), ("depth", depth, "png"), ("mask", ids, "png")):
+    for folder, pixels, ending in (
+        ("RGB", photo, "jpg"),
+        ("depth", depth, "png"),
+        ("mask", ids, "png"),
+    ):
         (root / folder).mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(root / folder / f"{stem}.{ending}")
     (root / "dataset_split" / split).mkdir(parents=True, exist_ok=True)
@@ -62,7 +74,9 @@ def write_image(root: Path, annotations: list[dict], stem: str = STEM, split: st
 
 
 def open_set(root: Path, split: str = "train", seed: int = 0, **settings: object) -> EgoIRGBench:
-    return EgoIRGBench(split, SIZE, seed, root.with_name(f"{root.name}-cache"), data_root=str(root), **settings)
+    return EgoIRGBench(
+        split, SIZE, seed, root.with_name(f"{root.name}-cache"), data_root=str(root), **settings
+    )
 
 
 # Annotations
@@ -93,7 +107,9 @@ def test_annotations_of_an_image_are_their_own(tmp_path: Path) -> None:
     """In the released code all annotations of an image are the last one."""
     answers = [f"Answer {number}." for number in range(4)]
     masks = [[2, 0, 0], [1, 0, 0], [2, 1, 0], [0, 0, 0]]
-    write_image(tmp_path, [annotation(answer=a, masks_idx=m) for a, m in zip(answers, masks, strict=True)])
+    write_image(
+        tmp_path, [annotation(answer=a, masks_idx=m) for a, m in zip(answers, masks, strict=True)]
+    )
     dataset = open_set(tmp_path)
     assert [a.answer for a in dataset.annotations[0]] == answers
     assert len({id(a.questions) for a in dataset.annotations[0]}) == 4
@@ -111,14 +127,27 @@ def test_flags_ids_and_lengths_may_vary(tmp_path: Path) -> None:
         with_mask=False,
         questions=[{"query": "Any mug?", "is_sentence": False, "id": "q-7"}],
     )
-    bare = annotation(answer="The right hand is in use, its mask is <MSK>.", tokens=["the right hand"], with_mask=True)
+    bare = annotation(
+        answer="The right hand is in use, its mask is <MSK>.",
+        tokens=["the right hand"],
+        with_mask=True,
+    )
     fourth = annotation(tokens=["", "", "", "the pliers"], masks_idx=[0, 0, 0, 1])
     write_image(tmp_path, [no_target, bare, fourth])
     none, hand, object_ = open_set(tmp_path).annotations[0]
     assert (none.with_mask, none.slots, none.questions[0]["id"]) == (False, {}, "q-7")
-    assert (hand.with_mask, hand.slots, hand.phrase(0), hand.phrase(3)) == (True, {0: 2}, "the right hand", "")
+    assert (hand.with_mask, hand.slots, hand.phrase(0), hand.phrase(3)) == (
+        True,
+        {0: 2},
+        "the right hand",
+        "",
+    )
     assert hand.answer == "The right hand is in use, its mask is <MSK_0>."
-    assert (object_.slots, object_.phrase(3), object_.questions[4]["id"]) == ({3: 1}, "the pliers", 4)
+    assert (object_.slots, object_.phrase(3), object_.questions[4]["id"]) == (
+        {3: 1},
+        "the pliers",
+        4,
+    )
     turns = {turn.annotation: turn for turn in open_set(tmp_path)[0, 0].turns}
     assert turns[0].query_id == "q-7" and turns[2].slot_ids == [0, 0, 0, 1]
 
@@ -152,8 +181,14 @@ def test_label(scenes: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "phrases"),
     [
-        ("The right hand of the person is in interaction, its mask is <MSK>.", {0: "The right hand of the person"}),
-        ("The mask of right hand is <MSK_0>, the mask of trash can is <MSK_1>.", {0: "right hand", 1: "trash can"}),
+        (
+            "The right hand of the person is in interaction, its mask is <MSK>.",
+            {0: "The right hand of the person"},
+        ),
+        (
+            "The mask of right hand is <MSK_0>, the mask of trash can is <MSK_1>.",
+            {0: "right hand", 1: "trash can"},
+        ),
         (
             "The mask of the right hand is <MSK_0>, and the mask of the active laptop interacting with right hand is "
             "<MSK_1>.",
@@ -163,7 +198,10 @@ def test_label(scenes: Path) -> None:
             "The mask of the mug is <MSK_0> and the mask of the sand bucket is <MSK_2>.",
             {0: "the mug", 2: "the sand bucket"},
         ),
-        ("The hand and the mug are in interaction, their mask is <MSK_1>.", {1: "The hand and the mug"}),
+        (
+            "The hand and the mug are in interaction, their mask is <MSK_1>.",
+            {1: "The hand and the mug"},
+        ),
         ("The mug is <MSK_3>.", {3: "The mug"}),
         ("<MSK_0>", {0: ""}),
         (prompts.NO_TARGET_ANSWER, {}),
@@ -181,10 +219,15 @@ def test_wordings_are_drawn_anew_every_epoch(scenes: Path) -> None:
     """The released code draws a query once, when it loads; here every (seed, epoch, stem) has its own draw."""
 
     def drawn(epoch: int, index: int = 0, seed: int = 0) -> list[tuple]:
-        return [(turn.annotation, turn.query_id) for turn in open_set(scenes, seed=seed)[epoch, index].turns]
+        return [
+            (turn.annotation, turn.query_id)
+            for turn in open_set(scenes, seed=seed)[epoch, index].turns
+        ]
 
     dataset = open_set(scenes)
-    epochs = [[(turn.annotation, turn.query_id) for turn in dataset[epoch, 0].turns] for epoch in range(5)]
+    epochs = [
+        [(turn.annotation, turn.query_id) for turn in dataset[epoch, 0].turns] for epoch in range(5)
+    ]
     assert epochs == [drawn(epoch) for epoch in range(5)]
     assert len({str(epoch) for epoch in epochs}) == 5
     assert drawn(0, seed=1) != drawn(0)
@@ -210,7 +253,9 @@ def test_queries_per_image(num_queries: int, scenes: Path) -> None:
 
 def test_every_annotation_and_wording_is_drawn_at_last(scenes: Path) -> None:
     dataset = open_set(scenes, queries_per_image=2)
-    seen = {(turn.annotation, turn.query_id) for epoch in range(400) for turn in dataset[epoch, 0].turns}
+    seen = {
+        (turn.annotation, turn.query_id) for epoch in range(400) for turn in dataset[epoch, 0].turns
+    }
     assert seen == {(n, q["id"]) for n, a in enumerate(dataset.annotations[0]) for q in a.questions}
 
 
@@ -238,14 +283,18 @@ def test_photo_depth_and_ids_are_resized_together(tmp_path: Path) -> None:
     sample = open_set(tmp_path)[0, 0]
     np.testing.assert_array_equal(sample.target_ids, nearest(tmp_path / "mask" / f"{STEM}.png"))
     bright = sample.image.mean(2) > 127
-    assert (bright == (sample.target_ids == 2)).mean() > 0.99  # the photo shows the hand where the ids say so
+    assert (
+        bright == (sample.target_ids == 2)
+    ).mean() > 0.99  # the photo shows the hand where the ids say so
 
 
 def test_no_distance_is_invented(tmp_path: Path) -> None:
     write_image(tmp_path, [annotation()])
     sample = open_set(tmp_path)[0, 0]
     original = np.asarray(Image.open(tmp_path / "depth" / f"{STEM}.png"))
-    np.testing.assert_array_equal(sample.depth, nearest(tmp_path / "depth" / f"{STEM}.png").astype(np.float32))
+    np.testing.assert_array_equal(
+        sample.depth, nearest(tmp_path / "depth" / f"{STEM}.png").astype(np.float32)
+    )
     assert set(np.unique(sample.depth)) <= set(np.unique(original).astype(np.float32))
     assert (sample.depth[:12] == 0).all() and 0.2 < (sample.depth == 0).mean() < 0.5
 
@@ -272,7 +321,9 @@ def test_invalid_depth_is_left_out(tmp_path: Path) -> None:
 def same(one: Pixels, other: Pixels) -> bool:
     names = ("image", "depth", "target_ids", "present_ids")
     equal = all(np.array_equal(getattr(one, name), getattr(other, name)) for name in names)
-    return equal and one.original_size == other.original_size and one.depth.dtype == other.depth.dtype
+    return (
+        equal and one.original_size == other.original_size and one.depth.dtype == other.depth.dtype
+    )
 
 
 @pytest.fixture
@@ -308,11 +359,15 @@ def test_second_read_decodes_nothing(reader: PixelReader, decoded: list[Path]) -
     warm = reader.read(STEM, {1, 2})
     assert len(decoded) == 3
     assert same(plain, cold) and same(cold, warm)
-    assert [path.name for path in reader.cache_dir.iterdir()] == [f"{STEM}.safetensors"]  # no parts are left behind
+    assert [path.name for path in reader.cache_dir.iterdir()] == [
+        f"{STEM}.safetensors"
+    ]  # no parts are left behind
 
 
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["photo", "depth", "mask"])
-def test_cache_follows_its_source_files(which: int, reader: PixelReader, decoded: list[Path]) -> None:
+def test_cache_follows_its_source_files(
+    which: int, reader: PixelReader, decoded: list[Path]
+) -> None:
     before = reader.read(STEM, ())
     path = reader.files(STEM)[which]
     stat = path.stat()
@@ -328,9 +383,16 @@ def test_damaged_cache_entry_is_made_again(reader: PixelReader) -> None:
     entry = entry_of(reader)
     content = entry.read_bytes()
     random = np.random.default_rng(0)
-    damaged = [b"", b"PK\x03\x04", b"no archive", *(content[: int(n)] for n in random.integers(len(content), size=20))]
+    damaged = [
+        b"",
+        b"PK\x03\x04",
+        b"no archive",
+        *(content[: int(n)] for n in random.integers(len(content), size=20)),
+    ]
     for position in random.integers(len(content), size=200):
-        damaged.append(content[:position] + bytes([content[position] ^ 0x41]) + content[position + 1 :])
+        damaged.append(
+            content[:position] + bytes([content[position] ^ 0x41]) + content[position + 1 :]
+        )
     for number, wrong in enumerate(damaged):
         entry.write_bytes(wrong)
         assert same(reader.read(STEM, ()), good), number
@@ -370,7 +432,9 @@ def test_batch_holds_slots_and_images_of_queries(make_config: Callable[..., Conf
     samples = [dataset[0, index] for index in range(3)]
     batch = Collator(tokenizer, 16, num_slots=2)(samples)
     turns = [turn for sample in samples for turn in sample.turns]
-    assert batch.queries.image.tolist() == [i for i, sample in enumerate(samples) for _ in sample.turns]
+    assert batch.queries.image_index.tolist() == [
+        i for i, sample in enumerate(samples) for _ in sample.turns
+    ]
     assert batch.slot_ids.tolist() == [[*turn.slot_ids, 0, 0][:2] for turn in turns]
     assert batch.images.shape == (3, 3, SIZE, SIZE) and batch.images.dtype == torch.uint8
     np.testing.assert_array_equal(batch.images[1].permute(1, 2, 0), samples[1].image)
@@ -380,8 +444,8 @@ def test_batch_holds_slots_and_images_of_queries(make_config: Callable[..., Conf
 
 def test_labels_are_on_responses_and_eos_alone(make_parts: MakeParts) -> None:
     _, tokenizer, batch = make_parts()
-    text, targets = batch.text, iter(batch.text.targets.tolist())
-    flat_ids, flat_segment = text.input_ids.flatten(), text.segment.flatten()
+    text, targets = batch.text, iter(batch.text.labels.tolist())
+    flat_ids, flat_segment = text.input_ids.flatten(), text.segment_ids.flatten()
     responses = []
     for sample in batch.samples:
         responses += [(True, sample.analysis), *((False, turn.answer) for turn in sample.turns)]
@@ -392,9 +456,11 @@ def test_labels_are_on_responses_and_eos_alone(make_parts: MakeParts) -> None:
         labels += [is_analysis] * len(ids)
     assert next(targets, None) is None
     assert text.is_analysis.tolist() == labels
-    assert torch.equal(flat_ids[text.supervised + 1], text.targets)  # a label is the next token of the same branch
-    assert torch.equal(flat_segment[text.supervised + 1], flat_segment[text.supervised])
-    assert torch.equal(flat_segment[text.supervised] == ANALYSIS, text.is_analysis)
+    assert torch.equal(
+        flat_ids[text.label_positions + 1], text.labels
+    )  # a label is the next token of the same branch
+    assert torch.equal(flat_segment[text.label_positions + 1], flat_segment[text.label_positions])
+    assert torch.equal(flat_segment[text.label_positions] == ANALYSIS, text.is_analysis)
 
 
 def test_branches_start_where_the_prefix_ends(make_parts: MakeParts) -> None:
@@ -403,21 +469,27 @@ def test_branches_start_where_the_prefix_ends(make_parts: MakeParts) -> None:
     prefix = [tokenizer.bos_id, *tokenizer.encode(prompts.PREFIX)]
     for row in range(len(batch.samples)):
         assert text.input_ids[row, : text.image_start].tolist() == prefix
-        assert text.position_ids[row, : text.prefix_length].tolist() == list(range(text.prefix_length))
-        for branch in range(ANALYSIS, int(text.segment[row].max()) + 1):
-            positions = text.position_ids[row, text.segment[row] == branch]
-            assert positions.tolist() == list(range(text.prefix_length, text.prefix_length + len(positions)))
+        assert text.position_ids[row, : text.prefix_length].tolist() == list(
+            range(text.prefix_length)
+        )
+        for branch in range(ANALYSIS, int(text.segment_ids[row].max()) + 1):
+            positions = text.position_ids[row, text.segment_ids[row] == branch]
+            assert positions.tolist() == list(
+                range(text.prefix_length, text.prefix_length + len(positions))
+            )
 
 
 def test_prompts_end_the_sequences_without_responses(make_parts: MakeParts) -> None:
     model, tokenizer, batch = make_parts()
     bare = Collator(tokenizer, model.num_image_tokens, 4, responses=False)(batch.samples)
-    assert len(bare.text.targets) == len(bare.text.supervised) == 0
+    assert len(bare.text.labels) == len(bare.text.label_positions) == 0
     assert torch.equal(bare.text.branch_length, batch.text.branch_length)
     queries = [turn.query for sample in batch.samples for turn in sample.turns]
     for query, branch in zip(queries, bare.text.query_branches.tolist(), strict=True):
         start, length = int(bare.text.branch_start[branch]), int(bare.text.branch_length[branch])
-        prompt = bare.text.input_ids[bare.text.branch_image[branch], start : start + length].tolist()
+        prompt = bare.text.input_ids[
+            bare.text.branch_image_index[branch], start : start + length
+        ].tolist()
         assert prompt == tokenizer.encode(prompts.query_prompt(query))
 
 
@@ -426,14 +498,18 @@ def test_object_phrases_in_a_batch(make_parts: MakeParts) -> None:
     for row, sample in enumerate(batch.samples):
         ids = [mask_id for mask_id in batch.object_ids[row].tolist() if mask_id]
         words = [[word for word in row if word >= 0] for row in batch.object_words[row].tolist()]
-        expected = {mask_id: tokenizer.encode(phrase) for mask_id, phrase in sample.object_phrases.items()}
+        expected = {
+            mask_id: tokenizer.encode(phrase) for mask_id, phrase in sample.object_phrases.items()
+        }
         assert dict(zip(ids, words, strict=False)) == expected
 
 
 # Real photos
 
 
-@pytest.mark.skipif(not (SHARED / "real_samples").is_dir(), reason="the two real samples are not here")
+@pytest.mark.skipif(
+    not (SHARED / "real_samples").is_dir(), reason="the two real samples are not here"
+)
 def test_real_samples(tmp_path: Path) -> None:
     root = SHARED / "real_samples"
     dataset = EgoIRGBench("test", SIZE, 0, tmp_path, data_root=str(root))
@@ -447,7 +523,9 @@ def test_real_samples(tmp_path: Path) -> None:
         for turn in sample.turns:
             used = [slot for slot, mask_id in enumerate(turn.slot_ids) if mask_id]
             assert sorted(prompts.phrases_of(turn.answer)) == used
-    hand, both, none = read_annotations(root / "dataset_split" / "test" / f"{dataset.stems[0]}.json")
+    hand, both, none = read_annotations(
+        root / "dataset_split" / "test" / f"{dataset.stems[0]}.json"
+    )
     assert (hand.slots, both.slots, none.slots) == ({0: 2}, {0: 2, 1: 1}, {})
     assert "<MSK_0>" in hand.answer and none.answer == prompts.NO_TARGET_ANSWER
     assert dataset.label(dataset.stems[0], both.phrase(1)) == "trash_can"

@@ -60,7 +60,10 @@ def test_gradients_equal_those_of_one_process(make_config, tmp_path):
 def trained(make_config, tmp_path) -> Path:
     """A run of two steps by two processes, validation included."""
     config = make_config(
-        "run.max_steps=2", "run.validate_every=2", "run.validation_images=3", f"run.output_dir={tmp_path / 'trained'}"
+        "run.max_steps=2",
+        "run.validate_every=2",
+        "run.validation_images=3",
+        f"run.output_dir={tmp_path / 'trained'}",
     )
     run_distributed(train, config)
     return tmp_path / "trained"
@@ -69,16 +72,25 @@ def trained(make_config, tmp_path) -> Path:
 def test_evaluation_files_equal_those_of_one_process(trained, make_config, tmp_path):
     """Five images in batches of two: sizes that do not divide, so padding or repeats would show."""
     lines = (trained / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 2], "only one rank may write the log"
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 2], (
+        "only one rank may write the log"
+    )
 
     def config(name):
-        return make_config(f"run.checkpoint={trained}", f"run.output_dir={tmp_path / name}", "run.batch_size=2")
+        return make_config(
+            f"run.checkpoint={trained}", f"run.output_dir={tmp_path / name}", "run.batch_size=2"
+        )
 
     evaluate(config("one"))
     run_distributed(evaluate, config("two"))
     for name in ("predictions.jsonl", "metrics.json"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
-    records = [json.loads(line) for line in (tmp_path / "two" / "predictions.jsonl").read_text().splitlines()]
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), (
+            name
+        )
+    records = [
+        json.loads(line)
+        for line in (tmp_path / "two" / "predictions.jsonl").read_text().splitlines()
+    ]
     keys = [(r["image"], r["annotation"], r["query_id"]) for r in records if r["kind"] == "query"]
     assert len(keys) == len(set(keys)) and sum(r["kind"] == "image" for r in records) == 5
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
@@ -110,15 +122,22 @@ def test_fsdp_trains_validates_and_resumes_as_one_process_does(make_config, tmp_
     run_distributed(train, config("again", 2, f"run.resume={halfway}"))
 
     def lines(name, kind):
-        written = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        written = [
+            json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()
+        ]
         return [line for line in written if line["kind"] == kind]
 
     expected = [line["loss"] for line in lines("one", "train")]
     assert [line["loss"] for line in lines("two", "train")] == pytest.approx(expected, rel=1e-4)
     for name in ("after", "again"):
-        assert [line["loss"] for line in lines(name, "train")] == pytest.approx(expected[2:], rel=1e-4), name
+        assert [line["loss"] for line in lines(name, "train")] == pytest.approx(
+            expected[2:], rel=1e-4
+        ), name
     assert [v["step"] for v in lines("two", "validation")] == [2, 4]
-    files = [tmp_path / name / "checkpoints" / "step-00000004" / "model.safetensors" for name in ("one", "two")]
+    files = [
+        tmp_path / name / "checkpoints" / "step-00000004" / "model.safetensors"
+        for name in ("one", "two")
+    ]
     one, two = (load_file(file) for file in files)
     assert_same_but_for_rounding(two, one, atol=2e-4)
 
@@ -131,7 +150,14 @@ def test_a_killed_rank_ends_the_job_and_a_restart_goes_on(scenes, tmp_path):
             *SMALLEST, f"datasets.ego_irgbench.data_root={scenes}", f"run.output_dir={folder}", "run.max_steps=30",
             "run.checkpoint_every=5", "run.resume=auto", "run.batch_size=1",
         ]  # fmt: skip
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        torchrun = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+        ]
         return [
             *torchrun,
             "--max-restarts",
@@ -146,11 +172,15 @@ def test_a_killed_rank_ends_the_job_and_a_restart_goes_on(scenes, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     subprocess.run(command(straight), check=True, env=environment, capture_output=True)
-    agent = subprocess.Popen(command(broken), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    agent = subprocess.Popen(
+        command(broken), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     log = broken / "log.jsonl"
     while agent.poll() is None and not (log.exists() and log.read_text().count("\n") >= 8):
         time.sleep(0.01)
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(agent.pid)], capture_output=True, text=True)
+    children = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(agent.pid)], capture_output=True, text=True
+    )
     os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
     output = agent.communicate()[0].decode()
     assert agent.returncode == 0, output[-2000:]

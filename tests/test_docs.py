@@ -18,10 +18,11 @@ import torch
 import yaml
 
 from annexe import cli
-from annexe.config import LossWeights, RunConfig, WandbConfig, load_config
-from annexe.datasets.collate import QueryIndex
-from annexe.datasets.ego_irgbench import EgoIRGBench, read_annotations
-from annexe.registry import build
+from annexe.build import build_component, load_config
+from annexe.config import LossWeights, RunConfig, WandbConfig
+from annexe.datasets.annotations import read_annotations
+from annexe.datasets.ego_irgbench import EgoIRGBench
+from annexe.structures.batch import QueryIndex
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -64,7 +65,9 @@ def tree(page: Path) -> Iterator[tuple[Path, str]]:
 
 def anchors(page: Path) -> set[str]:
     """Anchors of a page's headings, as GitHub makes them."""
-    kept = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in _HEADING.findall(page.read_text()))
+    kept = (
+        re.sub(r"[^\w\- ]", "", heading.lower()) for heading in _HEADING.findall(page.read_text())
+    )
     return {heading.replace(" ", "-") for heading in kept}
 
 
@@ -81,7 +84,9 @@ def test_every_torchrun_command_has_a_configuration_that_loads():
         parser.add_argument("--options", nargs="+", default=[])
         parser.add_argument("--dataset")
         given = parser.parse_args(words[words.index(script) + 1 :])
-        config = load_config(ROOT / given.cfg_path, [o for o in given.options if not o.startswith("imports=")])
+        config = load_config(
+            ROOT / given.cfg_path, [o for o in given.options if not o.startswith("imports=")]
+        )
         assert given.dataset is None or given.dataset in config.datasets, words
 
 
@@ -105,7 +110,10 @@ def test_every_setting_that_is_named_exists(page: Path):
     run |= {f"loss_weights.{field.name}" for field in dataclasses.fields(LossWeights)}
     run |= {f"wandb.{field.name}" for field in dataclasses.fields(WandbConfig)}
     parameters = inspect.signature(EgoIRGBench).parameters.values()
-    known = {"run": run, "datasets.ego_irgbench": {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}}
+    known = {
+        "run": run,
+        "datasets.ego_irgbench": {p.name for p in parameters if p.kind is p.KEYWORD_ONLY},
+    }
     for block, name in _SETTING.findall(page.read_text()):
         assert name in known[block], f"{block}.{name}"
 
@@ -133,21 +141,26 @@ def test_every_link_inside_the_repository_resolves(page: Path):
         assert not anchor or anchor in anchors(target), link
 
 
-def test_the_plug_in_of_the_architecture_page_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_plug_in_of_the_architecture_page_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     page = ROOT / "docs" / "architecture.md"
     (code,), (block,) = blocks(page, "python"), blocks(page, "yaml")
     (tmp_path / "my_decoders.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     settings = yaml.safe_load((ROOT / "train_configs" / "annexe_tiny.yaml").read_text())
     own = yaml.safe_load(block)
-    settings["model"]["pixel_decoder"], settings["imports"] = own["model"]["pixel_decoder"], own["imports"]
+    settings["model"]["pixel_decoder"], settings["imports"] = (
+        own["model"]["pixel_decoder"],
+        own["imports"],
+    )
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(settings))
     config = load_config(tmp_path / "own.yaml")
     assert "my_decoders" in sys.modules
-    decoder = build("pixel_decoder", config.model["pixel_decoder"], 12, 10, 6, 2)
+    decoder = build_component("pixel_decoder", config.model["pixel_decoder"], 12, 10, 6, 2)
     maps = [torch.rand(2, 6, side, side) for side in (2, 4, 8, 16)]
     prompt, mask = torch.rand(3, 5, 12), torch.arange(5) < torch.tensor([[5], [3], [4]])
-    queries = QueryIndex(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0]), most=2)
+    queries = QueryIndex(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0]), max_queries=2)
     ((presence, masks),) = decoder(prompt, mask, torch.rand(2, 4, 10), maps, queries)
     assert presence.shape == (3, 4) and masks.shape == (3, 4, 16, 16)
 
@@ -161,7 +174,13 @@ def test_the_annotation_of_the_data_page_is_accepted(tmp_path: Path):
 
 
 def test_every_test_named_in_the_pages_exists():
-    named = {match for page in PAGES for match in re.findall(r"(test_\w+\.py)::(test_\w+)", page.read_text())}
+    named = {
+        match
+        for page in PAGES
+        for match in re.findall(r"(test_\w+\.py)::(test_\w+)", page.read_text())
+    }
     assert len(named) > 10
     for file, function in named:
-        assert re.search(rf"^def {function}\(", (ROOT / "tests" / file).read_text(), re.M), f"{file}::{function}"
+        assert re.search(rf"^def {function}\(", (ROOT / "tests" / file).read_text(), re.M), (
+            f"{file}::{function}"
+        )

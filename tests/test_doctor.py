@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 
 from annexe import cli
-from annexe.datasets.checks import ERROR, NOTE, PROBLEMS
 from annexe.datasets.ego_irgbench import EgoIRGBench
-from annexe.datasets.survey import Survey, survey
+from annexe.doctor.image_checks import ERROR, NOTE, PROBLEMS
+from annexe.doctor.survey import Survey, survey
 from annexe.errors import UserError
 from tests.conftest import SHARED
 
@@ -31,7 +31,10 @@ class Planted:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        stems = {s: sorted(p.stem for p in (root / "dataset_split" / s).iterdir()) for s in ("train", "val", "test")}
+        stems = {
+            s: sorted(p.stem for p in (root / "dataset_split" / s).iterdir())
+            for s in ("train", "val", "test")
+        }
         self.stem, self.second = stems["train"]
         (self.val,) = stems["val"]
         self.json = root / "dataset_split" / "train" / f"{self.stem}.json"
@@ -62,9 +65,16 @@ def clean(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four clean scenes; the first annotations of the first one have two targets, one and none."""
     root = tmp_path_factory.mktemp("clean") / "data"
     for split, number in (("train", 2), ("val", 1), ("test", 1)):
-        chosen = [path for path in sorted((scenes / "dataset_split" / split).iterdir()) if with_all_kinds(path)]
+        chosen = [
+            path
+            for path in sorted((scenes / "dataset_split" / split).iterdir())
+            if with_all_kinds(path)
+        ]
         for path in chosen[:number]:
-            pixels = [scenes / f / f"{path.stem}.{e}" for f, e in (("RGB", "jpg"), ("depth", "png"), ("mask", "png"))]
+            pixels = [
+                scenes / f / f"{path.stem}.{e}"
+                for f, e in (("RGB", "jpg"), ("depth", "png"), ("mask", "png"))
+            ]
             for file in (path, *pixels):
                 (root / file.relative_to(scenes)).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, root / file.relative_to(scenes))
@@ -90,7 +100,9 @@ def planted(clean: Path, tmp_path: Path) -> Planted:
 
 
 def resized(width: int, height: int) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda pixels: np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST))
+    return lambda pixels: np.array(
+        Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
+    )
 
 
 def in_colours(pixels: np.ndarray) -> np.ndarray:
@@ -133,7 +145,9 @@ def set_field(annotation: int, **values: Any) -> Fault:
 
 
 def set_query(annotation: int, **values: Any) -> Fault:
-    return lambda planted: planted.edit(lambda entries: question(entries, annotation).update(values))
+    return lambda planted: planted.edit(
+        lambda entries: question(entries, annotation).update(values)
+    )
 
 
 def borrow_query(annotation: int, other: int) -> Fault:
@@ -294,10 +308,20 @@ def test_planted_fault_is_found(code: str, name: str, fault: Fault, planted: Pla
     assert code in {problem.code for problem in found.problems}
     of_the_image = {p.stem for p in found.problems if p.split == "train" and p.severity == ERROR}
     assert of_the_image <= {planted.stem}  # the sound images stay out of it
-    if code not in ("stem-pattern", "stem-category", "missing-split", "other-split", "subset-stem", "other-file"):
-        assert any(p.code == code and planted.stem in (p.stem, *map(in_split, p.places)) for p in found.problems)
+    if code not in (
+        "stem-pattern",
+        "stem-category",
+        "missing-split",
+        "other-split",
+        "subset-stem",
+        "other-file",
+    ):
+        assert any(
+            p.code == code and planted.stem in (p.stem, *map(in_split, p.places))
+            for p in found.problems
+        )
     if name != "UTF-16":  # the only error that the reader could read
-        assert refused(planted.root, "train") == bool(of_the_image)
+        assert reader_refuses(planted.root, "train") == bool(of_the_image)
 
 
 def in_split(place: str) -> str:
@@ -308,7 +332,7 @@ def test_every_problem_is_planted() -> None:
     assert {code for code, _, _ in FAULTS} == PROBLEMS.keys() and len(PROBLEMS) >= 25
 
 
-def refused(root: Path, split: str) -> bool:
+def reader_refuses(root: Path, split: str) -> bool:
     """Whether the data set refuses an image of a split."""
     try:
         dataset = EgoIRGBench(split, 56, 0, None, data_root=str(root))
@@ -331,14 +355,18 @@ def test_nothing_is_found_in_clean_scenes(found_clean: Survey) -> None:
 def test_counts(scenes: Path, found_clean: Survey) -> None:
     entries = {
         split: [
-            entry for path in (scenes / "dataset_split" / split).iterdir() for entry in json.loads(path.read_text())
+            entry
+            for path in (scenes / "dataset_split" / split).iterdir()
+            for entry in json.loads(path.read_text())
         ]
         for split in ("train", "val", "test")
     }
     for split, own in entries.items():
         size = found_clean.counts["size"][split]
         assert size["images"] == len(list((scenes / "dataset_split" / split).iterdir()))
-        assert size["annotations"] == len(own) and size["queries"] == sum(len(e["questions"]) for e in own)
+        assert size["annotations"] == len(own) and size["queries"] == sum(
+            len(e["questions"]) for e in own
+        )
         kinds = found_clean.counts["annotations with targets"][split]
         assert kinds["none"] == sum(not targets(e) for e in own)
         assert kinds["single"] == sum(len(targets(e)) == 1 for e in own)
@@ -361,7 +389,9 @@ def test_processes_find_the_same(planted: Planted) -> None:
 
 def test_all_problems_are_collected(planted: Planted) -> None:
     cut(planted.photo, 0.5)
-    planted.edit(lambda entries: [entry.update(with_mask=not entry["with_mask"]) for entry in entries])
+    planted.edit(
+        lambda entries: [entry.update(with_mask=not entry["with_mask"]) for entry in entries]
+    )
     planted.files(planted.val)[1].unlink()
     touch("mask/lost.png")(planted)
     found = survey(planted.root, 1)
@@ -392,7 +422,9 @@ def test_leaks(planted: Planted) -> None:
     assert shares == {"sequence": 1.0, "instance": 1.0, "room": 1.0}
 
 
-@pytest.mark.skipif(not (SHARED / "real_samples").is_dir(), reason="the two real samples are not here")
+@pytest.mark.skipif(
+    not (SHARED / "real_samples").is_dir(), reason="the two real samples are not here"
+)
 def test_real_samples_have_notes_alone() -> None:
     found = survey(SHARED / "real_samples", 1)
     assert {problem.severity for problem in found.problems} == {NOTE} and found.quarantine == []
@@ -408,7 +440,9 @@ def doctor(
     """Runs `annexe doctor`; returns exit code and what it printed, the progress bar left out."""
 
     def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["annexe", "doctor", *map(str, arguments), "--workers", "1"])
+        monkeypatch.setattr(
+            sys, "argv", ["annexe", "doctor", *map(str, arguments), "--workers", "1"]
+        )
         code = 0
         try:
             cli.main()
@@ -420,17 +454,25 @@ def doctor(
     return run
 
 
-def test_command_ends_with_a_verdict(doctor: Callable[..., tuple[int, str]], planted: Planted) -> None:
+def test_command_ends_with_a_verdict(
+    doctor: Callable[..., tuple[int, str]], planted: Planted
+) -> None:
     code, output = doctor(planted.root)
     assert code == 0
-    assert output.splitlines()[-1] == "sound: 4 images, 0 errors, 0 warnings, 0 notes, 0 images in quarantine"
+    assert (
+        output.splitlines()[-1]
+        == "sound: 4 images, 0 errors, 0 warnings, 0 notes, 0 images in quarantine"
+    )
     planted.edit(lambda entries: question(entries, 0).update(query=""))
     code, output = doctor(planted.root)
     assert code == 0 and "empty-text" in output
     cut(planted.photo, 0.5)
     code, output = doctor(planted.root)
     assert code == 1 and "truncated-image" in output
-    assert output.splitlines()[-1] == "not sound: 4 images, 1 errors, 1 warnings, 0 notes, 1 images in quarantine"
+    assert (
+        output.splitlines()[-1]
+        == "not sound: 4 images, 1 errors, 1 warnings, 0 notes, 1 images in quarantine"
+    )
 
 
 def test_the_data_set_leaves_out_the_quarantine(
@@ -442,8 +484,10 @@ def test_the_data_set_leaves_out_the_quarantine(
     report = json.loads((tmp_path / "report.json").read_text())
     assert code == 1 and report["quarantine"] == sorted([planted.stem, planted.val])
     assert report["verdict"].startswith("not sound") and len(report["problems"]) == 2
-    assert refused(planted.root, "train")
-    dataset = EgoIRGBench("train", 56, 0, None, data_root=str(planted.root), exclude=str(tmp_path / "report.json"))
+    assert reader_refuses(planted.root, "train")
+    dataset = EgoIRGBench(
+        "train", 56, 0, None, data_root=str(planted.root), exclude=str(tmp_path / "report.json")
+    )
     assert dataset.stems == [planted.second] and dataset[0, 0].stem == planted.second
 
 

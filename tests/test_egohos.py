@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from annexe.config import load_config
-from annexe.datasets import build_dataset
+from annexe.build import build_dataset, load_config
 from annexe.datasets.egohos import CATEGORIES, EgoHOS
 from annexe.errors import UserError
-from annexe.evaluator import evaluate, scores_of
-from annexe.metrics import decode, encode
-from annexe.scoring import Truth
-from annexe.synthetic.render import HAND_IDS, render
-from annexe.synthetic.scene import draw_scene
+from annexe.evaluation.scoring import scores_of
+from annexe.evaluation.truth import Truth
+from annexe.evaluator import evaluate
+from annexe.rle import decode, encode
+from annexe.synthetic.render import render
+from annexe.synthetic.scene import HAND_IDS, draw_scene
 from annexe.trainer import train
 from tests.conftest import ROOT, SMALLEST
 
@@ -41,7 +41,9 @@ def root(tmp_path_factory) -> Path:
             label[picture.ids == HAND_IDS[side]] = hand
         for interaction in scene.interactions:
             both = len(interaction.sides) == 2
-            label[picture.ids == interaction.identity] = 5 if both else {"left": 3, "right": 4}[interaction.sides[0]]
+            label[picture.ids == interaction.identity] = (
+                5 if both else {"left": 3, "right": 4}[interaction.sides[0]]
+            )
         if number == 0:
             label[:40, :60] = 7
         for name, array, resample in (
@@ -49,12 +51,20 @@ def root(tmp_path_factory) -> Path:
             ("label", label, Image.Resampling.NEAREST),
         ):
             resized = Image.fromarray(np.ascontiguousarray(array)).resize((width, height), resample)
-            resized.save(root / "test_indomain" / name / f"{number:04d}.{'jpg' if name == 'image' else 'png'}")
+            resized.save(
+                root
+                / "test_indomain"
+                / name
+                / f"{number:04d}.{'jpg' if name == 'image' else 'png'}"
+            )
     return root
 
 
 def labels(root: Path) -> dict[str, np.ndarray]:
-    return {path.stem: np.asarray(Image.open(path)) for path in sorted((root / "test_indomain/label").glob("*.png"))}
+    return {
+        path.stem: np.asarray(Image.open(path))
+        for path in sorted((root / "test_indomain/label").glob("*.png"))
+    }
 
 
 def opened(root: Path, split: str = "test_indomain") -> EgoHOS:
@@ -67,10 +77,14 @@ def test_every_photo_is_asked_for_every_category(root):
     for index, (stem, label) in enumerate(labels(root).items()):
         sample = dataset.evaluation_sample(index)
         assert sample.stem == stem and sample.original_size == label.shape == SIZES[index]
-        assert [turn.query for turn in sample.turns] == [query for _, _, query in CATEGORIES.values()]
+        assert [turn.query for turn in sample.turns] == [
+            query for _, _, query in CATEGORIES.values()
+        ]
         present = [number if number in label else 0 for number in CATEGORIES]
         assert [turn.slot_ids for turn in sample.turns] == [[number] for number in present]
-        assert set(np.unique(sample.target_ids)) <= {0, *present}, "second-order objects are background"
+        assert set(np.unique(sample.target_ids)) <= {0, *present}, (
+            "second-order objects are background"
+        )
         assert sample.image.shape == (112, 112, 3) and not sample.depth.any()
     assert 7 in labels(root)["0000"]
 
@@ -82,8 +96,12 @@ def hand_made(root: Path) -> list[dict]:
     for stem, label in labels(root).items():
         for number, identity in enumerate(CATEGORIES):
             shifted = np.roll(label == identity, rng.integers(0, 30, 2), (0, 1))
-            mask = [shifted, np.zeros_like(shifted), rng.random(label.shape) < 0.02][rng.choice(3, p=[0.6, 0.1, 0.3])]
-            masks = [{"slot": 0, "phrase": "", "score": 1.0, "rle": encode(mask)}] if mask.any() else []
+            mask = [shifted, np.zeros_like(shifted), rng.random(label.shape) < 0.02][
+                rng.choice(3, p=[0.6, 0.1, 0.3])
+            ]
+            masks = (
+                [{"slot": 0, "phrase": "", "score": 1.0, "rle": encode(mask)}] if mask.any() else []
+            )
             records.append(
                 {"kind": "query", "image": stem, "annotation": number, "query_id": 0, "query": "", "answer": "",
                  "presence": 1.0, "masks": masks}
@@ -110,8 +128,14 @@ def test_scores_equal_a_plain_loop(root):
     assert scores["egohos/iou_mean"] == pytest.approx(per_category.mean())
     assert scores["grounding/ciou"] == pytest.approx(shared.sum() / either.sum())
     assert scores["grounding/giou"] == pytest.approx(np.mean(ious))
-    assert scores["grounding/t_acc"] == pytest.approx(np.mean(hits[True])) and 0 < scores["grounding/t_acc"] < 1
-    assert scores["grounding/n_acc"] == pytest.approx(np.mean(hits[False])) and 0 < scores["grounding/n_acc"] < 1
+    assert (
+        scores["grounding/t_acc"] == pytest.approx(np.mean(hits[True]))
+        and 0 < scores["grounding/t_acc"] < 1
+    )
+    assert (
+        scores["grounding/n_acc"] == pytest.approx(np.mean(hits[False]))
+        and 0 < scores["grounding/n_acc"] < 1
+    )
     assert not [name for name in scores if name.startswith(("analysis", "answer", "depth"))]
 
 
@@ -119,7 +143,9 @@ def test_a_category_nobody_has_or_predicts_has_no_iou(root):
     records = [r for r in hand_made(root) if r["annotation"] != 4]
     scores = scores_of(records, Truth(opened(root)))["standard"]
     assert "egohos/iou_both_object" not in scores
-    assert scores["egohos/iou_mean"] == pytest.approx(np.mean([scores[f"egohos/iou_{name}"] for name in NAMES[:4]]))
+    assert scores["egohos/iou_mean"] == pytest.approx(
+        np.mean([scores[f"egohos/iou_{name}"] for name in NAMES[:4]])
+    )
 
 
 def test_evaluation_end_to_end(root, make_config, tmp_path):
@@ -134,13 +160,26 @@ def test_evaluation_end_to_end(root, make_config, tmp_path):
     metrics = evaluate(config)
     assert metrics == json.loads((tmp_path / "eval" / "metrics.json").read_text())
     assert metrics["meta"]["num_queries"] == metrics["standard"]["num_queries"] == 5 * len(SIZES)
-    assert metrics["baselines"]["reject"]["egohos/iou_mean"] == 0 < metrics["baselines"]["constant"]["egohos/iou_mean"]
-    records = [json.loads(line) for line in (tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()]
+    assert (
+        metrics["baselines"]["reject"]["egohos/iou_mean"]
+        == 0
+        < metrics["baselines"]["constant"]["egohos/iou_mean"]
+    )
+    records = [
+        json.loads(line)
+        for line in (tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()
+    ]
     queries = [(r["image"], r["annotation"], r["query"]) for r in records if r["kind"] == "query"]
     asked = [query for _, _, query in CATEGORIES.values()]
-    assert queries == [(stem, number, query) for stem in labels(root) for number, query in enumerate(asked)]
-    assert scores_of(records, Truth(opened(root))) == {k: v for k, v in metrics.items() if k != "meta"}
-    assert not [name for name in metrics["standard"] if name.startswith(("analysis", "answer", "depth"))]
+    assert queries == [
+        (stem, number, query) for stem in labels(root) for number, query in enumerate(asked)
+    ]
+    assert scores_of(records, Truth(opened(root))) == {
+        k: v for k, v in metrics.items() if k != "meta"
+    }
+    assert not [
+        name for name in metrics["standard"] if name.startswith(("analysis", "answer", "depth"))
+    ]
     assert "<html" in (tmp_path / "eval" / "report.html").read_text()
 
 
@@ -149,13 +188,20 @@ def test_evaluation_end_to_end(root, make_config, tmp_path):
     [
         (lambda folder: shutil.rmtree(folder), ("data_root", "test_outdomain")),
         (lambda folder: (folder / "label" / "0001.png").unlink(), ("missing file", "0001.png")),
-        (lambda folder: (folder / "image" / "0001.jpg").write_bytes(b"no photo"), ("cannot read image", "0001.jpg")),
         (
-            lambda folder: Image.fromarray(np.zeros((20, 30), np.uint8)).save(folder / "label" / "0001.png"),
+            lambda folder: (folder / "image" / "0001.jpg").write_bytes(b"no photo"),
+            ("cannot read image", "0001.jpg"),
+        ),
+        (
+            lambda folder: Image.fromarray(np.zeros((20, 30), np.uint8)).save(
+                folder / "label" / "0001.png"
+            ),
             ("0001.png", "30 x 20", "480 x 480"),
         ),
         (
-            lambda folder: Image.fromarray(np.full((480, 480), 9, np.uint8)).save(folder / "label" / "0001.png"),
+            lambda folder: Image.fromarray(np.full((480, 480), 9, np.uint8)).save(
+                folder / "label" / "0001.png"
+            ),
             ("0001.png", "id 9", "0 to 8"),
         ),
     ],

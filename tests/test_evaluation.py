@@ -19,15 +19,15 @@ import torch
 from pycocotools import mask as coco_mask
 
 from annexe import evaluator
-from annexe.config import load_config
-from annexe.datasets import build_dataset
+from annexe.build import build_dataset, load_config
 from annexe.errors import UserError
-from annexe.evaluator import evaluate, in_threads
-from annexe.metrics import encode
-from annexe.metrics.masks import is_empty
-from annexe.models.run_lengths import encode_columns
-from annexe.scoring import Truth, constant_baselines, score, score_all
+from annexe.evaluation.scoring import constant_baselines, score, score_all
+from annexe.evaluation.truth import Truth
+from annexe.evaluator import evaluate
+from annexe.models.mask_postprocessing import encode_columns
+from annexe.rle import encode, is_empty
 from annexe.trainer import Trainer, train
+from annexe.workers import in_threads
 from tests.conftest import ROOT, SHARED, SMALLEST
 
 KEYS = [
@@ -54,7 +54,11 @@ KEYS = [
 
 @pytest.fixture
 def trained(make_config, tmp_path) -> Path:
-    train(make_config("run.max_steps=1", "run.warmup_steps=0", f"run.output_dir={tmp_path / 'trained'}"))
+    train(
+        make_config(
+            "run.max_steps=1", "run.warmup_steps=0", f"run.output_dir={tmp_path / 'trained'}"
+        )
+    )
     return tmp_path / "trained"
 
 
@@ -62,7 +66,9 @@ def perfect_records(truth: Truth) -> list[dict]:
     """What a system that knows everything would write."""
     records = []
     for stem, image in zip(truth.dataset.stems, truth.dataset.annotations, strict=True):
-        records.append({"kind": "image", "image": stem, "analysis": image[0].caption, "depth": None})
+        records.append(
+            {"kind": "image", "image": stem, "analysis": image[0].caption, "depth": None}
+        )
         for number, annotation in enumerate(image):
             masks = [
                 {"slot": k, "phrase": "", "score": 1.0, "rle": truth.masks(stem)[i]}
@@ -81,7 +87,12 @@ def test_perfect_predictions_score_perfectly(make_config):
     metrics = score(perfect_records(truth), truth)
     for key in ("ciou", "giou", "miou", "n_acc", "t_acc", "precision@0.9"):
         assert metrics[f"grounding/{key}"] == 1.0
-    assert metrics["answer/exact_match"] == metrics["answer/exact_match_targets"] == metrics["presence/accuracy"] == 1.0
+    assert (
+        metrics["answer/exact_match"]
+        == metrics["answer/exact_match_targets"]
+        == metrics["presence/accuracy"]
+        == 1.0
+    )
     assert metrics["analysis/cider"] > 5
     assert {"grounding/miou/right_hand", "grounding/miou/left_hand"} <= set(metrics)
 
@@ -91,12 +102,17 @@ def test_constant_baselines_are_what_they_say(make_config):
     records = perfect_records(truth)
     baselines = constant_baselines(records, truth)
     rejecting, constant = score(baselines["reject"], truth), score(baselines["constant"], truth)
-    assert rejecting["grounding/n_acc"] == 1.0 and rejecting["grounding/t_acc"] == rejecting["grounding/ciou"] == 0.0
+    assert (
+        rejecting["grounding/n_acc"] == 1.0
+        and rejecting["grounding/t_acc"] == rejecting["grounding/ciou"] == 0.0
+    )
     assert rejecting["answer/exact_match_targets"] == 0.0
     assert constant["grounding/t_acc"] == 1.0 and constant["grounding/n_acc"] == 0.0
     assert 0 < constant["grounding/ciou"] < 1
     stem = truth.dataset.stems[0]
-    union = next(r for r in baselines["constant"] if r["kind"] == "query" and r["image"] == stem)["masks"][0]["rle"]
+    union = next(r for r in baselines["constant"] if r["kind"] == "query" and r["image"] == stem)[
+        "masks"
+    ][0]["rle"]
     own = list(truth.masks(stem).values())
     assert coco_mask.area(union) == sum(coco_mask.area(m) for m in own)  # id maps do not overlap
     captions = {a[0].caption for a in build_dataset(make_config(), "train").annotations}
@@ -104,24 +120,48 @@ def test_constant_baselines_are_what_they_say(make_config):
 
 
 def test_evaluation_writes_predictions_metrics_and_report(trained, make_config, tmp_path):
-    metrics = evaluate(make_config(f"run.checkpoint={trained}", f"run.output_dir={tmp_path / 'eval'}"))
+    metrics = evaluate(
+        make_config(f"run.checkpoint={trained}", f"run.output_dir={tmp_path / 'eval'}")
+    )
     written = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     assert written == metrics
-    assert set(KEYS) <= set(written["standard"]) and set(written["baselines"]) == {"constant", "reject"}
+    assert set(KEYS) <= set(written["standard"]) and set(written["baselines"]) == {
+        "constant",
+        "reject",
+    }
     assert any(key.startswith("analysis/meteor") for key in written["standard"])
     assert written["subsets"]["unseen_pairs"]["num_images"] == 1
     assert written["meta"]["queries_per_annotation"] == 1 and written["meta"]["step"] == 1
-    records = [json.loads(line) for line in (tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line)
+        for line in (tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()
+    ]
     dataset = build_dataset(make_config(), "test")
     queries = [r for r in records if r["kind"] == "query"]
-    assert len(queries) == sum(len(a) for a in dataset.annotations) == written["standard"]["num_queries"]
-    keys = {"kind", "image", "annotation", "query_id", "query", "answer", "presence", "slot_scores", "masks"}
+    assert (
+        len(queries)
+        == sum(len(a) for a in dataset.annotations)
+        == written["standard"]["num_queries"]
+    )
+    keys = {
+        "kind",
+        "image",
+        "annotation",
+        "query_id",
+        "query",
+        "answer",
+        "presence",
+        "slot_scores",
+        "masks",
+    }
     assert set(queries[0]) == keys
     assert score_all(records, Truth(dataset))["standard"] == written["standard"]
     assert "<html" in (tmp_path / "eval" / "report.html").read_text()
 
 
-def test_the_evaluated_model_is_the_trained_one_down_to_its_frozen_random_weights(make_config, tmp_path, monkeypatch):
+def test_the_evaluated_model_is_the_trained_one_down_to_its_frozen_random_weights(
+    make_config, tmp_path, monkeypatch
+):
     options = ("model.language_model.lora.rank=4", "model.rgb_encoder.frozen=true", "run.seed=5")
     trainer = Trainer(make_config(*options, "run.max_steps=1", "run.warmup_steps=0"))
     trainer.train()
@@ -132,14 +172,22 @@ def test_the_evaluated_model_is_the_trained_one_down_to_its_frozen_random_weight
         seen.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
 
     monkeypatch.setattr(evaluator, "load_weights", kept)
-    evaluate(make_config(f"run.checkpoint={tmp_path / 'run'}", f"run.output_dir={tmp_path / 'eval'}", *options[:2]))
+    evaluate(
+        make_config(
+            f"run.checkpoint={tmp_path / 'run'}",
+            f"run.output_dir={tmp_path / 'eval'}",
+            *options[:2],
+        )
+    )
     trained = trainer.model.state_dict()
     assert trained.keys() == seen.keys()
     for name, tensor in trained.items():
         assert torch.equal(seen[name], tensor), name
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_was(trained, make_config, tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_goes_on_where_it_was(
+    trained, make_config, tmp_path, monkeypatch
+):
     def config(name):
         return make_config(f"run.checkpoint={trained}", f"run.output_dir={tmp_path / name}")
 
@@ -157,10 +205,16 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(trained, make_config, tm
         evaluate(config("broken"))
     again = []
     monkeypatch.setattr(
-        evaluator, "write_records", lambda path, records: (again.append(path.name), write(path, records))
+        evaluator,
+        "write_records",
+        lambda path, records: (again.append(path.name), write(path, records)),
     )
     evaluate(config("broken"))
-    assert done == ["batch-000000.jsonl"] and again == ["batch-000001.jsonl", "batch-000002.jsonl", "predictions.jsonl"]
+    assert done == ["batch-000000.jsonl"] and again == [
+        "batch-000001.jsonl",
+        "batch-000002.jsonl",
+        "predictions.jsonl",
+    ]
     for name in ("predictions.jsonl", "metrics.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
 
@@ -186,7 +240,13 @@ def test_killed_three_times_it_gives_the_same_files(trained, scenes, tmp_path):
     metrics = evaluate(load_config(settings, options, onto_checkpoint=True))
     assert metrics["standard"]["grounding/t_acc"] > 0.5
     broken = tmp_path / "broken"
-    command = [sys.executable, ROOT / "eval_scripts" / "eval_egoirgbench.py", "--cfg-path", settings, "--options"]
+    command = [
+        sys.executable,
+        ROOT / "eval_scripts" / "eval_egoirgbench.py",
+        "--cfg-path",
+        settings,
+        "--options",
+    ]
     command += [*evaluation_options(scenes, trained, broken), masks]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -195,24 +255,32 @@ def test_killed_three_times_it_gives_the_same_files(trained, scenes, tmp_path):
 
     kills = sorted(random.SystemRandom().sample(range(5), 3))
     for kill in kills:
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         while process.poll() is None and not ((broken / ".lock").exists() and done() >= kill):
             time.sleep(0.002)
         before = done()
         time.sleep(random.SystemRandom().random() / 20)
         process.kill()
         process.wait()
-        assert process.returncode == -signal.SIGKILL, f"it ended before it could be killed; kills {kills}"
+        assert process.returncode == -signal.SIGKILL, (
+            f"it ended before it could be killed; kills {kills}"
+        )
         assert not (broken / "metrics.json").exists() and done() >= before >= kill
     subprocess.run(command, env=environment, check=True, capture_output=True)
     same_files(tmp_path / "whole", broken)
 
 
-def test_two_evaluations_of_one_folder_refuse_each_other_and_a_killed_one_does_not(trained, make_config, tmp_path):
+def test_two_evaluations_of_one_folder_refuse_each_other_and_a_killed_one_does_not(
+    trained, make_config, tmp_path
+):
     folder = tmp_path / "eval"
     hold = "import sys, time; from pathlib import Path; from annexe.files import locked\n"
     hold += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
-    holder = subprocess.Popen([sys.executable, "-c", hold, folder], stdout=subprocess.PIPE, cwd=ROOT)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold, folder], stdout=subprocess.PIPE, cwd=ROOT
+    )
     assert holder.stdout.readline() == b"held\n"
     config = make_config(f"run.checkpoint={trained}", f"run.output_dir={folder}")
     try:
@@ -222,12 +290,18 @@ def test_two_evaluations_of_one_folder_refuse_each_other_and_a_killed_one_does_n
         holder.kill()
         holder.communicate()
     message = str(caught.value)
-    assert str(folder) in message and f"process {holder.pid} " in message and "run.output_dir" in message
+    assert (
+        str(folder) in message
+        and f"process {holder.pid} " in message
+        and "run.output_dir" in message
+    )
     assert [path.name for path in folder.iterdir()] == [".lock"]
     evaluate(config)
     there = (folder / "predictions.jsonl").read_bytes()
     with pytest.raises(UserError, match=r"holds the results of another evaluation \(split test;"):
-        evaluate(make_config(f"run.checkpoint={trained}", f"run.output_dir={folder}", "run.split=val"))
+        evaluate(
+            make_config(f"run.checkpoint={trained}", f"run.output_dir={folder}", "run.split=val")
+        )
     assert (folder / "predictions.jsonl").read_bytes() == there
     evaluate(config)
     assert (folder / "predictions.jsonl").read_bytes() == there
@@ -239,7 +313,11 @@ def test_two_evaluations_of_one_folder_refuse_each_other_and_a_killed_one_does_n
 
 def test_threads_behind_the_model_change_nothing(trained, make_config, tmp_path):
     for name, workers in (("plain", 0), ("threads", 2)):
-        options = (f"run.output_dir={tmp_path / name}", f"run.num_workers={workers}", "run.batch_size=1")
+        options = (
+            f"run.output_dir={tmp_path / name}",
+            f"run.num_workers={workers}",
+            "run.batch_size=1",
+        )
         evaluate(make_config(f"run.checkpoint={trained}", "model.presence_threshold=0", *options))
     same_files(tmp_path / "plain", tmp_path / "threads")
 
@@ -247,12 +325,19 @@ def test_threads_behind_the_model_change_nothing(trained, make_config, tmp_path)
 def test_masks_are_encoded_as_pycocotools_does():
     random_values = np.random.default_rng(0)
     for shape in ((1, 1), (5, 7), (1080, 1920)):
-        for mask in (np.zeros(shape, bool), np.ones(shape, bool), random_values.random(shape) > 0.5):
+        for mask in (
+            np.zeros(shape, bool),
+            np.ones(shape, bool),
+            random_values.random(shape) > 0.5,
+        ):
             expected = coco_mask.encode(np.asfortranarray(mask, np.uint8))
             expected = {"size": list(shape), "counts": expected["counts"].decode()}
             assert encode(mask) == expected
             assert is_empty(expected) == (not mask.any())
-            assert encode_columns(torch.from_numpy(np.stack([mask, ~mask, mask])).mT)[::2] == [expected, expected]
+            assert encode_columns(torch.from_numpy(np.stack([mask, ~mask, mask])).mT)[::2] == [
+                expected,
+                expected,
+            ]
 
 
 def test_threads_keep_order_and_a_bounded_number_of_items():
@@ -278,7 +363,11 @@ def test_threads_keep_order_and_a_bounded_number_of_items():
 
 @pytest.mark.parametrize("number", [1, 3, "all"])
 def test_one_some_or_all_wordings_are_asked(trained, make_config, tmp_path, number):
-    output = (f"run.output_dir={tmp_path / 'eval'}", f"run.queries_per_annotation={number}", "run.max_new_tokens=1")
+    output = (
+        f"run.output_dir={tmp_path / 'eval'}",
+        f"run.queries_per_annotation={number}",
+        "run.max_new_tokens=1",
+    )
     metrics = evaluate(make_config(f"run.checkpoint={trained}", *output))
     annotations = [a for image in build_dataset(make_config(), "test").annotations for a in image]
     wordings = [len(a.questions) for a in annotations]
@@ -297,16 +386,23 @@ def test_another_number_of_wordings_is_refused(make_config, number):
 def test_answers_of_another_format_are_pointed_out(trained, make_config, tmp_path, caplog):
     for form, warned in (("sentence", False), ("phrases", True)):
         caplog.clear()
-        options = (f"datasets.ego_irgbench.answer_format={form}", f"run.output_dir={tmp_path / form}")
+        options = (
+            f"datasets.ego_irgbench.answer_format={form}",
+            f"run.output_dir={tmp_path / form}",
+        )
         with caplog.at_level(logging.WARNING, "annexe"):
             evaluate(make_config(f"run.checkpoint={trained}", *options, "run.max_new_tokens=1"))
         assert ("answer_format=sentence" in caplog.text) == warned
 
 
-def test_weights_that_training_started_from_may_move_or_go(make_parts, make_config, scenes, tmp_path):
+def test_weights_that_training_started_from_may_move_or_go(
+    make_parts, make_config, scenes, tmp_path
+):
     """Frozen ones are asked for by the name of their setting, those that were trained are not missed."""
     model, _, _ = make_parts()
-    encoder, depth, moved, first = (tmp_path / name for name in ("eva.pth", "depth.pth", "moved.pth", "first"))
+    encoder, depth, moved, first = (
+        tmp_path / name for name in ("eva.pth", "depth.pth", "moved.pth", "first")
+    )
     torch.save(model.rgb_encoder.vit.state_dict(), encoder)
     torch.save(model.depth_branch.model.state_dict(), depth)
     sources = (
@@ -315,7 +411,11 @@ def test_weights_that_training_started_from_may_move_or_go(make_parts, make_conf
         f"model.depth_branch.weights={depth}", "model.depth_branch.init=null",
     )  # fmt: skip
     train(make_config(*sources, f"run.output_dir={first}"))
-    started = (f"model.init_from={first}", "model.init=null", f"run.output_dir={tmp_path / 'second'}")
+    started = (
+        f"model.init_from={first}",
+        "model.init=null",
+        f"run.output_dir={tmp_path / 'second'}",
+    )
     train(make_config(*sources, *started))
 
     def config(name, *options):
@@ -329,7 +429,9 @@ def test_weights_that_training_started_from_may_move_or_go(make_parts, make_conf
     encoder.rename(moved)
     with pytest.raises(UserError) as caught:
         evaluate(config("after"))
-    assert str(encoder) in str(caught.value) and "--options model.rgb_encoder.weights=PATH" in str(caught.value)
+    assert str(encoder) in str(caught.value) and "--options model.rgb_encoder.weights=PATH" in str(
+        caught.value
+    )
     evaluate(config("after", f"model.rgb_encoder.weights={moved}"))
     same_files(tmp_path / "before", tmp_path / "after")
     torch.save({key: value + 1 for key, value in torch.load(moved).items()}, encoder)
@@ -341,16 +443,26 @@ def test_a_file_s_model_settings_stand_over_those_of_the_checkpoint(trained, sce
     settings = ROOT / "eval_configs" / "annexe_tiny.yaml"
     own = evaluation_options(scenes, trained, tmp_path / "eval")
     saved = load_config(trained / "config.yaml").model
-    assert load_config(settings, own, onto_checkpoint=True).model is None  # evaluation takes the saved ones
-    changed = load_config(settings, [*own, "model.presence_threshold=0.25"], onto_checkpoint=True).model
+    assert (
+        load_config(settings, own, onto_checkpoint=True).model is None
+    )  # evaluation takes the saved ones
+    changed = load_config(
+        settings, [*own, "model.presence_threshold=0.25"], onto_checkpoint=True
+    ).model
     assert changed == saved | {"presence_threshold": 0.25}
-    other = load_config(settings, [*own, "model.pixel_decoder.type=deconv"], onto_checkpoint=True).model
+    other = load_config(
+        settings, [*own, "model.pixel_decoder.type=deconv"], onto_checkpoint=True
+    ).model
     assert other["pixel_decoder"]["type"] == "deconv" and "num_layers" not in other["pixel_decoder"]
     with pytest.raises(UserError, match="no complete checkpoint"):
-        load_config(settings, ["run.checkpoint=nowhere", "model.merge=2"], onto_checkpoint=True)
+        load_config(
+            settings, ["run.checkpoint=nowhere", "model.patches_per_token=2"], onto_checkpoint=True
+        )
 
 
-@pytest.mark.skipif(not (SHARED / "real_samples").is_dir(), reason="no ../shared/real_samples on this machine")
+@pytest.mark.skipif(
+    not (SHARED / "real_samples").is_dir(), reason="no ../shared/real_samples on this machine"
+)
 def test_real_photos_run_to_the_end(trained, make_config, tmp_path):
     root = SHARED / "real_samples"
     metrics = evaluate(

@@ -5,17 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from annexe import losses
-from annexe.datasets.collate import Batch, Collator
-from annexe.graphs import MULTIPLE, GraphedPass
-from annexe.metrics import encode
-from annexe.models import compile_blocks
-from annexe.models.attention import Memory, Places, read_plainly
+from annexe.datasets.collate import Collator
+from annexe.models.compile import compile_blocks
+from annexe.models.language_model.attention import decode_attention_reference
+from annexe.models.language_model.kv_cache import DecodeIndex, Memory
+from annexe.models.mask_postprocessing import at_full_size, encoded
 from annexe.models.pixel_decoder import Attention
-from annexe.models.run_lengths import at_full_size, encoded
+from annexe.rle import encode
+from annexe.structures.batch import Batch
+from annexe.training import losses
+from annexe.training.cuda_graphs import MULTIPLE, GraphedPass
 
 NAMES = list(losses.TERMS)
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs and compiled kernels need a GPU")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="CUDA graphs and compiled kernels need a GPU"
+)
 
 
 def test_gradients_equal_those_launched_one_by_one(make_parts):
@@ -29,7 +33,7 @@ def test_gradients_equal_those_launched_one_by_one(make_parts):
         (factor * totals).sum().backward()
         return totals.detach()
 
-    collate = Collator(tokenizer, model.num_image_tokens, 4, multiple=MULTIPLE)
+    collate = Collator(tokenizer, model.num_image_tokens, 4, pad_to_multiple_of=MULTIPLE)
     batches = [collate(batch.samples), collate(batch.samples[:1]), collate(batch.samples[::-1])]
     factor = torch.rand(len(NAMES), device=device)
     graphed = GraphedPass(work, trained, device)
@@ -46,26 +50,36 @@ def test_compiled_blocks_say_the_same_without_padding(make_parts, monkeypatch):
     # In TF32, as cuDNN's convolutions are unless told otherwise, most gradients of this model differ by over 1 %.
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     model, tokenizer, batch = make_parts(
-        "model.language_model.lora.rank=4", "model.language_model.num_heads=2", "model.pixel_decoder.focused=true"
+        "model.language_model.lora.rank=4",
+        "model.language_model.num_heads=2",
+        "model.pixel_decoder.masked_attention=true",
     )
     device = torch.device("cuda")
     model.to(device)
-    prompts = Collator(tokenizer, model.num_image_tokens, 4, responses=False)(batch.samples).to(device)
+    prompts = Collator(tokenizer, model.num_image_tokens, 4, responses=False)(batch.samples).to(
+        device
+    )
 
     def said() -> tuple:
-        in_one_row = model.language_model.by_blocks
-        own = Collator(tokenizer, model.num_image_tokens, 4, in_one_row=in_one_row)(batch.samples).to(device)
+        unpad = model.language_model.uses_flex_attention
+        own = Collator(tokenizer, model.num_image_tokens, 4, unpad=unpad)(batch.samples).to(device)
         model.zero_grad()
         totals = losses.totals(model(own), own, NAMES)
         totals.sum().backward()
-        gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
-        return totals.detach(), gradients, [(draft.analysis, draft.answer) for draft in model.draft(prompts, 6)]
+        gradients = [
+            parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None
+        ]
+        return (
+            totals.detach(),
+            gradients,
+            [(draft.analysis, draft.answer) for draft in model.generate_raw(prompts, 6)],
+        )
 
     plain = said()
     compile_blocks(model)
     compiled = said()
     torch._dynamo.reset()
-    assert model.language_model.by_blocks
+    assert model.language_model.uses_flex_attention
     torch.testing.assert_close(compiled[0], plain[0], atol=1e-3, rtol=1e-3)
     for one, other in zip(compiled[1], plain[1], strict=True):
         assert (one - other).norm() <= 1e-2 * other.norm() + 1e-5
@@ -73,20 +87,27 @@ def test_compiled_blocks_say_the_same_without_padding(make_parts, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("autocast", "compiled"), [(False, False), (True, False), (False, True)], ids=["float32", "bfloat16", "compiled"]
+    ("autocast", "compiled"),
+    [(False, False), (True, False), (False, True)],
+    ids=["float32", "bfloat16", "compiled"],
 )
 def test_replayed_steps_of_generation_say_the_same(make_parts, autocast, compiled):
     model, tokenizer, batch = make_parts(
         "model.language_model.initializer_range=0.3", "model.language_model.num_heads=2"
     )
-    device, generator = torch.device("cuda"), model.language_model.generator
+    device, generator = torch.device("cuda"), model.text_decoder
     model.to(device)
     collate = Collator(tokenizer, model.num_image_tokens, 4, responses=False)
-    prompts = [collate(samples).to(device) for samples in (batch.samples, batch.samples[:2], batch.samples)]
+    prompts = [
+        collate(samples).to(device) for samples in (batch.samples, batch.samples[:2], batch.samples)
+    ]
 
     def said() -> list[list[tuple[str, str]]]:
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            return [[(draft.analysis, draft.answer) for draft in model.draft(own, 20)] for own in prompts]
+            return [
+                [(draft.analysis, draft.answer) for draft in model.generate_raw(own, 20)]
+                for own in prompts
+            ]
 
     plain, generator.graphs = said(), True
     if compiled:
@@ -108,19 +129,26 @@ def test_masks_are_encoded_on_the_device_as_on_the_host():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_the_kernels_read_what_plain_operations_read(dtype, tolerance):
-    kernels = pytest.importorskip("annexe.models.attention_kernels")
+    kernels = pytest.importorskip("annexe.models.language_model.decode_kernels")
     torch.manual_seed(0)
     torch.set_default_device("cuda")
     try:
         row = torch.full((3, 20), -1)
         row[0, :18], row[1, :1], row[2, :5] = torch.arange(18), 18, torch.arange(19, 24)
         image, place = (row >= 0).nonzero(as_tuple=True)
-        memory = Memory(*torch.randn(2, 3, 4, 270, 128).to(dtype), *torch.randn(2, 24, 4, 96, 128).to(dtype))
+        memory = Memory(
+            *torch.randn(2, 3, 4, 270, 128).to(dtype), *torch.randn(2, 24, 4, 96, 128).to(dtype)
+        )
         seen = torch.rand(24, 96) > 0.3
         seen[:, 70:] = False
         seen[:, 69] = True
-        places, query = Places(image, place, row, seen, torch.tensor([69])), torch.randn(24, 8, 128).to(dtype)
-        found, expected = (read(query, memory, places, 0.09) for read in (kernels.read, read_plainly))
+        places, query = (
+            DecodeIndex(image, place, row, seen, torch.tensor([69])),
+            torch.randn(24, 8, 128).to(dtype),
+        )
+        found, expected = (
+            read(query, memory, places, 0.09) for read in (kernels.read, decode_attention_reference)
+        )
     finally:
         torch.set_default_device(None)
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
@@ -133,7 +161,9 @@ def test_masked_attention_has_gradients_where_scores_are_far_below_zero(compiled
     for linear in (attention.query, attention.key):
         torch.nn.init.eye_(linear.weight)
     tokens = torch.full((1, 40, width), 6.0, device=device, requires_grad=True)
-    pixels = torch.full((1, 576, width), -6.0, device=device) + 0.1 * torch.randn(1, 576, width, device=device)
+    pixels = torch.full((1, 576, width), -6.0, device=device) + 0.1 * torch.randn(
+        1, 576, width, device=device
+    )
     allowed = torch.ones(1, 40, 576, dtype=torch.bool, device=device)
     run = torch.compile(attention.forward, fullgraph=True) if compiled else attention
     with torch.autocast("cuda", torch.bfloat16):

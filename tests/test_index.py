@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from annexe.datasets import index as index_module
+from annexe.datasets import annotation_index as index_module
+from annexe.datasets.annotation_index import Index, StaleIndex, index_file, open_index
 from annexe.datasets.annotations import read_annotations
 from annexe.datasets.ego_irgbench import EgoIRGBench
-from annexe.datasets.index import Index, StaleIndex, index_file, open_index
 from annexe.errors import UserError
 from tests.test_datasets import annotation, write_image
 
@@ -29,9 +29,13 @@ NUM_IMAGES = 6
 def root(tmp_path: Path) -> Path:
     """Six small images, with one to three annotations of their own each."""
     for number in range(NUM_IMAGES):
-        entries = [annotation(answer=f"Answer {number} {k}: é <MSK_0>.") for k in range(number % 3 + 1)]
+        entries = [
+            annotation(answer=f"Answer {number} {k}: é <MSK_0>.") for k in range(number % 3 + 1)
+        ]
         for k, entry in enumerate(entries):
-            entry["questions"] = [{"query": f"Wording {number} {k} {q}?", "id": q} for q in range(3)]
+            entry["questions"] = [
+                {"query": f"Wording {number} {k} {q}?", "id": q} for q in range(3)
+            ]
             entry["questions"][1] |= {"is_sentence": 1, "id": "one"}
         write_image(tmp_path / "data", entries, stem=stem_of(number))
     return tmp_path / "data"
@@ -73,7 +77,9 @@ def test_it_holds_what_the_files_hold(scenes: Path) -> None:
         index = open_index(scenes / "dataset_split" / split)
         assert index.stems == [path.stem for path in paths]
         assert contents(index) == [read_annotations(path) for path in paths]
-        assert index.num_slots.tolist() == [max(s + 1 for a in own for s in (*a.slots, -1)) for own in contents(index)]
+        assert index.num_slots.tolist() == [
+            max(s + 1 for a in own for s in (*a.slots, -1)) for own in contents(index)
+        ]
 
 
 def test_questions_keep_whether_they_are_sentences(root: Path) -> None:
@@ -114,13 +120,22 @@ def test_it_follows_the_files(change: str, root: Path, folder: Path, built: list
     assert list(dataset.annotations) == [read_annotations(path) for path in paths]
 
 
-def test_damaged_index_is_made_again(root: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_index_is_made_again(
+    root: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.WARNING, "annexe")
     good = contents(open_index(folder))
     path = index_file(folder)
     whole = path.read_bytes()
     random = np.random.default_rng(0)
-    damaged = [b"", b"annexe", whole[:-1], whole + b"\x00", whole[len(whole) // 2 :], bytes(len(whole))]
+    damaged = [
+        b"",
+        b"annexe",
+        whole[:-1],
+        whole + b"\x00",
+        whole[len(whole) // 2 :],
+        bytes(len(whole)),
+    ]
     damaged += [whole[: int(n)] for n in random.integers(len(whole), size=20)]
     for at in random.integers(len(whole), size=40):
         damaged.append(whole[:at] + bytes([whole[at] ^ 0x41]) + whole[at + 1 :])
@@ -130,7 +145,9 @@ def test_damaged_index_is_made_again(root: Path, folder: Path, caplog: pytest.Lo
         assert contents(open_index(folder)) == good, number
         assert "damaged" in caplog.text and str(path) in caplog.text, number
         assert path.read_bytes() == whole
-    assert [file.suffix for file in path.parent.iterdir() if file.name.startswith(path.stem)] == [".index"]
+    assert [file.suffix for file in path.parent.iterdir() if file.name.startswith(path.stem)] == [
+        ".index"
+    ]
 
 
 def test_a_build_that_fails_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +183,9 @@ def test_a_loader_worker_maps_the_same_file(root: Path, folder: Path, built: lis
         Index(index_file(folder), folder, "another state")
 
 
-def test_folders_do_not_share_an_index(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_do_not_share_an_index(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(root, tmp_path / "copy")
     one, other = root / "dataset_split" / "train", tmp_path / "copy" / "dataset_split" / "train"
     assert index_file(one) != index_file(other)
@@ -182,13 +201,17 @@ def test_folders_do_not_share_an_index(root: Path, tmp_path: Path, monkeypatch: 
         ({"ANNEXE_CACHE": "", "XDG_CACHE_HOME": "", "HOME": "/c"}, "/c/.cache/annexe/index"),
     ],
 )
-def test_place(settings: dict[str, str], place: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_place(
+    settings: dict[str, str], place: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     assert str(index_file(folder).parent) == place
 
 
-def test_place_that_cannot_be_written(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_place_that_cannot_be_written(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("ANNEXE_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match=r"cannot write the index.*ANNEXE_CACHE") as caught:
@@ -218,13 +241,19 @@ def test_question_by_key(root: Path) -> None:
 
 def test_opening_and_looking_up_are_fast(tmp_path: Path) -> None:
     """A twentieth of the full size, with room for a busy machine; docs/data.md has the figures of all of it."""
-    entries = [annotation(questions=[{"query": f"Wording {q}?", "id": q} for q in range(20)]) for _ in range(4)]
+    entries = [
+        annotation(questions=[{"query": f"Wording {q}?", "id": q} for q in range(20)])
+        for _ in range(4)
+    ]
     write_image(tmp_path, entries, stem="source")
     folder = tmp_path / "dataset_split" / "train"
     (source,) = folder.iterdir()
     for number in range(1000):
         for name, ending in (("RGB", "jpg"), ("depth", "png"), ("mask", "png")):
-            os.link(tmp_path / name / f"{source.stem}.{ending}", tmp_path / name / f"{stem_of(number)}.{ending}")
+            os.link(
+                tmp_path / name / f"{source.stem}.{ending}",
+                tmp_path / name / f"{stem_of(number)}.{ending}",
+            )
         shutil.copyfile(source, folder / f"{stem_of(number)}.json")
     open_set(tmp_path)
     start = time.process_time()
@@ -267,9 +296,14 @@ def lists(root: Path, tmp_path: Path) -> Iterator[Path]:
 def test_split_lists(root: Path, lists: Path) -> None:
     train, test = (open_set(root, split, split_dir=str(lists)) for split in ("train", "test"))
     assert train.stems == [stem_of(0), stem_of(5)] and test.stems == [stem_of(4)]
-    assert [own[0].answer for own in train.annotations] == ["Answer 0 0: é <MSK_0>.", "Answer 5 0: é <MSK_0>."]
+    assert [own[0].answer for own in train.annotations] == [
+        "Answer 0 0: é <MSK_0>.",
+        "Answer 5 0: é <MSK_0>.",
+    ]
     assert train[0, 1].stem == stem_of(5) and train.fingerprint() != open_set(root).fingerprint()
-    assert [own[0].answer for own in test.annotations_of("train")] == [own[0].answer for own in train.annotations]
+    assert [own[0].answer for own in test.annotations_of("train")] == [
+        own[0].answer for own in train.annotations
+    ]
     assert len(test.annotations_of("val")) == 0
 
 
@@ -279,7 +313,9 @@ def test_exclude(root: Path, lists: Path, tmp_path: Path, caplog: pytest.LogCapt
     dataset = open_set(root, exclude=str(tmp_path / "exclude.txt"))
     assert dataset.stems == [stem_of(1), stem_of(3)]
     assert "leaves out 2 of 4 images of split 'train'" in caplog.text
-    assert open_set(root, split_dir=str(lists), exclude=str(tmp_path / "exclude.txt")).stems == [stem_of(5)]
+    assert open_set(root, split_dir=str(lists), exclude=str(tmp_path / "exclude.txt")).stems == [
+        stem_of(5)
+    ]
     report = tmp_path / "report.json"
     report.write_text(json.dumps({"quarantine": [stem_of(1), stem_of(5)], "problems": []}))
     assert open_set(root, exclude=str(report)).stems == [stem_of(0), stem_of(2), stem_of(3)]
@@ -309,7 +345,9 @@ def test_an_excluded_image_may_be_broken(root: Path, folder: Path, tmp_path: Pat
         ("split_dir", None, "split 'train' has no list"),
     ],
 )
-def test_wrong_list(setting: str, content: str | None, part: str, root: Path, tmp_path: Path) -> None:
+def test_wrong_list(
+    setting: str, content: str | None, part: str, root: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "train.txt"
     if content is not None:
         path.write_bytes(content.encode("latin-1"))
@@ -326,8 +364,12 @@ def test_report_without_quarantine(text: str, root: Path, tmp_path: Path) -> Non
 
 
 def test_listed_image_in_two_folders(root: Path, lists: Path) -> None:
-    shutil.copy(root / "dataset_split" / "val" / f"{stem_of(5)}.json", root / "dataset_split" / "train")
-    with pytest.raises(UserError, match=f"'{stem_of(5)}' has annotations in .*train' and in .*val'"):
+    shutil.copy(
+        root / "dataset_split" / "val" / f"{stem_of(5)}.json", root / "dataset_split" / "train"
+    )
+    with pytest.raises(
+        UserError, match=f"'{stem_of(5)}' has annotations in .*train' and in .*val'"
+    ):
         open_set(root, split_dir=str(lists))
     with pytest.raises(UserError, match="no folder"):
         open_set(root / "nothing", split_dir=str(lists))

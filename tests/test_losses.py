@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from annexe import losses
 from annexe.datasets.collate import Collator
-from annexe.models.pixel_decoder import Grounding
-from annexe.models.run_lengths import at_full_size
+from annexe.models.mask_postprocessing import at_full_size
+from annexe.structures.prediction import Grounding
+from annexe.training import losses
 
 NAMES = list(losses.TERMS)
 
@@ -50,7 +50,9 @@ def test_the_gradient_of_depth_is_spread_over_all_pixels(make_parts):
     gradient, valid = predictions.depth.grad, batch.depth > 0
     assert gradient[valid].abs().max() < 0.01 * gradient.abs().sum()
     assert (gradient[~valid] == 0).all()
-    assert gradient.sum().abs() < 1e-4 * gradient.abs().sum()  # a shift of the whole map changes nothing
+    assert (
+        gradient.sum().abs() < 1e-4 * gradient.abs().sum()
+    )  # a shift of the whole map changes nothing
 
 
 def test_depth_is_compared_up_to_scale_and_shift_in_inverse_depth(make_parts):
@@ -67,10 +69,12 @@ def test_depth_is_compared_up_to_scale_and_shift_in_inverse_depth(make_parts):
 def test_mask_terms_vanish_for_the_truth_and_ignore_unused_slots(make_parts, term):
     model, _, batch = make_parts()
     predictions = model(batch)
-    ids = batch.target_ids[:, ::7, ::7]  # a patch has 14 pixels a side and 8 of a mask: no pixel is covered in part
+    ids = batch.target_ids[
+        :, ::7, ::7
+    ]  # a patch has 14 pixels a side and 8 of a mask: no pixel is covered in part
     batch.target_ids = ids.repeat_interleave(7, 1).repeat_interleave(7, 2)
     ids = ids.repeat_interleave(4, 1).repeat_interleave(4, 2)
-    truth = ids[batch.queries.image][:, None] == batch.slot_ids[..., None, None]
+    truth = ids[batch.queries.image_index][:, None] == batch.slot_ids[..., None, None]
     masks = torch.where(truth, 30.0, -30.0)
     predictions.groundings = [Grounding(predictions.presence_logits, masks)]
     assert losses.totals(predictions, batch, [term]) < 1e-2
@@ -87,12 +91,19 @@ def test_truth_of_a_mask_is_the_share_that_a_pixel_is_covered(make_parts):
     predictions = model(batch)
     logits, truth = losses.Comparison(predictions, batch).masks[-1]
     query, slot = batch.used_slots
-    whole = batch.target_ids[batch.queries.image[query]] == batch.slot_ids[query, slot][:, None, None]
+    whole = (
+        batch.target_ids[batch.queries.image_index[query]]
+        == batch.slot_ids[query, slot][:, None, None]
+    )
     for number, mask in enumerate(whole):
         step = mask.shape[0] / logits.shape[-1]
         for row, column in torch.randint(logits.shape[-1], (20, 2)).tolist():
-            rows, columns = (slice(math.floor(at * step), math.ceil((at + 1) * step)) for at in (row, column))
-            torch.testing.assert_close(truth[number, row, column], mask[rows, columns].float().mean())
+            rows, columns = (
+                slice(math.floor(at * step), math.ceil((at + 1) * step)) for at in (row, column)
+            )
+            torch.testing.assert_close(
+                truth[number, row, column], mask[rows, columns].float().mean()
+            )
     assert ((truth > 0) & (truth < 1)).any()
 
 
@@ -101,7 +112,10 @@ def test_shares_tell_edges_that_a_cut_at_one_half_has_lost(make_parts):
     predictions = model(batch)
     truth = losses.Comparison(predictions, batch).masks[-1][1]
     query, slot = batch.used_slots
-    whole = batch.target_ids[batch.queries.image[query]] == batch.slot_ids[query, slot][:, None, None]
+    whole = (
+        batch.target_ids[batch.queries.image_index[query]]
+        == batch.slot_ids[query, slot][:, None, None]
+    )
 
     def ciou(logits: torch.Tensor) -> float:
         masks = at_full_size(logits, tuple(whole.shape[1:]))
@@ -120,7 +134,9 @@ def test_points_look_at_the_least_certain_pixels_alone(make_parts):
         predictions.groundings = [Grounding(predictions.presence_logits, masks)]
         return losses.totals(predictions, batch, [term]).item()
 
-    assert total("points", 9, 1) == total("points", 40, 1) and total("mask", 9, 1) < total("mask", 40, 1)
+    assert total("points", 9, 1) == total("points", 40, 1) and total("mask", 9, 1) < total(
+        "mask", 40, 1
+    )
     assert total("points", 9, 1) != total("points", 9, -1)
 
 
@@ -135,9 +151,9 @@ def test_patch_phrase_prefers_the_words_of_what_is_shown(make_parts):
         for column, words in enumerate(batch.object_words[image]):
             for word in words[words >= 0].tolist():
                 told[image, :, :, word] += 20 * cover[image, column]
-    silent = losses.patch_phrase_total(predictions, batch)
+    silent = losses.image_token_labels_total(predictions, batch)
     predictions.image_token_logits = told
-    assert losses.patch_phrase_total(predictions, batch) < 0.7 * silent
+    assert losses.image_token_labels_total(predictions, batch) < 0.7 * silent
 
 
 def test_rounding_a_batch_up_changes_nothing(make_parts):
@@ -145,11 +161,16 @@ def test_rounding_a_batch_up_changes_nothing(make_parts):
     model, tokenizer, batch = make_parts()
     del batch.samples[1].turns[2:]
     batch = Collator(tokenizer, model.num_image_tokens, 4)(batch.samples)
-    filled = Collator(tokenizer, model.num_image_tokens, 4, multiple=64)(batch.samples)
-    assert len(filled.asked) == 3 * filled.queries.most > len(batch.asked) == filled.asked.sum()
+    filled = Collator(tokenizer, model.num_image_tokens, 4, pad_to_multiple_of=64)(batch.samples)
+    assert (
+        len(filled.query_mask)
+        == 3 * filled.queries.max_queries
+        > len(batch.query_mask)
+        == filled.query_mask.sum()
+    )
     for name in ("segment", "targets"):
         assert getattr(filled.text, name).shape != getattr(batch.text, name).shape
-    assert filled.text.segment.shape[1] % 64 == filled.used_slots.shape[1] % 64 == 0
+    assert filled.text.segment_ids.shape[1] % 64 == filled.used_slots.shape[1] % 64 == 0
     assert filled.object_words.shape != batch.object_words.shape
     assert torch.equal(losses.counts([batch], NAMES), losses.counts([filled], NAMES))
     plain, padded = (losses.totals(model(b), b, NAMES) for b in (batch, filled))

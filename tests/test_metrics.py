@@ -14,17 +14,9 @@ from pycocoevalcap.cider.cider import Cider
 from pycocotools import mask as coco_mask
 
 from annexe.errors import UserError
-from annexe.metrics import (
-    DepthMetrics,
-    GroundingMetrics,
-    TextMetrics,
-    decode,
-    depth_errors,
-    encode,
-    normalise,
-)
+from annexe.metrics import DepthMetrics, GroundingMetrics, TextMetrics, depth_errors, normalize
 from annexe.metrics import text as text_module
-from annexe.metrics.masks import encode_ids, fault_of
+from annexe.rle import decode, encode, encode_ids, fault_of
 
 PAIRS = [
     ("a", "the right hand holds a red mug", "the right hand holds a mug", True),
@@ -68,20 +60,25 @@ class MissingWordnet:
 @pytest.mark.parametrize(
     ("raw", "expected"),
     [
-        ("The mask of the Right hand is <MSK_0>, the mug.", "the mask of the right hand is the mug"),
+        (
+            "The mask of the Right hand is <MSK_0>, the mug.",
+            "the mask of the right hand is the mug",
+        ),
         ("<MSK> mug<MSK_12>,the  \n hand-held\tcup!", "mug the hand held cup"),
         ("the person's cup_2", "the persons cup 2"),
         ("<MSK_0>.", ""),
     ],
 )
 def test_normalise(raw: str, expected: str):
-    assert normalise(raw) == expected
+    assert normalize(raw) == expected
 
 
 def test_meteor_without_wordnet(monkeypatch, caplog, tmp_path, fresh_wordnet_probe):
     monkeypatch.setattr(text_module, "wordnet", MissingWordnet(num_failures=9))
     monkeypatch.setattr(text_module, "DEBIAN_WORDNET", tmp_path / "absent")
-    metrics = text_metrics([("a", "red mug", "Red mug.", True), ("b", "cup", "the right hand holds a cup", True)])
+    metrics = text_metrics(
+        [("a", "red mug", "Red mug.", True), ("b", "cup", "the right hand holds a cup", True)]
+    )
     with caplog.at_level(logging.WARNING):
         computed = metrics.compute("answer")
         metrics.compute("analysis")
@@ -103,24 +100,30 @@ def test_debian_wordnet_is_copied_with_lexnames(monkeypatch, tmp_path, fresh_wor
     assert (corpus / "index.sense").exists()
     lines = (corpus / "lexnames").read_text().splitlines()
     assert len(lines) == 45
-    assert (lines[0], lines[3], lines[44]) == ("00\tadj.all\t3", "03\tnoun.Tops\t1", "44\tadj.ppl\t3")
+    assert (lines[0], lines[3], lines[44]) == (
+        "00\tadj.all\t3",
+        "03\tnoun.Tops\t1",
+        "44\tadj.ppl\t3",
+    )
 
 
 def test_meteor_equals_nltk():
     if text_module.load_wordnet() is None:
         pytest.skip("WordNet is not installed (apt-get install wordnet-base)")
     scores = [
-        single_meteor_score(normalise(reference).split(), normalise(prediction).split())
+        single_meteor_score(normalize(reference).split(), normalize(prediction).split())
         for _, prediction, reference, _ in PAIRS
     ]
     assert text_metrics(PAIRS).compute("answer")["answer/meteor"] == math.fsum(scores) / len(scores)
-    synonym = text_metrics([("a", "the right hand takes a cup", "the right hand holds a cup", True)])
+    synonym = text_metrics(
+        [("a", "the right hand takes a cup", "the right hand holds a cup", True)]
+    )
     assert synonym.compute("answer")["answer/meteor"] > 0.99
 
 
 def test_cider_equals_pycocoevalcap_and_sides_are_not_swapped():
-    predictions = {key: [normalise(prediction)] for key, prediction, _, _ in PAIRS}
-    references = {key: [normalise(reference)] for key, _, reference, _ in PAIRS}
+    predictions = {key: [normalize(prediction)] for key, prediction, _, _ in PAIRS}
+    references = {key: [normalize(reference)] for key, _, reference, _ in PAIRS}
     computed = text_metrics(PAIRS).compute("analysis")["analysis/cider"]
     assert computed == Cider().compute_score(references, predictions)[0]
     assert computed != pytest.approx(Cider().compute_score(predictions, references)[0])
@@ -129,12 +132,31 @@ def test_cider_equals_pycocoevalcap_and_sides_are_not_swapped():
 def random_pairs(number: int) -> list[tuple[str, str, str, bool]]:
     """Sentences of the words of the synthetic scenes: some equal, some near, some empty."""
     rng = np.random.default_rng(7)
-    words = ["the", "right", "left", "hand", "holds", "lifts", "a", "red", "mug", "cup", "bottle", "and", "opens", "it"]
+    words = [
+        "the",
+        "right",
+        "left",
+        "hand",
+        "holds",
+        "lifts",
+        "a",
+        "red",
+        "mug",
+        "cup",
+        "bottle",
+        "and",
+        "opens",
+        "it",
+    ]
     pairs = []
     for index in range(number):
         reference = [words[n] for n in rng.integers(len(words), size=rng.integers(1, 14))]
-        prediction = [word if rng.random() < 0.8 else words[rng.integers(len(words))] for word in reference]
-        prediction = prediction[: rng.integers(len(prediction) + 1)] if rng.random() < 0.3 else prediction
+        prediction = [
+            word if rng.random() < 0.8 else words[rng.integers(len(words))] for word in reference
+        ]
+        prediction = (
+            prediction[: rng.integers(len(prediction) + 1)] if rng.random() < 0.3 else prediction
+        )
         pairs.append((f"{index:04}", " ".join(prediction), " ".join(reference), True))
     return pairs + [(f"again {key}", *rest) for key, *rest in pairs[:50]]
 
@@ -213,7 +235,12 @@ def test_rle_round_trip():
 
 def test_masks_of_an_id_map_are_those_of_its_ids():
     rng = np.random.default_rng(2)
-    maps = [rng.integers(0, 4, (7, 5)), np.zeros((3, 4)), np.full((3, 4), 2), np.array([[0, 2], [1, 2]])]
+    maps = [
+        rng.integers(0, 4, (7, 5)),
+        np.zeros((3, 4)),
+        np.full((3, 4), 2),
+        np.array([[0, 2], [1, 2]]),
+    ]
     maps += [np.repeat(rng.integers(0, 3, (4, 1)), 6, axis=1) for _ in range(20)]
     for ids in maps:
         ids = ids.astype(np.uint8)
@@ -221,7 +248,9 @@ def test_masks_of_an_id_map_are_those_of_its_ids():
         for number in (1, 2, 3):
             expected = coco_mask.encode(np.asfortranarray(ids == number, dtype=np.uint8))
             assert (
-                rles[number] == encode(ids == number) == {"size": [*ids.shape], "counts": expected["counts"].decode()}
+                rles[number]
+                == encode(ids == number)
+                == {"size": [*ids.shape], "counts": expected["counts"].decode()}
             )
 
 
@@ -234,7 +263,16 @@ def test_faults_of_run_length_codes():
         assert fault_of(rle) is None
         assert fault_of({"size": [size[0] + 1, size[1]], "counts": rle["counts"]}) is not None
     rle = encode(rng.random((60, 40)) < 0.5)
-    for counts in (rle["counts"][:-1], rle["counts"] + "1", rle["counts"][1:], "", "p1", " ", "\u20ac1", "oooooooooo1"):
+    for counts in (
+        rle["counts"][:-1],
+        rle["counts"] + "1",
+        rle["counts"][1:],
+        "",
+        "p1",
+        " ",
+        "\u20ac1",
+        "oooooooooo1",
+    ):
         assert fault_of({"size": [60, 40], "counts": counts}) is not None, counts
 
 
@@ -248,7 +286,11 @@ def test_faults_of_run_length_codes():
     ],
 )
 def test_one_no_target_query(targets: dict, predicted: dict, expected: dict):
-    assert one_query(predicted, targets) == {**expected, "num_target_queries": 0, "num_no_target_queries": 1}
+    assert one_query(predicted, targets) == {
+        **expected,
+        "num_target_queries": 0,
+        "num_no_target_queries": 1,
+    }
 
 
 @pytest.mark.parametrize(
@@ -294,7 +336,9 @@ def test_corpus_worked_by_hand():
     metrics.update({0: ELSEWHERE}, {}, {})  # 0 / 10
     metrics.update({}, {}, {})  # nothing, IoU 1
     # The slots are swapped: the union is right, each target is wrong.
-    metrics.update({0: ELSEWHERE, 1: TARGET}, {0: TARGET, 1: ELSEWHERE}, {0: "right_hand"})  # 30 / 30
+    metrics.update(
+        {0: ELSEWHERE, 1: TARGET}, {0: TARGET, 1: ELSEWHERE}, {0: "right_hand"}
+    )  # 30 / 30
     assert metrics.compute() == {
         "grounding/ciou": 40 / 80,
         "grounding/giou": 2.5 / 5,
@@ -317,14 +361,18 @@ def test_corpus_worked_by_hand():
 
 def random_mask(rng: np.random.Generator) -> np.ndarray:
     """Scattered pixels, nothing, everything, one pixel, or a half of the map that touches another's half."""
-    kind = rng.choice(["scattered", "empty", "full", "pixel", "left", "right"], p=[0.5, 0.1, 0.1, 0.1, 0.1, 0.1])
+    kind = rng.choice(
+        ["scattered", "empty", "full", "pixel", "left", "right"], p=[0.5, 0.1, 0.1, 0.1, 0.1, 0.1]
+    )
     mask = np.zeros((5, 6), bool)
     if kind == "scattered":
         return rng.random((5, 6)) < rng.choice([0.3, 0.9])
     if kind == "pixel":
         mask[rng.integers(5), rng.integers(6)] = True
     else:
-        mask[:, {"empty": slice(0), "full": slice(6), "left": slice(3), "right": slice(3, 6)}[kind]] = True
+        mask[
+            :, {"empty": slice(0), "full": slice(6), "left": slice(3), "right": slice(3, 6)}[kind]
+        ] = True
     return mask
 
 
@@ -336,7 +384,9 @@ def random_query(rng: np.random.Generator) -> tuple[dict, dict]:
     return sides[0], sides[1]
 
 
-def slow_overlap(predicted: list[np.ndarray], targets: list[np.ndarray]) -> tuple[int, int, int, int]:
+def slow_overlap(
+    predicted: list[np.ndarray], targets: list[np.ndarray]
+) -> tuple[int, int, int, int]:
     """Pixels in both, in either, in predicted and in true masks, counted one by one."""
     both = either = in_predicted = in_true = 0
     for pixel in np.ndindex(5, 6):
@@ -353,7 +403,9 @@ def slow_grounding(queries: list[tuple[dict, dict]]) -> dict[str, float]:
     intersections = unions = slot_intersections = slot_unions = 0
     ious, target_ious, slot_ious, rejections, acceptances = [], [], [], [], []
     for predicted, targets in queries:
-        both, either, in_predicted, in_true = slow_overlap([*predicted.values()], [*targets.values()])
+        both, either, in_predicted, in_true = slow_overlap(
+            [*predicted.values()], [*targets.values()]
+        )
         intersections, unions = intersections + both, unions + either
         if in_true:
             ious.append(both / either)
@@ -363,7 +415,9 @@ def slow_grounding(queries: list[tuple[dict, dict]]) -> dict[str, float]:
             ious.append(1.0 if in_predicted == 0 else 0.0)
             rejections.append(in_predicted == 0)
         for slot, target in targets.items():
-            both, either, _, in_true = slow_overlap([predicted[slot]] if slot in predicted else [], [target])
+            both, either, _, in_true = slow_overlap(
+                [predicted[slot]] if slot in predicted else [], [target]
+            )
             if in_true:
                 slot_ious.append(both / either)
                 slot_intersections, slot_unions = slot_intersections + both, slot_unions + either
@@ -394,7 +448,9 @@ def grounding_metrics(queries: list[tuple[dict, dict]], labels: dict[int, str]) 
 def test_grounding_equals_slow_loops():
     rng = np.random.default_rng(1)
     queries = [random_query(rng) for _ in range(500)]
-    assert grounding_metrics(queries, {}).compute() == pytest.approx(slow_grounding(queries), abs=1e-12)
+    assert grounding_metrics(queries, {}).compute() == pytest.approx(
+        slow_grounding(queries), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))

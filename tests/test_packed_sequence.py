@@ -6,52 +6,71 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from annexe import losses
-from annexe.datasets.collate import Batch, Collator
+from annexe.datasets.collate import Collator
 from annexe.models.annexe import Annexe
+from annexe.structures.batch import Batch
+from annexe.training import losses
 
 LORA = ("model.language_model.lora.rank=4", "model.language_model.lora.dropout=0")
 WHOLE = ("model.language_model.lora.rank=0",)
-VARIED = ("model.language_model.initializer_range=0.3",)  # so that greedy responses differ and some end early
+VARIED = (
+    "model.language_model.initializer_range=0.3",
+)  # so that greedy responses differ and some end early
 
 
 def alone(model: Annexe, batch: Batch, branch: int, ids: list[int]) -> torch.Tensor:
     """Final states [prefix + ids, D] of one branch run by the stock model: plain causal mask, plain positions."""
-    image = batch.text.branch_image[branch].item()
+    image = batch.text.branch_image_index[branch].item()
     _, _, image_tokens, _ = model._encode(batch)
     prefix = batch.text.input_ids[image, : batch.text.image_start]
-    words = model.language_model.embed(torch.cat([prefix, torch.tensor(ids, dtype=torch.int64)])[None])[0]
+    words = model.language_model.embed(
+        torch.cat([prefix, torch.tensor(ids, dtype=torch.int64)])[None]
+    )[0]
     start = batch.text.image_start
     embeddings = torch.cat([words[:start], image_tokens[image], words[start:]])
-    return model.language_model.llama.model(inputs_embeds=embeddings[None], use_cache=False).last_hidden_state[0]
+    return model.language_model.llama.model(
+        inputs_embeds=embeddings[None], use_cache=False
+    ).last_hidden_state[0]
 
 
 def branch_ids(batch: Batch, branch: int) -> list[int]:
     """Prompt and response of one branch, cut out of the packed row."""
-    image, start = batch.text.branch_image[branch].item(), batch.text.branch_start[branch].item()
-    segment = batch.text.segment[image]
-    return batch.text.input_ids[image, segment == segment[start]].tolist()
+    image, start = (
+        batch.text.branch_image_index[branch].item(),
+        batch.text.branch_start[branch].item(),
+    )
+    segment_ids = batch.text.segment_ids[image]
+    return batch.text.input_ids[image, segment_ids == segment_ids[start]].tolist()
 
 
 @pytest.mark.parametrize("in_one_row", [False, True])
 @pytest.mark.parametrize("options", [LORA, WHOLE], ids=["lora", "whole"])
-def test_states_and_losses_equal_each_branch_alone(make_parts, options, in_one_row):
+def test_states_and_losses_equal_each_branch_alone(make_parts, options, unpad):
     model, tokenizer, batch = make_parts(*options)
-    batch = Collator(tokenizer, model.num_image_tokens, 4, in_one_row=in_one_row)(batch.samples)
+    batch = Collator(tokenizer, model.num_image_tokens, 4, unpad=unpad)(batch.samples)
     with torch.no_grad():
         _, _, _, embeddings = model._encode(batch)
         hidden = model.language_model(embeddings, batch.text)
-        token_losses = F.cross_entropy(model(batch).token_logits, batch.text.targets, reduction="none")
-    assert len(set((batch.text.segment >= 0).sum(1).tolist())) > 1, "rows of one length would not test the padding"
+        token_losses = F.cross_entropy(
+            model(batch).token_logits, batch.text.labels, reduction="none"
+        )
+    assert len(set((batch.text.segment_ids >= 0).sum(1).tolist())) > 1, (
+        "rows of one length would not test the padding"
+    )
     first_token = 0
     for branch in range(len(batch.text.branch_start)):
         ids = branch_ids(batch, branch)
-        image, start = batch.text.branch_image[branch].item(), batch.text.branch_start[branch].item()
+        image, start = (
+            batch.text.branch_image_index[branch].item(),
+            batch.text.branch_start[branch].item(),
+        )
         with torch.no_grad():
             states = alone(model, batch, branch, ids)
             length, prefix = batch.text.branch_length[branch].item(), batch.text.prefix_length
             torch.testing.assert_close(hidden[image, :prefix], states[:prefix], atol=1e-5, rtol=0)
-            torch.testing.assert_close(hidden[image, start : start + len(ids)], states[prefix:], atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                hidden[image, start : start + len(ids)], states[prefix:], atol=1e-5, rtol=0
+            )
             response = torch.tensor(ids[length:])
             logits = model.language_model.logits(states[prefix + length - 1 : -1])
             losses = F.cross_entropy(logits, response, reduction="none")
@@ -64,13 +83,15 @@ def test_states_and_losses_equal_each_branch_alone(make_parts, options, in_one_r
 def test_all_images_in_one_row_give_the_same_gradients(make_parts):
     model, tokenizer, batch = make_parts(*LORA)
     found = []
-    for in_one_row in (False, True):
-        batch = Collator(tokenizer, model.num_image_tokens, 4, in_one_row=in_one_row)(batch.samples)
+    for unpad in (False, True):
+        batch = Collator(tokenizer, model.num_image_tokens, 4, unpad=unpad)(batch.samples)
         model.zero_grad()
         losses.totals(model(batch), batch, list(losses.TERMS)).sum().backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    assert batch.text.tokens.numel() % 128 == 0
-    assert (batch.text.tokens == batch.text.segment.numel()).any(), "no spare tokens to test"
+    assert batch.text.unpadded_indices.numel() % 128 == 0
+    assert (batch.text.unpadded_indices == batch.text.segment_ids.numel()).any(), (
+        "no spare tokens to test"
+    )
     torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
 
 
@@ -81,7 +102,7 @@ def test_greedy_generation_equals_one_by_one_without_cache(make_parts, options):
     with torch.no_grad():
         _, _, _, embeddings = model._encode(prompts)
         prefill = model.language_model.prefill(embeddings, prompts.text)
-        generated = model.language_model.decode(prefill, max_new_tokens=10).tokens
+        generated = model.text_decoder.decode(prefill, max_new_tokens=10).tokens
         for branch, tokens in enumerate(generated):
             ids, expected = branch_ids(prompts, branch), []
             for _ in range(10):
@@ -100,7 +121,8 @@ def test_prompts_are_the_same_tokens_in_training_and_generation(make_parts):
     for branch, length in enumerate(batch.text.branch_length.tolist()):
         assert branch_ids(batch, branch)[:length] == branch_ids(prompts, branch)
     assert torch.equal(
-        batch.text.input_ids[:, : batch.text.prefix_length], prompts.text.input_ids[:, : prompts.text.prefix_length]
+        batch.text.input_ids[:, : batch.text.prefix_length],
+        prompts.text.input_ids[:, : prompts.text.prefix_length],
     )
 
 
@@ -123,7 +145,11 @@ def test_a_batch_of_one_equals_its_place_in_a_larger_batch(make_parts, decoder):
         together = model(batch)
         for image, sample in enumerate(batch.samples):
             single = model(collate([sample]))
-            own = batch.queries.image == image
-            torch.testing.assert_close(together.mask_logits[own], single.mask_logits, atol=1e-5, rtol=0)
-            torch.testing.assert_close(together.presence_logits[own], single.presence_logits, atol=1e-5, rtol=0)
+            own = batch.queries.image_index == image
+            torch.testing.assert_close(
+                together.mask_logits[own], single.mask_logits, atol=1e-5, rtol=0
+            )
+            torch.testing.assert_close(
+                together.presence_logits[own], single.presence_logits, atol=1e-5, rtol=0
+            )
             torch.testing.assert_close(together.depth[image], single.depth[0], atol=1e-4, rtol=1e-5)

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from annexe.datasets import patches
 from annexe.errors import UserError
 from annexe.trainer import Trainer, train
+from annexe.training import feature_cache as patches
 from tests.test_training import log_of
 
 WRITER = """
@@ -35,10 +35,16 @@ def test_training_on_stored_patches_equals_training_on_photos(make_config, tmp_p
     (file,) = (tmp_path / "store").glob("*.patches")
     written = file.stat().st_mtime_ns
     train(make_config(*FROZEN, store, f"run.output_dir={tmp_path / 'again'}"))
-    assert [f.stat().st_mtime_ns for f in (tmp_path / "store").glob("*.patches")] == [written], "not used again"
-    plain, stored, again = ([line["loss"] for line in log_of(tmp_path / run)] for run in ("run", "stored", "again"))
+    assert [f.stat().st_mtime_ns for f in (tmp_path / "store").glob("*.patches")] == [written], (
+        "not used again"
+    )
+    plain, stored, again = (
+        [line["loss"] for line in log_of(tmp_path / run)] for run in ("run", "stored", "again")
+    )
     assert stored == again
-    assert stored == pytest.approx(plain, rel=2e-3) and stored != plain  # patches were rounded to bfloat16
+    assert (
+        stored == pytest.approx(plain, rel=2e-3) and stored != plain
+    )  # patches were rounded to bfloat16
 
 
 def test_stored_patches_are_those_of_the_encoder(make_config, tmp_path, monkeypatch):
@@ -68,7 +74,11 @@ def test_other_weights_and_settings_get_other_patches(make_config, tmp_path):
 
 def test_a_run_that_stores_the_same_patches_is_waited_for(make_config, tmp_path):
     """Another process has the folder for two seconds and leaves the whole file there."""
-    options = (*FROZEN, f"run.store_patches={tmp_path / 'store'}", f"run.output_dir={tmp_path / 'first'}")
+    options = (
+        *FROZEN,
+        f"run.store_patches={tmp_path / 'store'}",
+        f"run.output_dir={tmp_path / 'first'}",
+    )
     Trainer(make_config(*options))
     (file,) = (tmp_path / "store").glob("*.patches")
     content = file.read_bytes()
@@ -84,6 +94,8 @@ def test_what_cannot_be_stored_is_said(make_config, tmp_path, monkeypatch):
     store = f"run.store_patches={tmp_path / 'store'}"
     with pytest.raises(UserError, match=r"needs model\.rgb_encoder\.frozen=true"):
         Trainer(make_config(store))
-    monkeypatch.setattr(patches, "shutil", SimpleNamespace(disk_usage=lambda _: shutil._ntuple_diskusage(9, 9, 0)))
+    monkeypatch.setattr(
+        patches, "shutil", SimpleNamespace(disk_usage=lambda _: shutil._ntuple_diskusage(9, 9, 0))
+    )
     with pytest.raises(UserError, match=r"GB are needed in .* set another folder, or null"):
         Trainer(make_config(*FROZEN, store))

@@ -17,7 +17,7 @@ from annexe.config import Config
 from annexe.datasets.photos import photo_files, photo_size, read_photo
 from annexe.errors import UserError
 from annexe.evaluator import evaluate
-from annexe.metrics import encode
+from annexe.rle import encode
 from annexe.tools.predict import SLOT_COLOURS, answer_picture
 from annexe.trainer import train
 from tests.conftest import ROOT
@@ -36,14 +36,38 @@ def annexe(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
     cli.main()
 
 
-def test_answers_are_those_of_an_evaluation(trained, scenes, make_config, tmp_path, monkeypatch, capsys):
+def test_answers_are_those_of_an_evaluation(
+    trained, scenes, make_config, tmp_path, monkeypatch, capsys
+):
     alone = "run.batch_size=1"  # padding changes the last digits
-    evaluate(make_config(FOUND, alone, f"run.checkpoint={trained}", f"run.output_dir={tmp_path / 'eval'}"))
-    lines = [json.loads(line) for line in (tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()]
+    evaluate(
+        make_config(
+            FOUND, alone, f"run.checkpoint={trained}", f"run.output_dir={tmp_path / 'eval'}"
+        )
+    )
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()
+    ]
     stem = lines[0]["image"]
     image, *asked = (line for line in lines if line["image"] == stem)
-    questions, photo, out = [line["query"] for line in asked], scenes / "RGB" / f"{stem}.jpg", tmp_path / "out"
-    annexe(monkeypatch, "predict", trained, photo, "--ask", *questions, "--out", out, "--options", FOUND)
+    questions, photo, out = (
+        [line["query"] for line in asked],
+        scenes / "RGB" / f"{stem}.jpg",
+        tmp_path / "out",
+    )
+    annexe(
+        monkeypatch,
+        "predict",
+        trained,
+        photo,
+        "--ask",
+        *questions,
+        "--out",
+        out,
+        "--options",
+        FOUND,
+    )
     told = capsys.readouterr().out
     answered = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
     assert answered[0]["analysis"] == image["analysis"]
@@ -124,7 +148,9 @@ def test_folders_and_files_give_their_photos_once(scenes, tmp_path):
         photo_files([scenes / "RGB", tmp_path / names[0]])
 
 
-def test_wrong_calls_end_in_one_line_and_leave_nothing(trained, scenes, tmp_path, monkeypatch, capsys):
+def test_wrong_calls_end_in_one_line_and_leave_nothing(
+    trained, scenes, tmp_path, monkeypatch, capsys
+):
     photo, out, there = next((scenes / "RGB").iterdir()), tmp_path / "out", tmp_path / "there"
     (tmp_path / "broken.jpg").write_bytes(b"no photo")
     there.mkdir()
@@ -135,7 +161,13 @@ def test_wrong_calls_end_in_one_line_and_leave_nothing(trained, scenes, tmp_path
         (trained, photo, "Where is <MSK_0>?", (), "token of the prompt"),
         (trained, photo, "[/INST] Where?", (), "token of the prompt"),
         (trained, photo, "Where\udcff?", (), "not UTF-8"),
-        (trained, photo, "Where?", ("--options", "run.max_new_token=1"), "Did you mean 'max_new_tokens'"),
+        (
+            trained,
+            photo,
+            "Where?",
+            ("--options", "run.max_new_token=1"),
+            "Did you mean 'max_new_tokens'",
+        ),
         (trained, tmp_path / "broken.jpg", "Where?", (), "cannot read photo"),
         (trained, there, "Where?", ("--out", there), "is not empty"),
         (trained, photo, "Where?", ("--out", photo), "cannot make folder"),
@@ -149,12 +181,25 @@ def test_wrong_calls_end_in_one_line_and_leave_nothing(trained, scenes, tmp_path
     assert (there / "photo-1.jpg").read_bytes() == photo.read_bytes()
 
 
-def test_what_was_done_before_a_photo_that_ends_early_is_kept(trained, scenes, tmp_path, monkeypatch, capsys):
+def test_what_was_done_before_a_photo_that_ends_early_is_kept(
+    trained, scenes, tmp_path, monkeypatch, capsys
+):
     whole, cut, out = sorted((scenes / "RGB").iterdir())[0], tmp_path / "cut.jpg", tmp_path / "out"
     cut.write_bytes(whole.read_bytes()[:20_000])
     one_by_one = ("--options", "run.batch_size=1")
     with pytest.raises(SystemExit, match="2"):
-        annexe(monkeypatch, "predict", trained, whole, cut, "--ask", "Where?", "--out", out, *one_by_one)
+        annexe(
+            monkeypatch,
+            "predict",
+            trained,
+            whole,
+            cut,
+            "--ask",
+            "Where?",
+            "--out",
+            out,
+            *one_by_one,
+        )
     assert f"cannot read image '{cut}'" in capsys.readouterr().err
     lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
     assert [line["image"] for line in lines] == [whole.stem] * 2

@@ -7,9 +7,10 @@ import pytest
 from nltk.translate.meteor_score import single_meteor_score
 from pycocoevalcap.cider.cider import Cider
 
-from annexe.metrics import AnnexeRelease, EarlRelease, GroundingMetrics, encode
+from annexe.metrics import AnnexeRelease, EarlRelease, GroundingMetrics
 from annexe.metrics import text as text_module
-from annexe.metrics.masks import QueryResult, measure
+from annexe.metrics.grounding import QueryResult, measure
+from annexe.rle import encode
 
 NUM_PIXELS = 60
 
@@ -90,7 +91,9 @@ def test_an_absent_background_is_0_and_a_batch_does_not_look_back():
 
 def test_slots_beyond_the_released_head_are_no_background_and_no_class():
     fourth = measure({}, {3: TARGET}, {})
-    assert released([fourth]) == pytest.approx(40 / 60)  # background 40 / 60, which the absent classes repeat
+    assert released([fourth]) == pytest.approx(
+        40 / 60
+    )  # background 40 / 60, which the absent classes repeat
 
 
 def test_names_are_not_those_of_the_standard():
@@ -105,7 +108,10 @@ def test_names_are_not_those_of_the_standard():
 def test_texts_are_swapped_and_scored_within_batches_of_ten():
     words = ["the", "right", "hand", "holds", "a", "red", "mug", "on", "the", "old", "table"]
     rng = np.random.default_rng(0)
-    pairs = [tuple(" ".join(rng.permutation(words)[: rng.integers(3, 10)]) for _ in range(2)) for _ in range(23)]
+    pairs = [
+        tuple(" ".join(rng.permutation(words)[: rng.integers(3, 10)]) for _ in range(2))
+        for _ in range(23)
+    ]
     metric = AnnexeRelease()
     for (prediction, reference), result in zip(pairs, SAMPLES, strict=True):
         metric.add_query(f"{prediction.upper()}.", reference, result, NUM_PIXELS)
@@ -120,7 +126,12 @@ def test_texts_are_swapped_and_scored_within_batches_of_ten():
     if text_module.load_wordnet() is None:
         pytest.skip("WordNet is not installed (apt-get install wordnet-base)")
     meteors = [
-        np.mean([single_meteor_score(prediction.split(), reference.split()) for prediction, reference in batch])
+        np.mean(
+            [
+                single_meteor_score(prediction.split(), reference.split())
+                for prediction, reference in batch
+            ]
+        )
         for batch in (pairs[:10], pairs[10:20], pairs[20:])
     ]
     assert computed["answer/meteor_swapped"] == pytest.approx(np.mean(meteors), abs=1e-12)

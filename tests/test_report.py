@@ -23,14 +23,23 @@ import pytest
 from markupsafe import escape
 
 from annexe.datasets.ego_irgbench import EgoIRGBench
-from annexe.datasets.prompts import NO_TARGET_ANSWER
-from annexe.metrics import decode, encode
+from annexe.evaluation.records import Record
+from annexe.evaluation.scoring import score
+from annexe.evaluation.truth import Truth
+from annexe.prompts import NO_TARGET_ANSWER
 from annexe.report import browser, write_report
 from annexe.report.browser import Example, choose_pictured, judge_all
 from annexe.report.examples import choose
-from annexe.report.pictures import MAX_POINTS, OUTLINE_WIDTH, PictureJob, colour_depth, make_pictures, outline
+from annexe.report.pictures import (
+    MAX_POINTS,
+    OUTLINE_WIDTH,
+    PictureJob,
+    colour_depth,
+    make_pictures,
+    outline,
+)
 from annexe.report.verdicts import VERDICTS, judge, objects_of
-from annexe.scoring import Record, Truth, score
+from annexe.rle import decode, encode
 from annexe.synthetic.generate import generate
 
 NOTHING_VALID = {
@@ -39,9 +48,13 @@ NOTHING_VALID = {
     "sum_absolute_relative": 2.0,
     "sum_squared": 4.0,
 }
-SCRIPT = """<script>document.title='hacked'</script><img src=x onerror="document.title='hacked'"> & """
+SCRIPT = (
+    """<script>document.title='hacked'</script><img src=x onerror="document.title='hacked'"> & """
+)
 SUFFIX = " #1&<b>'%2F"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 FLAWS = ("none", "shifted", "missing", "elsewhere", "eroded", "false alarm")
 
 
@@ -49,7 +62,9 @@ def shifted(mask: np.ndarray, pixels: int) -> np.ndarray:
     return np.roll(mask, (pixels, 2 * pixels), axis=(0, 1))
 
 
-def flawed_masks(flaw: str, targets: dict[int, np.ndarray], shape: tuple[int, int]) -> dict[int, np.ndarray]:
+def flawed_masks(
+    flaw: str, targets: dict[int, np.ndarray], shape: tuple[int, int]
+) -> dict[int, np.ndarray]:
     """Slot -> predicted mask with the given kind of mistake."""
     if flaw == "missing":
         return {slot: mask for slot, mask in targets.items() if slot > 0}
@@ -59,7 +74,9 @@ def flawed_masks(flaw: str, targets: dict[int, np.ndarray], shape: tuple[int, in
         return {slot: shifted(mask, 400) for slot, mask in targets.items()}
     if flaw == "eroded":
         kernel = np.ones((31, 31), np.uint8)
-        return {slot: cv2.erode(mask.astype(np.uint8), kernel) > 0 for slot, mask in targets.items()}
+        return {
+            slot: cv2.erode(mask.astype(np.uint8), kernel) > 0 for slot, mask in targets.items()
+        }
     if flaw == "false alarm" and not targets:
         square = np.zeros(shape, bool)
         square[300:600, 700:1200] = True
@@ -73,7 +90,9 @@ def flawed_records(truth: Truth) -> list[Record]:
     for stem in truth.dataset.stems:
         annotations, masks = truth.annotations(stem), truth.masks(stem)
         depth = NOTHING_VALID | {"num_delta1": 6}
-        records.append({"kind": "image", "image": stem, "analysis": annotations[0].caption, "depth": depth})
+        records.append(
+            {"kind": "image", "image": stem, "analysis": annotations[0].caption, "depth": depth}
+        )
         for number, annotation in enumerate(annotations):
             flaw = FLAWS[len(records) % len(FLAWS)]
             targets = {slot: decode(masks[mask_id]) for slot, mask_id in annotation.slots.items()}
@@ -89,7 +108,12 @@ def flawed_records(truth: Truth) -> list[Record]:
                     "answer": annotation.answer if predicted else NO_TARGET_ANSWER,
                     "presence": 1.0,
                     "masks": [
-                        {"slot": slot, "phrase": annotation.phrase(slot), "score": 0.9, "rle": encode(mask)}
+                        {
+                            "slot": slot,
+                            "phrase": annotation.phrase(slot),
+                            "score": 0.9,
+                            "rle": encode(mask),
+                        }
                         for slot, mask in predicted.items()
                     ],
                 }
@@ -101,9 +125,18 @@ def write_log(path: Path) -> Path:
     """A log of 30 training and 3 validation records."""
     steps = range(20, 620, 20)
     train = [
-        {"kind": "train", "step": s, "loss": 900 / s, "loss/mask": 90 / s, "loss/patch_phrase": 0.5} for s in steps
+        {
+            "kind": "train",
+            "step": s,
+            "loss": 900 / s,
+            "loss/mask": 90 / s,
+            "loss/image_token_labels": 0.5,
+        }
+        for s in steps
     ]
-    scores = [{"kind": "validation", "step": s, "grounding/ciou": s / 1000} for s in (200, 400, 600)]
+    scores = [
+        {"kind": "validation", "step": s, "grounding/ciou": s / 1000} for s in (200, 400, 600)
+    ]
     path.write_text("".join(json.dumps(record) + "\n" for record in train + scores))
     return path
 
@@ -137,10 +170,14 @@ def hostile(truth: Truth, root: Path) -> Truth:
             copy = root / source.parent.name / f"{stem}{SUFFIX}{source.suffix}"
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.symlink_to(source)
-        entries = json.loads((truth.dataset.root / "dataset_split" / "test" / f"{stem}.json").read_text())
+        entries = json.loads(
+            (truth.dataset.root / "dataset_split" / "test" / f"{stem}.json").read_text()
+        )
         for entry in entries:
             entry["caption"], entry["answer"] = SCRIPT + entry["caption"], SCRIPT + entry["answer"]
-            entry["tokens"] = [SCRIPT + t if t and not t.endswith("hand") else t for t in entry["tokens"]]
+            entry["tokens"] = [
+                SCRIPT + t if t and not t.endswith("hand") else t for t in entry["tokens"]
+            ]
             for question in entry["questions"]:
                 question["query"] = SCRIPT + question["query"]
         (root / "dataset_split" / "test").mkdir(parents=True, exist_ok=True)
@@ -150,7 +187,10 @@ def hostile(truth: Truth, root: Path) -> Truth:
 
 @pytest.fixture(scope="module")
 def report(
-    records: list[Record], truth: Truth, standard: dict[str, float], tmp_path_factory: pytest.TempPathFactory
+    records: list[Record],
+    truth: Truth,
+    standard: dict[str, float],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """A report with everything in it, whose texts are hostile."""
     folder = tmp_path_factory.mktemp("page")
@@ -159,12 +199,29 @@ def report(
         "intervals": {"grounding/ciou": [0.111, 0.222]},
         "breakdowns": {
             "target_kind": {
-                "single": {"num_queries": 77, "grounding/num_target_queries": 77, "grounding/ciou": 0.456},
-                "none": {"num_queries": 55, "grounding/num_target_queries": 0, "grounding/ciou": 0.0},
+                "single": {
+                    "num_queries": 77,
+                    "grounding/num_target_queries": 77,
+                    "grounding/ciou": 0.456,
+                },
+                "none": {
+                    "num_queries": 55,
+                    "grounding/num_target_queries": 0,
+                    "grounding/ciou": 0.0,
+                },
             },
-            "group": {"left_hand": {"num_queries": 11, "grounding/num_target_queries": 11, "grounding/ciou": 0.567}},
+            "group": {
+                "left_hand": {
+                    "num_queries": 11,
+                    "grounding/num_target_queries": 11,
+                    "grounding/ciou": 0.567,
+                }
+            },
         },
-        "annexe_release": {"analysis/meteor_without_synonyms_swapped": 0.789, "grounding/batch_class_iou": 0.678},
+        "annexe_release": {
+            "analysis/meteor_without_synonyms_swapped": 0.789,
+            "grounding/batch_class_iou": 0.678,
+        },
         "earl_release": {"grounding/mean_target_iou": 0.654},
         "baselines": {
             "constant": {"grounding/ciou": 0.123, "grounding/t_acc": 1.0, "grounding/n_acc": 0.0},
@@ -179,10 +236,19 @@ def report(
         for text in record.keys() & {"query", "answer", "analysis"}:
             record[text] = SCRIPT + record[text]
         if "masks" in record:
-            record["masks"] = [mask | {"phrase": SCRIPT + mask["phrase"]} for mask in record["masks"]]
+            record["masks"] = [
+                mask | {"phrase": SCRIPT + mask["phrase"]} for mask in record["masks"]
+            ]
     path = folder / "report.html"
     log = write_log(folder / "log.jsonl")
-    write_report(path, title=SCRIPT, metrics=metrics, records=records, truth=hostile(truth, folder / "data"), log=log)
+    write_report(
+        path,
+        title=SCRIPT,
+        metrics=metrics,
+        records=records,
+        truth=hostile(truth, folder / "data"),
+        log=log,
+    )
     shutil.rmtree(folder / "data")
     log.unlink()
     return path
@@ -204,13 +270,25 @@ def data(report: Path, name: str) -> list:
 
 
 def bare_report(path: Path, truth: Truth, records: list[Record], **options: object) -> Path:
-    write_report(path, title="Bare", metrics={"standard": {}}, records=records, truth=truth, log=None, **options)
+    write_report(
+        path,
+        title="Bare",
+        metrics={"standard": {}},
+        records=records,
+        truth=truth,
+        log=None,
+        **options,
+    )
     return path
 
 
 # Verdicts
 
-LEFT, RIGHT_SIDE, TOP = (slice(None), slice(0, 40)), (slice(None), slice(60, 100)), (slice(0, 5), slice(None))
+LEFT, RIGHT_SIDE, TOP = (
+    (slice(None), slice(0, 40)),
+    (slice(None), slice(60, 100)),
+    (slice(0, 5), slice(None)),
+)
 
 
 def box(*parts: tuple[slice, slice]) -> np.ndarray:
@@ -231,10 +309,18 @@ def box(*parts: tuple[slice, slice]) -> np.ndarray:
         ("incomplete", {1, 2}, [box(LEFT)]),
         ("incomplete", {1, 2}, [box(LEFT, (slice(None), slice(60, 70)))]),
         ("wrong target", {1}, [box(RIGHT_SIDE)]),
-        ("wrong target", {1}, [box((slice(None), slice(25, 100)))]),  # more of the other than of the target
+        (
+            "wrong target",
+            {1},
+            [box((slice(None), slice(25, 100)))],
+        ),  # more of the other than of the target
         ("wrong target", {1}, [box(LEFT), box(RIGHT_SIDE)]),
         ("wrong target", {1}, [box((slice(None), slice(40, 60)))]),  # on nothing
-        ("wrong target", {1}, [box((slice(0, 4), slice(0, 40)))]),  # a sliver of the target, IoU 0.08
+        (
+            "wrong target",
+            {1},
+            [box((slice(0, 4), slice(0, 40)))],
+        ),  # a sliver of the target, IoU 0.08
         ("missed", {1}, []),
         ("missed", {1}, [box()]),
         ("false alarm", set(), [box(LEFT)]),
@@ -254,7 +340,9 @@ def test_an_object_that_no_query_names_can_be_the_wrong_one(truth: Truth) -> Non
     stem = truth.dataset.stems[0]
     ids = np.asarray(cv2.imread(str(truth.dataset.pixels.files(stem)[2]), cv2.IMREAD_UNCHANGED))
     other = max(set(np.unique(ids).tolist()) - set(truth.masks(stem)) - {0})
-    number, target = next((n, a) for n, a in enumerate(truth.annotations(stem)) if len(a.slots) == 1)
+    number, target = next(
+        (n, a) for n, a in enumerate(truth.annotations(stem)) if len(a.slots) == 1
+    )
     question = target.questions[0]
     record = {
         "kind": "query", "image": stem, "annotation": number, "query_id": question["id"], "query": question["query"],
@@ -285,7 +373,9 @@ def test_errors_get_pictures_first(examples: list[Example]) -> None:
     assert choose_pictured(examples, 10**6) == set(range(len(examples)))
 
 
-def test_choice_for_the_summary_is_balanced_fixed_and_holds_the_extremes(examples: list[Example]) -> None:
+def test_choice_for_the_summary_is_balanced_fixed_and_holds_the_extremes(
+    examples: list[Example],
+) -> None:
     everything = set(range(len(examples)))
     chosen = [examples[index] for index in choose(examples, everything, 9)]
     assert Counter(e.score.target_kind for e in chosen) == {"single": 3, "multi": 3, "none": 3}
@@ -294,7 +384,11 @@ def test_choice_for_the_summary_is_balanced_fixed_and_holds_the_extremes(example
     assert (shown[0], shown[-1]) == (min(singles), max(singles))
     multi = [index for index in everything if examples[index].score.target_kind == "multi"]
     few = choose(examples, everything - set(multi[1:]), 9)
-    assert Counter(examples[index].score.target_kind for index in few) == {"single": 4, "none": 4, "multi": 1}
+    assert Counter(examples[index].score.target_kind for index in few) == {
+        "single": 4,
+        "none": 4,
+        "multi": 1,
+    }
 
 
 # Pictures
@@ -355,7 +449,12 @@ def test_the_folder_is_complete_and_nothing_comes_from_outside(report: Path) -> 
         text = file.read_text(encoding="utf-8")
         if file.name == "browser.js":
             text = text.replace("http://www.w3.org/2000/svg", "")  # a name, nothing is loaded
-        assert "http:" not in text and "https:" not in text and "@import" not in text and "fetch(" not in text, file
+        assert (
+            "http:" not in text
+            and "https:" not in text
+            and "@import" not in text
+            and "fetch(" not in text
+        ), file
         if file.suffix != ".html":
             continue
         for address in re.findall(r'\s(?:src|href)="([^"]*)"', text):
@@ -365,7 +464,11 @@ def test_the_folder_is_complete_and_nothing_comes_from_outside(report: Path) -> 
 
 def test_every_picture_that_data_name_exists_and_is_small(report: Path) -> None:
     photos = report.with_suffix("") / "photos"
-    names = {name for _, photo, _, depth, *_ in data(report, "images") for name in (photo, depth and f"{photo}-depth")}
+    names = {
+        name
+        for _, photo, _, depth, *_ in data(report, "images")
+        for name in (photo, depth and f"{photo}-depth")
+    }
     assert None not in names and {path.stem for path in photos.iterdir()} == names
     assert max(path.stat().st_size for path in photos.iterdir()) < 100_000
 
@@ -375,7 +478,12 @@ def test_rows_agree_with_the_records(
 ) -> None:
     images, rows, details = (data(report, name) for name in ("images", "rows", "details"))
     by_key = {(e.score.image, e.score.annotation, e.score.query_id): e for e in examples}
-    assert len(rows) == len(details) == len(by_key) == sum(record["kind"] == "query" for record in records)
+    assert (
+        len(rows)
+        == len(details)
+        == len(by_key)
+        == sum(record["kind"] == "query" for record in records)
+    )
     for row, detail in zip(rows, details, strict=True):
         example = by_key[images[row[0]][0].removesuffix(SUFFIX), row[1], row[2]]
         assert row[3] == SCRIPT + example.score.query
@@ -385,7 +493,9 @@ def test_rows_agree_with_the_records(
             example.judgement.verdict,
         )
         assert row[8] == pytest.approx(example.score.iou, abs=1e-4)
-        assert [mask[0] for mask in detail["predicted"]] == [mask["slot"] for mask in example.record["masks"]]
+        assert [mask[0] for mask in detail["predicted"]] == [
+            mask["slot"] for mask in example.record["masks"]
+        ]
         assert all(mask[-1].startswith("M") for mask in detail["predicted"] + detail["true"])
         assert [mask[0] for mask in detail["true"]] == list(example.annotation.slots)
     for verdict, count in Counter(example.judgement.verdict for example in examples).items():
@@ -401,7 +511,10 @@ def test_data_is_split_into_small_files(
     assert len(rows) == sum(record["kind"] == "query" for record in records)
     assert len(list(tmp_path.glob("report/data/rows-*.js"))) == -(-len(rows) // 7)
     assert sum(row[-1] for row in rows) == 4
-    outlined = [any(mask[-1] for masks in detail.values() for mask in masks) for detail in data(path, "details")]
+    outlined = [
+        any(mask[-1] for masks in detail.values() for mask in masks)
+        for detail in data(path, "details")
+    ]
     assert all(row[-1] for row, has_outline in zip(rows, outlined, strict=True) if has_outline)
     text = (tmp_path / "report" / "queries.html").read_text()
     assert f"4 of {len(rows)} queries have pictures" in text
@@ -417,11 +530,15 @@ def test_several_processes_give_the_same_files(
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*"))
     assert len(files) > 10
     for file in files:
-        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), (
+            file
+        )
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_zero_and_one_query(records: list[Record], truth: Truth, tmp_path: Path, number: int) -> None:
+def test_zero_and_one_query(
+    records: list[Record], truth: Truth, tmp_path: Path, number: int
+) -> None:
     queries = [record for record in records if record["kind"] == "query"][:number]
     path = bare_report(tmp_path / "report.html", truth, queries)
     assert len(data(path, "rows")) == len(data(path, "images")) == number
@@ -430,10 +547,14 @@ def test_zero_and_one_query(records: list[Record], truth: Truth, tmp_path: Path,
     if CHROMIUM:
         dom = loaded(f"file://{path.with_suffix('')}/queries.html")
         assert f"{number} of {number} queries" in dom
-        assert dom.count('class="card panel"') == number and ("There are no queries." in dom) == (not number)
+        assert dom.count('class="card panel"') == number and ("There are no queries." in dom) == (
+            not number
+        )
 
 
-def test_a_system_that_gives_only_what_is_required(records: list[Record], truth: Truth, tmp_path: Path) -> None:
+def test_a_system_that_gives_only_what_is_required(
+    records: list[Record], truth: Truth, tmp_path: Path
+) -> None:
     queries = [dict(record) for record in records if record["kind"] == "query"]
     for record in queries:
         record["masks"] = [{"slot": mask["slot"], "rle": mask["rle"]} for mask in record["masks"]]
@@ -444,10 +565,16 @@ def test_a_system_that_gives_only_what_is_required(records: list[Record], truth:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
-def test_an_old_report_is_replaced_whole(records: list[Record], truth: Truth, tmp_path: Path) -> None:
+def test_an_old_report_is_replaced_whole(
+    records: list[Record], truth: Truth, tmp_path: Path
+) -> None:
     (tmp_path / "fresh").mkdir()
     (tmp_path / "over" / "report" / "photos").mkdir(parents=True)
     (tmp_path / "over" / "report" / "photos" / "99999.webp").write_text("stale")
@@ -465,11 +592,15 @@ def test_an_old_report_is_replaced_whole(records: list[Record], truth: Truth, tm
 
 
 @pytest.mark.parametrize("place", ["drawing", "rename 1", "rename 2", "replace"])
-def test_a_killed_run_leaves_no_half_report(records: list[Record], truth: Truth, tmp_path: Path, place: str) -> None:
+def test_a_killed_run_leaves_no_half_report(
+    records: list[Record], truth: Truth, tmp_path: Path, place: str
+) -> None:
     """Killed at any step: either the old report stands whole, or there is no page; and the next run mends all."""
     path = bare_report(tmp_path / "report.html", truth, records[:2])
     before = files_of(tmp_path)
-    process = get_context("fork").Process(target=die_while_writing, args=(place, path, truth, records))
+    process = get_context("fork").Process(
+        target=die_while_writing, args=(place, path, truth, records)
+    )
     process.start()
     process.join()
     assert process.exitcode == 9
@@ -510,17 +641,33 @@ def test_escapes_texts(report: Path, page: str) -> None:
     queries = (report.with_suffix("") / "queries.html").read_text(encoding="utf-8")
     assert "<script>" not in page and "<script>" not in queries
     assert f"<h1>{escape(SCRIPT)}</h1>" in page
-    assert page.count("&lt;script&gt;document.title=") > 12  # the title, and the queries of the examples
+    assert (
+        page.count("&lt;script&gt;document.title=") > 12
+    )  # the title, and the queries of the examples
     assert all(SCRIPT in row[3] for row in data(report, "rows"))
 
 
-def test_shows_metrics_of_model_baselines_and_subsets(page: str, standard: dict[str, float]) -> None:
-    for key in ("grounding/ciou", "grounding/precision@0.7", "answer/cider", "presence/accuracy", "depth/rmse"):
+def test_shows_metrics_of_model_baselines_and_subsets(
+    page: str, standard: dict[str, float]
+) -> None:
+    for key in (
+        "grounding/ciou",
+        "grounding/precision@0.7",
+        "answer/cider",
+        "presence/accuracy",
+        "depth/rmse",
+    ):
         assert f'value="{standard[key]}"' in page, key
     mean = (standard["grounding/t_acc"] + standard["grounding/n_acc"]) / 2
     assert f'value="{mean}"' in page
     assert ">12.3</data>" in page and ">34.5</data>" in page and ">11.1–22.2</td>" in page
-    for text in ("unseen pairs", "1,234 queries", "checkpoint at step 4,321", "2025-01-31", "right hand"):
+    for text in (
+        "unseen pairs",
+        "1,234 queries",
+        "checkpoint at step 4,321",
+        "2025-01-31",
+        "right hand",
+    ):
         assert text in page, text
 
 
@@ -541,9 +688,14 @@ def test_breakdowns_lead_to_their_queries(page: str) -> None:
         assert f'href="report/queries.html#{address}"' in page
 
 
-def test_published_rows_stand_beside_ours_with_their_protocols(page: str, standard: dict[str, float]) -> None:
+def test_published_rows_stand_beside_ours_with_their_protocols(
+    page: str, standard: dict[str, float]
+) -> None:
     table = page[page.index('id="published"') :]
-    rows = [html.unescape(re.sub("<.*?>", " ", row)) for row in re.findall("<tr.*?</tr>", table, re.DOTALL)]
+    rows = [
+        html.unescape(re.sub("<.*?>", " ", row))
+        for row in re.findall("<tr.*?</tr>", table, re.DOTALL)
+    ]
     lines = [" ".join(row.split()) for row in rows]
     own = [line for line in lines if line.startswith("This model")]
     assert len(own) == 3 and f"{100 * standard['grounding/ciou']:.1f} % standard" in own[0]
@@ -562,7 +714,9 @@ def test_curves_follow_the_log(page: str) -> None:
     assert "T-acc over steps" not in page
 
 
-def test_bare_results_still_make_a_page(records: list[Record], truth: Truth, tmp_path: Path) -> None:
+def test_bare_results_still_make_a_page(
+    records: list[Record], truth: Truth, tmp_path: Path
+) -> None:
     """No log, baselines, image lines, valid depth or pictures; hardly any metric, another data set."""
     queries = [record for record in records if record["kind"] == "query"]
     path = tmp_path / "report.html"
@@ -570,10 +724,20 @@ def test_bare_results_still_make_a_page(records: list[Record], truth: Truth, tmp
         "standard": {"grounding/ciou": 0.25, "answer/meteor_without_synonyms": 0.5},
         "meta": {"dataset": "egohos"},
     }
-    write_report(path, title="Bare", metrics=metrics, records=queries, truth=truth, log=None, max_pictures=0)
+    write_report(
+        path, title="Bare", metrics=metrics, records=queries, truth=truth, log=None, max_pictures=0
+    )
     page = path.read_text(encoding="utf-8")
     assert "METEOR, no synonyms" in page and ">25.0</data>" in page
-    for absent in ("Learning curves", "<img", "Depth", "baseline</small>", "<script", "By kind of query", "Published"):
+    for absent in (
+        "Learning curves",
+        "<img",
+        "Depth",
+        "baseline</small>",
+        "<script",
+        "By kind of query",
+        "Published",
+    ):
         assert absent not in page, absent
     assert not list((tmp_path / "report" / "photos").iterdir())
 
@@ -583,8 +747,17 @@ def test_bare_results_still_make_a_page(records: list[Record], truth: Truth, tmp
 
 def loaded(address: str) -> str:
     """The page as it stands once its scripts have run."""
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000", "--dump-dom"]
-    return subprocess.run([*command, address], capture_output=True, text=True, check=True, timeout=120).stdout
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=8000",
+        "--dump-dom",
+    ]
+    return subprocess.run(
+        [*command, address], capture_output=True, text=True, check=True, timeout=120
+    ).stdout
 
 
 @pytest.fixture(scope="module", params=["file", "http"])
@@ -617,7 +790,12 @@ def facet(dom: str, name: str) -> dict[str, int]:
 def test_browser_counts_agree_with_the_records(site: str, examples: list[Example]) -> None:
     dom = loaded(f"{site}/report/queries.html")
     assert facet(dom, "result") == Counter(example.judgement.verdict for example in examples)
-    hands = Counter(group.replace("_", " ") for e in examples for group in e.score.groups if group.endswith("_hand"))
+    hands = Counter(
+        group.replace("_", " ")
+        for e in examples
+        for group in e.score.groups
+        if group.endswith("_hand")
+    )
     assert facet(dom, "hand") == hands
     assert f"{len(examples)} of {len(examples)} queries" in dom
     ious = [float(iou) for iou in re.findall(r"IoU <b>([\d.]+)</b>", dom)]
@@ -627,8 +805,12 @@ def test_browser_counts_agree_with_the_records(site: str, examples: list[Example
 
 def test_browser_filters_sort_and_search(site: str, examples: list[Example]) -> None:
     errors = {"missed", "wrong target"}
-    chosen = [e for e in examples if e.judgement.verdict in errors and e.score.target_kind == "single"]
-    dom = loaded(f"{site}/report/queries.html#result=missed&result=wrong+target&targets=single&sort=best")
+    chosen = [
+        e for e in examples if e.judgement.verdict in errors and e.score.target_kind == "single"
+    ]
+    dom = loaded(
+        f"{site}/report/queries.html#result=missed&result=wrong+target&targets=single&sort=best"
+    )
     assert 0 < len(chosen) < len(examples) and f"{len(chosen)} of {len(examples)} queries" in dom
     ious = [float(iou) for iou in re.findall(r"IoU <b>([\d.]+)</b>", dom)]
     assert ious == sorted(ious, reverse=True) and len(ious) == len(chosen)
@@ -637,16 +819,22 @@ def test_browser_filters_sort_and_search(site: str, examples: list[Example]) -> 
     assert {value: count for value, count in shown.items() if count} == singles
     word = max((e.score.query.split()[-1].strip("?.") for e in examples), key=len)
     found = [e for e in examples if word.lower() in row_text(e)]
-    assert f"{len(found)} of {len(examples)} queries" in loaded(f"{site}/report/queries.html#text={word.upper()}")
+    assert f"{len(found)} of {len(examples)} queries" in loaded(
+        f"{site}/report/queries.html#text={word.upper()}"
+    )
 
 
 def row_text(example: Example) -> str:
     reference = example.annotation.answer
-    return "\n".join([example.score.query, example.record["answer"], reference, example.score.image]).lower()
+    return "\n".join(
+        [example.score.query, example.record["answer"], reference, example.score.image]
+    ).lower()
 
 
 def test_a_query_has_an_address_and_neighbours(site: str, examples: list[Example]) -> None:
-    example = next(e for e in examples if e.judgement.verdict == "boundary" and len(e.record["masks"]) == 1)
+    example = next(
+        e for e in examples if e.judgement.verdict == "boundary" and len(e.record["masks"]) == 1
+    )
     score = example.score
     key = quote_plus(f"{score.image}{SUFFIX}/{score.annotation}/{score.query_id}")
     dom = loaded(f"{site}/report/queries.html#result=boundary&query={key}")
@@ -657,5 +845,7 @@ def test_a_query_has_an_address_and_neighbours(site: str, examples: list[Example
     assert f"<dd>{score.iou:.3f}</dd>" in detail and "True depth" in detail
     num_alike = sum(e.judgement.verdict == "boundary" for e in examples)
     assert re.search(rf"\d+ of {num_alike}</span>", detail)
-    neighbours = re.findall(r'<a class="button" href="#result=boundary&amp;query=([^"]*)" id="(previous|next)"', detail)
+    neighbours = re.findall(
+        r'<a class="button" href="#result=boundary&amp;query=([^"]*)" id="(previous|next)"', detail
+    )
     assert neighbours and all(other != key for other, _ in neighbours)

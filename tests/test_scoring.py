@@ -19,13 +19,20 @@ from pycocotools import mask as coco_mask
 
 from annexe import cli
 from annexe.datasets.ego_irgbench import EgoIRGBench
-from annexe.datasets.prompts import NO_TARGET_ANSWER
 from annexe.errors import UserError
-from annexe.evaluator import read_records
-from annexe.metrics import GroundingMetrics, decode, encode
-from annexe.metrics.masks import measure
-from annexe.predictions import SCHEMA, read_predictions, require_complete
-from annexe.scoring import PROTOCOLS, Record, Truth, bootstrap, query_scores, score, score_all
+from annexe.evaluation.records import (
+    SCHEMA,
+    Record,
+    read_predictions,
+    read_records,
+    require_complete,
+)
+from annexe.evaluation.scoring import PROTOCOLS, bootstrap, query_scores, score, score_all
+from annexe.evaluation.truth import Truth
+from annexe.metrics import GroundingMetrics
+from annexe.metrics.grounding import measure
+from annexe.prompts import NO_TARGET_ANSWER
+from annexe.rle import decode, encode
 from tests.conftest import ROOT, SHARED
 
 PAGE = ROOT / "docs" / "evaluation.md"
@@ -46,7 +53,9 @@ def flawed_records(truth: Truth) -> list[Record]:
     records: list[Record] = []
     for stem in truth.dataset.stems:
         entries = truth.annotations(stem)
-        records.append({"kind": "image", "image": stem, "analysis": entries[0].caption, "depth": None})
+        records.append(
+            {"kind": "image", "image": stem, "analysis": entries[0].caption, "depth": None}
+        )
         true_masks = truth.masks(stem)
         moved = {i: encode(np.roll(decode(rle), (9, 30), (0, 1))) for i, rle in true_masks.items()}
         for number, annotation in enumerate(entries):
@@ -87,7 +96,9 @@ def write(path: Path, records: list[Record]) -> Path:
 
 
 @pytest.fixture
-def annexe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def annexe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
     """Runs the `annexe` command in this process; returns what it prints, or the one line of its error."""
 
     def run(*words: object) -> str:
@@ -107,7 +118,9 @@ def annexe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 # The command
 
 
-def test_score_command_writes_the_metrics_and_any_number_of_workers_the_same(annexe, scenes, records, tmp_path):
+def test_score_command_writes_the_metrics_and_any_number_of_workers_the_same(
+    annexe, scenes, records, tmp_path
+):
     file = write(tmp_path / "predictions.jsonl", records)
     given = ("score", file, "--data-root", scenes, "--split", "test", "--complete")
     printed = annexe(*given, "--workers", 1, "--out", tmp_path / "one" / "metrics.json")
@@ -116,40 +129,70 @@ def test_score_command_writes_the_metrics_and_any_number_of_workers_the_same(ann
     metrics = json.loads((tmp_path / "two.json").read_text())
     blocks = {*PROTOCOLS, "intervals", "breakdowns", "baselines", "subsets", "meta"}
     assert set(metrics) == blocks and metrics["meta"]["split"] == "test"
-    assert metrics["standard"]["num_queries"] == sum(record["kind"] == "query" for record in records)
+    assert metrics["standard"]["num_queries"] == sum(
+        record["kind"] == "query" for record in records
+    )
     assert "grounding/ciou" in printed and "annexe_release" in printed
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_protocol_alone_gives_what_it_gives_among_all(protocol: str, truth: Truth, records: list[Record]):
+def test_a_protocol_alone_gives_what_it_gives_among_all(
+    protocol: str, truth: Truth, records: list[Record]
+):
     alone = score_all(records, truth, protocols=(protocol,))
     assert set(PROTOCOLS) & set(alone) == {protocol}
     assert alone[protocol] == score_all(records, truth)[protocol]
 
 
-def test_shuffled_lines_change_the_batches_of_annexe_release_alone(truth: Truth, records: list[Record]):
+def test_shuffled_lines_change_the_batches_of_annexe_release_alone(
+    truth: Truth, records: list[Record]
+):
     shuffled = [records[number] for number in np.random.default_rng(1).permutation(len(records))]
     before, after = score_all(records, truth), score_all(shuffled, truth)
     assert before.pop("annexe_release") != after.pop("annexe_release")
     assert before == after
 
 
-@pytest.mark.skipif(not (SHARED / "real_samples").is_dir(), reason="no ../shared/real_samples on this machine")
+@pytest.mark.skipif(
+    not (SHARED / "real_samples").is_dir(), reason="no ../shared/real_samples on this machine"
+)
 def test_score_command_on_real_photos(annexe, tmp_path):
     root = SHARED / "real_samples"
     truth = truth_of(root)
     perfect = [record for record in flawed_records(truth) if record["kind"] == "image"]
     for stem in truth.dataset.stems:
         for number, annotation in enumerate(truth.annotations(stem)):
-            masks = [{"slot": slot, "rle": truth.masks(stem)[i]} for slot, i in annotation.slots.items()]
-            record = {"kind": "query", "image": stem, "annotation": number, "answer": annotation.answer, "masks": masks}
+            masks = [
+                {"slot": slot, "rle": truth.masks(stem)[i]} for slot, i in annotation.slots.items()
+            ]
+            record = {
+                "kind": "query",
+                "image": stem,
+                "annotation": number,
+                "answer": annotation.answer,
+                "masks": masks,
+            }
             perfect.append({**record, "query_id": annotation.questions[0]["id"]})
     file = write(tmp_path / "predictions.jsonl", perfect)
-    annexe("score", file, "--data-root", root, "--split", "test", "--complete", "--out", tmp_path / "metrics.json")
+    annexe(
+        "score",
+        file,
+        "--data-root",
+        root,
+        "--split",
+        "test",
+        "--complete",
+        "--out",
+        tmp_path / "metrics.json",
+    )
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     for name in ("ciou", "giou", "miou", "n_acc", "t_acc", "precision@0.9"):
         assert metrics["standard"][f"grounding/{name}"] == 1
-    assert metrics["standard"]["answer/exact_match"] == metrics["earl_release"]["grounding/mean_target_iou"] == 1
+    assert (
+        metrics["standard"]["answer/exact_match"]
+        == metrics["earl_release"]["grounding/mean_target_iou"]
+        == 1
+    )
     assert set(metrics["breakdowns"]["wording"]) == {"phrase", "sentence"}
 
 
@@ -218,7 +261,13 @@ def test_a_bad_line_is_named_with_what_is_wrong(path, value, part, truth, record
 @pytest.mark.parametrize(
     ("line", "part"),
     [
-        *(("{", "not JSON"), ("", "not JSON"), ("[]", "object"), ("3", "object"), ('{"kind": []}', "kind")),
+        *(
+            ("{", "not JSON"),
+            ("", "not JSON"),
+            ("[]", "object"),
+            ("3", "object"),
+            ('{"kind": []}', "kind"),
+        ),
         *(("1" * 5000, "not JSON"), ("[" * 100_000, "not JSON")),
     ],
 )
@@ -244,12 +293,16 @@ def test_errors_of_the_command(annexe, scenes, records, tmp_path):
     assert "holds no predictions" in annexe("score", write(tmp_path / "empty.jsonl", []), *given)
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe")
     assert "cannot read predictions" in annexe("score", tmp_path / "bytes.jsonl", *given)
-    assert "split 'tset' has no files" in annexe("score", file, "--data-root", scenes, "--split", "tset")
+    assert "split 'tset' has no files" in annexe(
+        "score", file, "--data-root", scenes, "--split", "tset"
+    )
     assert "is not in split 'val'" in annexe("score", file, "--data-root", scenes, "--split", "val")
     assert "--workers 0" in annexe("score", file, *given, "--workers", 0)
     (tmp_path / "folder").mkdir()
     assert "folder' (a folder)" in annexe("score", file, *given, "--out", tmp_path / "folder")
-    assert "folder' (a folder)" in annexe("compare", file, file, *given, "--json", tmp_path / "folder")
+    assert "folder' (a folder)" in annexe(
+        "compare", file, file, *given, "--json", tmp_path / "folder"
+    )
 
 
 def test_lists_that_an_evaluation_had_are_there_for_scoring_too(annexe, scenes, records, tmp_path):
@@ -258,7 +311,9 @@ def test_lists_that_an_evaluation_had_are_there_for_scoring_too(annexe, scenes, 
     stems = sorted({record["image"] for record in records})
     (lists / "mine.txt").write_text("\n".join(stems))
     (tmp_path / "left_out.txt").write_text(f"{stems[0]}\n")
-    file = write(tmp_path / "p.jsonl", [record for record in records if record["image"] != stems[0]])
+    file = write(
+        tmp_path / "p.jsonl", [record for record in records if record["image"] != stems[0]]
+    )
     chosen = ("--split-dir", lists, "--exclude", tmp_path / "left_out.txt")
     given = ("--data-root", scenes, "--split", "mine", *chosen)
     annexe("score", file, *given, "--complete", "--out", tmp_path / "m.json")
@@ -292,7 +347,9 @@ def test_wordings_of_one_id_and_ids_that_look_alike(scenes, tmp_path):
     shutil.copytree(scenes, root)
     path = sorted((root / "dataset_split" / "test").iterdir())[0]
     entries = json.loads(path.read_text())[:1]
-    entries[0]["questions"] = [{"query": text, "id": i} for text, i in (("a", 0), ("b", "0"), ("c", 0))]
+    entries[0]["questions"] = [
+        {"query": text, "id": i} for text, i in (("a", 0), ("b", "0"), ("c", 0))
+    ]
     path.write_text(json.dumps(entries))
     truth = truth_of(root)
     turns = truth.dataset.evaluation_sample(0, "all").turns
@@ -303,13 +360,24 @@ def test_wordings_of_one_id_and_ids_that_look_alike(scenes, tmp_path):
 
 
 def test_what_refuses_phrases_is_what_the_data_says(scenes):
-    truth = Truth(EgoIRGBench("test", 1, 0, None, data_root=str(scenes), answer_format="phrases", cache=False))
+    truth = Truth(
+        EgoIRGBench("test", 1, 0, None, data_root=str(scenes), answer_format="phrases", cache=False)
+    )
     asked = [
-        {"kind": "query", "image": stem, "annotation": n, "query_id": a.questions[0]["id"], "answer": "", "masks": []}
+        {
+            "kind": "query",
+            "image": stem,
+            "annotation": n,
+            "query_id": a.questions[0]["id"],
+            "answer": "",
+            "masks": [],
+        }
         for stem in truth.dataset.stems
         for n, a in enumerate(truth.annotations(stem))
     ]
-    without = sum(not truth.annotations(query["image"])[query["annotation"]].slots for query in asked)
+    without = sum(
+        not truth.annotations(query["image"])[query["annotation"]].slots for query in asked
+    )
     assert 0 < without < len(asked)
     reject = score_all(asked, truth)["baselines"]["reject"]
     assert reject["answer/exact_match"] == pytest.approx(without / len(asked))
@@ -321,9 +389,12 @@ def test_complete_demands_every_annotation(truth: Truth, records: list[Record]):
     short = [
         record
         for record in records
-        if record["kind"] == "image" or (record["image"], record["annotation"]) != (first["image"], first["annotation"])
+        if record["kind"] == "image"
+        or (record["image"], record["annotation"]) != (first["image"], first["annotation"])
     ]
-    with pytest.raises(UserError, match=f"1 of .* have no prediction, first annotation 0 of '{first['image']}'"):
+    with pytest.raises(
+        UserError, match=f"1 of .* have no prediction, first annotation 0 of '{first['image']}'"
+    ):
         require_complete(short, truth)
 
 
@@ -339,7 +410,9 @@ def test_query_scores_tell_what_the_metrics_sum(truth: Truth, records: list[Reco
     assert [(s.image, s.annotation, s.query_id) for s in scores] == [
         (r["image"], r["annotation"], r["query_id"]) for r in records if r["kind"] == "query"
     ]
-    assert standard["grounding/ciou"] == sum(s.intersection for s in scores) / sum(s.union for s in scores)
+    assert standard["grounding/ciou"] == sum(s.intersection for s in scores) / sum(
+        s.union for s in scores
+    )
     assert standard["grounding/giou"] == pytest.approx(np.mean([s.iou for s in scores]))
     assert standard["answer/exact_match"] == np.mean([s.answer_matches for s in scores])
     none = [s for s in scores if s.target_kind == "none"]
@@ -350,22 +423,36 @@ def test_query_scores_tell_what_the_metrics_sum(truth: Truth, records: list[Reco
         question = next(q for q in annotation.questions if q["id"] == s.query_id)
         assert (s.query, s.is_sentence) == (question["query"], question["is_sentence"])
         assert s.target_kind == ("none", "single", "multi")[min(2, len(annotation.slots))]
-        expected = [truth.dataset.label(s.image, annotation.phrase(slot)) for slot in annotation.slots]
+        expected = [
+            truth.dataset.label(s.image, annotation.phrase(slot)) for slot in annotation.slots
+        ]
         assert s.groups == tuple(dict.fromkeys(expected))
 
 
 def test_frames_of_one_video_are_one_cluster(truth: Truth, records: list[Record]):
     scores = query_scores(records[:5], truth)
     names = ["A_H1_T1_00001", "A_H1_T1_00104", "A_H1_T2_00001", "photo"]
-    renamed = [dataclasses.replace(score, image=name) for score, name in zip(scores, names, strict=True)]
+    renamed = [
+        dataclasses.replace(score, image=name) for score, name in zip(scores, names, strict=True)
+    ]
     clusters = bootstrap(renamed, [measure({}, {}, {})] * len(scores))
-    assert {cluster: len(rows) for cluster, rows in clusters.rows.items()} == {"A_H1_T1": 2, "A_H1_T2": 1, "photo": 1}
+    assert {cluster: len(rows) for cluster, rows in clusters.rows.items()} == {
+        "A_H1_T1": 2,
+        "A_H1_T2": 1,
+        "photo": 1,
+    }
 
 
 def test_presence_that_is_not_given_follows_the_masks(truth: Truth, records: list[Record]):
-    bare = [{key: value for key, value in record.items() if key != "presence"} for record in records]
+    bare = [
+        {key: value for key, value in record.items() if key != "presence"} for record in records
+    ]
     assert {s.presence == (not s.rejected) for s in query_scores(bare, truth)} == {True}
-    assert not [key for key in score(bare, truth) if key.startswith("presence/") and key != "presence/accuracy"]
+    assert not [
+        key
+        for key in score(bare, truth)
+        if key.startswith("presence/") and key != "presence/accuracy"
+    ]
 
 
 def test_breakdowns_are_the_scores_of_their_queries(truth: Truth, records: list[Record]):
@@ -384,7 +471,9 @@ def test_breakdowns_are_the_scores_of_their_queries(truth: Truth, records: list[
             assert metrics["grounding/giou"] == pytest.approx(np.mean([s.iou for s in own]))
             assert metrics["answer/exact_match"] == np.mean([s.answer_matches for s in own])
             if sum(s.union for s in own):
-                assert metrics["grounding/ciou"] == sum(s.intersection for s in own) / sum(s.union for s in own)
+                assert metrics["grounding/ciou"] == sum(s.intersection for s in own) / sum(
+                    s.union for s in own
+                )
 
 
 def test_wordings_and_hands_are_scored(truth: Truth, records: list[Record]):
@@ -394,12 +483,16 @@ def test_wordings_and_hands_are_scored(truth: Truth, records: list[Record]):
     ious = []
     for number in range(len(truth.annotations(stem))):
         unions = [
-            np.any([decode(m["rle"]) for m in r["masks"]] or [np.zeros(truth.size(stem), bool)], axis=0)
+            np.any(
+                [decode(m["rle"]) for m in r["masks"]] or [np.zeros(truth.size(stem), bool)], axis=0
+            )
             for r in own
             if r["kind"] == "query" and r["annotation"] == number
         ]
         pairs = [(a & b, a | b) for n, a in enumerate(unions) for b in unions[n + 1 :]]
-        ious.append(np.mean([both.sum() / either.sum() if either.any() else 1 for both, either in pairs]))
+        ious.append(
+            np.mean([both.sum() / either.sum() if either.any() else 1 for both, either in pairs])
+        )
     metrics = score(own, truth)
     assert metrics["paraphrase/iou"] == pytest.approx(np.mean(ious))
     assert metrics["paraphrase/num_questions"] == len(ious)
@@ -426,18 +519,28 @@ def rectangle(top: int, left: int, bottom: int, right: int) -> dict:
 TARGET = rectangle(0, 0, 4, 5)  # 20 pixels
 OVERLAPPING = rectangle(0, 0, 4, 3)  # 12 of them
 ELSEWHERE = rectangle(4, 5, 6, 10)  # 10 pixels apart from the target
-PREDICTIONS = {"empty": {}, "anything": {0: ELSEWHERE}, "equal to G": {0: TARGET}, "overlapping G": {0: OVERLAPPING}}
+PREDICTIONS = {
+    "empty": {},
+    "anything": {0: ELSEWHERE},
+    "equal to G": {0: TARGET},
+    "overlapping G": {0: OVERLAPPING},
+}
 PREDICTIONS["beside G"] = {0: ELSEWHERE}
 
 
 def test_the_edge_table_of_the_page_holds():
-    table = rows("| question | prediction | adds to cIoU's I / U | IoU in gIoU | N-acc | T-acc | P@x |")
+    table = rows(
+        "| question | prediction | adds to cIoU's I / U | IoU in gIoU | N-acc | T-acc | P@x |"
+    )
     assert [row[:2] for row in table] == [["no target", name] for name in ("empty", "anything")] + [
         ["target", name] for name in ("empty", "equal to G", "overlapping G", "beside G")
     ]
     for question, prediction, ciou, giou, n_acc, t_acc, precision in table:
         targets, predicted = {0: TARGET} if question == "target" else {}, PREDICTIONS[prediction]
-        p, g = (np.any([decode(m) for m in side.values()] or [np.zeros((6, 10))], 0) for side in (predicted, targets))
+        p, g = (
+            np.any([decode(m) for m in side.values()] or [np.zeros((6, 10))], 0)
+            for side in (predicted, targets)
+        )
         sums = {
             "0": 0,
             "area of P": p.sum(),
@@ -455,9 +558,14 @@ def test_the_edge_table_of_the_page_holds():
         iou = expected_i / expected_u if giou == "overlap / union" else float(giou)
         assert metrics["grounding/giou"] == iou
         for cell, name in ((n_acc, "n_acc"), (t_acc, "t_acc")):
-            assert metrics.get(f"grounding/{name}") == {"right": 1, "wrong": 0, "": None}[cell], (name, prediction)
+            assert metrics.get(f"grounding/{name}") == {"right": 1, "wrong": 0, "": None}[cell], (
+                name,
+                prediction,
+            )
         for tenths in range(5, 10):
-            hit = {"miss": 0, "hit at every x": 1, "hit if IoU >= x": iou >= tenths / 10, "": None}[precision]
+            hit = {"miss": 0, "hit at every x": 1, "hit if IoU >= x": iou >= tenths / 10, "": None}[
+                precision
+            ]
             assert metrics.get(f"grounding/precision@0.{tenths}") == hit
 
 
@@ -465,7 +573,9 @@ def test_the_page_names_every_score(truth: Truth, records: list[Record]):
     page, metrics = PAGE.read_text(), score_all(records, truth)
     with_depth = [{**r, "depth": DEPTH} if r["kind"] == "image" else r for r in records]
     names = {*score(with_depth, truth), *metrics["annexe_release"], *metrics["earl_release"]}
-    names = {name.replace("_without_synonyms", "") for name in names}  # the name where WordNet is missing
+    names = {
+        name.replace("_without_synonyms", "") for name in names
+    }  # the name where WordNet is missing
     names = {re.sub(r"@[\d.]+$", "@", name) for name in names if name.count("/") < 2}
     named = {re.sub(r"@[\d.C]+$", "@", name) for name in re.findall(r"`([\w/@.]+)`", page)}
     assert sorted(names - named) == []
@@ -489,10 +599,14 @@ def test_the_page_and_the_schema_have_the_same_keys():
         assert set(form["required"]) <= form["properties"].keys()
 
 
-def test_the_example_of_the_page_runs(annexe, truth: Truth, scenes: Path, tmp_path: Path, monkeypatch):
+def test_the_example_of_the_page_runs(
+    annexe, truth: Truth, scenes: Path, tmp_path: Path, monkeypatch
+):
     """Masks as images and a table, made as the page says, score as the records that they stand for."""
     page = PAGE.read_text().split("## Scoring another system's predictions")[1]
-    (block,) = re.findall(r"```bash\n(.*?)```", page.split("### From mask images")[1].split("\n## ")[0], re.S)
+    (block,) = re.findall(
+        r"```bash\n(.*?)```", page.split("### From mask images")[1].split("\n## ")[0], re.S
+    )
     (table,) = re.findall(r"```text\n(image\t.*?)```", page, re.S)
     header = table.splitlines()[0].split("\t")
     monkeypatch.chdir(tmp_path)
@@ -506,10 +620,17 @@ def test_the_example_of_the_page_runs(annexe, truth: Truth, scenes: Path, tmp_pa
             path = Path("masks") / stem / f"{number}_{question['id']}_{slot}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             pixels = coco_mask.decode(rle) * 255
-            shaped = {0: pixels, 1: np.stack([pixels] * 3, 2)}[slot % 2]  # grey or colour, both are masks
+            shaped = {0: pixels, 1: np.stack([pixels] * 3, 2)}[
+                slot % 2
+            ]  # grey or colour, both are masks
             Image.fromarray(shaped).save(path)
             masks.append({"slot": slot, "rle": rle})
-        values = {"image": stem, "annotation": number, "query_id": question["id"], "answer": annotation.answer}
+        values = {
+            "image": stem,
+            "annotation": number,
+            "query_id": question["id"],
+            "answer": annotation.answer,
+        }
         values |= {"presence": 0.75, "analysis": "a hand"}
         lines.append("\t".join(str(values[name]) for name in header))
         query = {key: value for key, value in values.items() if key in header and key != "analysis"}
@@ -522,7 +643,9 @@ def test_the_example_of_the_page_runs(annexe, truth: Truth, scenes: Path, tmp_pa
     made = [json.loads(line) for line in Path("predictions.jsonl").read_text().splitlines()]
     assert [record for record in made if record["kind"] == "query"] == wanted
     metrics = json.loads(Path("metrics.json").read_text())["standard"]
-    assert metrics["grounding/ciou"] == metrics["answer/exact_match"] == 1 and metrics["num_queries"] == len(wanted)
+    assert metrics["grounding/ciou"] == metrics["answer/exact_match"] == 1 and metrics[
+        "num_queries"
+    ] == len(wanted)
 
 
 # Converting
@@ -538,14 +661,22 @@ def test_the_example_of_the_page_runs(annexe, truth: Truth, scenes: Path, tmp_pa
             "image\tannotation\tquery_id\tanswer\tanalysis\nA\t0\t0\tx\tone\nA\t0\t1\tx\ttwo\n",
             "line 3: image 'A' has another analysis",
         ),
-        ("image\tannotation\tquery_id\tanswer\nA\t0\t0\tx\nA\t0\t0\ty\n", "line 3: query 0 of this annotation stands"),
+        (
+            "image\tannotation\tquery_id\tanswer\nA\t0\t0\tx\nA\t0\t0\ty\n",
+            "line 3: query 0 of this annotation stands",
+        ),
     ],
 )
 def test_tables_that_cannot_be_converted(answers: str, part: str, annexe, tmp_path):
     (tmp_path / "masks" / "A").mkdir(parents=True)
     Image.new("L", (4, 3)).save(tmp_path / "masks" / "A" / "0_0_0.png")
     (tmp_path / "answers.tsv").write_text(answers)
-    given = ("convert-predictions", tmp_path / "masks", tmp_path / "answers.tsv", tmp_path / "out.jsonl")
+    given = (
+        "convert-predictions",
+        tmp_path / "masks",
+        tmp_path / "answers.tsv",
+        tmp_path / "out.jsonl",
+    )
     assert part in annexe(*given) and not (tmp_path / "out.jsonl").exists()
 
 
@@ -559,7 +690,9 @@ def test_masks_that_cannot_be_converted(annexe, tmp_path):
     assert json.loads(line)["query_id"] == "q-7" and json.loads(line)["masks"] == []
     Image.new("L", (4, 3)).save(tmp_path / "masks" / "stray.png")
     assert "stray.png' is not named" in annexe(*given)
-    assert "no folder" in annexe("convert-predictions", tmp_path / "none", answers, tmp_path / "out.jsonl")
+    assert "no folder" in annexe(
+        "convert-predictions", tmp_path / "none", answers, tmp_path / "out.jsonl"
+    )
     (tmp_path / "masks" / "stray.png").unlink()
     row = {"image": "A", "annotation": 0, "query_id": 0, "answer": "x"}
     for text, part in (
@@ -582,14 +715,25 @@ def test_odd_tables_and_masks_that_are_converted(annexe, tmp_path):
     answer = "a\u2028b\x85c" + "x" * 200_000
     table = f"image\tannotation\tquery_id\tanswer\nA\t0\t0\t{answer}\n"
     (tmp_path / "answers.tsv").write_bytes(b"\xef\xbb\xbf" + table.encode())
-    annexe("convert-predictions", tmp_path / "masks", tmp_path / "answers.tsv", tmp_path / "new" / "out.jsonl")
+    annexe(
+        "convert-predictions",
+        tmp_path / "masks",
+        tmp_path / "answers.tsv",
+        tmp_path / "new" / "out.jsonl",
+    )
     (line,) = read_records(tmp_path / "new" / "out.jsonl")
-    assert line["answer"] == answer and (decode(line["masks"][0]["rle"]) == inside[..., 0] // 255).all()
+    assert (
+        line["answer"] == answer
+        and (decode(line["masks"][0]["rle"]) == inside[..., 0] // 255).all()
+    )
 
 
 def test_nothing_predicted_is_refused_everywhere(truth: Truth, records: list[Record]):
     refusing = [
-        {**r, "masks": [], "answer": NO_TARGET_ANSWER, "presence": 0.0} if r["kind"] == "query" else r for r in records
+        {**r, "masks": [], "answer": NO_TARGET_ANSWER, "presence": 0.0}
+        if r["kind"] == "query"
+        else r
+        for r in records
     ]
     metrics = score_all(refusing, truth)
     reject = metrics["baselines"]["reject"]

@@ -12,7 +12,7 @@ import pytest
 
 from annexe import cli
 from annexe.datasets.ego_irgbench import EgoIRGBench
-from annexe.datasets.stems import CATEGORIES, category, fields, leaks
+from annexe.datasets.image_names import CATEGORIES, category, fields, leaks
 from annexe.errors import UserError
 from annexe.tools.split import split
 
@@ -25,7 +25,11 @@ def stems(num_videos: int = 600, seed: int = 0) -> list[str]:
     result = []
     for _ in range(num_videos):
         number = int(random.choice(list(CATEGORIES)))
-        instance, room, camera = random.integers(12) + 1, random.integers(40) + 1, random.integers(4) + 1
+        instance, room, camera = (
+            random.integers(12) + 1,
+            random.integers(40) + 1,
+            random.integers(4) + 1,
+        )
         video = f"ZY2021080000{camera}_H1_C{number:02d}_N{instance:02d}_S{room:03d}_s{random.integers(99):02d}_T1"
         result += [f"{video}_{frame:05d}" for frame in range(random.integers(1, 16))]
     return sorted(set(result))
@@ -41,7 +45,13 @@ def test_splits_share_nothing(by: str, seed: int) -> None:
     assert not groups["train"] & groups["val"] and not groups["train"] & groups["test"]
     assert not groups["val"] & groups["test"]
     shares = leaks(lists)
-    assert shares["val"]["sequence"] == shares["test"]["sequence"] == shares["val"][by] == shares["test"][by] == 0
+    assert (
+        shares["val"]["sequence"]
+        == shares["test"]["sequence"]
+        == shares["val"][by]
+        == shares["test"][by]
+        == 0
+    )
 
 
 @pytest.mark.parametrize("by", ["sequence", "instance", "room"])
@@ -81,7 +91,9 @@ def test_few_groups_fill_every_split() -> None:
 
 def test_a_split_that_would_be_empty() -> None:
     given = [f"ZY20210800001_H1_C02_N{number:02d}_S001_s01_T1_00001" for number in (1, 2)]
-    with pytest.raises(UserError, match=r"split 'test' would be empty: the images show 2 different instances"):
+    with pytest.raises(
+        UserError, match=r"split 'test' would be empty: the images show 2 different instances"
+    ):
         split(given, "instance", SHARES, 0)
     lists = split(given, "instance", {"train": 0.5, "val": 0, "test": 0.5}, 0)
     assert {name: len(own) for name, own in lists.items()} == {"train": 1, "test": 1}
@@ -96,7 +108,9 @@ def test_stems_without_fields() -> None:
 
 
 @pytest.fixture
-def annexe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+def annexe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
     """Runs `annexe split`; returns exit code and output."""
 
     def run(*arguments: object) -> tuple[int, str]:
@@ -112,7 +126,9 @@ def annexe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     return run
 
 
-def test_the_data_set_reads_the_lists(annexe: Callable[..., tuple[int, str]], scenes: Path, tmp_path: Path) -> None:
+def test_the_data_set_reads_the_lists(
+    annexe: Callable[..., tuple[int, str]], scenes: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "lists"
     code, output = annexe(scenes, "--by", "instance", "--out", out)
     assert code == 0 and "val: train shows the sequence of 0.0%, the instance of 0.0%" in output
@@ -132,7 +148,9 @@ def test_the_data_set_reads_the_lists(annexe: Callable[..., tuple[int, str]], sc
 def test_exclude(annexe: Callable[..., tuple[int, str]], scenes: Path, tmp_path: Path) -> None:
     on_disk = sorted(path.stem for path in (scenes / "dataset_split").rglob("*.json"))
     (tmp_path / "exclude.txt").write_text("\n".join(on_disk[:3]))
-    code, _ = annexe(scenes, "--by", "sequence", "--out", tmp_path / "a", "--exclude", tmp_path / "exclude.txt")
+    code, _ = annexe(
+        scenes, "--by", "sequence", "--out", tmp_path / "a", "--exclude", tmp_path / "exclude.txt"
+    )
     assert code == 0
     listed = [stem for path in (tmp_path / "a").iterdir() for stem in path.read_text().split()]
     assert sorted(listed) == on_disk[3:]
@@ -148,7 +166,11 @@ def test_exclude(annexe: Callable[..., tuple[int, str]], scenes: Path, tmp_path:
     ],
 )
 def test_wrong_arguments(
-    arguments: tuple[str, ...], part: str, annexe: Callable[..., tuple[int, str]], scenes: Path, tmp_path: Path
+    arguments: tuple[str, ...],
+    part: str,
+    annexe: Callable[..., tuple[int, str]],
+    scenes: Path,
+    tmp_path: Path,
 ) -> None:
     code, output = annexe(scenes, "--by", "sequence", "--out", tmp_path / "out", *arguments)
     assert code == 2 and output.startswith("error: ") and part in output and output.count("\n") == 1

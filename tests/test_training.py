@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import nn
 
-from annexe.checkpoint import MANIFEST, find_checkpoint, is_complete, load_progress
-from annexe.config import load_config
-from annexe.datasets.sampling import sample_order
+from annexe.build import load_config
+from annexe.checkpoints.run_folder import MANIFEST, find_checkpoint, is_complete, load_progress
+from annexe.datasets.sampler import sample_order
 from annexe.errors import UserError
-from annexe.optim import Muon, build_optimizer, learning_rate, orthogonal
 from annexe.trainer import Trainer, train
+from annexe.training.optimizer import Muon, build_optimizer, learning_rate, orthogonal
 from tests.conftest import ROOT, SMALLEST, TINY, assert_same_but_for_rounding
 
 
@@ -38,11 +38,19 @@ def test_it_learns_validates_and_keeps_records(make_config, tmp_path):
     lines = log_of(run)
     assert [line["step"] for line in lines] == list(range(1, 25))
     assert sum(x["loss"] for x in lines[-4:]) < 0.8 * sum(x["loss"] for x in lines[:4])
-    assert {f"loss/{name}" for name in ("analysis", "answer", "depth", "presence", "mask", "dice")} <= set(lines[0])
-    assert lines[-1]["images"] == 48 and lines[-1]["epoch"] == 4.0 and lines[-1]["tokens"] > lines[-1]["queries"] > 48
+    assert {
+        f"loss/{name}" for name in ("analysis", "answer", "depth", "presence", "mask", "dice")
+    } <= set(lines[0])
+    assert (
+        lines[-1]["images"] == 48
+        and lines[-1]["epoch"] == 4.0
+        and lines[-1]["tokens"] > lines[-1]["queries"] > 48
+    )
     validations = log_of(run, "validation")
     assert [v["step"] for v in validations] == [12, 24]
-    assert {"grounding/ciou", "analysis/cider", "answer/exact_match", "depth/mae"} <= set(validations[0])
+    assert {"grounding/ciou", "analysis/cider", "answer/exact_match", "depth/mae"} <= set(
+        validations[0]
+    )
     kept = sorted(path.name for path in (run / "checkpoints").iterdir())
     best = find_checkpoint(run, "best")
     assert set(kept) == {"step-00000020", "step-00000024", best.name} and best.name in {
@@ -67,13 +75,22 @@ def gradients(config) -> dict[str, torch.Tensor]:
     return taken
 
 
-FREE = ("run.clip_norm=1e9", "model.language_model.lora.rank=4", "model.language_model.lora.dropout=0")
+FREE = (
+    "run.clip_norm=1e9",
+    "model.language_model.lora.rank=4",
+    "model.language_model.lora.dropout=0",
+)
 
 
 def test_accumulation_equals_one_large_batch(make_config, tmp_path):
     whole = gradients(make_config(*FREE, "run.batch_size=4", f"run.output_dir={tmp_path / 'a'}"))
     split = gradients(
-        make_config(*FREE, "run.batch_size=1", "run.gradient_accumulation=4", f"run.output_dir={tmp_path / 'b'}")
+        make_config(
+            *FREE,
+            "run.batch_size=1",
+            "run.gradient_accumulation=4",
+            f"run.output_dir={tmp_path / 'b'}",
+        )
     )
     assert_same_but_for_rounding(split, whole)
 
@@ -100,7 +117,9 @@ def test_learning_rate_warms_up_and_falls(make_config):
     run = make_config("run.max_steps=100", "run.warmup_steps=10").run
     rates = [learning_rate(step, run) for step in range(101)]
     assert rates[0] == run.warmup_learning_rate and rates[10] == run.learning_rate == max(rates)
-    assert rates[100] == pytest.approx(run.min_learning_rate) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[100] == pytest.approx(run.min_learning_rate) and rates[10:] == sorted(
+        rates[10:], reverse=True
+    )
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 20), (3, 20, 8)])
@@ -119,9 +138,13 @@ def test_muon_moves_as_that_of_torch_does_and_the_rest_as_adamw():
     shapes = [(8, 20), (20, 8), (8, 20), (6, 4, 3, 3)]
     weights, vector = [torch.randn(shape, generator=generator) for shape in shapes], torch.ones(5)
     ours = [nn.Parameter(each.clone()) for each in (*weights, vector)]
-    theirs = [nn.Parameter(each.flatten(1).clone()) for each in weights] + [nn.Parameter(vector.clone())]
+    theirs = [nn.Parameter(each.flatten(1).clone()) for each in weights] + [
+        nn.Parameter(vector.clone())
+    ]
     rate = {"lr": 0.1, "weight_decay": 0.05}
-    muon = Muon([{"params": ours[4:]}, {"params": ours[:4], "orthogonal": True}], **rate, fused=True)
+    muon = Muon(
+        [{"params": ours[4:]}, {"params": ours[:4], "orthogonal": True}], **rate, fused=True
+    )
     others = [
         torch.optim.Muon(theirs[:4], **rate, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(theirs[4:], **rate, fused=True),
@@ -141,12 +164,24 @@ def test_muon_takes_the_weights_of_layers(make_parts, make_config):
     model = make_parts()[0]
     groups = build_optimizer(model, make_config("run.optimizer=muon").run).param_groups
     names = {p: name for name, p in model.named_parameters()}
-    moved, rest = ([names[p] for group in own for p in group["params"]] for own in (groups[2:], groups[:2]))
-    assert sorted(moved + rest) == sorted(name for name, p in model.named_parameters() if p.requires_grad)
-    embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
-    of_words = {name for name in names.values() if name in embeddings or name.endswith("lm_head.weight")}
+    moved, rest = (
+        [names[p] for group in own for p in group["params"]] for own in (groups[2:], groups[:2])
+    )
+    assert sorted(moved + rest) == sorted(
+        name for name, p in model.named_parameters() if p.requires_grad
+    )
+    embeddings = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+    }
+    of_words = {
+        name for name in names.values() if name in embeddings or name.endswith("lm_head.weight")
+    }
     assert of_words <= {*rest} and all(name.endswith(".weight") for name in moved)
-    assert {name for name in rest if name.endswith(".weight") and model.get_parameter(name).ndim > 1} == of_words
+    assert {
+        name for name in rest if name.endswith(".weight") and model.get_parameter(name).ndim > 1
+    } == of_words
 
 
 def test_killed_at_a_random_step_it_resumes_bit_for_bit(scenes, tmp_path):
@@ -158,13 +193,22 @@ def test_killed_at_a_random_step_it_resumes_bit_for_bit(scenes, tmp_path):
             "run.checkpoint_every=3", "run.resume=auto", "model.language_model.lora.rank=4",
             "model.language_model.lora.dropout=0.2",
         ]  # fmt: skip
-        return [sys.executable, str(ROOT / "train.py"), "--cfg-path", str(TINY), "--options", *options]
+        return [
+            sys.executable,
+            str(ROOT / "train.py"),
+            "--cfg-path",
+            str(TINY),
+            "--options",
+            *options,
+        ]
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     subprocess.run(command(straight), check=True, env=environment, capture_output=True)
     step = random.SystemRandom().randrange(4, 13)
-    process = subprocess.Popen(command(broken), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(broken), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     log = broken / "log.jsonl"
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= step):
         time.sleep(0.005)
@@ -182,9 +226,14 @@ def test_killed_at_a_random_step_it_resumes_bit_for_bit(scenes, tmp_path):
     subprocess.run(command(broken), check=True, env=environment, capture_output=True)
     keys = ("step", "loss", "gradient_norm", "tokens")
     expected = [[line[key] for key in keys] for line in log_of(straight)]
-    assert [[line[key] for key in keys] for line in log_of(broken)] == expected, f"killed at step {step}"
+    assert [[line[key] for key in keys] for line in log_of(broken)] == expected, (
+        f"killed at step {step}"
+    )
     for name in ("model.safetensors", "optimizer.pt"):
-        written = [(folder / "checkpoints" / "step-00000014" / name).read_bytes() for folder in (straight, broken)]
+        written = [
+            (folder / "checkpoints" / "step-00000014" / name).read_bytes()
+            for folder in (straight, broken)
+        ]
         assert written[0] == written[1], name
 
 
@@ -222,7 +271,9 @@ def test_a_folder_that_is_being_trained_into_is_left_alone(make_config, tmp_path
     hold = "import sys; from pathlib import Path; from annexe.files import locked\n"
     hold += "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", hold, tmp_path / "run"], cwd=ROOT, **streams) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, tmp_path / "run"], cwd=ROOT, **streams
+    ) as holder:
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(UserError, match=f"is being written to by process {holder.pid}"):
             train(make_config("run.resume=auto"))

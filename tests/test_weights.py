@@ -19,28 +19,33 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from annexe import weights
-from annexe.checkpoint import find_checkpoint, load_weights, saved_config, trained_tensors
+from annexe import prompts
+from annexe.build import build_model
+from annexe.checkpoints import public as weights
+from annexe.checkpoints.run_folder import find_checkpoint, saved_config
+from annexe.checkpoints.training_state import load_weights, trained_tensors
 from annexe.cli import main
-from annexe.datasets import prompts
 from annexe.datasets.collate import Collator
-from annexe.datasets.sample import Sample, Turn
 from annexe.errors import UserError
-from annexe.models import build_model
 from annexe.models.annexe import Annexe
 from annexe.models.depth_branch import DepthAnythingV2
-from annexe.models.language_model import Llama, Lora
+from annexe.models.language_model.llama import Llama, Lora
+from annexe.models.language_model.tokenizer import TextTokenizer, load_tokenizer
 from annexe.models.pixel_decoder import QueryDecoder
 from annexe.models.rgb_encoder import EvaViT, Projector
-from annexe.models.tokenizer import TextTokenizer, load_tokenizer
+from annexe.structures.sample import Sample, Turn
 from annexe.trainer import train
 from tests.conftest import SHARED
 
 PARITY = SHARED / "parity"
 TOLERANCE = 1e-4  # absolute, float32 on CPU
 
-needs_parity = pytest.mark.skipif(not PARITY.is_dir(), reason=f"the parity fixtures are not at {PARITY}")
-slow = pytest.mark.skipif(not os.environ.get("ANNEXE_SLOW"), reason="takes minutes and 9 GB; set ANNEXE_SLOW=1")
+needs_parity = pytest.mark.skipif(
+    not PARITY.is_dir(), reason=f"the parity fixtures are not at {PARITY}"
+)
+slow = pytest.mark.skipif(
+    not os.environ.get("ANNEXE_SLOW"), reason="takes minutes and 9 GB; set ANNEXE_SLOW=1"
+)
 
 
 @pytest.fixture(scope="session")
@@ -82,10 +87,12 @@ def test_eva_equals_the_original(recipe, tmp_path, depth, size):
     model = eva(tmp_path / "eva.pth", size, depth)
     outputs: dict[str, Tensor] = {}
     for index, block in enumerate(model.vit.blocks[:3] if depth == 4 else ()):
-        block.register_forward_hook(lambda _m, _i, out, index=index: outputs.update({f"block{index}": out}))
+        block.register_forward_hook(
+            lambda _m, _i, out, index=index: outputs.update({f"block{index}": out})
+        )
     with torch.no_grad():
         images = recipe.image(0, size, 2 if depth == 4 else 1)
-        outputs["tokens"] = model.vit(model.normalise(images))
+        outputs["tokens"] = model.vit(model.normalize(images))
         if depth == 4:
             outputs["pos_embed"] = model.vit.pos_embed
             probe = recipe.tensor(0, "eps_probe", (4, 1408), 0.001)
@@ -96,11 +103,17 @@ def test_eva_equals_the_original(recipe, tmp_path, depth, size):
 @needs_parity
 @pytest.mark.parametrize("size", [224, 448])
 def test_image_tokens_equal_the_original(recipe, tmp_path, size):
-    torch.save(recipe.weights_from_manifest(PARITY / "fixture_eva_d4_224.json", 0), tmp_path / "eva.pth")
+    torch.save(
+        recipe.weights_from_manifest(PARITY / "fixture_eva_d4_224.json", 0), tmp_path / "eva.pth"
+    )
     head = recipe.weights_from_manifest(PARITY / "fixture_image_path.json", 0)
     model, projector = eva(tmp_path / "eva.pth", size, 4), Projector(1408, 256, 4)
-    model.norm.load_state_dict({k.removeprefix("ln_vision."): v for k, v in head.items() if k.startswith("ln_vision.")})
-    projector.linear.load_state_dict({k.removeprefix("llama_proj."): v for k, v in head.items() if "llama_proj" in k})
+    model.norm.load_state_dict(
+        {k.removeprefix("ln_vision."): v for k, v in head.items() if k.startswith("ln_vision.")}
+    )
+    projector.linear.load_state_dict(
+        {k.removeprefix("llama_proj."): v for k, v in head.items() if "llama_proj" in k}
+    )
     outputs: dict[str, Tensor] = {}
     model.norm.register_forward_hook(lambda _m, _i, out: outputs.update(ln_vision=out))
     with torch.no_grad():
@@ -125,7 +138,10 @@ BLIP2_NAMES = (
 @needs_parity
 def test_the_transformers_form_of_eva_gives_the_same_model(recipe, tmp_path):
     original = recipe.weights_from_manifest(PARITY / "fixture_eva_d4_224.json", 0)
-    torch.save({"model": {f"visual_encoder.{k}": v.half() for k, v in original.items()}}, tmp_path / "lavis.pth")
+    torch.save(
+        {"model": {f"visual_encoder.{k}": v.half() for k, v in original.items()}},
+        tmp_path / "lavis.pth",
+    )
     renamed = {}
     for key, value in original.items():
         if key.endswith(("q_bias", "v_bias")):
@@ -139,7 +155,9 @@ def test_the_transformers_form_of_eva_gives_the_same_model(recipe, tmp_path):
         key = f"vision_model.encoder.layers.{block}.self_attn.qkv.bias"
         renamed[key] = torch.cat([q, torch.zeros_like(q), v]).half()
     torch.save(renamed, tmp_path / "blip2.bin")
-    first, second = (eva(tmp_path / name, 224, 4).state_dict() for name in ("lavis.pth", "blip2.bin"))
+    first, second = (
+        eva(tmp_path / name, 224, 4).state_dict() for name in ("lavis.pth", "blip2.bin")
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -152,13 +170,22 @@ def test_the_transformers_form_of_eva_gives_the_same_model(recipe, tmp_path):
 def test_depth_anything_equals_the_original(recipe, tmp_path, name, size):
     original = recipe.weights_from_manifest(PARITY / f"depth_anything_v2_{name}.json", 0)
     torch.save(original, tmp_path / "depth.pth")
-    branch = DepthAnythingV2(size, weights=str(tmp_path / "depth.pth"), size=name, statistics="annexe").eval()
+    branch = DepthAnythingV2(
+        size, weights=str(tmp_path / "depth.pth"), size=name, statistics="annexe"
+    ).eval()
     with torch.no_grad():
         images = recipe.image(0, size, 2 if size == 448 else 1)
-        tapped = branch.model.backbone.forward_with_filtered_kwargs(branch.normalise(images)).feature_maps
-        outputs = {"depth": branch(images).depth, "pos_embed": branch.model.backbone.embeddings.position_embeddings}
+        tapped = branch.model.backbone.forward_with_filtered_kwargs(
+            branch.normalize(images)
+        ).feature_maps
+        outputs = {
+            "depth": branch(images).depth,
+            "pos_embed": branch.model.backbone.embeddings.position_embeddings,
+        }
         width = tapped[0].shape[-1]
-        outputs["norm_eps_probe"] = branch.model.backbone.layernorm(recipe.tensor(0, "eps_probe", (4, width), 0.001))
+        outputs["norm_eps_probe"] = branch.model.backbone.layernorm(
+            recipe.tensor(0, "eps_probe", (4, width), 0.001)
+        )
     for index, tokens in enumerate(tapped):
         outputs |= {f"feat{index}_patch": tokens[:, 1:], f"feat{index}_cls": tokens[:, 0]}
     assert_parity(recipe, f"depth_{name}_{size}", outputs)
@@ -195,11 +222,17 @@ def full_size(part: str) -> nn.Module:
 
 MATCHED = {  # matched and left-over tensors of each list
     "eva_vit_g_224": (511, 0),
-    "depth_anything_v2_vits": (287, 0),  # 12 fused query-key-value weights and biases fill three tensors each
+    "depth_anything_v2_vits": (
+        287,
+        0,
+    ),  # 12 fused query-key-value weights and biases fill three tensors each
     "depth_anything_v2_vitb": (287, 0),
     "depth_anything_v2_vitl": (503, 0),
     "minigpt_v2_ckpt": (130, 0),
-    "annexe_ckpt": (147, 60),  # 128 of LoRA, 2 of the projector, 17 of the depth head; its heads and buffers stay
+    "annexe_ckpt": (
+        147,
+        60,
+    ),  # 128 of LoRA, 2 of the projector, 17 of the depth head; its heads and buffers stay
 }
 
 
@@ -211,7 +244,9 @@ def test_every_public_key_list_finds_its_place(name):
     assert (len(report.matched), len(report.unexpected)) == MATCHED[name]
     assert not report.misfits
     if name in ("minigpt_v2_ckpt", "annexe_ckpt"):
-        assert not [ours for ours in report.missing if "lora_" in ours or ours.startswith("projector.")]
+        assert not [
+            ours for ours in report.missing if "lora_" in ours or ours.startswith("projector.")
+        ]
     else:
         assert not [ours for ours in report.missing if not ours.startswith("norm.")]
 
@@ -221,7 +256,9 @@ def test_what_a_public_file_holds_beyond_its_list_is_left_over():
     shapes = manifest("eva_vit_g_224")
     extra = json.loads((PARITY / "eva_vit_g_224.json").read_text())["extra_in_public_file"]
     more = extra["confirmed_by_third_party"] | extra["plausible_unverified"]
-    report, _ = weights.match("eva", on_meta(shapes | more), full_size("eva_vit_g_224").state_dict())
+    report, _ = weights.match(
+        "eva", on_meta(shapes | more), full_size("eva_vit_g_224").state_dict()
+    )
     assert set(report.unexpected) == set(more)
     assert "blocks.39* (13)" in str(report)
 
@@ -231,7 +268,11 @@ def test_what_a_public_file_holds_beyond_its_list_is_left_over():
 @pytest.mark.parametrize("name", MATCHED)
 def test_a_list_with_one_fault_stops_and_names_the_key(name, fault, tmp_path, monkeypatch):
     model, tensors = full_size(name), on_meta(manifest(name))
-    key = next(k for k in tensors if k.endswith(("blocks.1.mlp.fc1.weight", "layers.1.self_attn.q_proj.lora_A.weight")))
+    key = next(
+        k
+        for k in tensors
+        if k.endswith(("blocks.1.mlp.fc1.weight", "layers.1.self_attn.q_proj.lora_A.weight"))
+    )
     tensor = tensors.pop(key)
     if fault == "renamed":
         tensors[key.replace(".1.", ".one.")] = tensor
@@ -241,7 +282,9 @@ def test_a_list_with_one_fault_stops_and_names_the_key(name, fault, tmp_path, mo
     part = {"e": "rgb_encoder", "d": "depth_branch"}.get(name[0], "model")
     wanted = model.state_dict()
     required = (
-        [n for n in wanted if "lora_" in n] if part == "model" else [n for n in wanted if not n.startswith("norm.")]
+        [n for n in wanted if "lora_" in n]
+        if part == "model"
+        else [n for n in wanted if not n.startswith("norm.")]
     )
     with pytest.raises(UserError, match=key.replace(".", r"\.")):
         weights.load(model, part, name, required)
@@ -282,7 +325,9 @@ def test_files_that_are_no_sound_checkpoint_give_one_clear_error(tmp_path):
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickled_object_with_code_is_refused_and_not_run(tmp_path, zipped):
     target = tmp_path / "executed"
-    torch.save({"model": Payload(target)}, tmp_path / "bad.pth", _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"model": Payload(target)}, tmp_path / "bad.pth", _use_new_zipfile_serialization=zipped
+    )
     with pytest.raises(UserError, match="could run code; nothing was loaded"):
         weights.read_tensors(tmp_path / "bad.pth")
     assert not target.exists()
@@ -344,16 +389,29 @@ def test_llama_with_minigpt_adapters_equals_the_original(recipe, tmp_path):
     mask = (torch.arange(24) < torch.tensor(lens)[:, None]).long()
     llama, lefts = model.language_model.llama, [24 - length for length in lens]
     shifted = torch.stack(
-        [row.roll(left, 0) * (torch.arange(24) >= left)[:, None] for row, left in zip(embeds, lefts, strict=True)]
+        [
+            row.roll(left, 0) * (torch.arange(24) >= left)[:, None]
+            for row, left in zip(embeds, lefts, strict=True)
+        ]
     )
     with torch.no_grad():
         logits = llama(inputs_embeds=embeds, attention_mask=mask).logits
         last = llama(inputs_embeds=shifted, attention_mask=mask.flip(1)).logits[:, -1]
         words = llama.generate(
-            inputs_embeds=shifted, attention_mask=mask.flip(1), max_new_tokens=8, do_sample=False, pad_token_id=0
+            inputs_embeds=shifted,
+            attention_mask=mask.flip(1),
+            max_new_tokens=8,
+            do_sample=False,
+            pad_token_id=0,
         )
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), torch.from_numpy(kit["targets"])[:, 1:].flatten())
-    outputs = {"logits_valid": logits[mask.bool()], "last_logits_leftpad": last, "loss": loss.view(1)}
+    loss = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), torch.from_numpy(kit["targets"])[:, 1:].flatten()
+    )
+    outputs = {
+        "logits_valid": logits[mask.bool()],
+        "last_logits_leftpad": last,
+        "loss": loss.view(1),
+    }
     assert_parity(recipe, "llama_lora_tiny", outputs)
     assert words.tolist() == kit["greedy_ids"][:, 1:].tolist()  # the original puts a BOS in front
 
@@ -364,7 +422,9 @@ def test_prompt_rows_equal_those_of_the_original(monkeypatch):
     kit = json.loads((PARITY / "prompt_traces.json").read_text())
     samples, traces = kit["samples"], kit["traces"]["toy_legacy_True"]
     tag = "<Img><ImageHere></Img> [caption] "
-    request = "Based on the image, describe the things need to be segmented accorting to this prompt:"
+    request = (
+        "Based on the image, describe the things need to be segmented accorting to this prompt:"
+    )
     monkeypatch.setattr(prompts, "QUERY_INSTRUCTION", request)
     for row in range(2):
         query = samples["vqa_query"][row].partition(request)[2].strip()
@@ -374,12 +434,14 @@ def test_prompt_rows_equal_those_of_the_original(monkeypatch):
                         instruction=samples["instruction_input"][row].removeprefix(tag).removesuffix(" "))  # fmt: skip
         text = Collator(tokenizer, kit["n_image_tokens"], 4)([sample]).text
         for branch, trace in ((1, traces["train_caption"]), (2, traces["train_vqa"])):
-            columns = [c for c, s in enumerate(text.segment[0].tolist()) if s in (0, branch)]
+            columns = [c for c, s in enumerate(text.segment_ids[0].tolist()) if s in (0, branch)]
             length = sum(trace["attention_mask"][row])
-            theirs = [0 if isinstance(token, str) else token for token in trace["sequence"][row][:length]]
+            theirs = [
+                0 if isinstance(token, str) else token for token in trace["sequence"][row][:length]
+            ]
             assert text.input_ids[0, columns].tolist() == theirs
             assert text.position_ids[0, columns].tolist() == list(range(length))
-            labels = dict(zip(text.supervised.tolist(), text.targets.tolist(), strict=True))
+            labels = dict(zip(text.label_positions.tolist(), text.labels.tolist(), strict=True))
             ours = [labels.get(columns[i - 1], -100) if i else -100 for i in range(length)]
             assert ours == trace["labels"][row][:length]
 
@@ -408,15 +470,23 @@ def llama_run(make_config: Callable, tmp_path: Path, dtype: str) -> Path:
 
 @needs_parity
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-2)])
-def test_an_exported_run_loads_with_peft_and_transformers_alone(llama_run, tmp_path, monkeypatch, dtype, tolerance):
+def test_an_exported_run_loads_with_peft_and_transformers_alone(
+    llama_run, tmp_path, monkeypatch, dtype, tolerance
+):
     out = tmp_path / "out"
-    monkeypatch.setattr(sys, "argv", ["annexe", "weights", "export", str(llama_run), str(out), "--merge"])
+    monkeypatch.setattr(
+        sys, "argv", ["annexe", "weights", "export", str(llama_run), str(out), "--merge"]
+    )
     main()
     checkpoint = find_checkpoint(llama_run)
-    ours = build_model(saved_config(checkpoint)["model"], load_tokenizer(checkpoint / "tokenizer", 4))
+    ours = build_model(
+        saved_config(checkpoint)["model"], load_tokenizer(checkpoint / "tokenizer", 4)
+    )
     load_weights(checkpoint, ours)
     language = ours.eval().language_model
-    ids = torch.randint(3, language.tokenizer.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        3, language.tokenizer.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0)
+    )
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "llama", dtype=getattr(torch, dtype))
     with torch.no_grad():
         plain = stock(ids).logits
@@ -425,7 +495,9 @@ def test_an_exported_run_loads_with_peft_and_transformers_alone(llama_run, tmp_p
         merged = AutoModelForCausalLM.from_pretrained(out / "llama")(ids).logits
     assert (mine - plain).abs().max() > 1e-3  # the adapter does something
     assert (mine - adapted).abs().max() <= 1e-5
-    assert (mine - merged).abs().max() <= tolerance  # merging rounds the sum to the base's precision
+    assert (
+        mine - merged
+    ).abs().max() <= tolerance  # merging rounds the sum to the base's precision
     assert (out / "heads.safetensors").is_file()
 
 

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from annexe import checkpoint, cli
-from annexe.checkpoint import MANIFEST, find_checkpoint
-from annexe.config import Config, load_config
-from annexe.datasets import build_dataset
+from annexe import cli
+from annexe.build import build_dataset, load_config
+from annexe.checkpoints import training_state as checkpoint
+from annexe.checkpoints.run_folder import MANIFEST, find_checkpoint
+from annexe.config import Config
 from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.errors import UserError
 from annexe.evaluator import evaluate
@@ -50,10 +51,19 @@ def one_line(caught: pytest.ExceptionInfo[UserError], *parts: str) -> None:
         ("run.loss_weights.masks=1", ("run.loss_weights.masks", "Did you mean 'mask'")),
         ("model.merges=2", ("model.merges", "Did you mean 'merge'")),
         ("model.rgb_encoder.dept=2", ("model.rgb_encoder.dept", "Did you mean 'depth'")),
-        ("model.language_model.lora.rnk=2", ("model.language_model.lora.rnk", "Did you mean 'rank'")),
-        ("datasets.ego_irgbench.data_rot=x", ("datasets.ego_irgbench.data_rot", "Did you mean 'data_root'")),
+        (
+            "model.language_model.lora.rnk=2",
+            ("model.language_model.lora.rnk", "Did you mean 'rank'"),
+        ),
+        (
+            "datasets.ego_irgbench.data_rot=x",
+            ("datasets.ego_irgbench.data_rot", "Did you mean 'data_root'"),
+        ),
         ("datasets.ego_irgbanch.data_root=x", ("ego_irgbanch", "Did you mean 'ego_irgbench'")),
-        ("model.pixel_decoder.type=querry", ("model.pixel_decoder.type", "Did you mean 'query'", "deconv")),
+        (
+            "model.pixel_decoder.type=querry",
+            ("model.pixel_decoder.type", "Did you mean 'query'", "deconv"),
+        ),
         ("model.type=annex", ("model.type", "Did you mean 'annexe'")),
         ("run.max_steps=many", ("run.max_steps", "'many'")),
         ("run.learning_rate=fast", ("run.learning_rate", "'fast'")),
@@ -133,7 +143,10 @@ def root(scenes: Path, tmp_path: Path) -> Path:
     for path in sorted((scenes / "dataset_split" / "train").glob("*.json"))[:2]:
         for file in (
             path,
-            *(scenes / f / f"{path.stem}.{e}" for f, e in (("RGB", "jpg"), ("depth", "png"), ("mask", "png"))),
+            *(
+                scenes / f / f"{path.stem}.{e}"
+                for f, e in (("RGB", "jpg"), ("depth", "png"), ("mask", "png"))
+            ),
         ):
             copy = out / file.relative_to(scenes)
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +159,9 @@ def read(make_config: MakeConfig, root: Path) -> Callable[..., None]:
     """Opens the spoilt root and reads every image of it."""
 
     def run(*options: str, split: str = "train") -> None:
-        dataset = build_dataset(make_config(f"datasets.ego_irgbench.data_root={root}", *options), split)
+        dataset = build_dataset(
+            make_config(f"datasets.ego_irgbench.data_root={root}", *options), split
+        )
         for index in range(len(dataset)):
             dataset[0, index]
 
@@ -185,7 +200,9 @@ def test_wrong_data_setting(option: str, read: Callable[..., None]) -> None:
 
 
 @pytest.mark.parametrize("text", ['{"caption": "a mug"}', "[]", '[{"caption": "a m', "", "\x00"])
-def test_json_that_is_no_list_of_annotations(text: str, read: Callable[..., None], root: Path) -> None:
+def test_json_that_is_no_list_of_annotations(
+    text: str, read: Callable[..., None], root: Path
+) -> None:
     path = first(root, "dataset_split/train")
     path.write_text(text)
     with pytest.raises(UserError) as caught:
@@ -193,7 +210,9 @@ def test_json_that_is_no_list_of_annotations(text: str, read: Callable[..., None
     one_line(caught, str(path))
 
 
-@pytest.mark.parametrize("field", ["caption", "answer", "tokens", "masks_idx", "with_mask", "questions"])
+@pytest.mark.parametrize(
+    "field", ["caption", "answer", "tokens", "masks_idx", "with_mask", "questions"]
+)
 def test_missing_field(field: str, read: Callable[..., None], root: Path) -> None:
     edit_annotation(root, lambda entry: entry.pop(field))
     with pytest.raises(UserError) as caught:
@@ -204,7 +223,13 @@ def test_missing_field(field: str, read: Callable[..., None], root: Path) -> Non
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *(("answer", 5), ("masks_idx", ["two"]), ("tokens", None), ("questions", []), ("questions", [5])),
+        *(
+            ("answer", 5),
+            ("masks_idx", ["two"]),
+            ("tokens", None),
+            ("questions", []),
+            ("questions", [5]),
+        ),
         *(
             ("masks_idx", [float("inf")]),
             ("answer", "half a pair: \ud800"),
@@ -270,7 +295,11 @@ def test_error_in_a_loader_worker_is_one_line(make_config: MakeConfig, root: Pat
     for path in (root / "RGB").iterdir():
         path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(UserError) as caught:
-        train(make_config("run.num_workers=1", "run.max_steps=2", f"datasets.ego_irgbench.data_root={root}"))
+        train(
+            make_config(
+                "run.num_workers=1", "run.max_steps=2", f"datasets.ego_irgbench.data_root={root}"
+            )
+        )
     one_line(caught, "cannot read image", str(root / "RGB"), "restore it")
 
 
@@ -284,13 +313,19 @@ def run_folder(make_config: MakeConfig, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_checkpoint_of_another_model(run_folder: Path, make_config: MakeConfig, tmp_path: Path) -> None:
+def test_checkpoint_of_another_model(
+    run_folder: Path, make_config: MakeConfig, tmp_path: Path
+) -> None:
     other = "model.language_model.hidden_size=48"
     with pytest.raises(UserError) as caught:
         train(make_config("run.max_steps=3", "run.resume=auto", other))
     one_line(caught, "another model", str(run_folder), "config.yaml")
     with pytest.raises(UserError) as caught:
-        evaluate(make_config(f"run.checkpoint={run_folder}", f"run.output_dir={tmp_path / 'eval'}", other))
+        evaluate(
+            make_config(
+                f"run.checkpoint={run_folder}", f"run.output_dir={tmp_path / 'eval'}", other
+            )
+        )
     one_line(caught, "another model", str(run_folder), "config.yaml")
 
 
@@ -328,20 +363,35 @@ def test_evaluation_needs_a_checkpoint(make_config: MakeConfig, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("option", "part"),
     [
-        ("model.language_model.num_heads=3", "model.language_model.hidden_size is 32; it must be a multiple of 6"),
+        (
+            "model.language_model.num_heads=3",
+            "model.language_model.hidden_size is 32; it must be a multiple of 6",
+        ),
         ("model.language_model.num_heads=0", "model.language_model.num_heads is 0"),
-        ("model.language_model.checkpointed_blocks=-1", "checkpointed_blocks -1 must be at least 0"),
+        (
+            "model.language_model.checkpointed_blocks=-1",
+            "checkpointed_blocks -1 must be at least 0",
+        ),
         ("model.language_model.lora.rank=-1", "model.language_model.lora.rank is -1"),
-        ("model.language_model.lora={rank: 4, dropout: 1.5}", "model.language_model.lora.dropout is 1.5"),
+        (
+            "model.language_model.lora={rank: 4, dropout: 1.5}",
+            "model.language_model.lora.dropout is 1.5",
+        ),
         ("model.language_model.lora={rank: 4, targets: [q_prj]}", "Did you mean 'q_proj'"),
         ("model.language_model.lora={rank: 4, targets: []}", "Choices: "),
         ("model.language_model.dtype=bfloat16", "cannot be trained whole"),
-        ("model.rgb_encoder.num_heads=3", "model.rgb_encoder.embed_dim is 32; it must be a multiple of 12"),
+        (
+            "model.rgb_encoder.num_heads=3",
+            "model.rgb_encoder.embed_dim is 32; it must be a multiple of 12",
+        ),
         ("model.rgb_encoder.image_size=-168", "model.rgb_encoder.image_size is -168"),
         ("model.rgb_encoder.patch_size=28", "model.rgb_encoder.patch_size must be 14"),
         ("model.pixel_decoder.num_slots=0", "model.pixel_decoder.num_slots is 0"),
-        ("model.pixel_decoder.hidden_size=66", "model.pixel_decoder.hidden_size is 66; it must be a multiple of"),
-        ("model.merge=0", "model.merge is 0"),
+        (
+            "model.pixel_decoder.hidden_size=66",
+            "model.pixel_decoder.hidden_size is 66; it must be a multiple of",
+        ),
+        ("model.patches_per_token=0", "model.patches_per_token is 0"),
         ("model.presence_threshold=7", "model.presence_threshold is 7"),
     ],
 )
@@ -351,7 +401,9 @@ def test_sizes_of_a_model(option: str, part: str, make_config: MakeConfig) -> No
     one_line(caught, part)
 
 
-def test_what_else_is_kept_among_the_checkpoints_stays(run_folder: Path, make_config: MakeConfig) -> None:
+def test_what_else_is_kept_among_the_checkpoints_stays(
+    run_folder: Path, make_config: MakeConfig
+) -> None:
     folder = run_folder / "checkpoints"
     shutil.copytree(folder / "step-00000001", folder / "step-keep-this")
     assert find_checkpoint(run_folder) == folder / "step-00000002"
@@ -360,7 +412,9 @@ def test_what_else_is_kept_among_the_checkpoints_stays(run_folder: Path, make_co
 
 
 def test_damage_within_a_checkpoint_is_named(run_folder: Path, make_config: MakeConfig) -> None:
-    (run_folder / "log.jsonl").write_text("no line of ours\n" + (run_folder / "log.jsonl").read_text())
+    (run_folder / "log.jsonl").write_text(
+        "no line of ours\n" + (run_folder / "log.jsonl").read_text()
+    )
     train(make_config("run.max_steps=3", "run.resume=auto"))
     for name in ("optimizer.pt", "model.safetensors"):
         file = run_folder / "checkpoints" / "step-00000003" / name
@@ -369,7 +423,11 @@ def test_damage_within_a_checkpoint_is_named(run_folder: Path, make_config: Make
             train(make_config("run.max_steps=4", "run.resume=auto"))
         one_line(caught, name, "is damaged", "remove its folder")
     with pytest.raises(UserError) as caught:
-        train(make_config("run.max_steps=4", f"run.resume={run_folder / 'checkpoints' / 'step-00000003'}"))
+        train(
+            make_config(
+                "run.max_steps=4", f"run.resume={run_folder / 'checkpoints' / 'step-00000003'}"
+            )
+        )
     one_line(caught, "model.safetensors")
 
 
@@ -391,10 +449,15 @@ def test_a_disk_that_is_full_leaves_no_half_checkpoint(
     with pytest.raises(UserError) as caught:
         train(make_config("run.max_steps=3", "run.resume=auto", "run.checkpoint_every=1"))
     one_line(caught, "cannot write", "No space left", "run.resume=auto")
-    assert [path.name for path in sorted((run_folder / "checkpoints").iterdir())] == ["step-00000001", "step-00000002"]
+    assert [path.name for path in sorted((run_folder / "checkpoints").iterdir())] == [
+        "step-00000001",
+        "step-00000002",
+    ]
 
 
-def test_weights_that_are_not_finite_are_not_saved(run_folder: Path, make_config: MakeConfig) -> None:
+def test_weights_that_are_not_finite_are_not_saved(
+    run_folder: Path, make_config: MakeConfig
+) -> None:
     trainer = Trainer(make_config("run.max_steps=3", "run.resume=auto"))
     trainer.progress.step = 3
     trainer.model.projector.linear.bias.data[0] = float("nan")
@@ -404,9 +467,15 @@ def test_weights_that_are_not_finite_are_not_saved(run_folder: Path, make_config
     assert find_checkpoint(run_folder).name == "step-00000002"
 
 
-def test_a_run_to_start_from_brings_its_words(run_folder: Path, make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_run_to_start_from_brings_its_words(
+    run_folder: Path, make_config: MakeConfig, tmp_path: Path
+) -> None:
     started = Trainer(
-        make_config("model.init=null", f"model.init_from={run_folder}", f"run.output_dir={tmp_path / 'next'}")
+        make_config(
+            "model.init=null",
+            f"model.init_from={run_folder}",
+            f"run.output_dir={tmp_path / 'next'}",
+        )
     )
     saved = run_folder / "checkpoints" / "step-00000002" / "tokenizer" / "tokenizer.json"
     started.tokenizer.save(tmp_path / "its")
@@ -414,8 +483,15 @@ def test_a_run_to_start_from_brings_its_words(run_folder: Path, make_config: Mak
     assert not (tmp_path / "next" / "tokenizer").exists(), "none was trained"
 
 
-def test_loss_that_is_not_finite_leaves_the_last_checkpoint(make_config: MakeConfig, tmp_path: Path) -> None:
-    wild = ("run.learning_rate=1e30", "run.warmup_steps=1", "run.max_steps=8", "run.checkpoint_every=1")
+def test_loss_that_is_not_finite_leaves_the_last_checkpoint(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    wild = (
+        "run.learning_rate=1e30",
+        "run.warmup_steps=1",
+        "run.max_steps=8",
+        "run.checkpoint_every=1",
+    )
     with pytest.raises(UserError) as caught:
         train(make_config(*wild))
     one_line(caught, "not finite", "run.learning_rate", str(tmp_path / "run" / "checkpoints"))
@@ -424,8 +500,8 @@ def test_loss_that_is_not_finite_leaves_the_last_checkpoint(make_config: MakeCon
 
 def test_model_and_run_that_do_not_fit(make_config: MakeConfig) -> None:
     with pytest.raises(UserError) as caught:
-        train(make_config("model.name_patches=false", "run.max_steps=2"))
-    one_line(caught, "patch_phrase", "model.name_patches")
+        train(make_config("model.image_token_head=false", "run.max_steps=2"))
+    one_line(caught, "image_token_labels", "model.image_token_head")
 
 
 # The commands themselves
@@ -436,10 +512,12 @@ def test_guard_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         raise UserError("[bold]thing[/bold] is wrong; " + "mend it " * 40)
 
     with pytest.raises(SystemExit) as caught:
-        cli.guarded(work)
+        cli.exit_on_user_error(work)
     assert caught.value.code == 2
     printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.startswith("error: [bold]thing[/bold] is wrong; mend it")
+    assert printed.out == "" and printed.err.startswith(
+        "error: [bold]thing[/bold] is wrong; mend it"
+    )
     assert printed.err.count("\n") == 1
 
 
@@ -453,7 +531,7 @@ def test_a_file_that_fails_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
         lambda: require_writable(tmp_path / "folder"),
     ):
         with pytest.raises(SystemExit) as caught:
-            cli.guarded(work)
+            cli.exit_on_user_error(work)
         error = capsys.readouterr().err
         assert caught.value.code == 2 and error.count("\n") == 1 and str(tmp_path) in error
 
@@ -461,11 +539,13 @@ def test_a_file_that_fails_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as caught:
-        cli.guarded(stop)
+        cli.exit_on_user_error(stop)
     assert caught.value.code == 130 and capsys.readouterr().err.startswith("interrupted")
     with pytest.raises(UnicodeEncodeError):
         write_text(tmp_path / "text", "\ud800")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"], "nothing half written"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"], (
+        "nothing half written"
+    )
 
 
 def test_scoring_goes_without_a_train_split_that_can_be_read(scenes: Path, root: Path) -> None:
@@ -484,7 +564,12 @@ def command(*arguments: object) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"}
     pipe = subprocess.PIPE
     return subprocess.Popen(
-        [sys.executable, *map(str, arguments)], stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=environment
+        [sys.executable, *map(str, arguments)],
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        cwd=ROOT,
+        env=environment,
     )
 
 
@@ -507,7 +592,9 @@ def test_commands_end_in_one_line(scenes: Path, root: Path, tmp_path: Path) -> N
     started = {
         "Did you mean 'seed'": command("train.py", "--cfg-path", TINY, "--options", "run.sed=1"),
         "cannot read image": command("train.py", "--cfg-path", TINY, "--options", *spoilt),
-        "unknown data set 'egohos'": command(EVALUATE, "--cfg-path", EVALUATION, "--dataset", "egohos"),
+        "unknown data set 'egohos'": command(
+            EVALUATE, "--cfg-path", EVALUATION, "--dataset", "egohos"
+        ),
         "no complete checkpoint": command(
             EVALUATE,
             "--cfg-path",
@@ -544,9 +631,7 @@ def test_any_module_can_be_the_first_that_is_imported() -> None:
 
 def test_tools_that_need_no_model_start_without_torch() -> None:
     tools = ("synth", "doctor", "split", "score", "compare", "convert_predictions")
-    code = (
-        f"import sys, annexe.cli, {', '.join(f'annexe.tools.{tool}' for tool in tools)}; print('torch' in sys.modules)"
-    )
+    code = f"import sys, annexe.cli, {', '.join(f'annexe.tools.{tool}' for tool in tools)}; print('torch' in sys.modules)"
     output, errors = command("-c", code).communicate(timeout=120)
     assert output.strip() == "False", errors
 
@@ -556,7 +641,9 @@ def test_help_names_every_option() -> None:
         ("--cfg-path", "--options"): command("train.py", "--help"),
         ("--cfg-path", "--options", "--dataset"): command(EVALUATE, "--help"),
         ("--version", *cli.TOOLS): command(*ANNEXE, "--help"),
-        ("out", "--images", "--seed", "--val", "--test", "--workers"): command(*ANNEXE, "synth", "--help"),
+        ("out", "--images", "--seed", "--val", "--test", "--workers"): command(
+            *ANNEXE, "synth", "--help"
+        ),
     }
     for names, process in started.items():
         output, errors = process.communicate(timeout=120)

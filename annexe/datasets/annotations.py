@@ -69,17 +69,25 @@ def read_annotations(path: Path) -> list[Annotation]:
     try:
         entries = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"'{path}' is not JSON ({error}); restore it from the original data") from None
+        raise UserError(
+            f"'{path}' is not JSON ({error}); restore it from the original data"
+        ) from None
     except OSError as error:
-        raise UserError(f"cannot read '{path}' ({error.strerror}); restore it from the original data") from None
+        raise UserError(
+            f"cannot read '{path}' ({error.strerror}); restore it from the original data"
+        ) from None
     return parse_annotations(entries, path)
 
 
 def parse_annotations(entries: Any, path: Path) -> list[Annotation]:
     """Annotations of what the JSON file ``path`` holds; raises as `read_annotations`."""
     if not isinstance(entries, list) or not entries:
-        raise UserError(f"'{path}' holds no list of annotations; each file must be a JSON list with at least one")
-    return [_annotation(entry, f"'{path}', annotation {number}") for number, entry in enumerate(entries)]
+        raise UserError(
+            f"'{path}' holds no list of annotations; each file must be a JSON list with at least one"
+        )
+    return [
+        _annotation(entry, f"'{path}', annotation {number}") for number, entry in enumerate(entries)
+    ]
 
 
 def _annotation(entry: Any, where: str) -> Annotation:

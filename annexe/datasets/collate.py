@@ -5,8 +5,6 @@ Legend: B images, S image side, Q queries, N packed tokens, R branches (B analys
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,88 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from annexe.datasets import prompts
-from annexe.datasets.sample import Sample
-
-BLOCK = 128  # tokens that attention by blocks looks at together
-ANALYSIS = 1  # segment of the analysis branch; queries follow from 2 on, the prefix is 0, padding -1
-
-
-def each_tensor(record: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of a dataclass with every tensor changed, those of the dataclasses in it included."""
-    changed = {f.name: getattr(record, f.name) for f in fields(record)}
-    for name, value in changed.items():
-        if isinstance(value, Tensor):
-            changed[name] = change(value)
-        elif is_dataclass(value):
-            changed[name] = each_tensor(value, change)
-    return replace(record, **changed)
-
-
-@dataclass
-class PackedText:
-    """Token ids and structure of the packed sequences, right padded."""
-
-    input_ids: Tensor  # int64[B, N]; image tokens are 0 here
-    segment: Tensor  # int64[B, N]
-    position_ids: Tensor  # int64[B, N]; every branch goes on where the prefix ends
-    image_start: int
-    prefix_length: int
-    branch_image: Tensor  # int64[R]
-    branch_start: Tensor  # int64[R], column of the branch's first prompt token
-    branch_length: Tensor  # int64[R], prompt tokens, the response not counted
-    max_branch_length: int
-    query_branches: Tensor  # int64[Q], which branches are queries
-    supervised: Tensor  # int64[T], flat positions in [B * N] that predict a response token
-    targets: Tensor  # int64[T], that token; -100 = none, where a batch was rounded up
-    is_analysis: Tensor  # bool[T]
-    tokens: Tensor | None = None  # int64[M], flat positions in [B * N] of what is no padding; B * N = spare
-
-
-@dataclass
-class QueryIndex:
-    """Where the queries of a batch belong."""
-
-    image: Tensor  # int64[Q], in ascending order
-    place: Tensor  # int64[Q], number of the query among those of its image
-    most: int  # queries of the image that has most
-
-
-@dataclass
-class Batch:
-    """What the model sees, and the truth the losses compare with."""
-
-    images: Tensor  # uint8[B, 3, S, S]; the model scales to [0, 1] on the device
-    depth: Tensor  # float32[B, S, S], distance, 0 = invalid
-    target_ids: Tensor  # uint8[B, S, S]
-    text: PackedText
-    queries: QueryIndex
-    asked: Tensor  # bool[Q], False = padding, where a batch was rounded up
-    slot_ids: Tensor  # uint8[Q, num_slots], 0 = slot unused
-    used_slots: Tensor  # int64[2, U], query and slot of every target; -1 = none, where a batch was rounded up
-    object_ids: Tensor  # uint8[B, O], mask ids that have a phrase, 0 = none
-    object_words: Tensor  # int64[B, O, W], token ids of that phrase, -1 = none
-    samples: list[Sample]  # what it was made of, where that is asked for
-    patches: Tensor | None = None  # bfloat16[B, P, E], where they were stored
-
-    def to(self, device: torch.device) -> Batch:
-        return each_tensor(self, lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> Batch:
-        """In page-locked memory, from where a GPU copies while the host goes on; the loader calls this."""
-        return each_tensor(self, Tensor.pin_memory)
-
-
-def round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
+from annexe import prompts
+from annexe.structures.batch import ANALYSIS, BLOCK, Batch, PackedText, QueryIndex, round_up
+from annexe.structures.sample import Sample
 
 
 def pack(
     branches: list[list[tuple[list[int], list[int]]]],
     prefix: list[int],
     num_image_tokens: int,
-    multiple: int = 1,
-    in_one_row: bool = False,
+    pad_to_multiple_of: int = 1,
+    unpad: bool = False,
 ) -> dict[str, Any]:
     """Lay every image's branches (prompt ids, response ids) behind one prefix; an analysis comes first.
 
@@ -108,30 +35,30 @@ def pack(
     Returns:
         The fields of `PackedText`.
     """
-    wide = 4 * multiple if multiple > 1 else 1
+    wide = 4 * pad_to_multiple_of if pad_to_multiple_of > 1 else 1
     image_start, prefix_length = len(prefix), len(prefix) + num_image_tokens
     length = prefix_length + max(sum(len(p) + len(r) for p, r in image) for image in branches)
-    length = round_up(length, wide if in_one_row else multiple)
+    length = round_up(length, wide if unpad else pad_to_multiple_of)
     ids = np.zeros((len(branches), length), np.int64)
-    segment = np.full((len(branches), length), -1, np.int64)
+    segment_ids = np.full((len(branches), length), -1, np.int64)
     position = np.zeros((len(branches), length), np.int64)
-    ids[:, :image_start], segment[:, :prefix_length] = prefix, 0
+    ids[:, :image_start], segment_ids[:, :prefix_length] = prefix, 0
     position[:, :prefix_length] = np.arange(prefix_length)
-    most = max(map(len, branches)) if multiple > 1 else 0
+    most = max(map(len, branches)) if pad_to_multiple_of > 1 else 0
     rows: list[tuple[int, int, int]] = []
-    query_branches, supervised, targets, is_analysis = [], [], [], []
+    query_branches, label_positions, targets, is_analysis = [], [], [], []
     for image, image_branches in enumerate(branches):
         column = prefix_length
         for number, (prompt, response) in enumerate(image_branches, start=ANALYSIS):
             end = column + len(prompt) + len(response)
             ids[image, column:end] = prompt + response
-            segment[image, column:end] = number
+            segment_ids[image, column:end] = number
             position[image, column:end] = prefix_length + np.arange(end - column)
             if number > ANALYSIS:
                 query_branches.append(len(rows))
             rows.append((image, column, len(prompt)))
             first = image * length + column + len(prompt) - 1
-            supervised += range(first, first + len(response))
+            label_positions += range(first, first + len(response))
             targets += response
             is_analysis += [number == ANALYSIS] * len(response)
             column = end
@@ -139,48 +66,52 @@ def pack(
             query_branches.append(len(rows))
             rows.append((image, prefix_length, 1))
     spare = round_up(len(targets), wide) - len(targets)
-    supervised, targets, is_analysis = supervised + [0] * spare, targets + [-100] * spare, is_analysis + [False] * spare
-    branch_image, branch_start, branch_length = torch.tensor(rows).unbind(1)
+    label_positions, targets, is_analysis = (
+        label_positions + [0] * spare,
+        targets + [-100] * spare,
+        is_analysis + [False] * spare,
+    )
+    branch_image_index, branch_start, branch_length = torch.tensor(rows).unbind(1)
     return {
         "input_ids": torch.from_numpy(ids),
-        "segment": torch.from_numpy(segment),
+        "segment_ids": torch.from_numpy(segment_ids),
         "position_ids": torch.from_numpy(position),
         "image_start": image_start,
         "prefix_length": prefix_length,
-        "branch_image": branch_image,
+        "branch_image_index": branch_image_index,
         "branch_start": branch_start,
         "branch_length": branch_length,
-        "max_branch_length": round_up(int(branch_length.max()), max(multiple // 4, 1)),
+        "max_branch_length": round_up(int(branch_length.max()), max(pad_to_multiple_of // 4, 1)),
         "query_branches": torch.tensor(query_branches, dtype=torch.int64),
-        "supervised": torch.tensor(supervised, dtype=torch.int64),
-        "targets": torch.tensor(targets, dtype=torch.int64),
+        "label_positions": torch.tensor(label_positions, dtype=torch.int64),
+        "labels": torch.tensor(targets, dtype=torch.int64),
         "is_analysis": torch.tensor(is_analysis, dtype=torch.bool),
-        "tokens": _without_padding(segment) if in_one_row else None,
+        "unpadded_indices": _without_padding(segment_ids) if unpad else None,
     }
 
 
-def index_queries(turns: list[int], multiple: int = 1) -> tuple[QueryIndex, Tensor]:
+def index_queries(turns: list[int], pad_to_multiple_of: int = 1) -> tuple[QueryIndex, Tensor]:
     """Where the queries of images with ``turns`` queries each belong, as `pack` lays them out, and which are asked."""
     most = max(turns)
-    numbers = [most] * len(turns) if multiple > 1 else turns
+    numbers = [most] * len(turns) if pad_to_multiple_of > 1 else turns
     place = torch.tensor([k for number in numbers for k in range(number)], dtype=torch.int64)
     image = torch.arange(len(turns)).repeat_interleave(torch.tensor(numbers))
     return QueryIndex(image, place, most), place < torch.tensor(turns)[image]
 
 
-def used_slots_of(slot_ids: Tensor, multiple: int) -> Tensor:
+def used_slots_of(slot_ids: Tensor, pad_to_multiple_of: int) -> Tensor:
     """Query and slot of every target, int64[2, U], filled up with -1 to a ``multiple``."""
     used = torch.stack(slot_ids.nonzero(as_tuple=True))
-    return F.pad(used, (0, round_up(used.shape[1], multiple) - used.shape[1]), value=-1)
+    return F.pad(used, (0, round_up(used.shape[1], pad_to_multiple_of) - used.shape[1]), value=-1)
 
 
-def _without_padding(segment: np.ndarray) -> Tensor:
+def _without_padding(segment_ids: np.ndarray) -> Tensor:
     """Where tokens are, and spare ones up to a multiple of a block, or of about a 32nd where that is more: so few
     different numbers occur."""
-    tokens = np.flatnonzero(segment >= 0)
+    tokens = np.flatnonzero(segment_ids >= 0)
     unit = max(BLOCK, 1 << max(len(tokens).bit_length() - 6, 0))
     spare = round_up(len(tokens), unit) - len(tokens)
-    return torch.from_numpy(np.pad(tokens, (0, spare), constant_values=segment.size))
+    return torch.from_numpy(np.pad(tokens, (0, spare), constant_values=segment_ids.size))
 
 
 class Collator:
@@ -201,41 +132,63 @@ class Collator:
         num_slots: int,
         *,
         responses: bool = True,
-        multiple: int = 1,
-        in_one_row: bool = False,
+        pad_to_multiple_of: int = 1,
+        unpad: bool = False,
         keep_samples: bool = True,
     ) -> None:
-        self.tokenizer, self.num_image_tokens, self.num_slots = tokenizer, num_image_tokens, num_slots
+        self.tokenizer, self.num_image_tokens, self.num_slots = (
+            tokenizer,
+            num_image_tokens,
+            num_slots,
+        )
         self.responses, self.keep_samples = responses, keep_samples
-        self.multiple, self.in_one_row = multiple, in_one_row
+        self.pad_to_multiple_of, self.unpad = pad_to_multiple_of, unpad
 
     def __call__(self, samples: list[Sample]) -> Batch:
         pairs = [self._pairs(sample) for sample in samples]
         phrases = [phrase for sample in samples for phrase in sample.object_phrases.values()]
-        texts = [prompts.PREFIX, *phrases, *(text for own in pairs for pair in own for text in pair)]
+        texts = [
+            prompts.PREFIX,
+            *phrases,
+            *(text for own in pairs for pair in own for text in pair),
+        ]
         texts = list(dict.fromkeys(texts))
-        ids = dict(zip(texts, self.tokenizer.encode_all(texts), strict=True))  # one call for all of the batch
+        ids = dict(
+            zip(texts, self.tokenizer.encode_all(texts), strict=True)
+        )  # one call for all of the batch
         end = [self.tokenizer.eos_id]
-        branches = [[(ids[p], ids[r] + end if self.responses else []) for p, r in own] for own in pairs]
+        branches = [
+            [(ids[p], ids[r] + end if self.responses else []) for p, r in own] for own in pairs
+        ]
         prefix = [self.tokenizer.bos_id, *ids[prompts.PREFIX]]
-        slots = [[*turn.slot_ids, *[0] * self.num_slots][: self.num_slots] for s in samples for turn in s.turns]
-        queries, asked = index_queries([len(s.turns) for s in samples], self.multiple)
-        slot_ids = torch.zeros(len(asked), self.num_slots, dtype=torch.uint8)
-        slot_ids[asked] = torch.tensor(slots, dtype=torch.uint8).view(-1, self.num_slots)
+        slots = [
+            [*turn.slot_ids, *[0] * self.num_slots][: self.num_slots]
+            for s in samples
+            for turn in s.turns
+        ]
+        queries, query_mask = index_queries(
+            [len(s.turns) for s in samples], self.pad_to_multiple_of
+        )
+        slot_ids = torch.zeros(len(query_mask), self.num_slots, dtype=torch.uint8)
+        slot_ids[query_mask] = torch.tensor(slots, dtype=torch.uint8).view(-1, self.num_slots)
         object_ids, object_words = self._phrases(samples, ids)
         return Batch(
             images=torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2),
             depth=torch.from_numpy(np.stack([s.depth for s in samples])),
             target_ids=torch.from_numpy(np.stack([s.target_ids for s in samples])),
-            text=PackedText(**pack(branches, prefix, self.num_image_tokens, self.multiple, self.in_one_row)),
+            text=PackedText(
+                **pack(branches, prefix, self.num_image_tokens, self.pad_to_multiple_of, self.unpad)
+            ),
             queries=queries,
-            asked=asked,
+            query_mask=query_mask,
             slot_ids=slot_ids,
-            used_slots=used_slots_of(slot_ids, self.multiple),
+            used_slots=used_slots_of(slot_ids, self.pad_to_multiple_of),
             object_ids=object_ids,
             object_words=object_words,
             samples=samples if self.keep_samples else [],
-            patches=None if samples[0].patches is None else torch.stack([s.patches for s in samples]),
+            patches=None
+            if samples[0].patches is None
+            else torch.stack([s.patches for s in samples]),
         )
 
     def _pairs(self, sample: Sample) -> list[tuple[str, str]]:
@@ -245,7 +198,7 @@ class Collator:
 
     def _phrases(self, samples: list[Sample], ids: dict[str, list[int]]) -> tuple[Tensor, Tensor]:
         words = [[(i, ids[p]) for i, p in s.object_phrases.items()] for s in samples]
-        few = 8 if self.multiple > 1 else 1
+        few = 8 if self.pad_to_multiple_of > 1 else 1
         num_objects = round_up(max([1, *(len(w) for w in words)]), few)
         num_words = round_up(max([1, *(len(ids) for w in words for _, ids in w)]), few)
         object_ids = torch.zeros(len(samples), num_objects, dtype=torch.uint8)

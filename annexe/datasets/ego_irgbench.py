@@ -16,17 +16,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from annexe.datasets import prompts
+from annexe import prompts
+from annexe.datasets.annotation_index import Annotations, Index, open_index
 from annexe.datasets.annotations import Annotation, read_annotations
-from annexe.datasets.index import Annotations, Index, open_index
-from annexe.datasets.sample import Sample, Turn
-from annexe.datasets.stems import CATEGORIES, annotation_folders, category, check_known, read_list
-from annexe.datasets.transforms import PIXEL_FILES, PixelReader
-from annexe.errors import UserError, unknown
+from annexe.datasets.image_names import (
+    CATEGORIES,
+    annotation_folders,
+    category,
+    check_known,
+    read_list,
+)
+from annexe.datasets.pixels import PIXEL_FILES, PixelReader
+from annexe.errors import UserError, unknown_name_error
 from annexe.registry import register
+from annexe.structures.sample import Sample, Turn
 
 if TYPE_CHECKING:
-    from annexe.datasets.patches import StoredPatches
+    from annexe.training.feature_cache import StoredPatches
 
 log = logging.getLogger(__name__)
 
@@ -67,17 +73,25 @@ class EgoIRGBench:
         split_dir: str | None = None,
     ) -> None:
         if answer_format not in ("sentence", "phrases"):
-            raise unknown("datasets.ego_irgbench.answer_format", answer_format, ("sentence", "phrases"))
+            raise unknown_name_error(
+                "datasets.ego_irgbench.answer_format", answer_format, ("sentence", "phrases")
+            )
         if queries_per_image < 1:
-            raise UserError(f"datasets.ego_irgbench.queries_per_image is {queries_per_image}; it must be at least 1")
+            raise UserError(
+                f"datasets.ego_irgbench.queries_per_image is {queries_per_image}; it must be at least 1"
+            )
         self.root, self.split, self.seed = Path(data_root), split, seed
         self.queries_per_image, self.answer_format = queries_per_image, answer_format
         if not self.root.is_dir():
             raise UserError(
                 f"datasets.ego_irgbench.data_root: no folder '{self.root}'; give the folder that holds RGB/"
             )
-        self.stored_patches: StoredPatches | None = None  # of the RGB encoder, where the trainer stored them
-        self.split_dir, self.exclude = (Path(path) if path else None for path in (split_dir, exclude))
+        self.stored_patches: StoredPatches | None = (
+            None  # of the RGB encoder, where the trainer stored them
+        )
+        self.split_dir, self.exclude = (
+            Path(path) if path else None for path in (split_dir, exclude)
+        )
         self._places = self._select(split)
         self._require_annotations()
         self.stems = list(self._places)
@@ -107,7 +121,9 @@ class EgoIRGBench:
             places = self._select(split).values()
         except MissingSplit:
             return Annotations(())
-        return Annotations((index, row) for index, row in places if index.num_annotations(row))  # damaged ones left out
+        return Annotations(
+            (index, row) for index, row in places if index.num_annotations(row)
+        )  # damaged ones left out
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         """The training sample (epoch, index): ``queries_per_image`` annotations, a wording drawn for each."""
@@ -115,8 +131,13 @@ class EgoIRGBench:
         random = np.random.default_rng([self.seed, epoch, zlib.crc32(self.stems[index].encode())])
         annotations = self.annotations[index]
         chosen = random.permutation(len(annotations))[: self.queries_per_image].tolist()
-        turns = [self._turn(index, a, int(random.integers(len(annotations[a].questions)))) for a in chosen]
-        instruction = prompts.ANALYSIS_INSTRUCTIONS[int(random.integers(len(prompts.ANALYSIS_INSTRUCTIONS)))]
+        turns = [
+            self._turn(index, a, int(random.integers(len(annotations[a].questions))))
+            for a in chosen
+        ]
+        instruction = prompts.ANALYSIS_INSTRUCTIONS[
+            int(random.integers(len(prompts.ANALYSIS_INSTRUCTIONS)))
+        ]
         return self._sample(index, turns, instruction)
 
     def evaluation_sample(self, index: int, queries_per_annotation: int | str = 1) -> Sample:
@@ -125,9 +146,15 @@ class EgoIRGBench:
         turns = []
         for number, annotation in enumerate(self.annotations[index]):
             key = zlib.crc32(f"{self.stems[index]}/{number}".encode())
-            order = np.random.default_rng([self.seed, key]).permutation(len(annotation.questions)).tolist()
+            order = (
+                np.random.default_rng([self.seed, key])
+                .permutation(len(annotation.questions))
+                .tolist()
+            )
             ids = [question["id"] for question in annotation.questions]
-            order = [question for question in order if ids.index(ids[question]) == question]  # of one id the first
+            order = [
+                question for question in order if ids.index(ids[question]) == question
+            ]  # of one id the first
             turns += [self._turn(index, number, question) for question in order[:number_asked]]
         return self._sample(index, turns, prompts.ANALYSIS_INSTRUCTIONS[0])
 
@@ -137,7 +164,11 @@ class EgoIRGBench:
         for image in self.annotations:
             texts.append(image[0].caption)
             for annotation in image:
-                texts += [annotation.answer, *annotation.tokens, *(q["query"] for q in annotation.questions)]
+                texts += [
+                    annotation.answer,
+                    *annotation.tokens,
+                    *(q["query"] for q in annotation.questions),
+                ]
         return texts
 
     def reference(self, annotation: Annotation) -> str:
@@ -163,8 +194,13 @@ class EgoIRGBench:
         digest = hashlib.sha256()
         root = str(self.root)  # strings: for 80,000 files pathlib takes as long as the disk
         for stem, (index, _) in self._places.items():
-            pixels = (os.path.join(root, folder, f"{stem}{ending}") for folder, ending in PIXEL_FILES)
-            sizes = [os.stat(file).st_size for file in (os.path.join(index.folder, f"{stem}.json"), *pixels)]
+            pixels = (
+                os.path.join(root, folder, f"{stem}{ending}") for folder, ending in PIXEL_FILES
+            )
+            sizes = [
+                os.stat(file).st_size
+                for file in (os.path.join(index.folder, f"{stem}.json"), *pixels)
+            ]
             digest.update(f"{stem}:{sizes}".encode())
         return digest.hexdigest()
 
@@ -181,15 +217,26 @@ class EgoIRGBench:
         else:
             path = self.split_dir / f"{split}.txt"
             if self.split_dir.is_dir() and not path.is_file():
-                raise MissingSplit(f"split '{split}' has no list '{path}'; choose another split or another split_dir")
+                raise MissingSplit(
+                    f"split '{split}' has no list '{path}'; choose another split or another split_dir"
+                )
             listed = read_list(path, "datasets.ego_irgbench.split_dir")
             places = self._listed(set(listed), path)
         if self.exclude is not None:
             excluded = set(read_list(self.exclude, "datasets.ego_irgbench.exclude"))
-            check_known(excluded, itertools.chain(*annotation_folders(self.root).values()), self.exclude, self.root)
+            check_known(
+                excluded,
+                itertools.chain(*annotation_folders(self.root).values()),
+                self.exclude,
+                self.root,
+            )
             left = {stem: place for stem, place in places.items() if stem not in excluded}
             log.info(
-                "%s leaves out %d of %d images of split '%s'", self.exclude, len(places) - len(left), len(places), split
+                "%s leaves out %d of %d images of split '%s'",
+                self.exclude,
+                len(places) - len(left),
+                len(places),
+                split,
             )
             places = left
         return places
@@ -242,7 +289,9 @@ class EgoIRGBench:
 
     def _sample(self, index: int, turns: list[Turn], instruction: str) -> Sample:
         annotations = self.annotations[index]
-        phrases = {i: a.phrase(slot) for a in annotations for slot, i in a.slots.items() if a.phrase(slot)}
+        phrases = {
+            i: a.phrase(slot) for a in annotations for slot, i in a.slots.items() if a.phrase(slot)
+        }
         ids = {mask_id for a in annotations for mask_id in a.slots.values()}
         pixels = self.pixels.read(self.stems[index], ids)
         return Sample(

@@ -14,20 +14,32 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from annexe.datasets import prompts
-from annexe.datasets.ego_irgbench import Annotation
-from annexe.datasets.sample import Sample, Turn
-from annexe.datasets.transforms import read_id_map, read_image
-from annexe.errors import UserError, unknown
+from annexe import prompts
+from annexe.datasets.annotations import Annotation
+from annexe.datasets.pixels import read_id_map, read_image
+from annexe.errors import UserError, unknown_name_error
 from annexe.registry import register
+from annexe.structures.sample import Sample, Turn
 
 SPLITS = ("train", "val", "test_indomain", "test_outdomain")
 CATEGORIES = {  # id in a label: its name, how it is called in an answer, and how it is asked for
     1: ("left_hand", "left hand", "Please segment the left hand."),
     2: ("right_hand", "right hand", "Please segment the right hand."),
-    3: ("left_object", "object of the left hand", "Please segment the object interacting with the left hand."),
-    4: ("right_object", "object of the right hand", "Please segment the object interacting with the right hand."),
-    5: ("both_object", "object of both hands", "Please segment the object interacting with both hands."),
+    3: (
+        "left_object",
+        "object of the left hand",
+        "Please segment the object interacting with the left hand.",
+    ),
+    4: (
+        "right_object",
+        "object of the right hand",
+        "Please segment the object interacting with the right hand.",
+    ),
+    5: (
+        "both_object",
+        "object of both hands",
+        "Please segment the object interacting with both hands.",
+    ),
 }
 LAST_ID = 8  # 6 to 8 are objects that other objects touch: background, as in the published protocol
 
@@ -45,9 +57,11 @@ class EgoHOS:
     answer_format = None  # answers are not scored
     queries_per_image, num_slots = len(CATEGORIES), 1
 
-    def __init__(self, split: str, image_size: int, seed: int, cache_dir: Path | None, *, data_root: str) -> None:
+    def __init__(
+        self, split: str, image_size: int, seed: int, cache_dir: Path | None, *, data_root: str
+    ) -> None:
         if split not in SPLITS:
-            raise unknown("run.split of EgoHOS", split, SPLITS)
+            raise unknown_name_error("run.split of EgoHOS", split, SPLITS)
         self.root, self.split, self.image_size = Path(data_root), split, image_size
         self.folder = self.root / split
         self.stems = sorted(path.stem for path in (self.folder / "image").glob("*.jpg"))
@@ -56,14 +70,18 @@ class EgoHOS:
                 f"datasets.egohos.data_root: no photos '{self.folder / 'image'}/*.jpg'; give the folder that holds "
                 f"{', '.join(f'{name}/' for name in SPLITS)}"
             )
-        with ThreadPoolExecutor() as pool:  # every label is read once here: what is wrong shows before hours of work
+        with (
+            ThreadPoolExecutor() as pool
+        ):  # every label is read once here: what is wrong shows before hours of work
             self.annotations = list(pool.map(self._annotations, self.stems))
 
     def __len__(self) -> int:
         return len(self.stems)
 
     def __getitem__(self, item: Any) -> Sample:
-        raise UserError("egohos is for evaluation alone, it has no sentences to train on; train on ego_irgbench")
+        raise UserError(
+            "egohos is for evaluation alone, it has no sentences to train on; train on ego_irgbench"
+        )
 
     def texts(self) -> list[str]:
         return self[0]
@@ -90,7 +108,9 @@ class EgoHOS:
             stem=stem,
             image=np.asarray(photo.resize((side, side), Image.Resampling.BICUBIC)),
             depth=np.zeros((side, side), np.float32),
-            target_ids=np.asarray(Image.fromarray(ids).resize((side, side), Image.Resampling.NEAREST)),
+            target_ids=np.asarray(
+                Image.fromarray(ids).resize((side, side), Image.Resampling.NEAREST)
+            ),
             analysis="",
             turns=turns,
             original_size=ids.shape,
@@ -127,7 +147,9 @@ class EgoHOS:
             with Image.open(photo) as header:
                 width, height = header.size
         except OSError as error:
-            raise UserError(f"cannot read image '{photo}' ({error}); restore it from the original data") from None
+            raise UserError(
+                f"cannot read image '{photo}' ({error}); restore it from the original data"
+            ) from None
         if ids.shape != (height, width):
             raise UserError(
                 f"label '{label}' is {ids.shape[1]} x {ids.shape[0]} but its photo is {width} x {height}; "
@@ -135,11 +157,15 @@ class EgoHOS:
             )
         present = np.flatnonzero(np.bincount(ids.reshape(-1))).tolist()
         if present[-1] > LAST_ID:
-            raise UserError(f"label '{label}' has the id {present[-1]}; EgoHOS knows 0 to {LAST_ID}")
+            raise UserError(
+                f"label '{label}' has the id {present[-1]}; EgoHOS knows 0 to {LAST_ID}"
+            )
         return [
             Annotation(
                 caption="",
-                answer=f"The mask of the {called} is <MSK_0>." if number in present else prompts.NO_TARGET_ANSWER,
+                answer=f"The mask of the {called} is <MSK_0>."
+                if number in present
+                else prompts.NO_TARGET_ANSWER,
                 tokens=[called],
                 masks_idx=[number if number in present else 0],
                 with_mask=number in present,

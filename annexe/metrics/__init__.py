@@ -7,12 +7,13 @@ order. The released scores alone depend on the order, as they did.
 from __future__ import annotations
 
 from annexe.metrics.bootstrap import ClusterBootstrap, differences
-from annexe.metrics.confidence import MaskCalibration, PresenceRisk, best_threshold
+from annexe.metrics.calibration import MaskCalibration, PresenceRisk, best_threshold
 from annexe.metrics.consistency import AnswerContradictions, ObjectWithoutHand, ParaphraseAgreement
 from annexe.metrics.depth import DepthMetrics, depth_errors
-from annexe.metrics.masks import GroundingMetrics, decode, encode
+from annexe.metrics.grounding import GroundingMetrics
 from annexe.metrics.released import AnnexeRelease, EarlRelease
-from annexe.metrics.text import TextMetrics, normalise
+from annexe.metrics.text import TextMetrics, normalize
+from annexe.rle import decode, encode
 
 __all__ = [
     "AnnexeRelease",
@@ -31,5 +32,5 @@ __all__ = [
     "depth_errors",
     "differences",
     "encode",
-    "normalise",
+    "normalize",
 ]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from annexe.metrics.masks import QueryResult
+from annexe.metrics.grounding import QueryResult
 
 METRICS = (
     "grounding/ciou",
@@ -72,7 +72,10 @@ class ClusterBootstrap:
         """Numerators and denominators by cluster, float64[C, M, 2]; clusters by name, sums in no order of queries."""
         return np.array(
             [
-                [[math.fsum(side) for side in zip(*ratios, strict=True)] for ratios in zip(*rows, strict=True)]
+                [
+                    [math.fsum(side) for side in zip(*ratios, strict=True)]
+                    for ratios in zip(*rows, strict=True)
+                ]
                 for _, rows in sorted(self.rows.items())
             ]
         )
@@ -120,12 +123,18 @@ def differences(first: ClusterBootstrap, second: ClusterBootstrap) -> dict[str, 
 def _weights(num_clusters: int) -> np.ndarray:
     """How often each cluster is drawn, float64[R, C]; the same for every system and metric."""
     shares = np.full(num_clusters, 1 / num_clusters)
-    return np.random.default_rng(SEED).multinomial(num_clusters, shares, size=NUM_RESAMPLES).astype(np.float64)
+    return (
+        np.random.default_rng(SEED)
+        .multinomial(num_clusters, shares, size=NUM_RESAMPLES)
+        .astype(np.float64)
+    )
 
 
 def _ratios(sums: np.ndarray) -> np.ndarray:
     """Numerator over denominator in the last axis; not a number where there is nothing to divide by."""
-    return np.divide(sums[..., 0], sums[..., 1], out=np.full(sums.shape[:-1], np.nan), where=sums[..., 1] > 0)
+    return np.divide(
+        sums[..., 0], sums[..., 1], out=np.full(sums.shape[:-1], np.nan), where=sums[..., 1] > 0
+    )
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 from pycocotools import mask as coco_mask
 
-from annexe.datasets.prompts import NO_TARGET
-from annexe.metrics.masks import Overlap, QueryResult, Rle, area
-from annexe.metrics.text import normalise
+from annexe.metrics.grounding import Overlap, QueryResult
+from annexe.metrics.text import normalize
+from annexe.prompts import NO_TARGET
+from annexe.rle import Rle, area
 
 PLACEHOLDER = re.compile(r"<MSK_?(\d{0,4})>")
 HANDS = ("left_hand", "right_hand")
@@ -38,10 +39,14 @@ def agreement(masks: list[list[Rle]], answers: list[str]) -> Agreement:
         both = areas[first] + areas[second]
         same = areas[first] == areas[second] and (not both or unions[first] == unions[second])
         union = (
-            areas[first] if same else area([unions[first], unions[second]]) if areas[first] and areas[second] else both
+            areas[first]
+            if same
+            else area([unions[first], unions[second]])
+            if areas[first] and areas[second]
+            else both
         )
         ious.append(Overlap(both - union, union).iou)
-        equal.append(normalise(answers[first]) == normalise(answers[second]))
+        equal.append(normalize(answers[first]) == normalize(answers[second]))
     return Agreement(math.fsum(ious) / len(ious), sum(equal) / len(equal))
 
 
@@ -66,7 +71,10 @@ class ParaphraseAgreement:
         number = len(self.questions)
         return {
             f"{prefix}/iou": math.fsum(question.iou for question in self.questions) / number,
-            f"{prefix}/equal_answers": math.fsum(question.equal_answers for question in self.questions) / number,
+            f"{prefix}/equal_answers": math.fsum(
+                question.equal_answers for question in self.questions
+            )
+            / number,
             f"{prefix}/num_questions": number,
         }
 
@@ -85,9 +93,9 @@ class AnswerContradictions:
         """Adds one query and its predicted answer."""
         predicted = {mask.slot for mask in query.masks}
         named = {int(slot or 0) for slot in PLACEHOLDER.findall(answer)}
-        refused = normalise(answer) in {normalise(text) for text in NO_TARGET.values()}
+        is_refusal = normalize(answer) in {normalize(text) for text in NO_TARGET.values()}
         self.num_queries += 1
-        self.num_contradictions += predicted != named if named else bool(predicted) == refused
+        self.num_contradictions += predicted != named if named else bool(predicted) == is_refusal
 
     def merge(self, other: AnswerContradictions) -> None:
         """Adds all queries of `other`."""
@@ -96,7 +104,11 @@ class AnswerContradictions:
 
     def compute(self, prefix: str = "consistency") -> dict[str, float]:
         """Gives `contradictions`, a share of all queries; nothing without a query."""
-        return {f"{prefix}/contradictions": self.num_contradictions / self.num_queries} if self.num_queries else {}
+        return (
+            {f"{prefix}/contradictions": self.num_contradictions / self.num_queries}
+            if self.num_queries
+            else {}
+        )
 
 
 class ObjectWithoutHand:

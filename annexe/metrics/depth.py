@@ -77,7 +77,11 @@ def _fit(disparity: np.ndarray, inverse_distance: np.ndarray) -> np.ndarray:
     """Returns scale * disparity + shift closest to the inverse distance; all float64[num_valid]."""
     centred = disparity - disparity.mean()
     variance = np.square(centred).sum()
-    scale = (centred * (inverse_distance - inverse_distance.mean())).sum() / variance if variance > 0 else 0.0
+    scale = (
+        (centred * (inverse_distance - inverse_distance.mean())).sum() / variance
+        if variance > 0
+        else 0.0
+    )
     return scale * centred + inverse_distance.mean()
 
 

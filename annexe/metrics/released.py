@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from annexe.metrics.masks import QueryResult
-from annexe.metrics.text import TextPair, cider, meteor, meteor_name, normalise
+from annexe.metrics.grounding import QueryResult
+from annexe.metrics.text import TextPair, cider, meteor, meteor_name, normalize
 
 BATCH_SIZE = 10
 NUM_CLASSES = 4  # 0 is the background, k + 1 is slot k
@@ -29,7 +29,9 @@ class AnnexeRelease:
         """Adds the analysis of one image."""
         self.analyses.append(_swapped(prediction, reference))
 
-    def add_query(self, prediction: str, reference: str, query: QueryResult, num_pixels: int) -> None:
+    def add_query(
+        self, prediction: str, reference: str, query: QueryResult, num_pixels: int
+    ) -> None:
         """Adds one query: answer, masks, and the number of pixels of its image."""
         self.answers.append(_swapped(prediction, reference))
         self.class_pixels.append(class_pixels(query, num_pixels))
@@ -48,7 +50,9 @@ class AnnexeRelease:
                 metrics[f"{part}/{meteor_name()}_swapped"] = _mean_over_batches(pairs, meteor)
                 metrics[f"{part}/cider_swapped"] = _mean_over_batches(pairs, cider)
         if self.class_pixels:
-            metrics["grounding/batch_class_iou"] = _mean_over_batches(self.class_pixels, mean_class_iou)
+            metrics["grounding/batch_class_iou"] = _mean_over_batches(
+                self.class_pixels, mean_class_iou
+            )
         return metrics | {"num_batches": math.ceil(len(self.class_pixels) / BATCH_SIZE)}
 
 
@@ -105,7 +109,7 @@ def mean_class_iou(batch: list[np.ndarray]) -> float:
 
 
 def _swapped(prediction: str, reference: str) -> TextPair:
-    return TextPair(normalise(reference), normalise(prediction), None)
+    return TextPair(normalize(reference), normalize(prediction), None)
 
 
 def _mean_over_batches(samples: list, value_of: Callable[[list], float]) -> float:

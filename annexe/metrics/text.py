@@ -59,7 +59,9 @@ class TextMetrics:
     def __init__(self) -> None:
         self.pairs: dict[str, TextPair] = {}
 
-    def update(self, key: str, prediction: str, reference: str, *, has_target: bool | None = None) -> None:
+    def update(
+        self, key: str, prediction: str, reference: str, *, has_target: bool | None = None
+    ) -> None:
         """Adds one pair.
 
         Args:
@@ -71,7 +73,7 @@ class TextMetrics:
         Raises:
             UserError: The key was added before.
         """
-        self._add(key, TextPair(normalise(prediction), normalise(reference), has_target))
+        self._add(key, TextPair(normalize(prediction), normalize(reference), has_target))
 
     def merge(self, other: TextMetrics) -> None:
         """Adds all pairs of `other`.
@@ -108,7 +110,7 @@ class TextMetrics:
 
 
 @functools.lru_cache(maxsize=2**16)
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """Lower-cases and removes mask placeholders and punctuation; words stay apart by one space.
 
     Punctuation separates words (`hand-held` is two), apostrophes do not (`person's` is one).
@@ -179,7 +181,9 @@ def meteor_name() -> str:
 def meteor(pairs: list[TextPair]) -> float:
     """Mean METEOR as nltk computes it."""
     has_synonyms = load_wordnet() is not None
-    return math.fsum(_meteor_of(pair.prediction, pair.reference, has_synonyms) for pair in pairs) / len(pairs)
+    return math.fsum(
+        _meteor_of(pair.prediction, pair.reference, has_synonyms) for pair in pairs
+    ) / len(pairs)
 
 
 @functools.lru_cache(maxsize=2**18)
@@ -201,7 +205,9 @@ def cider(pairs: list[TextPair]) -> float:
     distinct = list(dict.fromkeys(sides))
     scorer.ctest = [cook_test(prediction) for prediction, _ in distinct]
     # The scorer takes the size of the corpus from the length of this list, and stops where the tests end.
-    scorer.crefs = [cook_refs([reference]) for _, reference in distinct] + [[]] * (len(pairs) - len(distinct))
+    scorer.crefs = [cook_refs([reference]) for _, reference in distinct] + [[]] * (
+        len(pairs) - len(distinct)
+    )
     scores = dict(zip(distinct, scorer.compute_cider(), strict=True))
     return float(np.mean(np.array([scores[side] for side in sides])))
 

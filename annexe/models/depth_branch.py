@@ -13,10 +13,9 @@ from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
 
-from annexe import weights as checkpoints
-from annexe.errors import unknown
-from annexe.models.enlarge import enlarge
-from annexe.models.normalise import Normalise
+from annexe.checkpoints import public as checkpoints
+from annexe.errors import unknown_name_error
+from annexe.models.image_ops import Normalize, enlarge
 from annexe.registry import register
 
 PATCH = 14
@@ -69,7 +68,9 @@ def initialise(neck: nn.Module, head: nn.Module) -> None:
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             nn.init.zeros_(module.bias) if module.bias is not None else None
-    for fusion in neck.fusion_stage.layers:  # residual branches start small, so that sums do not grow
+    for (
+        fusion
+    ) in neck.fusion_stage.layers:  # residual branches start small, so that sums do not grow
         for unit in (fusion.residual_layer1, fusion.residual_layer2):
             nn.init.normal_(unit.convolution2.weight, std=1e-2)
     nn.init.ones_(head.conv3.bias)
@@ -106,9 +107,9 @@ class DepthAnythingV2(nn.Module):
         super().__init__()
         checkpoints.require_source("model.depth_branch", "weights", weights, init)
         if trained not in TRAINED:
-            raise unknown("setting model.depth_branch.trained", trained, TRAINED)
+            raise unknown_name_error("setting model.depth_branch.trained", trained, TRAINED)
         if size not in SIZES:
-            raise unknown("setting model.depth_branch.size", size, SIZES)
+            raise unknown_name_error("setting model.depth_branch.size", size, SIZES)
         shape = SIZES[size]
         backbone = Dinov2Config(
             image_size=image_size,
@@ -132,12 +133,20 @@ class DepthAnythingV2(nn.Module):
                 depth_estimation_type="relative",
             )
         )
-        self.num_channels, self.grid, self.out_indices = shape.fusion, image_size // PATCH, shape.out_indices
-        self.normalise = Normalise("model.depth_branch", statistics)
+        self.num_channels, self.grid, self.out_indices = (
+            shape.fusion,
+            image_size // PATCH,
+            shape.out_indices,
+        )
+        self.normalize = Normalize("model.depth_branch", statistics)
         embeddings = self.model.backbone.embeddings
-        embeddings.position_embeddings.data[0, 1:] = build_sincos2d_pos_embed([self.grid] * 2, dim=shape.hidden)
+        embeddings.position_embeddings.data[0, 1:] = build_sincos2d_pos_embed(
+            [self.grid] * 2, dim=shape.hidden
+        )
         initialise(self.model.neck, self.model.head)
-        self.model.to(memory_format=torch.channels_last)  # a fifth off a training step of the tiny model on CPU
+        self.model.to(
+            memory_format=torch.channels_last
+        )  # a fifth off a training step of the tiny model on CPU
         if weights is not None:
             checkpoints.load(self, "depth_branch", weights)
         for name, parameter in self.model.named_parameters():
@@ -149,7 +158,7 @@ class DepthAnythingV2(nn.Module):
     def forward(self, images: Tensor) -> DepthFeatures:
         """Depth and features of ``images`` float[B, 3, S, S] in [0, 1]."""
         backbone, tapped = self.model.backbone, []
-        tokens = backbone.embeddings(self.normalise(images))  # [B, 1 + G * G, D]
+        tokens = backbone.embeddings(self.normalize(images))  # [B, 1 + G * G, D]
         for number, block in enumerate(backbone.encoder.layer, start=1):
             tokens = block(tokens)
             if number in self.out_indices:
@@ -165,11 +174,15 @@ class DepthAnythingV2(nn.Module):
         Enlarging is linear and its weights add up to 1, so the order of the two makes no difference.
         """
         neck, features = self.model.neck, []
-        for tokens, reassemble, convolution in zip(tapped, neck.reassemble_stage.layers, neck.convs, strict=True):
+        for tokens, reassemble, convolution in zip(
+            tapped, neck.reassemble_stage.layers, neck.convs, strict=True
+        ):
             x = pointwise(reassemble.projection, tokens[:, 1:]).unflatten(1, (self.grid, self.grid))
             features.append(convolution(reassemble.resize(x.permute(0, 3, 1, 2))))
         maps: list[Tensor] = []
-        for number, (fusion, feature) in enumerate(zip(neck.fusion_stage.layers, reversed(features), strict=True)):
+        for number, (fusion, feature) in enumerate(
+            zip(neck.fusion_stage.layers, reversed(features), strict=True)
+        ):
             x = feature if not maps else maps[-1] + fusion.residual_layer1(feature)
             x = fusion.projection(fusion.residual_layer2(x))
             maps.append(enlarge(x, 2**number * self.grid, align_corners=True))

@@ -10,42 +10,35 @@ width, C pixel width, h x w mask logits.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 
-from annexe.datasets.collate import QueryIndex
-from annexe.errors import require_multiple, require_sizes, unknown
-from annexe.models.attention import masked_kernels
-from annexe.models.enlarge import enlarge
+from annexe.errors import require_multiple, require_sizes, unknown_name_error
+from annexe.models.image_ops import enlarge
+from annexe.models.masked_attention import masked_kernels
 from annexe.registry import register
-
-
-class Grounding(NamedTuple):
-    """What a decoder predicts for every query."""
-
-    presence: Tensor  # float[Q, K], logits
-    masks: Tensor  # float[Q, K, h, w], logits
+from annexe.structures.batch import QueryIndex
+from annexe.structures.prediction import Grounding
 
 
 def pad_per_image(rows: Tensor, queries: QueryIndex, num_images: int) -> Tensor:
     """Lay per-query rows [Q, ...] out per image, padded: [B, queries of the fullest image, ...]."""
-    if len(rows) == num_images * queries.most:  # none is missing: nothing has to be copied
-        return rows.unflatten(0, (num_images, queries.most))
-    padded = rows.new_zeros(num_images, queries.most, *rows.shape[1:])
-    padded[queries.image, queries.place] = rows
+    if len(rows) == num_images * queries.max_queries:  # none is missing: nothing has to be copied
+        return rows.unflatten(0, (num_images, queries.max_queries))
+    padded = rows.new_zeros(num_images, queries.max_queries, *rows.shape[1:])
+    padded[queries.image_index, queries.index_in_image] = rows
     return padded
 
 
-def unpad(per_image: Tensor, queries: QueryIndex) -> Tensor:
+def unpad_per_image(per_image: Tensor, queries: QueryIndex) -> Tensor:
     """Undo `pad_per_image`: [B, queries of the fullest image, ...] -> [Q, ...]."""
     rows = per_image.flatten(0, 1)
-    if len(rows) == len(queries.image):
+    if len(rows) == len(queries.image_index):
         return rows
-    return rows.index_select(0, queries.image * queries.most + queries.place)
+    return rows.index_select(0, queries.image_index * queries.max_queries + queries.index_in_image)
 
 
 class Attention(nn.Module):
@@ -56,12 +49,16 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None = None
+    ) -> Tensor:
         """``x`` [N, n, H] reads ``values`` [N, m, H] where ``allowed`` bool[N, n or 1, m], if given -> [N, n, H]."""
         split = (self.query(x), self.key(keys), self.value(values))
         heads = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in split)
         with masked_kernels(x.device):
-            read = F.scaled_dot_product_attention(*heads, attn_mask=None if allowed is None else allowed[:, None])
+            read = F.scaled_dot_product_attention(
+                *heads, attn_mask=None if allowed is None else allowed[:, None]
+            )
         return self.out(read.transpose(1, 2).flatten(2))
 
 
@@ -73,8 +70,13 @@ class DecoderLayer(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
-        self.own_attention, self.pixel_attention = Attention(width, num_heads), Attention(width, num_heads)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.own_attention, self.pixel_attention = (
+            Attention(width, num_heads),
+            Attention(width, num_heads),
+        )
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
 
     def forward(
         self,
@@ -95,7 +97,7 @@ class DecoderLayer(nn.Module):
         # All tokens of an image attend to its pixels together: keys are projected once an image, not once a query.
         per_image = pad_per_image(self.norms[1](tokens), queries, len(keys))  # [B, n, num_out, H]
         read = self.pixel_attention(per_image.flatten(1, 2), keys, values, pixel_mask)
-        tokens = tokens + unpad(read.view_as(per_image), queries)
+        tokens = tokens + unpad_per_image(read.view_as(per_image), queries)
         return tokens + self.mlp(self.norms[2](tokens))
 
 
@@ -113,9 +115,9 @@ class QueryDecoder(nn.Module):
         words: slots start from the end of the prompt; all tokens of the prompt join them in self- and cross-attention.
         pixels: what is attended to: ``rgb`` patches, the ``depth`` branch's maps, or ``both``.
         focused: masked attention of Mask2Former (CVPR 2022): a slot attends inside its mask of the layer before.
-        supervised_layers: deep supervision: every layer has losses, with its masks at 2 G a side.
-        told_presence: to a slot's presence logit another is added, from the end of the prompt alone.
-        language_gradients: the losses of presence and masks reach the language model.
+        deep_supervision: deep supervision: every layer has losses, with its masks at 2 G a side.
+        presence_from_prompt: to a slot's presence logit another is added, from the end of the prompt alone.
+        backprop_to_language_model: the losses of presence and masks reach the language model.
         reads: ``prompt``, or ``answer``: a slot starts from the state of its ``<MSK_k>`` in the answer, the true one in
             training and the generated one in use (LISA, CVPR 2024), and there are no words.
     """
@@ -138,49 +140,85 @@ class QueryDecoder(nn.Module):
         words: bool = False,
         pixels: str = "both",
         focused: bool = True,
-        supervised_layers: bool = True,
-        told_presence: bool = False,
-        language_gradients: bool = True,
+        deep_supervision: bool = True,
+        presence_from_prompt: bool = False,
+        backprop_to_language_model: bool = True,
         reads: str = "prompt",
     ) -> None:
         super().__init__()
         if reads not in ("prompt", "answer"):
-            raise unknown("setting model.pixel_decoder.reads", reads, ("prompt", "answer"))
+            raise unknown_name_error(
+                "setting model.pixel_decoder.conditioning", reads, ("prompt", "answer")
+            )
         if pixels not in ("rgb", "depth", "both"):
-            raise unknown("setting model.pixel_decoder.pixels", pixels, ("rgb", "depth", "both"))
+            raise unknown_name_error(
+                "setting model.pixel_decoder.feature_source", pixels, ("rgb", "depth", "both")
+            )
         if mask_scale not in (2, 4, 8):
-            raise unknown("setting model.pixel_decoder.mask_scale", mask_scale, ("2", "4", "8"))
+            raise unknown_name_error(
+                "setting model.pixel_decoder.mask_scale", mask_scale, ("2", "4", "8")
+            )
         where, of = "model.pixel_decoder", math.lcm(max(num_heads, 1), 4)
-        require_sizes(where, num_slots=num_slots, num_layers=num_layers, num_heads=num_heads, pixel_dim=pixel_dim)
-        require_multiple(where, "hidden_size", hidden_size, of, f"{num_heads} heads and positions in a plane")
+        require_sizes(
+            where,
+            num_slots=num_slots,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            pixel_dim=pixel_dim,
+        )
+        require_multiple(
+            where, "hidden_size", hidden_size, of, f"{num_heads} heads and positions in a plane"
+        )
         self.grid, self.num_slots, self.reads, self.mask_scale = grid, num_slots, reads, mask_scale
         words = words and reads == "prompt"
-        self.focused, self.supervised_layers, self.language_gradients = focused, supervised_layers, language_gradients
+        self.focused, self.deep_supervision, self.backprop_to_language_model = (
+            focused,
+            deep_supervision,
+            backprop_to_language_model,
+        )
         self.slot = nn.Parameter(torch.randn(num_slots, hidden_size))
-        self.condition = nn.Sequential(nn.LayerNorm(language_dim), nn.Linear(language_dim, hidden_size))
-        self.word = nn.Sequential(nn.LayerNorm(language_dim), nn.Linear(language_dim, hidden_size)) if words else None
+        self.condition = nn.Sequential(
+            nn.LayerNorm(language_dim), nn.Linear(language_dim, hidden_size)
+        )
+        self.word = (
+            nn.Sequential(nn.LayerNorm(language_dim), nn.Linear(language_dim, hidden_size))
+            if words
+            else None
+        )
         self.rgb = nn.Linear(rgb_dim, hidden_size) if pixels != "depth" else None
         self.depth = nn.Conv2d(depth_channels, hidden_size, 1) if pixels != "rgb" else None
-        self.register_buffer("position", build_sincos2d_pos_embed([grid, grid], dim=hidden_size), persistent=False)
+        self.register_buffer(
+            "position", build_sincos2d_pos_embed([grid, grid], dim=hidden_size), persistent=False
+        )
         self.layers = nn.ModuleList(DecoderLayer(hidden_size, num_heads) for _ in range(num_layers))
         self.norm = nn.LayerNorm(hidden_size)
         self.presence = nn.Linear(hidden_size, 1)
-        self.told_presence = None
-        if reads == "prompt" and told_presence:
+        self.presence_from_prompt = None
+        if reads == "prompt" and presence_from_prompt:
             wide = 2 * hidden_size
-            self.told_presence = nn.Sequential(
-                nn.LayerNorm(language_dim), nn.Linear(language_dim, wide), nn.GELU(), nn.Linear(wide, num_slots)
+            self.presence_from_prompt = nn.Sequential(
+                nn.LayerNorm(language_dim),
+                nn.Linear(language_dim, wide),
+                nn.GELU(),
+                nn.Linear(wide, num_slots),
             )
         self.mask_embedding = nn.Sequential(
             nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, pixel_dim)
         )
         self.pixel_rgb = nn.Conv2d(hidden_size, pixel_dim, 1) if pixels != "depth" else None
-        self.pixel_depth = nn.Conv2d(depth_channels, pixel_dim, 3, padding=1) if pixels != "rgb" else None
+        self.pixel_depth = (
+            nn.Conv2d(depth_channels, pixel_dim, 3, padding=1) if pixels != "rgb" else None
+        )
         self.pixel_norm = nn.GroupNorm(1, pixel_dim)
         self.pixel_out = nn.Conv2d(pixel_dim, pixel_dim, 3, padding=1)
 
     def forward(
-        self, prompt: Tensor, prompt_mask: Tensor, patches: Tensor, maps: list[Tensor], queries: QueryIndex
+        self,
+        prompt: Tensor,
+        prompt_mask: Tensor,
+        patches: Tensor,
+        maps: list[Tensor],
+        queries: QueryIndex,
     ) -> list[Grounding]:
         """Decode every query.
 
@@ -195,7 +233,7 @@ class QueryDecoder(nn.Module):
         Returns:
             What each layer says, if all are supervised, and last what counts.
         """
-        prompt = prompt if self.language_gradients else prompt.detach()
+        prompt = prompt if self.backprop_to_language_model else prompt.detach()
         tokens, token_mask, prompt_presence = self._tokens(prompt, prompt_mask)
         rgb, values = self._coarse(patches, maps[0])
         keys = values + self.position
@@ -208,11 +246,15 @@ class QueryDecoder(nn.Module):
         for number, layer in enumerate(self.layers):
             tokens = layer(tokens, token_mask, keys, values, pixel_mask, queries, num_out[number])
             last, slots = number == len(self.layers) - 1, tokens[:, : self.num_slots]
-            if last or self.supervised_layers or self.focused:
-                groundings.append(self._predict(slots, prompt_presence, finest if last else coarse, queries))
+            if last or self.deep_supervision or self.focused:
+                groundings.append(
+                    self._predict(slots, prompt_presence, finest if last else coarse, queries)
+                )
             if self.focused and not last:
-                pixel_mask = self._attention_mask(groundings[-1].masks, num_out[number + 1], queries, len(keys))
-        return groundings if self.supervised_layers else groundings[-1:]
+                pixel_mask = self._attention_mask(
+                    groundings[-1].masks, num_out[number + 1], queries, len(keys)
+                )
+        return groundings if self.deep_supervision else groundings[-1:]
 
     def _tokens(self, prompt: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
         """Slots and then words, [Q, K + L, H]; their mask, bool[Q, 1, K + L]; presence by the prompt alone."""
@@ -220,10 +262,12 @@ class QueryDecoder(nn.Module):
         if self.reads == "answer":
             slots = self.slot + self.condition(prompt) * prompt_mask[..., None]  # [Q, K, H]
         else:
-            end = prompt[torch.arange(len(prompt), device=prompt.device), prompt_mask.sum(1) - 1]  # [Q, D]
+            end = prompt[
+                torch.arange(len(prompt), device=prompt.device), prompt_mask.sum(1) - 1
+            ]  # [Q, D]
             slots = self.slot + self.condition(end)[:, None]
-            if self.told_presence is not None:
-                prompt_presence = self.told_presence(end)  # [Q, K]
+            if self.presence_from_prompt is not None:
+                prompt_presence = self.presence_from_prompt(end)  # [Q, K]
         token_mask = prompt_mask.new_ones(slots.shape[:2])
         if self.word is not None:
             slots = torch.cat([slots, self.word(prompt)], dim=1)
@@ -252,81 +296,20 @@ class QueryDecoder(nn.Module):
         embeddings = self.mask_embedding(slots) / pixels.shape[1] ** 0.5
         per_image = pad_per_image(embeddings, queries, len(pixels))  # [B, n, K, C]
         masks = torch.einsum("bnkc,bchw->bnkhw", per_image, pixels)
-        return Grounding(self.presence(slots).squeeze(-1) + prompt_presence, unpad(masks, queries))
+        return Grounding(
+            self.presence(slots).squeeze(-1) + prompt_presence, unpad_per_image(masks, queries)
+        )
 
     @torch.no_grad()
-    def _attention_mask(self, masks: Tensor, num_out: int, queries: QueryIndex, num_images: int) -> Tensor:
+    def _attention_mask(
+        self, masks: Tensor, num_out: int, queries: QueryIndex, num_images: int
+    ) -> Tensor:
         """Cross-attention mask, bool[B, n * num_out, G * G]: a slot attends inside its mask, a word to all pixels."""
         inside = F.max_pool2d(masks, 2).flatten(2) > 0  # [Q, K, G * G]
         words = inside.new_ones(len(inside), num_out - self.num_slots, inside.shape[-1])
-        allowed = pad_per_image(torch.cat([inside, words], dim=1), queries, num_images).flatten(1, 2)
-        return allowed | ~allowed.any(-1, keepdim=True)  # an empty mask says nothing, and no row may be empty
-
-
-@register("pixel_decoder", "deconv")
-class DeconvDecoder(nn.Module):
-    """The released mask branch without its defects: 256 prompt rows spread evenly, no answer, no batch coupling.
-
-    A presence CNN and four transposed convolutions to K + 1 classes, class 0 the background. The class scores leave
-    as one log-odds map a slot, so both decoders share losses and thresholds. Logits stand at 16 G a side.
-
-    Args:
-        num_slots: targets a query can have.
-        num_rows: prompt states that are mixed with the pixels.
-        defects: with the released defects again, to show what they cost: rows drawn at random at every call, no
-            gradient into the language model, depth features viewed where a transpose is needed, masks that presence
-            does not gate.
-    """
-
-    reads = "prompt"
-
-    def __init__(
-        self,
-        language_dim: int,
-        rgb_dim: int,
-        depth_channels: int,
-        grid: int,
-        *,
-        num_slots: int = 4,
-        num_rows: int = 256,
-        defects: bool = False,
-    ) -> None:
-        super().__init__()
-        require_sizes("model.pixel_decoder", num_slots=num_slots, num_rows=num_rows)
-        self.grid, self.num_slots, self.num_rows, self.defects = grid, num_slots, num_rows, defects
-        self.gates = not defects
-        self.presence_cnn = nn.Sequential(
-            nn.Conv2d(num_rows, 128, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(128, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-            nn.Linear(64 * 16 * 16, 256), nn.ReLU(), nn.Linear(256, num_slots),
-        )  # fmt: skip
-        self.pixels = nn.Conv2d(depth_channels, num_rows, 1)
-        self.deconv = nn.Sequential(
-            nn.ConvTranspose2d(num_rows, 128, 4, 2, 1), nn.ReLU(),
-            nn.ConvTranspose2d(128, 64, 4, 2, 1), nn.ReLU(),
-            nn.ConvTranspose2d(64, 16, 4, 2, 1), nn.ReLU(),
-            nn.ConvTranspose2d(16, num_slots + 1, 4, 2, 1),
-        )  # fmt: skip
-
-    def forward(
-        self, prompt: Tensor, prompt_mask: Tensor, patches: Tensor, maps: list[Tensor], queries: QueryIndex
-    ) -> list[Grounding]:
-        """As `QueryDecoder.forward`; ``patches`` are not used, as in the released design."""
-        length = prompt_mask.sum(1, keepdim=True)  # [Q, 1]
-        step = torch.arange(self.num_rows, device=prompt.device) / self.num_rows
-        if self.defects:
-            prompt, step = prompt.detach(), torch.rand_like(step).sort().values
-        columns = (step * length).long()[..., None].expand(-1, -1, prompt.shape[-1])
-        rows = prompt.gather(1, columns)  # [Q, 256, D]
-        presence = self.presence_cnn(F.adaptive_avg_pool1d(rows, 64 * 64).unflatten(2, (64, 64)))
-        text = F.adaptive_max_pool1d(rows, self.grid**2).unflatten(2, (self.grid, self.grid))
-        pixels = F.adaptive_avg_pool2d(maps[0], self.grid)
-        if self.defects:
-            pixels = pixels.permute(0, 2, 3, 1).reshape(pixels.shape)
-        pixels = self.pixels(pixels)[queries.image]  # [Q, 256, G, G]
-        classes = self.deconv(text + pixels)  # [Q, K + 1, h, w]
-        others = [
-            torch.logsumexp(torch.cat([classes[:, :slot], classes[:, slot + 1 :]], dim=1), dim=1)
-            for slot in range(1, self.num_slots + 1)
-        ]
-        return [Grounding(presence, classes[:, 1:] - torch.stack(others, dim=1))]
+        allowed = pad_per_image(torch.cat([inside, words], dim=1), queries, num_images).flatten(
+            1, 2
+        )
+        return allowed | ~allowed.any(
+            -1, keepdim=True
+        )  # an empty mask says nothing, and no row may be empty

@@ -11,9 +11,9 @@ from timm.layers import build_sincos2d_pos_embed
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
-from annexe import weights as checkpoints
+from annexe.checkpoints import public as checkpoints
 from annexe.errors import UserError, require_multiple, require_sizes
-from annexe.models.normalise import Normalise
+from annexe.models.image_ops import Normalize
 from annexe.registry import register
 
 
@@ -45,10 +45,21 @@ class EvaViT(nn.Module):
     ) -> None:
         super().__init__()
         checkpoints.require_source("model.rgb_encoder", "weights", weights, init)
-        sizes = {"image_size": image_size, "patch_size": patch_size, "depth": depth, "mlp_dim": mlp_dim}
+        sizes = {
+            "image_size": image_size,
+            "patch_size": patch_size,
+            "depth": depth,
+            "mlp_dim": mlp_dim,
+        }
         require_sizes("model.rgb_encoder", **sizes, num_heads=num_heads)
         of = math.lcm(num_heads, 4)
-        require_multiple("model.rgb_encoder", "embed_dim", embed_dim, of, f"{num_heads} heads and positions in a plane")
+        require_multiple(
+            "model.rgb_encoder",
+            "embed_dim",
+            embed_dim,
+            of,
+            f"{num_heads} heads and positions in a plane",
+        )
         if image_size % patch_size:
             below = image_size // patch_size * patch_size
             raise UserError(
@@ -69,19 +80,21 @@ class EvaViT(nn.Module):
             use_fc_norm=False,
         )
         self.norm = nn.LayerNorm(embed_dim)  # MiniGPT-4's ln_vision, outside the ViT
-        self.normalise = Normalise("model.rgb_encoder", statistics)
+        self.normalize = Normalize("model.rgb_encoder", statistics)
         # The library's random table (std 0.02) is invisible beside patch embeddings: left and right would start equal.
         positions = build_sincos2d_pos_embed([self.grid, self.grid], dim=embed_dim)
         self.vit.pos_embed.data[0, 1:] = positions
         if weights is not None:
-            required = [f"vit.{name}" for name in self.vit.state_dict()]  # ln_vision is in no file: it stays 1 and 0
+            required = [
+                f"vit.{name}" for name in self.vit.state_dict()
+            ]  # ln_vision is in no file: it stays 1 and 0
             checkpoints.load(self, "rgb_encoder", weights, required)
         if frozen:
             self.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode ``images`` float[B, 3, S, S] in [0, 1] to patches float[B, P, D], row by row, CLS dropped."""
-        tokens = self.vit(self.normalise(images))  # [B, 1 + P, D]
+        tokens = self.vit(self.normalize(images))  # [B, 1 + P, D]
         return self.norm(tokens)[:, 1:]
 
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from annexe.evaluation.records import Record
+from annexe.evaluation.truth import Truth
 from annexe.files import write_text
-from annexe.processes import num_cores
 from annexe.report.breakdowns import COLUMNS as BREAKDOWN_COLUMNS
 from annexe.report.breakdowns import breakdowns
 from annexe.report.browser import DETAILS_PER_FILE, Browser, choose_pictured, judge_all
@@ -26,7 +27,7 @@ from annexe.report.pictures import OUTLINE_WIDTH
 from annexe.report.published import comparison
 from annexe.report.tables import bars, columns, headline, table
 from annexe.report.verdicts import RIGHT, VERDICTS
-from annexe.scoring import Record, Truth
+from annexe.workers import num_cores
 
 __all__ = ["write_report"]
 
@@ -85,7 +86,9 @@ def write_report(
     _replace(path, page, folder, part, old)
 
 
-def _page(metrics: dict[str, Any], log: Path | None, browser: Browser, shared: dict[str, Any]) -> str:
+def _page(
+    metrics: dict[str, Any], log: Path | None, browser: Browser, shared: dict[str, Any]
+) -> str:
     """The summary."""
     meta = {"date": datetime.date.today().isoformat()} | metrics.get("meta", {})
     all_columns = columns(metrics)
@@ -122,7 +125,9 @@ def _browser_files(files: dict[str, int], shared: dict[str, Any]) -> dict[str, s
         "verdicts": shared["verdicts"],
         "pictureNote": shared["picture_note"],
     }
-    texts = {"queries.html": _environment().get_template("browser.html").render(**shared, page=page)}
+    texts = {
+        "queries.html": _environment().get_template("browser.html").render(**shared, page=page)
+    }
     for name in ("browser.js", "browser.css"):
         texts[name] = resources.files(__name__).joinpath(name).read_text(encoding="utf-8")
     return texts

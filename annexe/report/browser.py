@@ -16,14 +16,16 @@ from typing import Any, TypeVar
 from pycocotools import mask as coco_mask
 from rich.progress import track
 
-from annexe.datasets.ego_irgbench import Annotation
-from annexe.datasets.transforms import read_id_map
+from annexe.datasets.annotations import Annotation
+from annexe.datasets.pixels import read_id_map
+from annexe.evaluation.records import Record
+from annexe.evaluation.scoring import QueryScore, query_scores
+from annexe.evaluation.truth import Truth
 from annexe.metrics.depth import DepthMetrics
-from annexe.metrics.masks import Rle
-from annexe.processes import in_processes
 from annexe.report.pictures import PictureJob, Pictures, make_pictures
 from annexe.report.verdicts import RIGHT, Judgement, judge, objects_of
-from annexe.scoring import QueryScore, Record, Truth, query_scores
+from annexe.rle import Rle
+from annexe.workers import in_processes
 
 ROWS_PER_FILE, IMAGES_PER_FILE, DETAILS_PER_FILE = 2000, 1000, 100
 SERIAL_JOBS = 48  # starting processes takes as long as this many photos
@@ -47,7 +49,9 @@ class Example:
     @property
     def mix(self) -> int:
         """A number that puts queries into a fixed mixed order."""
-        return zlib.crc32(f"{self.score.image}/{self.score.annotation}/{self.score.query_id}".encode())
+        return zlib.crc32(
+            f"{self.score.image}/{self.score.annotation}/{self.score.query_id}".encode()
+        )
 
 
 @dataclass(frozen=True)
@@ -69,21 +73,28 @@ def spread(
 def judge_all(records: list[Record], truth: Truth, num_workers: int) -> list[Example]:
     """Every query of the records beside its truth, the lowest IoU first; equal ones in a fixed mixed order."""
     queries = [record for record in records if record["kind"] == "query"]
-    scored: dict[str, list[tuple[Record, Annotation, QueryScore]]] = {}
-    annotations = {stem: truth.annotations(stem) for stem in {record["image"] for record in queries}}
+    by_image: dict[str, list[tuple[Record, Annotation, QueryScore]]] = {}
+    annotations = {
+        stem: truth.annotations(stem) for stem in {record["image"] for record in queries}
+    }
     for record, score in zip(queries, query_scores(records, truth), strict=True):
-        scored.setdefault(score.image, []).append((record, annotations[score.image][score.annotation], score))
+        by_image.setdefault(score.image, []).append(
+            (record, annotations[score.image][score.annotation], score)
+        )
     jobs = [
         JudgeJob(
             truth.dataset.pixels.files(stem)[2],
-            [([m["rle"] for m in record["masks"]], set(a.slots.values()), score.iou) for record, a, score in asked],
+            [
+                ([m["rle"] for m in record["masks"]], set(a.slots.values()), score.iou)
+                for record, a, score in asked
+            ],
         )
-        for stem, asked in scored.items()
+        for stem, asked in by_image.items()
     ]
     judged = spread(judge_queries, jobs, num_workers, "judging")
     examples = [
         Example(*query, judgement)
-        for asked, judgements in zip(scored.values(), judged, strict=True)
+        for asked, judgements in zip(by_image.values(), judged, strict=True)
         for query, judgement in zip(asked, judgements, strict=True)
     ]
     return sorted(examples, key=lambda example: (example.score.iou, example.mix))
@@ -97,7 +108,9 @@ def judge_queries(job: JudgeJob) -> list[Judgement]:
 
 def choose_pictured(examples: list[Example], max_pictures: int) -> set[int]:
     """Positions of the queries that get pictures: errors first, then right ones, either by a fixed mixed order."""
-    order = sorted(range(len(examples)), key=lambda index: (examples[index].is_right, examples[index].mix))
+    order = sorted(
+        range(len(examples)), key=lambda index: (examples[index].is_right, examples[index].mix)
+    )
     return set(order[:max_pictures])
 
 
@@ -113,11 +126,20 @@ class Browser:
     """
 
     def __init__(
-        self, folder: Path, examples: list[Example], pictured: set[int], truth: Truth, records: list[Record]
+        self,
+        folder: Path,
+        examples: list[Example],
+        pictured: set[int],
+        truth: Truth,
+        records: list[Record],
     ) -> None:
         self.folder, self.examples, self.pictured, self.truth = folder, examples, pictured, truth
-        self.image_records = {record["image"]: record for record in records if record["kind"] == "image"}
-        self.numbers = {stem: number for number, stem in enumerate(sorted({e.score.image for e in examples}))}
+        self.image_records = {
+            record["image"]: record for record in records if record["kind"] == "image"
+        }
+        self.numbers = {
+            stem: number for number, stem in enumerate(sorted({e.score.image for e in examples}))
+        }
         self.names = {stem: _names(truth.annotations(stem)) for stem in self.numbers}
         self.pictures: dict[str, Pictures] = {}
         self.outlines: dict[int, list[str]] = {}
@@ -129,9 +151,15 @@ class Browser:
         self._make_pictures(num_workers)
         positions = range(len(self.examples))
         return {
-            "images": self._write_data("images", [self._image(stem) for stem in self.numbers], IMAGES_PER_FILE),
-            "rows": self._write_data("rows", [self._row(position) for position in positions], ROWS_PER_FILE),
-            "details": self._write_data("details", [self.detail(position) for position in positions], DETAILS_PER_FILE),
+            "images": self._write_data(
+                "images", [self._image(stem) for stem in self.numbers], IMAGES_PER_FILE
+            ),
+            "rows": self._write_data(
+                "rows", [self._row(position) for position in positions], ROWS_PER_FILE
+            ),
+            "details": self._write_data(
+                "details", [self.detail(position) for position in positions], DETAILS_PER_FILE
+            ),
         }
 
     def _make_pictures(self, num_workers: int) -> None:
@@ -144,7 +172,9 @@ class Browser:
             self.pictures[stem] = made
             outlines = iter(made.predicted)
             for position in positions:
-                self.outlines[position] = [next(outlines) for _ in self.examples[position].record["masks"]]
+                self.outlines[position] = [
+                    next(outlines) for _ in self.examples[position].record["masks"]
+                ]
 
     def _picture_job(self, stem: str, positions: list[int]) -> PictureJob:
         examples = [self.examples[position] for position in positions]
@@ -164,7 +194,9 @@ class Browser:
         if record and record.get("depth"):
             metrics = DepthMetrics()
             metrics.update(record["depth"])
-            errors = [round(metrics.compute()[f"depth/{name}"], 4) for name in ("abs_rel", "delta1")]
+            errors = [
+                round(metrics.compute()[f"depth/{name}"], 4) for name in ("abs_rel", "delta1")
+            ]
         return [
             stem,
             self.photo_name(stem) if made else None,
@@ -203,24 +235,46 @@ class Browser:
         names = self.names[example.score.image]
         predicted = []
         outlines = self.outlines.get(position, [""] * len(example.record["masks"]))
-        for mask, found, outline in zip(example.record["masks"], example.judgement.found, outlines, strict=True):
+        for mask, found, outline in zip(
+            example.record["masks"], example.judgement.found, outlines, strict=True
+        ):
             target = objects.get(slots.get(mask["slot"], 0))
             iou = float(coco_mask.iou([mask["rle"]], [target], [0])[0, 0]) if target else None
             on = None if found is None else names.get(found, "an object that no query names")
-            predicted.append([mask["slot"], mask.get("phrase"), mask.get("score"), iou and round(iou, 4), on, outline])
+            predicted.append(
+                [
+                    mask["slot"],
+                    mask.get("phrase"),
+                    mask.get("score"),
+                    iou and round(iou, 4),
+                    on,
+                    outline,
+                ]
+            )
         made = self.pictures[example.score.image].true if position in self.pictured else {}
-        true = [[slot, example.annotation.phrase(slot), made.get(mask_id, "")] for slot, mask_id in slots.items()]
+        true = [
+            [slot, example.annotation.phrase(slot), made.get(mask_id, "")]
+            for slot, mask_id in slots.items()
+        ]
         return {"predicted": predicted, "true": true}
 
     def _write_data(self, name: str, values: list[Any], per_file: int) -> int:
         """Write ``values`` as scripts that hand them to the page; returns how many there are."""
         chunks = [values[first : first + per_file] for first in range(0, len(values), per_file)]
         for number, chunk in enumerate(chunks):
-            text = json.dumps(chunk, separators=(",", ":"))  # ASCII alone, so no line ends that JavaScript sees anew
-            (self.folder / "data" / f"{name}-{number}.js").write_text(f'receive("{name}",{number},{text});\n')
+            text = json.dumps(
+                chunk, separators=(",", ":")
+            )  # ASCII alone, so no line ends that JavaScript sees anew
+            (self.folder / "data" / f"{name}-{number}.js").write_text(
+                f'receive("{name}",{number},{text});\n'
+            )
         return len(chunks)
 
 
 def _names(annotations: list[Annotation]) -> dict[int, str]:
     """Id -> a phrase for it, of everything that a query of a photo names."""
-    return {mask_id: a.phrase(slot) or f"slot {slot}" for a in annotations for slot, mask_id in a.slots.items()}
+    return {
+        mask_id: a.phrase(slot) or f"slot {slot}"
+        for a in annotations
+        for slot, mask_id in a.slots.items()
+    }

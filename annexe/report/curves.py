@@ -42,21 +42,29 @@ class Panel:
 def read_curves(log: Path) -> dict[str, list[Panel]]:
     """Heading -> panels of a ``log.jsonl``; headings without any record are left out."""
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-    records = [json.loads(line) for line in lines if line.endswith("\n")]  # a running job may be writing the last
+    records = [
+        json.loads(line) for line in lines if line.endswith("\n")
+    ]  # a running job may be writing the last
     train = [record for record in records if record["kind"] == "train"]
     validation = [record for record in records if record["kind"] == "validation"]
     terms = sorted({key for record in train for key in record if key.startswith("loss/")})
-    losses = {"loss": "Total, weighted"} | {key: key[5:].replace("_", " ").capitalize() for key in terms}
+    losses = {"loss": "Total, weighted"} | {
+        key: key[5:].replace("_", " ").capitalize() for key in terms
+    }
     headings = {
         "Training loss": [_panel(train, key, title, is_loss=True) for key, title in losses.items()],
-        "Validation": [_panel(validation, key, title, is_loss=False) for key, title in VALIDATION.items()],
+        "Validation": [
+            _panel(validation, key, title, is_loss=False) for key, title in VALIDATION.items()
+        ],
     }
     present = {name: [panel for panel in panels if panel] for name, panels in headings.items()}
     return {name: panels for name, panels in present.items() if panels}
 
 
 def _panel(records: list[dict], key: str, title: str, *, is_loss: bool) -> Panel | None:
-    points = np.array([(record["step"], record[key]) for record in records if key in record], dtype=float)
+    points = np.array(
+        [(record["step"], record[key]) for record in records if key in record], dtype=float
+    )
     if not len(points):
         return None
     steps, values = points.T
@@ -79,7 +87,9 @@ def _draw(steps: np.ndarray, values: np.ndarray, *, salt: str, log_scale: bool) 
         figure = Figure(figsize=(3.1, 1.65))
         axes = figure.add_axes((0.12, 0.15, 0.85, 0.81))
         marker = "o" if len(steps) <= 20 else None
-        axes.plot(steps, values, color=LINE, linewidth=1.5, marker=marker, markersize=2.5, clip_on=False)
+        axes.plot(
+            steps, values, color=LINE, linewidth=1.5, marker=marker, markersize=2.5, clip_on=False
+        )
         axes.plot(steps[-1:], values[-1:], color=LINE, marker="o", markersize=4, clip_on=False)
         if log_scale:
             axes.set_yscale("log")

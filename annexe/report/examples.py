@@ -38,13 +38,21 @@ def choose(examples: list[Example], pictured: set[int], num_examples: int) -> li
     Of every kind they stand at even steps from its lowest to its highest IoU. ``examples`` come in that order.
     """
     groups = [
-        [index for index, example in enumerate(examples) if index in pictured and example.score.target_kind == kind]
+        [
+            index
+            for index, example in enumerate(examples)
+            if index in pictured and example.score.target_kind == kind
+        ]
         for kind in TARGET_KINDS
     ]
     chosen: list[int] = []
-    for number, group in enumerate(sorted(groups, key=len)):  # small groups first: what they lack, others fill
+    for number, group in enumerate(
+        sorted(groups, key=len)
+    ):  # small groups first: what they lack, others fill
         share = min(len(group), (num_examples - len(chosen)) // (len(groups) - number))
-        chosen += [group[index] for index in np.linspace(0, len(group) - 1, share).round().astype(int)]
+        chosen += [
+            group[index] for index in np.linspace(0, len(group) - 1, share).round().astype(int)
+        ]
     return sorted(chosen, key=lambda index: examples[index].mix)
 
 

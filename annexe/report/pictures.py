@@ -13,14 +13,16 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from annexe.datasets.transforms import read_id_map, read_image
-from annexe.metrics import decode
-from annexe.metrics.masks import Rle
+from annexe.datasets.pixels import read_id_map, read_image
+from annexe.rle import Rle, decode
 
 PHOTO_WIDTH = 640
 OUTLINE_WIDTH = 1280
 WEBP = {"format": "WEBP", "quality": 72, "method": 2}
-MAX_POINTS, TOLERANCES = 400, (1, 2, 4, 8, 16)  # a ragged outline is simplified until it has few enough points
+MAX_POINTS, TOLERANCES = (
+    400,
+    (1, 2, 4, 8, 16),
+)  # a ragged outline is simplified until it has few enough points
 MAX_PARTS = 100  # parts and holes of one outline; smaller ones are left out
 DEPTH_PERCENTILES = (1, 99)
 
@@ -86,7 +88,9 @@ def outline(mask: np.ndarray) -> str:
     contours = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)[0]
     scale = OUTLINE_WIDTH / mask.shape[1]
     for tolerance in TOLERANCES:
-        lines = [cv2.approxPolyDP(contour, tolerance / scale, closed=True)[:, 0] for contour in contours]
+        lines = [
+            cv2.approxPolyDP(contour, tolerance / scale, closed=True)[:, 0] for contour in contours
+        ]
         if sum(map(len, lines)) <= MAX_POINTS:
             break
     lines = sorted(lines, key=cv2.contourArea, reverse=True)[:MAX_PARTS]
@@ -103,7 +107,10 @@ def colour_depth(distance: np.ndarray) -> tuple[Image.Image, tuple[float, float]
     Returns:
         The picture, half as wide as a photo, and the distances at both ends of its colours; None where all is invalid
     """
-    size = (PHOTO_WIDTH // 2, max(round(distance.shape[0] * PHOTO_WIDTH / 2 / distance.shape[1]), 1))
+    size = (
+        PHOTO_WIDTH // 2,
+        max(round(distance.shape[0] * PHOTO_WIDTH / 2 / distance.shape[1]), 1),
+    )
     distance = cv2.resize(distance.astype(np.float32), size, interpolation=cv2.INTER_NEAREST)
     valid = distance > 0
     if not valid.any():

@@ -65,7 +65,10 @@ def comparison(metrics: Metrics, meta: dict[str, Any]) -> dict[str, list[Publish
         return {}
     return {
         split: (_own_rows(metrics) if split == meta.get("split") else [])
-        + [PublishedRow(model, False, protocol, list(values)) for model, (protocol, values) in rows.items()]
+        + [
+            PublishedRow(model, False, protocol, list(values))
+            for model, (protocol, values) in rows.items()
+        ]
         for split, rows in PUBLISHED.items()
     }
 

@@ -38,7 +38,13 @@ class Metric:
     won_by_default: bool = False
 
     def text(self, value: float) -> str:
-        return f"{100 * value:.1f}" if self.is_share else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+        return (
+            f"{100 * value:.1f}"
+            if self.is_share
+            else f"{value:.2f}"
+            if value >= 1
+            else f"{value:.3f}"
+        )
 
     def beats(self, value: float, other: float) -> bool:
         return value > other if self.higher_is_better else value < other
@@ -52,7 +58,9 @@ def _text_metrics(part: str) -> tuple[Metric, ...]:
             "METEOR, no synonyms",
             f"words shared with the true {part}; WordNet was not installed",
         ),
-        Metric(f"{part}/cider", "CIDEr", "agreement on telling phrases, from 0 to 10", is_share=False),
+        Metric(
+            f"{part}/cider", "CIDEr", "agreement on telling phrases, from 0 to 10", is_share=False
+        ),
     )
 
 
@@ -61,15 +69,31 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
     "Answer": (
         *_text_metrics("answer"),
         Metric("answer/exact_match", "Exact match", "answers equal to the true one, word for word"),
-        Metric("answer/exact_match_targets", "Exact match, targets", "the same over queries that have a target"),
+        Metric(
+            "answer/exact_match_targets",
+            "Exact match, targets",
+            "the same over queries that have a target",
+        ),
     ),
     "Grounding": (
-        Metric("grounding/ciou", "cIoU", "pixels in both masks over pixels in either, summed over all queries"),
-        Metric("grounding/giou", "gIoU", "mean IoU of queries; a rejected no-target query counts 1"),
+        Metric(
+            "grounding/ciou",
+            "cIoU",
+            "pixels in both masks over pixels in either, summed over all queries",
+        ),
+        Metric(
+            "grounding/giou", "gIoU", "mean IoU of queries; a rejected no-target query counts 1"
+        ),
         Metric("grounding/miou", "mIoU", "mean IoU of single targets, slot by slot"),
-        Metric("grounding/t_acc", "T-acc", "target queries answered with a mask", won_by_default=True),
+        Metric(
+            "grounding/t_acc", "T-acc", "target queries answered with a mask", won_by_default=True
+        ),
         Metric("grounding/n_acc", "N-acc", "no-target queries rejected", won_by_default=True),
-        Metric(MEAN_ACCURACY, "Mean of T-acc, N-acc", "neither always answering nor always rejecting helps"),
+        Metric(
+            MEAN_ACCURACY,
+            "Mean of T-acc, N-acc",
+            "neither always answering nor always rejecting helps",
+        ),
         *(
             Metric(
                 f"grounding/precision@0.{tenth}",
@@ -80,7 +104,9 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         ),
     ),
     "Presence": (
-        Metric("presence/accuracy", "Accuracy", "queries rejected exactly when they have no target"),
+        Metric(
+            "presence/accuracy", "Accuracy", "queries rejected exactly when they have no target"
+        ),
         Metric(
             "presence/aurc",
             "AURC",
@@ -89,9 +115,24 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         ),
     ),
     "Confidence and consistency": (
-        Metric("calibration/ece", "ECE", "mask scores against the share of right masks", higher_is_better=False),
-        Metric("paraphrase/iou", "IoU, wordings", "between the masks of two wordings of a query", won_by_default=True),
-        Metric("paraphrase/equal_answers", "Equal answers", "to two wordings of a query", won_by_default=True),
+        Metric(
+            "calibration/ece",
+            "ECE",
+            "mask scores against the share of right masks",
+            higher_is_better=False,
+        ),
+        Metric(
+            "paraphrase/iou",
+            "IoU, wordings",
+            "between the masks of two wordings of a query",
+            won_by_default=True,
+        ),
+        Metric(
+            "paraphrase/equal_answers",
+            "Equal answers",
+            "to two wordings of a query",
+            won_by_default=True,
+        ),
         Metric(
             "consistency/object_without_hand",
             "Object without hand",
@@ -112,7 +153,13 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         )
     ),
     "Depth": (
-        Metric("depth/mae", "MAE", "mean error of maps scaled to 0…1", is_share=False, higher_is_better=False),
+        Metric(
+            "depth/mae",
+            "MAE",
+            "mean error of maps scaled to 0…1",
+            is_share=False,
+            higher_is_better=False,
+        ),
         Metric(
             "depth/abs_rel",
             "AbsRel",
@@ -120,7 +167,13 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
             is_share=False,
             higher_is_better=False,
         ),
-        Metric("depth/rmse", "RMSE", "in the unit of the depth files", is_share=False, higher_is_better=False),
+        Metric(
+            "depth/rmse",
+            "RMSE",
+            "in the unit of the depth files",
+            is_share=False,
+            higher_is_better=False,
+        ),
         Metric("depth/delta1", "δ < 1.25", "pixels within a factor of 1.25 of the distance"),
     ),
 }
@@ -166,11 +219,20 @@ class Bar:
 
 def columns(metrics: Metrics) -> list[Column]:
     """The model, the baselines that were measured, then the subsets."""
-    found = [Column("model", "This model", _num_queries(metrics["standard"]), _with_mean(metrics["standard"]))]
+    found = [
+        Column(
+            "model",
+            "This model",
+            _num_queries(metrics["standard"]),
+            _with_mean(metrics["standard"]),
+        )
+    ]
     for name, values in metrics.get("baselines", {}).items():
         found.append(Column("baseline", name, BASELINES.get(name, ""), _with_mean(values)))
     for name, values in metrics.get("subsets", {}).items():
-        found.append(Column("subset", name.replace("_", " "), _num_queries(values), _with_mean(values)))
+        found.append(
+            Column("subset", name.replace("_", " "), _num_queries(values), _with_mean(values))
+        )
     return found
 
 
@@ -188,7 +250,11 @@ def table(all_columns: list[Column], intervals: dict[str, list[float]]) -> dict[
 def headline(groups: dict[str, list[Row]]) -> list[tuple[str, Row]]:
     """(Title, row) of the few numbers that tell most, as far as the model has them."""
     rows = {row.metric.key: row for group in groups.values() for row in group}
-    return [(HEADLINE[key], rows[key]) for key in HEADLINE if key in rows and rows[key].cells[0].value is not None]
+    return [
+        (HEADLINE[key], rows[key])
+        for key in HEADLINE
+        if key in rows and rows[key].cells[0].value is not None
+    ]
 
 
 def bars(metrics: Metrics) -> list[Bar]:

@@ -10,11 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from annexe.metrics.masks import Rle, encode_ids
+from annexe.rle import Rle, encode_ids
 
 GOOD_IOU = 0.7
-FOUND_IOU = 0.1  # a mask lies on the object that has most of its pixels, if their IoU is at least this
-COVERED = 0.5  # a target without a mask of its own counts as found where masks cover this share of it
+FOUND_IOU = (
+    0.1  # a mask lies on the object that has most of its pixels, if their IoU is at least this
+)
+COVERED = (
+    0.5  # a target without a mask of its own counts as found where masks cover this share of it
+)
 
 VERDICTS = {
     "missed": "there is a target, but no mask",
@@ -43,7 +47,9 @@ def objects_of(ids: np.ndarray) -> dict[int, Rle]:
     return encode_ids(ids, (np.flatnonzero(np.bincount(ids.ravel())[1:]) + 1).tolist())
 
 
-def judge(predicted: list[Rle], targets: set[int], objects: dict[int, Rle], iou: float) -> Judgement:
+def judge(
+    predicted: list[Rle], targets: set[int], objects: dict[int, Rle], iou: float
+) -> Judgement:
     """Judge one query.
 
     Args:
@@ -63,7 +69,10 @@ def judge(predicted: list[Rle], targets: set[int], objects: dict[int, Rle], iou:
         return Judgement("wrong target", found)
     union = coco_mask.merge([mask for mask, _ in masks])
     left_out = targets - {on for _, on in masks}
-    if any(_shared(union, objects[target]) < COVERED * coco_mask.area(objects[target]) for target in left_out):
+    if any(
+        _shared(union, objects[target]) < COVERED * coco_mask.area(objects[target])
+        for target in left_out
+    ):
         return Judgement("incomplete", found)
     return Judgement("correct" if iou >= GOOD_IOU else "boundary", found)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,48 +11,26 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
-from torch.utils.data import DataLoader
 
 from annexe import __version__
-from annexe.benchmark import (
-    Generation,
-    Training,
-    free,
-    image_tokens,
-    measure_generation,
-    measure_training,
-    require_llama,
-    scratch,
-    with_random_weights,
-)
-from annexe.config import Config, load_config
-from annexe.datasets import build_dataset, prompts
-from annexe.datasets.collate import Collator
-from annexe.datasets.ego_irgbench import EgoIRGBench
-from annexe.datasets.sampling import MicroBatches
-from annexe.datasets.transforms import read_id_map
+from annexe.benchmarks.generation_speed import Generation, measure_generation
+from annexe.benchmarks.loading_speed import measure_loading
+from annexe.benchmarks.random_model import free
+from annexe.benchmarks.scoring_speed import measure_scoring
+from annexe.benchmarks.timing import Record
+from annexe.benchmarks.training_speed import Training, measure_training
+from annexe.build import load_config
+from annexe.config import Config
 from annexe.errors import UserError
 from annexe.files import require_writable, write_json
-from annexe.graphs import MULTIPLE
-from annexe.journal import git_commit
-from annexe.metrics import encode
-from annexe.models import num_slots, tokenizer_of
-from annexe.models.tokenizer import TextTokenizer, train_tokenizer
-from annexe.processes import num_cores
-from annexe.scoring import Record as Prediction
-from annexe.scoring import Truth, score_all
-from annexe.synthetic.generate import generate
-from annexe.timing import Record, SampledMemory, memory_of
-from annexe.trainer import training_loader
+from annexe.training.run_log import git_commit
+from annexe.workers import num_cores
 
 HELP = "measure training, generation, loading or scoring on this machine"
-_QUERIES_OF_SCENE = 60  # of a drawn image, at least
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,10 +41,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--queries", type=int, metavar="N", help="questions an image (default 1)")
     train.add_argument("--tokens", type=int, metavar="N", help="packed tokens of an image in all, prefix included "
                        "(default: 430 with one question and 76 more with each further one)")  # fmt: skip
-    train.add_argument("--steps", type=int, default=20, metavar="N", help="steps that count (default %(default)s)")
-    train.add_argument("--warmup", type=int, default=5, metavar="N", help="steps before them (default %(default)s)")
-    train.add_argument("--real", action="store_true", help="the configured data and weights, read by its own loader")
-    train.add_argument("--stored", action="store_true", help="patches come with the batch, as with run.store_patches")
+    train.add_argument(
+        "--steps", type=int, default=20, metavar="N", help="steps that count (default %(default)s)"
+    )
+    train.add_argument(
+        "--warmup", type=int, default=5, metavar="N", help="steps before them (default %(default)s)"
+    )
+    train.add_argument(
+        "--real",
+        action="store_true",
+        help="the configured data and weights, read by its own loader",
+    )
+    train.add_argument(
+        "--stored",
+        action="store_true",
+        help="patches come with the batch, as with run.store_patches",
+    )
     about = "time the answers to made-up prompts, masks at full size and encoded included"
     answers = actions.add_parser("generate", help=about, description=about)
     _add_configuration(answers, against=True)
@@ -82,25 +71,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         note += "" if default is None else " (default %(default)s)"
         answers.add_argument(f"--{name}", type=int, default=default, metavar="N", help=note)
-    answers.add_argument("--real", action="store_true", help="the configured weights in place of random ones")
+    answers.add_argument(
+        "--real", action="store_true", help="the configured weights in place of random ones"
+    )
     about = "time the training loader on a data root, with an empty cache of resized pixels and with a filled one"
     data = actions.add_parser("data", help=about, description=about)
     _add_configuration(data)
-    data.add_argument("--workers", type=int, nargs="+", metavar="N", help="processes (default: run.num_workers)")
-    data.add_argument("--images", type=int, default=256, metavar="N", help="images to read (default %(default)s)")
+    data.add_argument(
+        "--workers", type=int, nargs="+", metavar="N", help="processes (default: run.num_workers)"
+    )
+    data.add_argument(
+        "--images", type=int, default=256, metavar="N", help="images to read (default %(default)s)"
+    )
     about = "time the scoring of made-up predictions on drawn scenes"
     metrics = actions.add_parser("metrics", help=about, description=about)
-    metrics.add_argument("--queries", type=int, default=1000, metavar="N", help="questions (default %(default)s)")
-    metrics.add_argument("--workers", type=int, default=num_cores(), metavar="N", help="processes (default: all cores)")
+    metrics.add_argument(
+        "--queries", type=int, default=1000, metavar="N", help="questions (default %(default)s)"
+    )
+    metrics.add_argument(
+        "--workers",
+        type=int,
+        default=num_cores(),
+        metavar="N",
+        help="processes (default: all cores)",
+    )
     metrics.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
 
 
 def _add_configuration(parser: argparse.ArgumentParser, *, against: bool = False) -> None:
-    parser.add_argument("--cfg-path", required=True, metavar="YAML", help="configuration file with a model block")
-    parser.add_argument("--options", nargs="+", default=[], metavar="A.B=C", help="settings put over the file")
+    parser.add_argument(
+        "--cfg-path", required=True, metavar="YAML", help="configuration file with a model block"
+    )
+    parser.add_argument(
+        "--options", nargs="+", default=[], metavar="A.B=C", help="settings put over the file"
+    )
     if against:
         parser.add_argument(
-            "--against", nargs="+", metavar="A.B=C", help="measure once more with these settings put over the others"
+            "--against",
+            nargs="+",
+            metavar="A.B=C",
+            help="measure once more with these settings put over the others",
         )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
 
@@ -135,22 +145,34 @@ def _check(arguments: argparse.Namespace) -> None:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int) and not isinstance(number, bool) and number < least:
                 raise UserError(f"--{name.replace('_', '-')} {number} must be at least {least}")
-    if arguments.action == "train" and arguments.real and (arguments.queries or arguments.tokens or arguments.stored):
-        raise UserError("--queries, --tokens and --stored are of made-up batches; leave them out, or --real")
+    if (
+        arguments.action == "train"
+        and arguments.real
+        and (arguments.queries or arguments.tokens or arguments.stored)
+    ):
+        raise UserError(
+            "--queries, --tokens and --stored are of made-up batches; leave them out, or --real"
+        )
 
 
-def _compare(arguments: argparse.Namespace, config: Config, report: dict[str, Any]) -> dict[str, Record]:
+def _compare(
+    arguments: argparse.Namespace, config: Config, report: dict[str, Any]
+) -> dict[str, Record]:
     """Measure the configuration, and that of ``--against`` after it; gives the columns of the table."""
     configs = {"measured": config}
     if arguments.against:
-        configs["against"] = load_config(arguments.cfg_path, [*arguments.options, *arguments.against])
+        configs["against"] = load_config(
+            arguments.cfg_path, [*arguments.options, *arguments.against]
+        )
     since_start = time.time() - psutil.Process().create_time()
     report |= {"against_options": arguments.against, "notes": [], "against": None, "ratio": None}
     for name, one in configs.items():
         if arguments.action == "train":
             queries = arguments.queries or 1
             tokens = arguments.tokens or 430 + round((queries - 1) * 533 / 7)  # 963 with eight
-            work = Training(queries, tokens, arguments.steps, arguments.warmup, arguments.real, arguments.stored)
+            work = Training(
+                queries, tokens, arguments.steps, arguments.warmup, arguments.real, arguments.stored
+            )
             report[name], notes = measure_training(one, work, since_start)
         else:
             if arguments.batch_size is not None:
@@ -163,7 +185,9 @@ def _compare(arguments: argparse.Namespace, config: Config, report: dict[str, An
     if not arguments.against:
         return {"": report["measured"]}
     report["ratio"] = ratio(report["measured"], report["against"])
-    report["notes"].append(f"against: the same with {' '.join(arguments.against)}, measured afterwards")
+    report["notes"].append(
+        f"against: the same with {' '.join(arguments.against)}, measured afterwards"
+    )
     return {name: report[name] for name in ("measured", "against", "ratio")}
 
 
@@ -197,119 +221,13 @@ def _processor() -> str:
     return (names or [platform.processor() or platform.machine()])[0]
 
 
-def measure_loading(config: Config, workers: list[int] | None, num_images: int) -> dict[str, Record]:
-    """Time the training loader for each number of ``workers``, each with a cache of its own, empty at first."""
-    require_llama(config)
-    dataset = build_dataset(config, "train", cached=False)
-    tokenizer = _tokenizer(config, dataset)
-    num_image_tokens = image_tokens(with_random_weights(config)[0])
-    device = torch.device("cuda" if torch.cuda.is_available() and config.run.device != "cpu" else "cpu")
-    graphed = config.run.cuda_graphs and device.type == "cuda"
-    multiple = MULTIPLE if graphed else 1
-    collate = Collator(tokenizer, num_image_tokens, num_slots(config), multiple=multiple, keep_samples=False)
-    number = max(1, min(num_images, len(dataset)) // config.run.batch_size)
-    records = {}
-    for count in workers or [config.run.num_workers]:
-        with tempfile.TemporaryDirectory(prefix="annexe-bench-", ignore_cleanup_errors=True) as folder:
-            own = {"output_dir": folder, "num_workers": count, "max_steps": number, "warmup_steps": 0}
-            run = replace(config.run, **own, gradient_accumulation=1)
-            train_set = build_dataset(replace(config, run=run), "train")
-            order = MicroBatches(run, len(train_set), step=0, first_image=0, rank=0, world_size=1)
-            record: Record = {"images": number * run.batch_size}
-            for state in ("cold", "warm"):
-                loader = training_loader(train_set, order, collate, run, device)
-                record[state] = _time_loader(loader, run.batch_size, f"{state}, {count} workers")
-            records[str(count)] = record
-    return records
-
-
-def _tokenizer(config: Config, dataset: EgoIRGBench) -> TextTokenizer:
-    """The Llama's, or where it is not at hand one that is trained on the data, as for a run from scratch."""
-    path = config.model["language_model"]["path"]
-    if path is not None and (Path(path) / "tokenizer.json").is_file():
-        return tokenizer_of(config, Path(path))
-    return train_tokenizer(dataset.texts(), num_slots(config))
-
-
-def _time_loader(loader: DataLoader, batch_size: int, title: str) -> Record:
-    """Speed over all batches; the first of every worker, which waits for it to start, counts as start-up."""
-    number, workers = len(loader), loader.num_workers
-    others, arrivals = set(psutil.Process().children()), [time.perf_counter()]
-    first = workers if number > 2 * workers else 0
-    memory: list[float] = []
-    batches = iter(loader)
-    for place in track(range(number), title, transient=True):
-        if place == number - 1:  # after the last one they are gone
-            memory = [memory_of(child) for child in set(psutil.Process().children()) - others]
-        next(batches)
-        arrivals.append(time.perf_counter())
-    speed = (number - first) * batch_size / (arrivals[-1] - arrivals[first])
-    return {
-        "images_per_second": speed,
-        "ms_per_image_and_core": min(max(1, workers), num_cores()) * 1000 / speed,
-        "seconds_to_first_batch": arrivals[1] - arrivals[0],
-        "memory_per_worker_gb": sum(memory) / len(memory) if memory else None,
-    }
-
-
-def measure_scoring(num_queries: int, workers: int) -> Record:
-    """Time `score_all` on predictions for drawn scenes: the true masks moved by some pixels, some left out."""
-    with scratch(own_cache=True) as folder:
-        number = -(-num_queries // _QUERIES_OF_SCENE)
-        generate(folder / "data", num_images=number, seed=0, val_fraction=0, test_fraction=1, num_workers=workers)
-        dataset = EgoIRGBench("test", 1, 0, None, data_root=str(folder / "data"))
-        records, asked = [], 0
-        for record in made_up_predictions(Truth(dataset)):
-            records.append(record)
-            asked += record["kind"] == "query"
-            if asked == num_queries:
-                break
-        started = time.perf_counter()
-        with SampledMemory() as memory:
-            score_all(records, Truth(dataset), workers=workers, progress=True)
-        seconds = time.perf_counter() - started
-    return {
-        "queries": asked,
-        "images": sum(record["kind"] == "image" for record in records),
-        "workers": workers,
-        "seconds": seconds,
-        "queries_per_second": asked / seconds,
-        "peak_memory_gb": {"all processes": memory.peak},
-    }
-
-
-def made_up_predictions(truth: Truth) -> Iterator[Prediction]:
-    """Lines of a predictions file for every question of a data set."""
-    random = np.random.default_rng(0)
-    for stem in truth.dataset.stems:
-        annotations, ids = truth.annotations(stem), read_id_map(truth.id_map(stem))
-        moved = {(i, by): encode(np.roll(ids == i, 10 * by, axis=1)) for i in truth.named(stem) for by in range(4)}
-        yield {"kind": "image", "image": stem, "analysis": annotations[0].caption, "depth": None}
-        for number, annotation in enumerate(annotations):
-            for question in annotation.questions:
-                by, there = int(random.integers(4)), random.random() < 0.9
-                masks = [
-                    {"slot": slot, "phrase": annotation.phrase(slot), "score": 0.9, "rle": moved[i, by]}
-                    for slot, i in annotation.slots.items()
-                    if there
-                ]
-                yield {
-                    "kind": "query",
-                    "image": stem,
-                    "annotation": number,
-                    "query_id": question["id"],
-                    "query": question["query"],
-                    "answer": annotation.answer if there else prompts.NO_TARGET_ANSWER,
-                    "presence": float(random.random()),
-                    "masks": masks,
-                }
-
-
 def show(report: dict[str, Any], columns: dict[str, Record]) -> None:
     """Print the numbers, a column a record, and what was measured on; what is split by part has a table of its own."""
     console, on = Console(soft_wrap=True), report["machine"]
     place = on["gpu"] or f"{on['cpu']}, {on['threads']} threads"
-    table = Table("", *columns, title=f"annexe bench {report['what']} on {place}, torch {on['torch']}")
+    table = Table(
+        "", *columns, title=f"annexe bench {report['what']} on {place}, torch {on['torch']}"
+    )
     flat = [dict(_flat(record)) for record in columns.values()]
     for label in dict.fromkeys(label for record in flat for label in record):
         table.add_row(label, *(_number(record.get(label)) for record in flat))
@@ -317,9 +235,13 @@ def show(report: dict[str, Any], columns: dict[str, Record]) -> None:
     records = {name: record for name, record in columns.items() if name != "ratio"}
     for key in (key for key, value in next(iter(records.values())).items() if _is_split(value)):
         kinds = list(next(iter(records.values()))[key]["all"])
-        table = Table("", *(f"{kind} {name}".strip() for name in records for kind in kinds), title=_words(key))
+        table = Table(
+            "", *(f"{kind} {name}".strip() for name in records for kind in kinds), title=_words(key)
+        )
         for part in dict.fromkeys(part for record in records.values() for part in record[key]):
-            values = (record[key].get(part, {}).get(kind) for record in records.values() for kind in kinds)
+            values = (
+                record[key].get(part, {}).get(kind) for record in records.values() for kind in kinds
+            )
             table.add_row(_words(part), *map(_number, values))
         console.print(table)
     for note in report.get("notes", ()):
@@ -336,7 +258,9 @@ def _flat(record: Record) -> Iterator[tuple[str, float | None]]:
         if not isinstance(value, dict):
             yield _words(key), value
         elif not _is_split(value):
-            yield from ((f"{_words(key)}: {_words(name)}", number) for name, number in value.items())
+            yield from (
+                (f"{_words(key)}: {_words(name)}", number) for name, number in value.items()
+            )
 
 
 def _words(key: str) -> str:

@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from annexe.errors import UserError
+from annexe.evaluation.records import Record, read_predictions
+from annexe.evaluation.scoring import score_by_video
 from annexe.files import require_writable, write_json
 from annexe.metrics import differences
 from annexe.metrics.bootstrap import Difference
-from annexe.predictions import read_predictions
-from annexe.scoring import Record, scored
 from annexe.tools.score import add_data_arguments, truth_of
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json is not None:
         require_writable(arguments.json)
     truth = truth_of(arguments)
-    systems = [_queries(read_predictions(path, truth)) for path in (arguments.first, arguments.second)]
+    systems = [
+        _queries(read_predictions(path, truth)) for path in (arguments.first, arguments.second)
+    ]
     common = [key for key in systems[0] if key in systems[1]]
     if not common:
         raise UserError(
@@ -47,7 +49,10 @@ def run(arguments: argparse.Namespace) -> None:
             len(systems[0]), len(systems[1]), len(common),
         )  # fmt: skip
     sides = [
-        scored([queries[key] for key in common], truth, workers=arguments.workers, progress=True) for queries in systems
+        score_by_video(
+            [queries[key] for key in common], truth, workers=arguments.workers, progress=True
+        )
+        for queries in systems
     ]
     compared, num_videos = differences(*sides), len(sides[0].rows)
     if arguments.json is not None:
@@ -63,13 +68,17 @@ def run(arguments: argparse.Namespace) -> None:
     show(compared, [len(queries) for queries in systems], len(common), num_videos)
 
 
-def show(compared: dict[str, Difference], num_queries: list[int], num_common: int, num_videos: int) -> None:
+def show(
+    compared: dict[str, Difference], num_queries: list[int], num_common: int, num_videos: int
+) -> None:
     """Print the table and what it rests on."""
     table = Table("metric", "A", "B", "B - A", "95 % interval", "p")
     for name, row in compared.items():
         interval = "" if row.low is None else f"{row.low:+.3f} to {row.high:+.3f}"
         p = "" if row.p is None else f"{row.p:.3f}"
-        table.add_row(name, f"{row.first:.3f}", f"{row.second:.3f}", f"{row.difference:+.3f}", interval, p)
+        table.add_row(
+            name, f"{row.first:.3f}", f"{row.second:.3f}", f"{row.difference:+.3f}", interval, p
+        )
     console = Console(soft_wrap=True)
     console.print(table)
     lines = [

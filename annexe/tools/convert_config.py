@@ -14,7 +14,7 @@ from rich.console import Console
 from annexe.config import is_released, read_yaml
 from annexe.errors import UserError
 from annexe.files import write_text
-from annexe.models.normalise import STATISTICS
+from annexe.models.image_ops import STATISTICS
 
 HELP = "turn a YAML file of the released ANNEXE code into ours"
 _EVA, _DEPTH = "path/to/eva_vit_g.pth", "path/to/depth_anything_v2_vitb.pth"
@@ -33,7 +33,9 @@ def _statistics(values: Any) -> str:
     for name, (mean, std) in STATISTICS.items():
         if list(values) in (list(mean), list(std)):
             return name
-    raise UserError(f"pixel statistics {list(values)} are none of ours; add them to annexe/models/normalise.py")
+    raise UserError(
+        f"pixel statistics {list(values)} are none of ours; add them to annexe/models/image_ops.py"
+    )
 
 
 # Their key -> ours and what becomes of the value; several of theirs may set one of ours, which then have to agree.
@@ -42,7 +44,10 @@ _MAPPED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "model.llama_model": ("model.language_model.path", str),
     "model.ckpt": ("model.init_from", str),
     "model.low_resource": ("model.language_model.dtype", lambda on: "int8" if on else "bfloat16"),
-    "model.use_grad_checkpoint": ("model.language_model.checkpointed_blocks", lambda on: 32 if on else 0),
+    "model.use_grad_checkpoint": (
+        "model.language_model.checkpointed_blocks",
+        lambda on: 32 if on else 0,
+    ),
     "model.lora_r": ("model.language_model.lora.rank", int),
     "model.lora_alpha": ("model.language_model.lora.alpha", float),
     "datasets.egoirgbench.batch_size": ("run.batch_size", int),
@@ -53,12 +58,18 @@ _MAPPED: dict[str, tuple[str, Callable[[Any], Any]]] = {
         "datasets.ego_irgbench.data_root",
         lambda path: _root(path, 1),
     ),
-    "datasets.egoirgbench.build_info.images.storage": ("datasets.ego_irgbench.data_root", lambda path: _root(path, 0)),
+    "datasets.egoirgbench.build_info.images.storage": (
+        "datasets.ego_irgbench.data_root",
+        lambda path: _root(path, 0),
+    ),
     "evaluation_datasets.egoirgbench.eval_file_path": (
         "datasets.ego_irgbench.data_root",
         lambda path: _root(path, 1),
     ),
-    "evaluation_datasets.egoirgbench.img_path": ("datasets.ego_irgbench.data_root", lambda path: _root(path, 0)),
+    "evaluation_datasets.egoirgbench.img_path": (
+        "datasets.ego_irgbench.data_root",
+        lambda path: _root(path, 0),
+    ),
     "evaluation_datasets.egoirgbench.max_new_tokens": ("run.max_new_tokens", int),
     "run.init_lr": ("run.learning_rate", float),
     "run.min_lr": ("run.min_learning_rate", float),
@@ -112,7 +123,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"'{arguments.new}' exists already; choose another name")
     old = read_yaml(arguments.old)
     if not is_released(old):
-        raise UserError(f"'{arguments.old}' is no file of the released code (no model.arch, no datasets.egoirgbench)")
+        raise UserError(
+            f"'{arguments.old}' is no file of the released code (no model.arch, no datasets.egoirgbench)"
+        )
     converted, notes = convert(OmegaConf.to_container(old))
     text = f"# Made from {arguments.old.name} by `annexe convert-config`; put the paths of your weights in.\n"
     arguments.new.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +146,12 @@ def convert(old: Settings) -> tuple[Settings, list[str]]:
             "model": {
                 "type": "annexe",
                 "rgb_encoder": {"type": "eva_vit", "weights": _EVA, "image_size": 448},
-                "depth_branch": {"type": "depth_anything_v2", "weights": _DEPTH, "size": "vitb", "trained": "released"},
+                "depth_branch": {
+                    "type": "depth_anything_v2",
+                    "weights": _DEPTH,
+                    "size": "vitb",
+                    "trained": "released",
+                },
                 "language_model": {"type": "llama", "dtype": "bfloat16"},
                 "pixel_decoder": {"type": "deconv"},
             },
@@ -156,20 +174,30 @@ def convert(old: Settings) -> tuple[Settings, list[str]]:
                     raise
                 raise UserError(f"{key}: cannot use {value!r}; mend it") from None
             before = OmegaConf.select(new, ours) if ours in set_by else value
-            if before != value and key != "run.resume_ckpt_path":  # a run to go on with replaces what it began from
-                raise UserError(f"{set_by[ours]} and {key} disagree on {ours} ({before} and {value}); mend one")
+            if (
+                before != value and key != "run.resume_ckpt_path"
+            ):  # a run to go on with replaces what it began from
+                raise UserError(
+                    f"{set_by[ours]} and {key} disagree on {ours} ({before} and {value}); mend one"
+                )
             OmegaConf.update(new, ours, value)
             set_by[ours] = key
             continue
         known = next((k for k in _WITHOUT_COUNTERPART if key == k or key.startswith(f"{k}.")), None)
-        notes.append(f"{key}: {_WITHOUT_COUNTERPART[known] if known else 'unknown to us, left out'}")
+        notes.append(
+            f"{key}: {_WITHOUT_COUNTERPART[known] if known else 'unknown to us, left out'}"
+        )
     if "run.max_epoch" in flat and "run.iters_per_epoch" in flat:
         factors = (flat["run.max_epoch"], flat["run.iters_per_epoch"])
         if not all(isinstance(factor, int) for factor in factors):
-            raise UserError(f"run.max_epoch and run.iters_per_epoch are {factors}; mend them, to whole numbers")
+            raise UserError(
+                f"run.max_epoch and run.iters_per_epoch are {factors}; mend them, to whole numbers"
+            )
         new.run.max_steps = math.prod(factors)
     if flat.get("run.lr_sched", "linear_warmup_cosine_lr") != "linear_warmup_cosine_lr":
-        raise UserError(f"run.lr_sched {flat['run.lr_sched']} is not known; only linear_warmup_cosine_lr is")
+        raise UserError(
+            f"run.lr_sched {flat['run.lr_sched']} is not known; only linear_warmup_cosine_lr is"
+        )
     if OmegaConf.select(new, "model.language_model.lora.rank") == 0:
         new.model.language_model.dtype = "float32"  # trained whole
     if "model.init_from" not in set_by:
@@ -183,5 +211,7 @@ def _leaves(block: Settings, prefix: str = "") -> list[tuple[str, Any]]:
     pairs: list[tuple[str, Any]] = []
     for key, value in block.items():
         name = f"{prefix}{key}"
-        pairs += _leaves(value, f"{name}.") if isinstance(value, dict) and value else [(name, value)]
+        pairs += (
+            _leaves(value, f"{name}.") if isinstance(value, dict) and value else [(name, value)]
+        )
     return pairs

@@ -15,10 +15,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from annexe.datasets.transforms import read_image
+from annexe.datasets.pixels import read_image
 from annexe.errors import UserError
 from annexe.files import require_writable, write_text
-from annexe.metrics.masks import Rle, encode_ids
+from annexe.rle import Rle, encode_ids
 
 HELP = "make predictions.jsonl of mask images and a table of answers"
 
@@ -29,7 +29,11 @@ Key = tuple[str, int, str]  # image, annotation, query id as text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("masks", type=Path, help="folder of IMAGE/ANNOTATION_QUERY_SLOT.png, 0 = outside of the mask")
+    parser.add_argument(
+        "masks",
+        type=Path,
+        help="folder of IMAGE/ANNOTATION_QUERY_SLOT.png, 0 = outside of the mask",
+    )
     parser.add_argument(
         "answers",
         type=Path,
@@ -47,39 +51,62 @@ def run(arguments: argparse.Namespace) -> None:
     for where, row in read_rows(arguments.answers):
         key = (row["image"], row["annotation"], str(row["query_id"]))
         if key in seen:
-            raise UserError(f"{where}: query {row['query_id']!r} of this annotation stands further up; keep one row")
+            raise UserError(
+                f"{where}: query {row['query_id']!r} of this annotation stands further up; keep one row"
+            )
         seen.add(key)
         query = {name: row[name] for name in REQUIRED} | {
-            "masks": [{"slot": slot, "rle": path} for slot, path in sorted(masks.pop(key, {}).items())]
+            "masks": [
+                {"slot": slot, "rle": path} for slot, path in sorted(masks.pop(key, {}).items())
+            ]
         }
         if row.get("presence") is not None:
             query["presence"] = row["presence"]
-        if row.get("analysis") is not None and analyses.setdefault(row["image"], row["analysis"]) != row["analysis"]:
-            raise UserError(f"{where}: image '{row['image']}' has another analysis further up; give one per image")
+        if (
+            row.get("analysis") is not None
+            and analyses.setdefault(row["image"], row["analysis"]) != row["analysis"]
+        ):
+            raise UserError(
+                f"{where}: image '{row['image']}' has another analysis further up; give one per image"
+            )
         lines.append({"kind": "query", **query})
     if masks:
         path = next(iter(next(iter(masks.values())).values()))
-        raise UserError(f"no row of '{arguments.answers}' belongs to mask '{path}'; add one, or rename the file")
+        raise UserError(
+            f"no row of '{arguments.answers}' belongs to mask '{path}'; add one, or rename the file"
+        )
     for line in track(lines, "reading masks", transient=True):
         for mask in line["masks"]:
             mask["rle"] = read_mask(mask["rle"])
-    images = [{"kind": "image", "image": image, "analysis": analysis} for image, analysis in analyses.items()]
-    write_text(arguments.out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (*images, *lines)))
+    images = [
+        {"kind": "image", "image": image, "analysis": analysis}
+        for image, analysis in analyses.items()
+    ]
+    write_text(
+        arguments.out,
+        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (*images, *lines)),
+    )
     num_masks = sum(len(line["masks"]) for line in lines)
     Console(soft_wrap=True).print(
-        f"{len(lines):,} queries with {num_masks:,} masks in '{arguments.out}'", markup=False, highlight=False
+        f"{len(lines):,} queries with {num_masks:,} masks in '{arguments.out}'",
+        markup=False,
+        highlight=False,
     )
 
 
 def find_masks(folder: Path) -> dict[Key, dict[int, Path]]:
     """Query -> slot -> mask file of every PNG below the folder."""
     if not folder.is_dir():
-        raise UserError(f"no folder '{folder}'; give the one that holds IMAGE/ANNOTATION_QUERY_SLOT.png")
+        raise UserError(
+            f"no folder '{folder}'; give the one that holds IMAGE/ANNOTATION_QUERY_SLOT.png"
+        )
     masks: dict[Key, dict[int, Path]] = {}
     for path in sorted(folder.rglob("*.png")):
         match = _NAME.fullmatch(path.name)
         if not match or path.parent.parent != folder:
-            raise UserError(f"mask '{path}' is not named IMAGE/ANNOTATION_QUERY_SLOT.png; rename it or take it away")
+            raise UserError(
+                f"mask '{path}' is not named IMAGE/ANNOTATION_QUERY_SLOT.png; rename it or take it away"
+            )
         key = (path.parent.name, int(match["annotation"]), match["query_id"])
         masks.setdefault(key, {})[int(match["slot"])] = path
     return masks
@@ -91,9 +118,13 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         with path.open(encoding="utf-8-sig") as file:  # a spreadsheet program puts a mark in front
             lines = list(file)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read answers '{path}' ({error}); give a .tsv or .jsonl file") from None
+        raise UserError(
+            f"cannot read answers '{path}' ({error}); give a .tsv or .jsonl file"
+        ) from None
     if path.suffix not in (".tsv", ".jsonl"):
-        raise UserError(f"answers '{path}' are neither .tsv (with a header) nor .jsonl; save them as one of these")
+        raise UserError(
+            f"answers '{path}' are neither .tsv (with a header) nor .jsonl; save them as one of these"
+        )
     is_table = path.suffix == ".tsv"
     csv.field_size_limit(sys.maxsize)
     rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if is_table else lines
@@ -110,7 +141,9 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         except (ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"{where} is wrong ({error}); mend it or remove it") from None
         if missing:
-            raise UserError(f"{where} has no {', '.join(missing)}; a row needs {', '.join(REQUIRED)}")
+            raise UserError(
+                f"{where} has no {', '.join(missing)}; a row needs {', '.join(REQUIRED)}"
+            )
         yield where, row
 
 

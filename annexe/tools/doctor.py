@@ -12,20 +12,24 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from annexe.datasets.checks import ERROR, NOTE, PROBLEMS, WARNING
-from annexe.datasets.stems import GROUPS
-from annexe.datasets.survey import Survey, survey
+from annexe.datasets.image_names import GROUPS
+from annexe.doctor.image_checks import ERROR, NOTE, PROBLEMS, WARNING
+from annexe.doctor.survey import Survey, survey
 from annexe.errors import UserError
 from annexe.files import require_writable, write_json
-from annexe.processes import num_cores
+from annexe.workers import num_cores
 
 HELP = "check every file of a data root; exit code 1 where there are errors"
 _COLOURS = {NOTE: "cyan", WARNING: "yellow", ERROR: "red"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("root", type=Path, help="folder that holds RGB/, depth/, mask/ and dataset_split/")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write a report, with a list of stems to exclude")
+    parser.add_argument(
+        "root", type=Path, help="folder that holds RGB/, depth/, mask/ and dataset_split/"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write a report, with a list of stems to exclude"
+    )
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
 
 
@@ -61,10 +65,18 @@ def show(found: Survey, console: Console) -> None:
         console.print(_counts(what, splits))
     holes = found.depth_holes()
     if holes:
-        console.print("depth not measured: mean {mean:.1%}, from {lowest:.1%} to {highest:.1%}".format(**holes))
-    console.print(f"images whose map has ids that no annotation names, which does no harm: {found.unnamed_ids}")
+        console.print(
+            "depth not measured: mean {mean:.1%}, from {lowest:.1%} to {highest:.1%}".format(
+                **holes
+            )
+        )
+    console.print(
+        f"images whose map has ids that no annotation names, which does no harm: {found.unnamed_ids}"
+    )
     if found.leaks:
-        table = Table("share of images that train shows too", *(f"same {group}" for group in GROUPS))
+        table = Table(
+            "share of images that train shows too", *(f"same {group}" for group in GROUPS)
+        )
         for split, shares in found.leaks.items():
             table.add_row(split, *(f"{shares[group]:.1%}" for group in GROUPS))
         console.print(table)
@@ -83,7 +95,9 @@ def _counts(what: str, splits: dict[str, Counter]) -> Table:
 
 def _problems(found: Survey) -> Iterator[tuple[str, str]]:
     """Severity and a line for each kind of problem, the worst last, where the eye is, with an example."""
-    for code, (severity, meaning) in sorted(PROBLEMS.items(), key=lambda item: list(_COLOURS).index(item[1][0])):
+    for code, (severity, meaning) in sorted(
+        PROBLEMS.items(), key=lambda item: list(_COLOURS).index(item[1][0])
+    ):
         own = [problem for problem in found.problems if problem.code == code]
         if own:
             places = sum(problem.number for problem in own)

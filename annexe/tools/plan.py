@@ -12,11 +12,21 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from annexe.config import Config, load_config
+from annexe.benchmarks.memory import (
+    CONTEXT,
+    FRAGMENTATION,
+    GB,
+    Plan,
+    lengths,
+    measure,
+    queries_of,
+    without_files,
+)
+from annexe.build import load_config
+from annexe.config import Config
 from annexe.errors import UserError
 from annexe.files import write_json
-from annexe.memory import CONTEXT, FRAGMENTATION, GB, Plan, lengths, measure, queries_of, without_files
-from annexe.models.llama import DTYPES, QUANTISED
+from annexe.models.language_model.base_model import DTYPES, QUANTISED
 
 HELP = "predict the GPU memory of a training step, and find settings that fit a card"
 
@@ -81,11 +91,21 @@ def propose(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cfg-path", required=True, metavar="YAML", help="configuration file of a training run")
-    parser.add_argument("--options", nargs="+", default=[], metavar="A.B=C", help="settings put over the file")
-    parser.add_argument("--gpus", type=int, default=1, help="processes of the run, one a GPU (default %(default)s)")
-    parser.add_argument("--card", type=float, default=24, metavar="GB", help="memory of a GPU (default %(default)s)")
-    parser.add_argument("--tokens", type=int, metavar="N", help="packed tokens of an image, instead of the data's")
+    parser.add_argument(
+        "--cfg-path", required=True, metavar="YAML", help="configuration file of a training run"
+    )
+    parser.add_argument(
+        "--options", nargs="+", default=[], metavar="A.B=C", help="settings put over the file"
+    )
+    parser.add_argument(
+        "--gpus", type=int, default=1, help="processes of the run, one a GPU (default %(default)s)"
+    )
+    parser.add_argument(
+        "--card", type=float, default=24, metavar="GB", help="memory of a GPU (default %(default)s)"
+    )
+    parser.add_argument(
+        "--tokens", type=int, metavar="N", help="packed tokens of an image, instead of the data's"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
 
 
@@ -94,12 +114,22 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--gpus {arguments.gpus} and --card {arguments.card:g} must be above 0")
     given = load_config(arguments.cfg_path, arguments.options)
     if given.model is None or len(given.datasets) != 1:
-        raise UserError(f"'{arguments.cfg_path}' is of no training run; it needs one model and one data set")
+        raise UserError(
+            f"'{arguments.cfg_path}' is of no training run; it needs one model and one data set"
+        )
     if given.model["language_model"]["type"] != "llama":
-        raise UserError("annexe plan knows language models of type llama alone; set model.language_model.type=llama")
+        raise UserError(
+            "annexe plan knows language models of type llama alone; set model.language_model.type=llama"
+        )
     config, tokenizer, notes = without_files(given)
-    if config.run.parallel == "fsdp" and arguments.gpus > 1 and config.model["language_model"]["dtype"] not in DTYPES:
-        raise UserError("run.parallel=fsdp cannot spread an int8, nf4 or float8 language model; set run.parallel=ddp")
+    if (
+        config.run.parallel == "fsdp"
+        and arguments.gpus > 1
+        and config.model["language_model"]["dtype"] not in DTYPES
+    ):
+        raise UserError(
+            "run.parallel=fsdp cannot spread an int8, nf4 or float8 language model; set run.parallel=ddp"
+        )
     branches_of, source = lengths(config, tokenizer, arguments.tokens)
 
     def plan_of(changed: Config, most: float = float("inf")) -> Plan | None:
@@ -110,10 +140,17 @@ def run(arguments: argparse.Namespace) -> None:
     proposal = None if plan.needs <= card else propose(plan_of, config, arguments.gpus, card)
     notes.append(f"lengths: {source}")
     if config.run.compile:
-        notes.append("run.compile=true keeps less than this: what is cheap is computed again, and kernels are fused")
+        notes.append(
+            "run.compile=true keeps less than this: what is cheap is computed again, and kernels are fused"
+        )
     show(plan, proposal, arguments.card, notes, arguments.options)
     if arguments.json is not None:
-        record = numbers(plan) | {"card": arguments.card, "fits": plan.needs <= card, "notes": notes, "proposal": None}
+        record = numbers(plan) | {
+            "card": arguments.card,
+            "fits": plan.needs <= card,
+            "notes": notes,
+            "proposal": None,
+        }
         if proposal is not None:
             record["proposal"] = {"options": as_options(proposal[0])} | numbers(proposal[1])
         write_json(arguments.json, record)
@@ -138,14 +175,16 @@ def numbers(plan: Plan) -> dict[str, Any]:
 
 
 def show(
-    plan: Plan, proposal: tuple[dict[str, Any], Plan] | None, card: float, notes: list[str], given: list[str]
+    plan: Plan,
+    proposal: tuple[dict[str, Any], Plan] | None,
+    card: float,
+    notes: list[str],
+    given: list[str],
 ) -> None:
     """Print the table and what to put behind the options ``given`` for a card of ``card`` GB."""
     record = numbers(plan)
     columns = ("weights", "gradients", "optimizer", "activations")
-    title = (
-        f"GB on each GPU: {plan.batch_size} images of {plan.num_tokens} packed tokens, {plan.num_queries} queries each"
-    )
+    title = f"GB on each GPU: {plan.batch_size} images of {plan.num_tokens} packed tokens, {plan.num_queries} queries each"
     table = Table("part", *columns, title=title)
     for part, sizes in record["parts"].items():
         table.add_row(part.replace("_", " "), *(f"{sizes[name]:.2f}" for name in columns))
@@ -159,7 +198,9 @@ def show(
     if plan.needs <= card * GB:
         lines.append(f"A card of {card:g} GB is enough.")
     elif proposal is None:
-        lines.append(f"Nothing tried fits a card of {card:g} GB. Take a larger one, or a smaller model.")
+        lines.append(
+            f"Nothing tried fits a card of {card:g} GB. Take a larger one, or a smaller model."
+        )
     else:
         options, smaller = proposal
         lines += [
@@ -167,7 +208,7 @@ def show(
             f"--options {' '.join([*given, *as_options(options)])}",
         ]
         if options.get("model.language_model.dtype") in QUANTISED:
-            lines.append("This takes bitsandbytes: pip install 'annexe[quantise]'")
+            lines.append("This takes bitsandbytes: pip install 'annexe[quantize]'")
     console = Console(soft_wrap=True)
     console.print(table)
     for line in lines:

@@ -14,33 +14,53 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import track
 
-from annexe.checkpoint import require_checkpoint, without_sources
-from annexe.config import load_config
+from annexe.build import load_config, restore_model
+from annexe.checkpoints.run_folder import require_checkpoint, without_sources
+from annexe.config import device_settings
 from annexe.datasets.photos import Photos, photo_files, read_photo
 from annexe.distributed import make_accelerator
 from annexe.errors import UserError
-from annexe.evaluator import plan_batches, predict, restored, write_records
-from annexe.metrics import decode
-from annexe.models.tokenizer import PLACEHOLDER, TEMPLATE_TOKENS
-from annexe.scoring import Record
+from annexe.evaluation.predict import plan_batches, predict
+from annexe.evaluation.records import Record, write_records
+from annexe.models.language_model.tokenizer import PLACEHOLDER, TEMPLATE_TOKENS
+from annexe.rle import decode
 
 HELP = "analyse photos of your own, answer questions about them, and draw the masks"
 # What a training may have set and a few photos do not need.
-_PLAIN = ("run.compile=false", "run.cuda_graphs=false", "run.num_workers=0", "run.batch_size=4", "run.parallel=ddp")
+_PLAIN = (
+    "run.compile=false",
+    "run.cuda_graphs=false",
+    "run.num_workers=0",
+    "run.batch_size=4",
+    "run.parallel=ddp",
+)
 
 SLOT_COLOURS = ("#ff2d95", "#00b8f5", "#ffc400", "#8f6bff", "#2fd0a5", "#ff7a2f")  # the report's
-PICTURE_SIDE, CAPTION_WIDTH = 1280, 640  # the most of a photo's longer side in a picture, the least below it
+PICTURE_SIDE, CAPTION_WIDTH = (
+    1280,
+    640,
+)  # the most of a photo's longer side in a picture, the least below it
 _FILLED, _FONT, _GAP = 0.42, 26, 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", metavar="run", help="run folder, or one of its checkpoints")
     parser.add_argument(
-        "photos", nargs="+", type=Path, metavar="PHOTO", help="image files, or folders with .jpg, .png or .webp"
+        "photos",
+        nargs="+",
+        type=Path,
+        metavar="PHOTO",
+        help="image files, or folders with .jpg, .png or .webp",
     )
-    parser.add_argument("--ask", nargs="+", required=True, metavar="QUESTION", help="asked of every photo")
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="new folder for predictions.jsonl and the pictures"
+        "--ask", nargs="+", required=True, metavar="QUESTION", help="asked of every photo"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="new folder for predictions.jsonl and the pictures",
     )
     parser.add_argument(
         "--options",
@@ -55,15 +75,19 @@ def run(arguments: argparse.Namespace) -> None:
     check_questions(arguments.ask)
     files, out = photo_files(arguments.photos), arguments.out
     checkpoint = require_checkpoint(arguments.run_folder, "best")
-    config = load_config(checkpoint / "config.yaml", [f"run.output_dir={out}", *_PLAIN, *arguments.options])
+    config = load_config(
+        checkpoint / "config.yaml", [f"run.output_dir={out}", *_PLAIN, *arguments.options]
+    )
     config = replace(config, model=without_sources(config.model, checkpoint))
     (data,) = config.datasets.values()
-    photos = Photos(files, arguments.ask, config.model["rgb_encoder"]["image_size"], data.get("answer_format"))
+    photos = Photos(
+        files, arguments.ask, config.model["rgb_encoder"]["image_size"], data.get("answer_format")
+    )
     make_folder(out)
-    accelerator = make_accelerator(config.run)
+    accelerator = make_accelerator(**device_settings(config.run))
     batches = plan_batches(len(photos), config.run.batch_size)
     predicted = predict(
-        restored(config, checkpoint, accelerator),
+        restore_model(config, checkpoint, accelerator),
         photos,
         batches,
         queries_per_annotation=1,
@@ -107,7 +131,9 @@ def make_folder(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         is_empty = not any(out.iterdir())
     except OSError as error:
-        raise UserError(f"cannot make folder '{out}' ({error.strerror}); choose another --out") from None
+        raise UserError(
+            f"cannot make folder '{out}' ({error.strerror}); choose another --out"
+        ) from None
     if not is_empty:
         raise UserError(f"'{out}' is not empty; choose another --out, or remove it")
 
@@ -119,15 +145,21 @@ def tell(record: Record, file: Path, out: Path, console: Console) -> None:
         return
     picture = out / f"{file.stem}-{record['annotation'] + 1}.jpg"
     answer_picture(read_photo(file), record).save(picture, quality=90)
-    console.print(f"  {record['query']}\n    {record['answer']}  (presence {record['presence']:.2f}, {picture})")
+    console.print(
+        f"  {record['query']}\n    {record['answer']}  (presence {record['presence']:.2f}, {picture})"
+    )
 
 
 def answer_picture(photo: Image.Image, record: Record) -> Image.Image:
     """A photo under the masks of a query line, and below it the question, the answer and what each colour is."""
     scale = min(1.0, PICTURE_SIDE / max(photo.size))
-    pixels = np.asarray(photo.resize((max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))))
+    pixels = np.asarray(
+        photo.resize((max(1, round(photo.width * scale)), max(1, round(photo.height * scale))))
+    )
     for mask in record["masks"]:
-        pixels = _tinted(pixels, decode(mask["rle"]), SLOT_COLOURS[mask["slot"] % len(SLOT_COLOURS)])
+        pixels = _tinted(
+            pixels, decode(mask["rle"]), SLOT_COLOURS[mask["slot"] % len(SLOT_COLOURS)]
+        )
     height, width = pixels.shape[0], max(pixels.shape[1], CAPTION_WIDTH)
     font = ImageFont.load_default(_FONT)
     lines = list(_caption(record, width - 2 * _GAP, font))
@@ -146,12 +178,16 @@ def _tinted(pixels: np.ndarray, mask: np.ndarray, colour: str) -> np.ndarray:
     """``pixels`` uint8[h, w, 3] with a mask, bool[H, W] of the whole photo, filled and outlined."""
     rgb = tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
     mask = cv2.resize(mask.astype(np.uint8), pixels.shape[1::-1], interpolation=cv2.INTER_AREA)
-    tinted = np.where(mask[..., None] > 0, (1 - _FILLED) * pixels + _FILLED * np.array(rgb), pixels).astype(np.uint8)
+    tinted = np.where(
+        mask[..., None] > 0, (1 - _FILLED) * pixels + _FILLED * np.array(rgb), pixels
+    ).astype(np.uint8)
     outlines = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)[0]
     return cv2.drawContours(np.ascontiguousarray(tinted), outlines, -1, rgb, 2, cv2.LINE_AA)
 
 
-def _caption(record: Record, width: int, font: ImageFont.FreeTypeFont) -> Iterator[tuple[str, str | None]]:
+def _caption(
+    record: Record, width: int, font: ImageFont.FreeTypeFont
+) -> Iterator[tuple[str, str | None]]:
     """Lines of text below a picture, at most ``width`` wide; where one begins with a mask's name, its colour."""
     for text in (record["query"], record["answer"]):
         yield from ((line, None) for line in _wrapped(text, width, font))

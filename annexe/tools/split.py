@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from annexe.datasets.stems import (
+from annexe.datasets.image_names import (
     GROUPS,
     SPLITS,
     annotation_folders,
@@ -28,30 +28,60 @@ HELP = "write split lists that share no video, object instance or room"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("root", type=Path, help="folder that holds dataset_split/")
     parser.add_argument("--by", choices=GROUPS, required=True, help="what no two splits may share")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make, for train.txt, val.txt and test.txt")
-    parser.add_argument("--val", type=float, default=0.1, help="share of the images in val (default %(default)s)")
-    parser.add_argument("--test", type=float, default=0.2, help="share of the images in test (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same lists (default %(default)s)")
-    parser.add_argument("--exclude", type=Path, metavar="FILE", help="stems to leave out, or a report of annexe doctor")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder to make, for train.txt, val.txt and test.txt",
+    )
+    parser.add_argument(
+        "--val", type=float, default=0.1, help="share of the images in val (default %(default)s)"
+    )
+    parser.add_argument(
+        "--test", type=float, default=0.2, help="share of the images in test (default %(default)s)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="the same seed gives the same lists (default %(default)s)",
+    )
+    parser.add_argument(
+        "--exclude",
+        type=Path,
+        metavar="FILE",
+        help="stems to leave out, or a report of annexe doctor",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
     out = arguments.out
     if out.exists():
         raise UserError(f"'{out}' exists; name a folder that does not, so that no list is replaced")
-    if not (min(arguments.val, arguments.test, arguments.seed) >= 0 and arguments.val + arguments.test < 1):  # or NaN
+    if not (
+        min(arguments.val, arguments.test, arguments.seed) >= 0
+        and arguments.val + arguments.test < 1
+    ):  # or NaN
         raise UserError(
             f"cannot split with --val {arguments.val}, --test {arguments.test}, --seed {arguments.seed}: "
             "give shares from 0 that leave something to train, and a seed from 0 on"
         )
-    stems = sorted({stem for stems in annotation_folders(arguments.root).values() for stem in stems})
+    stems = sorted(
+        {stem for stems in annotation_folders(arguments.root).values() for stem in stems}
+    )
     if arguments.exclude:
         excluded = set(read_list(arguments.exclude, "--exclude"))
         check_known(excluded, stems, arguments.exclude, arguments.root)
         stems = [stem for stem in stems if stem not in excluded]
     if not stems:
-        raise UserError(f"'{arguments.root / 'dataset_split'}' holds no SPLIT/*.json; give the folder that holds RGB/")
-    shares = {"train": 1 - arguments.val - arguments.test, "val": arguments.val, "test": arguments.test}
+        raise UserError(
+            f"'{arguments.root / 'dataset_split'}' holds no SPLIT/*.json; give the folder that holds RGB/"
+        )
+    shares = {
+        "train": 1 - arguments.val - arguments.test,
+        "val": arguments.val,
+        "test": arguments.test,
+    }
     lists = split(stems, arguments.by, shares, arguments.seed)
     out.mkdir(parents=True)
     for name, own in lists.items():
@@ -101,7 +131,9 @@ def split(stems: list[str], by: str, shares: dict[str, float], seed: int) -> dic
 
 def _lack(lacking: dict[str, float], group: Counter, sizes: Counter) -> float:
     """How much a split lacks the categories of a group, and images at all, each as a share of what there is."""
-    of_its_kind = sum(number * lacking[kind] / sizes[kind] for kind, number in group.items()) / group.total()
+    of_its_kind = (
+        sum(number * lacking[kind] / sizes[kind] for kind, number in group.items()) / group.total()
+    )
     return of_its_kind + sum(lacking.values()) / sizes.total()
 
 
@@ -118,4 +150,6 @@ def show(lists: dict[str, list[str]]) -> None:
     console.print(table)
     for name, own in leaks(lists).items():
         shown = ", ".join(f"the {group} of {own[group]:.1%}" for group in GROUPS)
-        console.print(f"{name}: train shows {shown} of its images too", markup=False, highlight=False)
+        console.print(
+            f"{name}: train shows {shown} of its images too", markup=False, highlight=False
+        )

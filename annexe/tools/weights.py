@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
-from annexe.checkpoint import require_checkpoint, saved_config
+from annexe.checkpoints.public import read_tensors, recognise
+from annexe.checkpoints.run_folder import require_checkpoint, saved_config
 from annexe.errors import UserError
-from annexe.models.language_model import Llama, Lora
-from annexe.models.llama import DTYPES, load_llama
-from annexe.models.tokenizer import load_tokenizer
-from annexe.weights import read_tensors, recognise
+from annexe.models.language_model.base_model import DTYPES, load_llama
+from annexe.models.language_model.llama import Llama, Lora
+from annexe.models.language_model.tokenizer import load_tokenizer
 
 HELP = "inspect a checkpoint, or export a run for peft and transformers"
 _LLAMA = "language_model.model."
@@ -26,13 +26,19 @@ _LLAMA = "language_model.model."
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    inspect = actions.add_parser("inspect", help="say what a checkpoint holds and which setting takes it")
-    inspect.add_argument("file", type=Path, help=".pth or safetensors file, Hugging Face folder or run folder")
+    inspect = actions.add_parser(
+        "inspect", help="say what a checkpoint holds and which setting takes it"
+    )
+    inspect.add_argument(
+        "file", type=Path, help=".pth or safetensors file, Hugging Face folder or run folder"
+    )
     export = actions.add_parser("export", help="write adapter, heads and tokenizer of a run")
     export.add_argument("run_folder", metavar="run", help="run folder, or one of its checkpoints")
     export.add_argument("out", type=Path, help="folder to make")
     export.add_argument(
-        "--merge", action="store_true", help="also write llama/, the language model with LoRA merged in"
+        "--merge",
+        action="store_true",
+        help="also write llama/, the language model with LoRA merged in",
     )
 
 
@@ -47,7 +53,9 @@ def inspect_file(path: Path) -> None:
     """Print format, setting, and tensors by module; reads headers alone."""
     tensors = read_tensors(path, shapes_only=True)
     known, prefix = recognise(tensors, path)
-    kinds = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}))
+    kinds = ", ".join(
+        sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+    )
     numbers, sizes = Counter(), Counter()
     for key, tensor in tensors.items():
         group = ".".join(key.split(".")[: 2 + prefix.count(".")] if "." in key else [key])
@@ -59,7 +67,9 @@ def inspect_file(path: Path) -> None:
     table.add_row("all", str(len(tensors)), f"{sum(sizes.values()):,}", style="bold")
     console = Console()
     console.print(table)
-    console.print(f"format: {known.name}\ntaken by: {known.setting}\nstored as: {kinds}", markup=False)
+    console.print(
+        f"format: {known.name}\ntaken by: {known.setting}\nstored as: {kinds}", markup=False
+    )
 
 
 def export_run(run_folder: str, out: Path, *, merge: bool) -> None:
@@ -89,29 +99,49 @@ def export_run(run_folder: str, out: Path, *, merge: bool) -> None:
     save_file(heads, part / "heads.safetensors", metadata={"format": "pt"})
     shutil.copytree(checkpoint / "tokenizer", part / "tokenizer")
     shutil.copy(checkpoint / "config.yaml", part / "config.yaml")
-    lines = [f"Exported from `{checkpoint.name}` of an annexe run.", "", f"- heads.safetensors: {len(heads)} tensors"]
+    lines = [
+        f"Exported from `{checkpoint.name}` of an annexe run.",
+        "",
+        f"- heads.safetensors: {len(heads)} tensors",
+    ]
     if adapter.is_dir():
         shutil.copytree(adapter, part / "adapter")
         lines.append(
             "- adapter/: `PeftModel.from_pretrained(llama, 'adapter')` on the stock Llama, vocabulary as it is"
         )
     if merge and adapter.is_dir():
-        llama = load_llama(settings["path"], settings["dtype"] if settings["dtype"] in DTYPES else "bfloat16")
+        llama = load_llama(
+            settings["path"], settings["dtype"] if settings["dtype"] in DTYPES else "bfloat16"
+        )
         PeftModel.from_pretrained(llama, adapter).merge_and_unload().save_pretrained(part / "llama")
     elif not adapter.is_dir():
-        _save_whole(settings, {n.removeprefix(_LLAMA): t for n, t in tensors.items() if n.startswith(_LLAMA)}, part)
+        _save_whole(
+            settings,
+            {n.removeprefix(_LLAMA): t for n, t in tensors.items() if n.startswith(_LLAMA)},
+            part,
+        )
     if (part / "llama").is_dir():
         load_tokenizer(checkpoint / "tokenizer", 1).save(part / "llama")
         lines.append("- llama/: `AutoModelForCausalLM.from_pretrained('llama')`")
-    lines += ["", "The `<MSK_k>` placeholders are rows of our own in heads.safetensors (mask_embedding, mask_head)."]
+    lines += [
+        "",
+        "The `<MSK_k>` placeholders are rows of our own in heads.safetensors (mask_embedding, mask_head).",
+    ]
     (part / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     os.replace(part, out)
-    Console().print(f"written: {', '.join(sorted(path.name for path in out.iterdir()))} under '{out}'", markup=False)
+    Console().print(
+        f"written: {', '.join(sorted(path.name for path in out.iterdir()))} under '{out}'",
+        markup=False,
+    )
 
 
 def _save_whole(settings: dict, tensors: dict, folder: Path) -> None:
     """Save a language model that was trained whole, in its own sizes."""
     tokenizer = load_tokenizer(folder / "tokenizer", 1, settings["vocab_size"])
-    language = Llama(tokenizer, lora=Lora(rank=0), **{k: v for k, v in settings.items() if k not in ("type", "lora")})
+    language = Llama(
+        tokenizer,
+        lora=Lora(rank=0),
+        **{k: v for k, v in settings.items() if k not in ("type", "lora")},
+    )
     language.model.load_state_dict(tensors)
     language.model.save_pretrained(folder / "llama")

@@ -1,0 +1,301 @@
+"""Settings to objects: a configuration is read and checked once, and its components are built.
+
+The one file that knows both the configuration and the components.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, field, is_dataclass, make_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
+
+import annexe.datasets
+import annexe.models  # noqa: F401  (both register their components)
+from annexe.checkpoints.run_folder import load_progress, require_checkpoint, saved_config
+from annexe.checkpoints.training_state import load_weights
+from annexe.config import (
+    PARTS,
+    Config,
+    RunConfig,
+    is_released,
+    merge_strictly,
+    read_yaml,
+    setting_error,
+)
+from annexe.datasets.ego_irgbench import EgoIRGBench
+from annexe.errors import UserError, unknown_name_error
+from annexe.models.annexe import Annexe
+from annexe.models.compile import compile_blocks
+from annexe.models.language_model.tokenizer import TextTokenizer, load_tokenizer
+from annexe.registry import import_plugins, lookup
+
+
+def load_config(
+    cfg_path: str | Path, options: Sequence[str] = (), *, onto_checkpoint: bool = False
+) -> Config:
+    """Read a YAML file, put ``a.b=c`` options over it, and check every key and value.
+
+    Args:
+        onto_checkpoint: where there are model settings, they stand over those that
+            ``run.checkpoint`` was trained with.
+
+    Raises:
+        UserError: for a missing file, bad YAML, an unknown key or component, or a value of the
+            wrong type.
+    """
+    path = Path(cfg_path)
+    base = read_yaml(path)
+    if is_released(base):
+        raise UserError(
+            f"{path} is of the released ANNEXE code; turn it into ours: "
+            f"annexe convert-config {path} NEW.yaml"
+        )
+    for option in options:
+        if "=" not in option or option.startswith("="):
+            raise UserError(f"option '{option}' is not of the form a.b=c")
+    try:
+        overrides = OmegaConf.from_dotlist(list(options))
+        if onto_checkpoint:
+            base = _onto_checkpoint(base, overrides)
+        _drop_settings_of_other_types(base, overrides)
+        config = merge_strictly(Config, OmegaConf.merge(base, overrides))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {setting_error('', error)}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot read '{path}' and its options: {reason}; fix the YAML") from None
+    import_plugins(config.imports)
+    for name, spec in config.datasets.items():
+        checked = check_component("dataset", spec, f"datasets.{name}", type=name)
+        del checked["type"]
+        config.datasets[name] = checked
+    if config.model is not None:
+        config.model = check_model(config.model)
+    return config
+
+
+def _onto_checkpoint(base: DictConfig | ListConfig, overrides: DictConfig) -> Any:
+    """``base`` over the model settings of the checkpoint that it or ``overrides`` names.
+
+    Without model settings of its own, ``base`` stays as it is.
+    """
+    checkpoint = OmegaConf.select(OmegaConf.merge(base, overrides), "run.checkpoint")
+    if checkpoint is None or ("model" not in base and "model" not in overrides):
+        return base
+    saved = {"model": saved_config(require_checkpoint(checkpoint, "best"))["model"]}
+    for part in PARTS:
+        chosen = OmegaConf.select(base, f"model.{part}.type")
+        if chosen not in (None, saved["model"][part]["type"]):
+            saved["model"][part] = {}
+    return OmegaConf.merge(saved, base)
+
+
+def _drop_settings_of_other_types(base: Any, overrides: DictConfig) -> None:
+    """A part whose type an option changes takes none of the old type's settings along."""
+    for part in PARTS:
+        chosen = OmegaConf.select(overrides, f"model.{part}.type")
+        if chosen is not None and chosen != OmegaConf.select(base, f"model.{part}.type"):
+            base.model[part] = {}
+
+
+def check_model(spec: dict[str, Any]) -> dict[str, Any]:
+    """A ``model`` block with every setting checked and every default filled in.
+
+    Raises:
+        UserError: for a part that is missing, an unknown setting, or a value of the wrong type.
+    """
+    for part in PARTS:
+        if part not in spec:
+            raise UserError(f"model.{part} is missing; a model needs {', '.join(PARTS)}")
+    parts = {part: check_component(part, spec[part], f"model.{part}") for part in PARTS}
+    wiring = {key: value for key, value in spec.items() if key not in PARTS}
+    return check_component("model", wiring, "model") | parts
+
+
+def check_component(kind: str, spec: object, where: str, **defaults: str) -> dict[str, Any]:
+    """A component's block, checked against the signature of its constructor, defaults filled in.
+
+    Args:
+        spec: ``type`` and settings.
+        where: the block's place in the configuration, for messages.
+        defaults: settings that the block may leave out, such as ``type``.
+
+    Raises:
+        UserError: for an unknown type or setting, or a value of the wrong type.
+    """
+    if not isinstance(spec, dict):
+        raise UserError(f"{where} is '{spec}'; it must be a block of settings")
+    spec = {**defaults, **spec}
+    component = lookup(kind, spec.get("type"), f"{where}.type")
+    options = _options(component)
+    settings = {key: value for key, value in spec.items() if key != "type"}
+    for key in settings.keys() - options.keys():
+        raise unknown_name_error(f"setting {where}.{key}: '{spec['type']}' has no", key, options)
+
+    # A dataclass with the constructor's arguments as its fields, for OmegaConf to check against
+    hints = _hints(component)
+    fields = []
+    for name, parameter in options.items():
+        default = MISSING if parameter.default is parameter.empty else parameter.default
+        fields.append((name, hints[name], field(default_factory=lambda value=default: value)))
+    checked = merge_strictly(make_dataclass("Settings", fields), settings, where)
+
+    # Plain values, as they are saved with a run
+    filled = {"type": spec["type"]}
+    for name in options:
+        value = getattr(checked, name)
+        filled[name] = asdict(value) if is_dataclass(value) else value
+    return filled
+
+
+def build_component(kind: str, spec: dict[str, Any], *parts: Any) -> Any:
+    """The component that a checked block names, made from its settings and the injected ``parts``."""
+    component = lookup(kind, spec["type"], f"{kind}.type")
+    hints = _hints(component)
+    settings = {}
+    for name, value in spec.items():
+        if name != "type":
+            is_block = is_dataclass(hints[name]) and isinstance(value, dict)
+            settings[name] = hints[name](**value) if is_block else value
+    return component(*parts, **settings)
+
+
+def _options(component: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """A constructor's keyword-only parameters: what YAML may set."""
+    parameters = inspect.signature(component).parameters.values()
+    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def _hints(component: Callable[..., Any]) -> dict[str, Any]:
+    constructor = component.__init__ if inspect.isclass(component) else component
+    return typing.get_type_hints(constructor)
+
+
+def build_dataset(config: Config, split: str, *, cached: bool = True) -> EgoIRGBench:
+    """The configuration's data set in one of its splits.
+
+    Args:
+        cached: keep resized pixels under ``run.output_dir``.
+
+    Raises:
+        UserError: unless there is one data set and a model block.
+    """
+    if len(config.datasets) != 1:
+        raise UserError(
+            f"datasets names {len(config.datasets)} data sets; name one, such as ego_irgbench"
+        )
+    if config.model is None:
+        raise UserError(
+            "the configuration has no model block; take one from train_configs/, "
+            "such as annexe_tiny.yaml"
+        )
+    ((name, settings),) = config.datasets.items()
+    image_size = config.model["rgb_encoder"]["image_size"]
+    cache = Path(config.run.output_dir) / "cache" if cached else None
+    spec = {"type": name, **settings}
+    return build_component("dataset", spec, split, image_size, config.run.seed, cache)
+
+
+def build_tokenizer(config: Config, folder: Path) -> TextTokenizer:
+    """The tokenizer in ``folder``, as the configured model takes it.
+
+    Raises:
+        UserError: if there is none, or it has more words than the model.
+    """
+    size = config.model["language_model"]["vocab_size"]
+    tokenizer = load_tokenizer(folder, config.model["pixel_decoder"]["num_slots"], size)
+    if size is not None and tokenizer.vocab_size > size:
+        raise UserError(
+            f"model.language_model.vocab_size is {size} but the tokenizer in '{folder}' has "
+            f"{tokenizer.vocab_size} words; raise it or leave it out"
+        )
+    return tokenizer
+
+
+def build_model(
+    spec: dict[str, Any],
+    tokenizer: TextTokenizer,
+    device: torch.device | None = None,
+    *,
+    bf16: bool = False,
+) -> Annexe:
+    """Build the model that a checked ``model`` block describes.
+
+    Args:
+        device: where it is made (default: torch's default device).
+        bf16: it will run under bf16 autocast, so frozen matrices are cast once and for all: the
+            same results, less memory.
+    """
+    device = torch.get_default_device() if device is None else device
+    with torch.device(device):
+        rgb_encoder = build_component("rgb_encoder", spec["rgb_encoder"])
+        depth_branch = build_component("depth_branch", spec["depth_branch"], rgb_encoder.image_size)
+        language_model = build_component("language_model", spec["language_model"], tokenizer)
+        pixel_decoder = build_component(
+            "pixel_decoder",
+            spec["pixel_decoder"],
+            language_model.hidden_size,
+            rgb_encoder.embed_dim,
+            depth_branch.num_channels,
+            rgb_encoder.grid,
+        )
+        wiring = {key: value for key, value in spec.items() if key not in PARTS}
+        parts = (rgb_encoder, depth_branch, language_model, pixel_decoder)
+        model = build_component("model", wiring, *parts)
+    if bf16:
+        _cast_frozen_matrices(model)
+    return model.to(device)  # some buffers are made on the CPU whatever the default
+
+
+def _cast_frozen_matrices(model: nn.Module) -> None:
+    """Frozen float32 weights of linear layers and convolutions become bfloat16."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            for parameter in module.parameters(recurse=False):
+                if parameter.dtype == torch.float32 and not parameter.requires_grad:
+                    parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def restore_model(config: Config, checkpoint: Path, accelerator: Accelerator) -> Annexe:
+    """The trained model on this process's device, ready to answer.
+
+    Raises:
+        UserError: for a damaged checkpoint, or one of another model than configured.
+    """
+    tokenizer = build_tokenizer(config, checkpoint / "tokenizer")
+
+    # Frozen random weights are not in a checkpoint: the seed makes them again
+    set_seed(saved_config(checkpoint)["run"]["seed"])
+    bf16 = accelerator.mixed_precision == "bf16"
+    model = build_model(config.model, tokenizer, accelerator.device, bf16=bf16)
+
+    load_weights(checkpoint, model)
+    model.calibrated_thresholds = load_progress(checkpoint).thresholds
+    return prepare_for_inference(model, config.run, accelerator)
+
+
+def prepare_for_inference(model: Annexe, run: RunConfig, accelerator: Accelerator) -> Annexe:
+    """``model`` as it answers fastest.
+
+    Adapters are merged for good; CUDA graphs and compiled blocks are used where ``run`` has them.
+    """
+    language_model = model.language_model
+    language_model.patches_per_token()
+    on_gpu = accelerator.device.type == "cuda"
+    model.text_decoder.graphs = run.cuda_graphs and on_gpu and language_model.supports_cuda_graphs
+    if run.compile:
+        compile_blocks(model)
+    return accelerator.prepare_model(model.eval(), evaluation_mode=True)

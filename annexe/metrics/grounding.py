@@ -1,0 +1,193 @@
+"""Grounding metrics over run-length encoded masks, after ReLA/GRES (Liu et al., CVPR 2023).
+
+A mask is a COCO compressed RLE: `{"size": [H, W], "counts": str or bytes}`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from annexe.errors import UserError
+from annexe.rle import Rle, area
+
+PRECISION_TENTHS = (5, 6, 7, 8, 9)  # P@0.5 to P@0.9
+
+
+class Overlap(NamedTuple):
+    """Pixels that two masks share and pixels that either has."""
+
+    intersection: int
+    union: int
+
+    @property
+    def iou(self) -> float:
+        """Intersection over union; two empty masks agree."""
+        return self.intersection / self.union if self.union else 1.0
+
+    def reaches(self, tenths: int) -> bool:
+        """Whether the IoU is at least `tenths` / 10: integers compare exactly where 0.7 has no exact float."""
+        return 10 * self.intersection >= tenths * self.union
+
+
+class TargetResult(NamedTuple):
+    """One true target that has a pixel, against the mask predicted in its slot."""
+
+    slot: int
+    overlap: Overlap
+    label: str | None
+
+
+class MaskResult(NamedTuple):
+    """One predicted mask that has a pixel, against the target of its slot, with the score it was given, if any."""
+
+    slot: int
+    overlap: Overlap
+    score: float | None
+
+
+class QueryResult(NamedTuple):
+    """One query, measured: all its predicted against all its true pixels, and slot by slot.
+
+    A query has a target if its true masks have a pixel, and is rejected if its predicted masks have none.
+    """
+
+    overlap: Overlap
+    num_true_pixels: int
+    targets: tuple[TargetResult, ...]
+    masks: tuple[MaskResult, ...]
+
+    @property
+    def has_target(self) -> bool:
+        return bool(self.targets)
+
+    @property
+    def rejected(self) -> bool:
+        return not self.masks
+
+
+def measure(
+    predicted: dict[int, Rle],
+    targets: dict[int, Rle],
+    labels: dict[int, str],
+    scores: dict[int, float | None] | None = None,
+) -> QueryResult:
+    """Compares the masks of one query with the truth.
+
+    Args:
+        predicted: Slot -> predicted mask.
+        targets: Slot -> true mask, used slots only; empty for a no-target query.
+        labels: Slot -> group in which the target's IoU is also reported, such as `right_hand` or `mug`.
+        scores: Slot -> confidence in the predicted mask.
+
+    Raises:
+        UserError: The masks differ in size or are not compressed RLEs.
+    """
+    _check([*predicted.values(), *targets.values()])
+    # What has no pixel is no prediction and cannot be hit.
+    predicted_areas, true_areas = _areas(predicted), _areas(targets)
+    predicted = {slot: predicted[slot] for slot in predicted_areas}
+    targets = {slot: targets[slot] for slot in true_areas}
+    num_true = area(targets.values())
+    union = area([*predicted.values(), *targets.values()])
+    # |P and G| = |P| + |G| - |P or G|: needs no case for an empty side.
+    overlap = Overlap(area(predicted.values()) + num_true - union, union)
+    by_slot = {
+        slot: Overlap(0, num_pixels) for slot, num_pixels in (true_areas | predicted_areas).items()
+    }
+    for slot in predicted_areas.keys() & true_areas.keys():
+        union = area([predicted[slot], targets[slot]])
+        by_slot[slot] = Overlap(predicted_areas[slot] + true_areas[slot] - union, union)
+    return QueryResult(
+        overlap,
+        num_true,
+        tuple(TargetResult(slot, by_slot[slot], labels.get(slot)) for slot in targets),
+        tuple(MaskResult(slot, by_slot[slot], (scores or {}).get(slot)) for slot in predicted),
+    )
+
+
+class GroundingMetrics:
+    """cIoU, gIoU, N-acc, T-acc and precision over queries, the same over single targets, accuracy of presence."""
+
+    def __init__(self) -> None:
+        self.queries: list[QueryResult] = []
+
+    def update(
+        self, predicted: dict[int, Rle], targets: dict[int, Rle], labels: dict[int, str]
+    ) -> None:
+        """Measures and adds one query; the arguments are those of `measure`."""
+        self.add(measure(predicted, targets, labels))
+
+    def add(self, query: QueryResult) -> None:
+        """Adds one query that was measured before."""
+        self.queries.append(query)
+
+    def merge(self, other: GroundingMetrics) -> None:
+        """Adds all queries of `other`."""
+        self.queries.extend(other.queries)
+
+    def compute(self, prefix: str = "grounding") -> dict[str, float]:
+        """Returns the metrics under `prefix/` and `presence/accuracy`; no denominator, no entry."""
+        with_target = [query for query in self.queries if query.has_target]
+        without_target = [query for query in self.queries if not query.has_target]
+        targets = [target for query in self.queries for target in query.targets]
+        overlaps = [query.overlap for query in self.queries]
+        target_overlaps = [target.overlap for target in targets]
+        ratios = {
+            f"{prefix}/ciou": _cumulative_ratio(overlaps),
+            f"{prefix}/giou": _iou_ratio(overlaps),
+            f"{prefix}/miou": _iou_ratio(target_overlaps),
+            f"{prefix}/n_acc": (
+                sum(query.rejected for query in without_target),
+                len(without_target),
+            ),
+            f"{prefix}/t_acc": (sum(not query.rejected for query in with_target), len(with_target)),
+            f"{prefix}/slot_ciou": _cumulative_ratio(target_overlaps),
+        }
+        for tenths in PRECISION_TENTHS:
+            num_precise = sum(query.overlap.reaches(tenths) for query in with_target)
+            ratios[f"{prefix}/precision@0.{tenths}"] = (num_precise, len(with_target))
+            num_precise = sum(overlap.reaches(tenths) for overlap in target_overlaps)
+            ratios[f"{prefix}/slot_precision@0.{tenths}"] = (num_precise, len(targets))
+        for label in sorted({target.label for target in targets if target.label is not None}):
+            ratios[f"{prefix}/miou/{label}"] = _iou_ratio(
+                t.overlap for t in targets if t.label == label
+            )
+        num_agreeing = sum(query.rejected != query.has_target for query in self.queries)
+        ratios["presence/accuracy"] = (num_agreeing, len(self.queries))
+        return {name: numerator / count for name, (numerator, count) in ratios.items() if count} | {
+            f"{prefix}/num_target_queries": len(with_target),
+            f"{prefix}/num_no_target_queries": len(without_target),
+        }
+
+
+def _areas(masks: dict[int, Rle]) -> dict[int, int]:
+    """Slot -> pixels of its mask, for masks that have any."""
+    areas = {slot: area([mask]) for slot, mask in masks.items()}
+    return {slot: num_pixels for slot, num_pixels in areas.items() if num_pixels}
+
+
+def _cumulative_ratio(overlaps: list[Overlap]) -> tuple[int, int]:
+    return sum(overlap.intersection for overlap in overlaps), sum(
+        overlap.union for overlap in overlaps
+    )
+
+
+def _iou_ratio(overlaps: Iterable[Overlap]) -> tuple[float, int]:
+    """Returns the sum of the IoU, exactly rounded and so independent of the order, and their number."""
+    ious = [overlap.iou for overlap in overlaps]
+    return math.fsum(ious), len(ious)
+
+
+def _check(masks: list[Rle]) -> None:
+    if any(isinstance(mask["counts"], list) for mask in masks):
+        raise UserError(
+            "mask with uncompressed RLE counts; convert it with pycocotools.mask.frPyObjects"
+        )
+    sizes = sorted({tuple(mask["size"]) for mask in masks})
+    if len(sizes) > 1:
+        # pycocotools would silently merge them to nothing.
+        raise UserError(
+            f"masks of one query have sizes (H, W) {sizes}; give all at the size of the image"
+        )

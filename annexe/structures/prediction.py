@@ -1,0 +1,82 @@
+"""What the model says: in training, about a query, before and after post-processing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from annexe.rle import Rle, decode
+
+
+@dataclass
+class Predictions:
+    """What one forward pass says about a batch."""
+
+    token_logits: Tensor  # [T, V + K]
+    depth: Tensor  # [B, S, S], inverse depth up to scale and shift
+    groundings: list[Grounding]  # presence [Q, K] and masks [Q, K, h, w] in logits; the last counts
+    # [B, rows, columns, V + K], words that each image token stands for
+    image_token_logits: Tensor | None
+
+    @property
+    def presence_logits(self) -> Tensor:
+        """[Q, K]"""
+        return self.groundings[-1].presence
+
+    @property
+    def mask_logits(self) -> Tensor:
+        """[Q, K, h, w]"""
+        return self.groundings[-1].masks
+
+
+@dataclass
+class Target:
+    """One grounded target of a response."""
+
+    slot: int
+    phrase: str
+    score: float
+    rle: Rle  # mask at the size of the original image, as COCO encodes it
+
+    @property
+    def mask(self) -> np.ndarray:
+        """bool[height, width]"""
+        return decode(self.rle)
+
+
+@dataclass
+class Response:
+    """All that is said about one query; ``analysis`` and ``depth`` belong to its image."""
+
+    analysis: str
+    answer: str
+    presence: float  # of the first slot, in [0, 1], which settles whether there is a target
+    targets: list[Target]
+    depth: np.ndarray  # float32[S, S], inverse depth up to scale and shift
+
+
+@dataclass
+class RawResponse:
+    """A `Response` before post-processing: all that the device has to do for it is done.
+
+    Its masks may still have to be brought to the size of the image.
+    """
+
+    analysis: str
+    answer: str
+    scores: list[float]  # presence of every slot, in [0, 1]
+    slots: list[int]  # those that have a target
+    # float32[len(slots), h, w], logits on the CPU; or masks at full size, from a GPU
+    masks: Tensor | list[Rle]
+    size: tuple[int, int]  # height, width of the original image
+    depth: np.ndarray  # float32[S, S], inverse depth up to scale and shift
+
+
+class Grounding(NamedTuple):
+    """What a decoder predicts for every query."""
+
+    presence: Tensor  # float[Q, K], logits
+    masks: Tensor  # float[Q, K, h, w], logits

@@ -1,0 +1,48 @@
+"""What a data set gives of one image; without torch, so that tools which score and check start at once.
+
+Legend: S image side, P patches, E width of the RGB encoder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from annexe import prompts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class Turn:
+    """One annotation of an image with the question drawn for it."""
+
+    annotation: int
+    query_id: int | str
+    query: str
+    answer: str
+    slot_ids: list[int]  # id in the mask PNG of slot k, 0 = unused
+
+
+@dataclass
+class Sample:
+    """One image with its analysis sentence and the annotations drawn for it."""
+
+    stem: str
+    image: np.ndarray  # uint8[S, S, 3]
+    depth: np.ndarray  # float32[S, S], distance, 0 = invalid
+    target_ids: np.ndarray  # uint8[S, S]
+    analysis: str
+    turns: list[Turn]
+    original_size: tuple[int, int]  # height, width
+    object_phrases: dict[int, str] = field(
+        default_factory=dict
+    )  # mask id -> phrase, over all annotations
+    instruction: str = prompts.ANALYSIS_INSTRUCTIONS[0]
+    answer_format: str | None = (
+        None  # sentence or phrases, where the model's answers are to have that form
+    )
+    patches: Tensor | None = None  # bfloat16[P, E] of a frozen RGB encoder, where they were stored

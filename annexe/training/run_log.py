@@ -1,0 +1,207 @@
+"""What a run leaves to read: log.jsonl, manifest.json, a progress bar, and Weights & Biases where enabled."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from rich import progress as rich_progress
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor
+
+from annexe import __version__
+from annexe.checkpoints.run_folder import Progress
+from annexe.config import Config, as_dict
+from annexe.errors import UserError
+from annexe.files import write_text
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "timm",
+    "accelerate",
+    "omegaconf",
+    "numpy",
+    "pycocotools",
+    "nltk",
+)
+
+
+class LossWindow:
+    """Loss terms since the last log line; nothing waits for the device until they are asked for."""
+
+    def __init__(self, names: list[str], device: torch.device) -> None:
+        self.names = names
+        self.totals, self.units, self.first_bad = torch.zeros(3, len(names), device=device)
+        self.norm = torch.zeros((), device=device)
+        self.steps = 0
+        self.bad_step = torch.zeros((), dtype=torch.int64, device=device)  # 0 = none
+
+    def add(self, totals: Tensor, units: Tensor, norm: Tensor) -> None:
+        """Add a step: this rank's term totals, the units over all ranks, the gradient norm."""
+        self.totals += totals
+        self.units += units
+        self.norm = norm
+        self.steps += 1
+        is_first = ~torch.isfinite(norm) & (self.bad_step == 0)
+        self.bad_step = torch.where(is_first, self.steps, self.bad_step)
+        self.first_bad = torch.where(is_first, totals, self.first_bad)
+
+    def require_finite(self, step: int, checkpoints: Path) -> None:
+        """Stop where a gradient was not finite.
+
+        Args:
+            step: the optimizer step that was added last.
+            checkpoints: where those of the run are.
+
+        Raises:
+            UserError: names the step and the total of every term in it.
+        """
+        bad = int(self.bad_step)
+        if bad:
+            shown = ", ".join(
+                f"{n} {t:g}" for n, t in zip(self.names, self.first_bad.tolist(), strict=True)
+            )
+            raise UserError(
+                f"loss or gradient is not finite at step {step - self.steps + bad} (term totals: {shown}); the last "
+                f"checkpoint in '{checkpoints}' is intact. Lower run.learning_rate or check the data"
+            )
+
+    def means(self, totals: Tensor) -> dict[str, float]:
+        """Mean of every term, from its ``totals`` over all ranks."""
+        return dict(zip(self.names, (totals / self.units.clamp(min=1)).tolist(), strict=True))
+
+
+class RunLogger:
+    """Writes a run's records; on other ranks than the main one it writes nothing."""
+
+    def __init__(self, config: Config, output: Path, progress: Progress, *, enabled: bool) -> None:
+        self.config, self.output, self.enabled = config, output, enabled
+        self.path = output / "log.jsonl"
+        self.wandb, self.loss = None, ""
+        self.previous = (time.perf_counter(), progress.images)
+        if enabled:
+            output.mkdir(parents=True, exist_ok=True)
+            write_text(output / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(as_dict(config))))
+            self._rewind(progress.step)
+            self.wandb = start_wandb(config, output) if config.run.wandb.enabled else None
+
+    def _rewind(self, step: int) -> None:
+        """Drop the lines of steps after the checkpoint that a resumed run starts from."""
+        lines = (
+            self.path.read_text().splitlines(keepends=True) if step and self.path.is_file() else []
+        )
+        write_text(self.path, "".join(line for line in lines if _step_of(line) <= step))
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a record; a train record gets its speed since the one before."""
+        if not self.enabled:
+            return
+        if record["kind"] == "train":
+            now, images = time.perf_counter(), record["images"]
+            record["images_per_second"] = (images - self.previous[1]) / (now - self.previous[0])
+            self.previous = (now, images)
+            self.loss = f"loss {record['loss']:.3f}"
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.wandb:
+            step = record["step"]
+            self.wandb.log(
+                {
+                    f"{record['kind']}/{k}": v
+                    for k, v in record.items()
+                    if k not in ("kind", "step")
+                },
+                step,
+            )
+
+    def write_manifest(self, progress: Progress, fingerprint: str) -> None:
+        """Write what is needed to tell and repeat the run."""
+        if not self.enabled:
+            return
+        manifest = {
+            "annexe": __version__,
+            "git_commit": git_commit(),
+            "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "data_fingerprint": fingerprint,
+            "progress": asdict(progress),
+            "config": as_dict(self.config),
+        }
+        write_text(self.output / "manifest.json", json.dumps(manifest, indent=1))
+
+    @contextmanager
+    def bar(self, done: int, total: int) -> Iterator[Callable[[int], None]]:
+        """A progress bar over optimizer steps, showing the last logged loss."""
+        columns = (
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"),
+        )
+        timing = (TimeElapsedColumn(), TimeRemainingColumn())
+        with rich_progress.Progress(
+            *columns, *timing, refresh_per_second=2, disable=not self.enabled
+        ) as bar:
+            task = bar.add_task("", completed=done, total=total, loss="")
+            yield lambda step: bar.update(task, completed=step, loss=self.loss)
+
+    def close(self) -> None:
+        if self.wandb:
+            self.wandb.finish()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of the log; after all others for one that was cut short or damaged."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def git_commit() -> str | None:
+    """Commit of the source tree, where it is a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def start_wandb(config: Config, output: Path) -> Any:
+    """Start a Weights & Biases run; its files go under ``output``."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            "run.wandb.enabled needs the package wandb: pip install 'annexe[wandb]'"
+        ) from None
+    settings = config.run.wandb
+    try:
+        return wandb.init(
+            project=settings.project,
+            name=settings.name,
+            mode=settings.mode,
+            dir=str(output),
+            config=as_dict(config),
+        )
+    except wandb.Error as error:
+        raise UserError(
+            f"run.wandb: {' '.join(str(error).split())}; run `wandb login`, or set run.wandb.mode=offline"
+        ) from None
