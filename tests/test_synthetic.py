@@ -10,14 +10,14 @@ import cv2
 import numpy as np
 import pytest
 
-from annexe.datasets.prompts import NO_TARGET_ANSWER
+from annexe.datasets.image_names import CATEGORIES, SPLITS
 from annexe.errors import UserError
+from annexe.prompts import NO_TARGET_ANSWER
 from annexe.synthetic.canvas import HEIGHT, WIDTH, Canvas, silhouette
-from annexe.synthetic.generate import SPLITS, generate
+from annexe.synthetic.generate import generate
 from annexe.synthetic.language import NUM_SLOTS, annotations, caption
 from annexe.synthetic.render import item_patches, render
 from annexe.synthetic.scene import (
-    CATEGORIES,
     COLOURS,
     HAND_IDS,
     NUM_VARIANTS,

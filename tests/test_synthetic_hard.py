@@ -13,15 +13,15 @@ import cv2
 import numpy as np
 import pytest
 
-from annexe.datasets.prompts import NO_TARGET_ANSWER
+from annexe.datasets.image_names import CATEGORIES, SPLITS
+from annexe.prompts import NO_TARGET_ANSWER
 from annexe.synthetic.canvas import HEIGHT, WIDTH, Patch, fill
-from annexe.synthetic.generate import HARD_LISTS, SPLITS, generate
+from annexe.synthetic.generate import HARD_LISTS, generate
 from annexe.synthetic.hard_language import Asked, all_questions, choose, hard_annotations, things_of
 from annexe.synthetic.hard_scene import draw_hard_scene, place
 from annexe.synthetic.language import FRAMES, NUM_SLOTS
 from annexe.synthetic.render import Layout, paint
 from annexe.synthetic.scene import (
-    CATEGORIES,
     COLOURS,
     FIRST_DISTRACTOR,
     HAND_IDS,

@@ -15,10 +15,10 @@ import cv2
 import numpy as np
 from rich.progress import track
 
-from annexe.datasets.stems import SPLITS
+from annexe.datasets.image_names import SPLITS
 from annexe.errors import UserError
 from annexe.files import write_json
-from annexe.processes import in_processes, num_cores
+from annexe.workers import in_processes, num_cores
 from annexe.synthetic.hard_language import hard_annotations
 from annexe.synthetic.hard_scene import draw_hard_scene, place
 from annexe.synthetic.language import annotations

@@ -18,17 +18,8 @@ from annexe.synthetic.language import (
     records,
     target_names,
 )
-from annexe.synthetic.scene import (
-    CATEGORIES,
-    COLOURS,
-    FIRST_DISTRACTOR,
-    HAND_IDS,
-    SIDES,
-    VERBS,
-    Item,
-    Scene,
-    is_held_out,
-)
+from annexe.datasets.image_names import CATEGORIES
+from annexe.synthetic.scene import COLOURS, FIRST_DISTRACTOR, HAND_IDS, SIDES, VERBS, Item, Scene, is_held_out
 from annexe.synthetic.wordings import FORMS, KEPT_FRAMES, PLURAL_OR_UNCOUNTED, VERB_WORDS, hands_of
 
 CLEAR_OF_MIDDLE, CLEAR_GAP = 140, 180  # pixels in x that "in the left half" and "left of" need; less is not asked

@@ -10,17 +10,8 @@ import numpy as np
 
 from annexe.synthetic.canvas import HEIGHT, WIDTH, Patch, bounds, fill
 from annexe.synthetic.hands import without_arm
-from annexe.synthetic.render import (
-    Layer,
-    Layout,
-    Stage,
-    item_patches,
-    lay_idle_hand,
-    lay_interaction,
-    moved,
-    shadow,
-    table_depth,
-)
+from annexe.synthetic.render import Layer, Layout, Stage, item_patches, lay_idle_hand, lay_interaction, moved, shadow
+from annexe.synthetic.background import table_depth
 from annexe.synthetic.scene import FIRST_DISTRACTOR, HAND_IDS, Interaction, Item, Scene, draw_item, draw_scene
 
 # Least visible share of a whole thing, with some reserve: these are measured on a coarse map.

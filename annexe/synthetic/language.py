@@ -6,17 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from annexe.datasets.prompts import NO_TARGET
-from annexe.synthetic.scene import (
-    CATEGORIES,
-    COLOURS,
-    HAND_IDS,
-    SIDES,
-    VERBS,
-    Item,
-    Scene,
-    is_held_out,
-)
+from annexe.prompts import NO_TARGET
+from annexe.datasets.image_names import CATEGORIES
+from annexe.synthetic.scene import COLOURS, HAND_IDS, SIDES, VERBS, Item, Scene, is_held_out
 from annexe.synthetic.wordings import (
     ING,
     Question,

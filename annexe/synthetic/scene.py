@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from annexe.datasets.stems import CATEGORIES
+from annexe.datasets.image_names import CATEGORIES
 
 COLOURS = ("red", "blue", "green", "yellow", "white", "black")
 NUM_VARIANTS = 2
