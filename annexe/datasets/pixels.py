@@ -56,7 +56,7 @@ def read_image(path: Path, mode: str | None = None, at_least: int | None = None)
     try:
         image = Image.open(path)
         if at_least:
-            image.generate_raw(mode, (at_least, at_least))
+            image.draft(mode, (at_least, at_least))
         image.load()
         return (
             image.convert(mode) if mode and image.mode != mode else image

@@ -361,7 +361,7 @@ def _decode(path: Path, what: str, report: ImageReport) -> Image.Image | None:
         image = Image.open(io.BytesIO(content))
         if what == "photo":
             report.photo_size = image.size
-            image.generate_raw("RGB", (image.width // 8, image.height // 8))
+            image.draft("RGB", (image.width // 8, image.height // 8))
         image.load()
     except Exception as error:  # a damaged file makes Pillow raise errors of a dozen kinds
         cut = "truncated" in str(error).lower()
