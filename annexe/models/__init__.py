@@ -1,8 +1,13 @@
-"""The model: one file per box of the paper's figure."""
+"""The model: one file per box of the paper's figure. Importing this package registers the boxes."""
 
-from __future__ import annotations
-
+from annexe.models import (  # noqa: F401  (each registers its components)
+    deconv_decoder,
+    depth_branch,
+    pixel_decoder,
+    rgb_encoder,
+)
 from annexe.models.annexe import Annexe
+from annexe.models.language_model import llama  # noqa: F401
 from annexe.registry import register
 
 register("model", "annexe")(Annexe)
