@@ -22,7 +22,7 @@ def enlarge(maps: Tensor, side: int, *, align_corners: bool) -> Tensor:
 def upsample_by_matmul(maps: Tensor, side: int, align_corners: bool) -> Tensor:
     """`enlarge` by a matrix for each axis, so that gradients are products too: nothing is added up atomically.
 
-    On a CPU this takes seven times as long as interpolation; docs/benchmarks.md has what it brings on a GPU.
+    On a CPU this takes seven times as long as interpolation; docs/log.md has what it brings on a GPU.
     """
 
     def shares(length: int) -> Tensor:
