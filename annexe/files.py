@@ -1,4 +1,4 @@
-"""Files written whole or not at all, folders that one process at a time may write to."""
+"""Files and folders that appear complete or not at all, and locks on folders."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import fcntl
 import json
 import logging
 import os
+import secrets
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,51 +20,113 @@ log = logging.getLogger(__name__)
 
 
 def require_writable(path: Path) -> None:
-    """Make the folder of a file that is written at the end of long work, and refuse a folder in its place.
+    """Check that a file can be written, before the long work whose result it will hold.
+
+    The folder of the file is made.
 
     Raises:
-        UserError: naming what is in the way.
+        UserError: naming what is in the way: a folder of that name, or a missing permission.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        writable = os.access(path.parent, os.W_OK)
+        is_writable = os.access(path.parent, os.W_OK)
     except OSError as error:
         raise UserError(f"cannot write '{path}' ({error.strerror}); name another file") from None
-    if path.is_dir() or not writable:
-        raise UserError(
-            f"cannot write '{path}' ({'a folder' if writable else 'no permission'}); name another file"
-        )
+    if path.is_dir() or not is_writable:
+        reason = "a folder" if is_writable else "no permission"
+        raise UserError(f"cannot write '{path}' ({reason}); name another file")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` under another name, then rename: a kill in between leaves what was there before."""
-    part = path.with_name(f"{path.name}.part")
+def part_of(path: Path) -> Path:
+    """The name under which `replaced` lets ``path`` be written, unless it is ``concurrent``."""
+    return path.with_name(f"{path.name}.part")
+
+
+@contextmanager
+def replaced(path: Path, *, concurrent: bool = False) -> Iterator[Path]:
+    """Write a file or a folder under another name, and rename it at the end.
+
+    A kill at any moment leaves what was at ``path`` before. An exception inside the block removes
+    the part and leaves ``path`` as it was. What an earlier, killed process left is removed first.
+
+        with replaced(path) as part:
+            part.write_text("all of it")
+
+    Args:
+        path: what is made or replaced; its folder has to exist. A file replaces a file, and a
+            folder replaces a folder.
+        concurrent: several processes may do this to one ``path`` at once. Each then writes a part
+            of its own name, and the last one to finish counts.
+
+    Yields:
+        The part: a path in the same folder at which nothing exists yet.
+
+    Raises:
+        OSError: if a file would replace a folder, or a folder a file.
+    """
+    part = part_of(path)
+    if concurrent:
+        part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
+        remove(part)
+        yield part
+        _rename_over(part, path)
     except BaseException:
-        part.unlink(missing_ok=True)
+        remove(part)
         raise
 
 
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it; nothing happens where there is neither."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _rename_over(part: Path, path: Path) -> None:
+    """Give ``part`` the name ``path``."""
+    if not (part.is_dir() and path.is_dir()):
+        os.replace(part, path)
+        return
+
+    # A folder that is not empty cannot be replaced in one step
+    old = path.with_name(f"{path.name}.old")
+    remove(old)
+    path.rename(old)
+    part.rename(path)
+    remove(old)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` in UTF-8, all of it or nothing: see `replaced`."""
+    with replaced(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, whole or not at all; its folder is made."""
+    """Write ``value`` as indented JSON, all of it or nothing; the folder of ``path`` is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 @contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Keep other processes out of ``folder`` by a lock on its file ``.lock``, which dies with this process.
+    """Keep other processes out of ``folder`` by a lock on its file ``.lock``.
 
-    It is a POSIX record lock: processes forked from this one do not hold it. The file stays; only the lock counts.
-    With ``wait`` the lock is waited for.
+    It is a POSIX record lock: it ends with this process, and processes forked from this one do not
+    hold it. The file itself stays; only the lock counts.
+
+    Args:
+        folder: it is made if it does not exist.
+        wait: wait for a lock that another process holds, instead of raising.
 
     Raises:
         UserError: naming the process that holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+", encoding="utf-8") as file:
+        # Take the lock, or say who has it
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -70,10 +134,13 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
             holder = file.read().strip() or "another process"
             if not wait:
                 raise UserError(
-                    f"'{folder}' is being written to by {holder}; wait for it, end it, or set another run.output_dir"
+                    f"'{folder}' is being written to by {holder}; "
+                    "wait for it, end it, or set another run.output_dir"
                 ) from None
             log.info("waiting for %s, which writes to '%s'", holder, folder)
             fcntl.lockf(file, fcntl.LOCK_EX)
+
+        # Leave a name for the next process that comes
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
