@@ -360,10 +360,12 @@ class Trainer:
         return build_tokenizer(self.config, folder)
 
     def _loader(self) -> DataLoader:
-        own = MicroBatches(
-            self.run,
+        run = self.run
+        batches = MicroBatches(
             len(self.train_set),
-            step=self.progress.step,
+            seed=run.seed,
+            batch_size=run.batch_size,
+            num_batches=(run.max_steps - self.progress.step) * run.gradient_accumulation,
             first_image=self.progress.images,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
@@ -376,7 +378,7 @@ class Trainer:
             unpad=self.model.language_model.uses_flex_attention,
             keep_samples=False,
         )
-        return training_loader(self.train_set, own, collate, self.run, self.accelerator.device)
+        return training_loader(self.train_set, batches, collate, run, self.accelerator.device)
 
     def _read_counters(self) -> None:
         """Bring what the device counted since the last call into the progress."""

@@ -61,7 +61,9 @@ def measure_loading(
             }
             run = replace(config.run, **own, gradient_accumulation=1)
             train_set = build_dataset(replace(config, run=run), "train")
-            order = MicroBatches(run, len(train_set), step=0, first_image=0, rank=0, world_size=1)
+            order = MicroBatches(
+                len(train_set), seed=run.seed, batch_size=run.batch_size, num_batches=number
+            )
             record: Record = {"images": number * run.batch_size}
             for state in ("cold", "warm"):
                 loader = training_loader(train_set, order, collate, run, device)
