@@ -1,4 +1,4 @@
-"""One process or many: the accelerator, the model on several GPUs, sums over ranks, objects gathered on every rank."""
+"""One process or many: the accelerator, the model on several GPUs, sums and lists over ranks."""
 
 from __future__ import annotations
 
@@ -29,13 +29,17 @@ def make_accelerator(*, device: str, mixed_precision: str, timeout_minutes: floa
     Raises:
         UserError: if ``device`` is ``cuda`` and there is none.
     """
+    # Device
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
         raise UserError("run.device is cuda but torch sees no GPU; set run.device=cpu or auto")
     on_cuda = has_cuda and device != "cpu"
+
+    # Group of processes
     timeout = timedelta(minutes=timeout_minutes)
     if "TORCHELASTIC_RESTART_COUNT" in os.environ and not dist.is_initialized():
         join_group("nccl" if on_cuda else "gloo", timeout)
+
     bf16 = mixed_precision == "bf16" or (mixed_precision == "auto" and on_cuda)
     return Accelerator(
         cpu=not on_cuda,
@@ -50,7 +54,7 @@ def make_accelerator(*, device: str, mixed_precision: str, timeout_minutes: floa
 def join_group(backend: str, timeout: timedelta) -> None:
     """Join torchrun's process group under keys of this attempt alone.
 
-    torchrun starts processes anew with the store of those that died, whose addresses still stand in it.
+    torchrun restarts processes with the store of those that died, whose addresses are still in it.
     """
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     store = dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
@@ -58,25 +62,31 @@ def join_group(backend: str, timeout: timedelta) -> None:
 
 
 def distribute(accelerator: Accelerator, model: nn.Module, parallel: str) -> nn.Module:
-    """What the training step calls: ``model`` itself, wrapped in DDP, or, under ``fsdp``, sharded in place.
+    """What the training step calls: ``model`` itself, or wrapped in DDP, or sharded in place.
 
-    FSDP shards by block of the encoder and of the language model; what is left belongs to the root.
+    FSDP shards by block of the encoder and of the language model; the rest belongs to the root.
+
+    Args:
+        model: it offers ``blocks()``, as `Annexe` does.
+        parallel: ``ddp`` or ``fsdp``.
 
     Raises:
-        UserError: for FSDP with a quantised base, whose packed weights cannot be sharded.
+        UserError: for FSDP with a quantized base, whose packed weights cannot be sharded.
     """
     if parallel == "fsdp" and any(p.dtype in (torch.int8, torch.uint8) for p in model.parameters()):
         raise UserError(
-            "run.parallel=fsdp cannot spread an int8, nf4 or float8 language model; set run.parallel=ddp, "
-            "or model.language_model.dtype=bfloat16"
+            "run.parallel=fsdp cannot spread an int8, nf4 or float8 language model; "
+            "set run.parallel=ddp, or model.language_model.dtype=bfloat16"
         )
     if accelerator.num_processes == 1:  # needs neither
         return accelerator.prepare_model(model, evaluation_mode=True)
-    model.to(
-        memory_format=torch.contiguous_format
-    )  # all that FSDP takes, and what DDP's buckets are made for
+
+    # The one layout that FSDP takes, and that DDP's buckets are made for
+    model.to(memory_format=torch.contiguous_format)
     if parallel == "ddp":
         return accelerator.prepare_model(model)
+
+    # Shard by block, then what is left
     for block in model.blocks():
         fully_shard(block)
     fully_shard(model)
@@ -85,26 +95,31 @@ def distribute(accelerator: Accelerator, model: nn.Module, parallel: str) -> nn.
 
 
 def to_full_cpu(value: Any) -> Any:
-    """``value`` with every sharded tensor in it gathered on every rank, and all its tensors on the CPU."""
+    """``value`` with all its tensors on the CPU, sharded ones gathered on every rank.
 
-    def gathered(leaf: Any) -> Any:
+    Args:
+        value: tensors in any nest of containers; every rank has to call this alike.
+    """
+
+    def to_cpu(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        return (leaf.full_tensor() if isinstance(leaf, DTensor) else leaf).detach().cpu()
+        full = leaf.full_tensor() if isinstance(leaf, DTensor) else leaf
+        return full.detach().cpu()
 
-    return tree_map(gathered, value)
+    return tree_map(to_cpu, value)
 
 
 def distribute_like(value: Tensor, parameter: Tensor) -> Tensor:
     """``value``, the same on all ranks, laid out as ``parameter`` is: sharded, or with its strides.
 
-    The fused AdamW takes moments of other strides than the parameter's without a word and mixes them up.
+    The fused AdamW accepts moments of other strides than the parameter's, and mixes them up.
     """
     if not isinstance(parameter, DTensor):
-        return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
-    return distribute_tensor(
-        value.to(parameter.device), parameter.device_mesh, parameter.placements
-    )
+        target = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
+        return target.copy_(value)
+    value = value.to(parameter.device)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
 
 
 def sum_over_ranks(accelerator: Accelerator, values: Tensor) -> Tensor:

@@ -5,49 +5,112 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+Substitutions = tuple[tuple[str, str], ...]  # regular expression, replacement; applied in turn
+
 
 @dataclass(frozen=True)
 class Format:
     """One way in which public checkpoints name their tensors.
 
     Args:
-        part: what it fills: ``rgb_encoder``, ``depth_branch``, ``language_model``, or ``model`` for `Annexe` itself.
+        part: what it fills: ``rgb_encoder``, ``depth_branch``, ``language_model``, or ``model``
+            for `Annexe` itself.
         setting: the YAML setting that takes such a checkpoint.
         signature: a key that every file of this format has, behind an optional prefix.
-        to_theirs: substitutions, applied in turn, from a name of ours to theirs; ``|k`` at the end of the result picks
-            the k-th third of a fused query-key-value tensor.
+        rename: from a name of ours to their key.
+        rename_older: from their key to the one that some files have instead.
+        split_qkv: patterns of our names that are one third of a fused query-key-value tensor of
+            theirs, and which: 0 query, 1 key, 2 value.
+        without_key_bias: end of the keys whose key third has to be zero, for our module has none.
+        positions_as_dinov2: positions are resized as DINOv2 does it, not as EVA.
     """
 
     name: str
     part: str
     setting: str
     signature: str
-    to_theirs: tuple[tuple[str, str], ...]
+    rename: Substitutions = ()
+    rename_older: Substitutions = ()
+    split_qkv: tuple[tuple[str, int], ...] = ()
+    without_key_bias: str | None = None
+    positions_as_dinov2: bool = False
 
-    def theirs(self, ours: str) -> tuple[str, int | None]:
-        """The checkpoint's key of our tensor, and which third of it."""
-        for pattern, replacement in self.to_theirs:
-            ours = re.sub(pattern, replacement, ours)
-        key, _, third = ours.partition("|")
-        return key, int(third) if third else None
+    def keys_for(self, name: str) -> list[str]:
+        """The keys under which a file may hold our tensor ``name``, the likeliest first."""
+        key = substitute(name, self.rename)
+        older = substitute(key, self.rename_older)
+        return [key] if older == key else [key, older]
+
+    def third_of(self, name: str) -> int | None:
+        """Which third of their fused tensor our tensor ``name`` is; None where it is none."""
+        for pattern, third in self.split_qkv:
+            if re.search(pattern, name):
+                return third
+        return None
 
 
-_BLOCK = r"model\.backbone\.encoder\.layer\.(\d+)\."
-_DEPTH_HEAD = (
+def substitute(name: str, substitutions: Substitutions) -> str:
+    """``name`` after all ``substitutions``."""
+    for pattern, replacement in substitutions:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+# What older releases of transformers call DINOv2's attention, in models and in files on the hub
+OLD_DINOV2_NAMES: Substitutions = (
+    (r"attention\.attention\.query\.", "attention.q_proj."),
+    (r"attention\.attention\.key\.", "attention.k_proj."),
+    (r"attention\.attention\.value\.", "attention.v_proj."),
+    (r"attention\.output\.dense\.", "attention.o_proj."),
+)
+
+_DEPTH_HEAD: Substitutions = (
     (r"model\.neck\.reassemble_stage\.layers\.(\d)\.projection", r"depth_head.projects.\1"),
     (r"model\.neck\.reassemble_stage\.layers\.(\d)\.resize", r"depth_head.resize_layers.\1"),
-    *((rf"model\.neck\.convs\.{k}\.", f"depth_head.scratch.layer{k + 1}_rn.") for k in range(4)),
-    *(
-        (rf"model\.neck\.fusion_stage\.layers\.{k}\.", f"depth_head.scratch.refinenet{4 - k}.")
-        for k in range(4)
-    ),
+    # Convolutions are counted from 1 there, fusion layers from the finest
+    (r"model\.neck\.convs\.0\.", "depth_head.scratch.layer1_rn."),
+    (r"model\.neck\.convs\.1\.", "depth_head.scratch.layer2_rn."),
+    (r"model\.neck\.convs\.2\.", "depth_head.scratch.layer3_rn."),
+    (r"model\.neck\.convs\.3\.", "depth_head.scratch.layer4_rn."),
+    (r"model\.neck\.fusion_stage\.layers\.0\.", "depth_head.scratch.refinenet4."),
+    (r"model\.neck\.fusion_stage\.layers\.1\.", "depth_head.scratch.refinenet3."),
+    (r"model\.neck\.fusion_stage\.layers\.2\.", "depth_head.scratch.refinenet2."),
+    (r"model\.neck\.fusion_stage\.layers\.3\.", "depth_head.scratch.refinenet1."),
     (r"(refinenet\d)\.projection", r"\1.out_conv"),
     (r"(refinenet\d)\.residual_layer(\d)\.convolution(\d)", r"\1.resConfUnit\2.conv\3"),
     (r"model\.head\.conv1", "depth_head.scratch.output_conv1"),
     (r"model\.head\.conv2", "depth_head.scratch.output_conv2.0"),
     (r"model\.head\.conv3", "depth_head.scratch.output_conv2.2"),
 )
-_MINIGPT = (
+
+_DINOV2_BLOCK = r"model\.backbone\.encoder\.layer\.(\d+)\."
+_DINOV2: Substitutions = (
+    (r"model\.backbone\.embeddings\.(cls|mask)_token", r"pretrained.\1_token"),
+    (r"model\.backbone\.embeddings\.position_embeddings", "pretrained.pos_embed"),
+    (
+        r"model\.backbone\.embeddings\.patch_embeddings\.projection",
+        "pretrained.patch_embed.proj",
+    ),
+    (r"model\.backbone\.layernorm", "pretrained.norm"),
+    (rf"{_DINOV2_BLOCK}attention\.[qkv]_proj\.", r"pretrained.blocks.\1.attn.qkv."),
+    (rf"{_DINOV2_BLOCK}attention\.o_proj", r"pretrained.blocks.\1.attn.proj"),
+    (rf"{_DINOV2_BLOCK}layer_scale(\d)\.lambda1", r"pretrained.blocks.\1.ls\2.gamma"),
+    (_DINOV2_BLOCK, r"pretrained.blocks.\1."),
+)
+
+_BLIP2: Substitutions = (
+    (r"^norm\.", "ln_vision."),
+    (r"^vit\.cls_token", "embeddings.class_embedding"),
+    (r"^vit\.pos_embed", "embeddings.position_embedding"),
+    (r"^vit\.patch_embed\.proj\.", "embeddings.patch_embedding."),
+    (r"^vit\.blocks\.", "encoder.layers."),
+    (r"\.norm(\d)\.", r".layer_norm\1."),
+    (r"\.attn\.[qv]_bias", ".self_attn.qkv.bias"),
+    (r"\.attn\.qkv\.", ".self_attn.qkv."),
+    (r"\.attn\.proj\.", ".self_attn.projection."),
+)
+
+_MINIGPT: Substitutions = (
     (r"^projector\.linear\.", "llama_proj."),
     (r"^rgb_encoder\.norm\.", "ln_vision."),
     (r"^rgb_encoder\.vit\.", "visual_encoder."),
@@ -56,85 +119,79 @@ _MINIGPT = (
     (r"\.base_layer\.", "."),
     (r"^(llama_model\..*)lm_head\.", r"\1lm_head.0."),
 )
+_MINIGPT_OLDER: Substitutions = ((r"lm_head\.0\.", "lm_head."),)
 
-FORMATS = (  # whole models first: they hold the keys of their parts
-    Format("annexe run", "model", "model.init_from", "projector.linear.weight", ()),
+# Whole models come first: they hold the keys of their parts
+FORMATS = (
     Format(
-        "ANNEXE training run (released code)",
-        "model",
-        "model.init_from",
-        "mask_decoder.deconv1.weight",
-        (
+        name="annexe run",
+        part="model",
+        setting="model.init_from",
+        signature="projector.linear.weight",
+    ),
+    Format(
+        name="ANNEXE training run (released code)",
+        part="model",
+        setting="model.init_from",
+        signature="mask_decoder.deconv1.weight",
+        rename=(
             *_MINIGPT,
             (r"^depth_branch\.", ""),
             *_DEPTH_HEAD,
             (r"^depth_head\.", "depth_estimation_model.depth_head."),
         ),
-    ),
-    Format("MiniGPT-v2", "model", "model.init_from", "llama_proj.weight", _MINIGPT),
-    Format(
-        "EVA-CLIP ViT (LAVIS, timm)",
-        "rgb_encoder",
-        "model.rgb_encoder.weights",
-        "blocks.0.attn.q_bias",
-        ((r"^norm\.", "ln_vision."), (r"^vit\.", "")),  # the file's own last norm is another one
+        rename_older=_MINIGPT_OLDER,
     ),
     Format(
-        "BLIP-2 vision model (transformers)",
-        "rgb_encoder",
-        "model.rgb_encoder.weights",
-        "encoder.layers.0.self_attn.qkv.bias",
-        (
-            (r"^norm\.", "ln_vision."),
-            (r"^vit\.cls_token", "embeddings.class_embedding"),
-            (r"^vit\.pos_embed", "embeddings.position_embedding"),
-            (r"^vit\.patch_embed\.proj\.", "embeddings.patch_embedding."),
-            (r"^vit\.blocks\.", "encoder.layers."),
-            (r"\.norm(\d)\.", r".layer_norm\1."),
-            (r"\.attn\.q_bias", ".self_attn.qkv.bias|0"),
-            (r"\.attn\.v_bias", ".self_attn.qkv.bias|2"),
-            (r"\.attn\.qkv\.", ".self_attn.qkv."),
-            (r"\.attn\.proj\.", ".self_attn.projection."),
+        name="MiniGPT-v2",
+        part="model",
+        setting="model.init_from",
+        signature="llama_proj.weight",
+        rename=_MINIGPT,
+        rename_older=_MINIGPT_OLDER,
+    ),
+    Format(
+        name="EVA-CLIP ViT (LAVIS, timm)",
+        part="rgb_encoder",
+        setting="model.rgb_encoder.weights",
+        signature="blocks.0.attn.q_bias",
+        # The file's own last norm is another one than our outer norm
+        rename=((r"^norm\.", "ln_vision."), (r"^vit\.", "")),
+    ),
+    Format(
+        name="BLIP-2 vision model (transformers)",
+        part="rgb_encoder",
+        setting="model.rgb_encoder.weights",
+        signature="encoder.layers.0.self_attn.qkv.bias",
+        rename=_BLIP2,
+        split_qkv=((r"\.attn\.q_bias", 0), (r"\.attn\.v_bias", 2)),
+        without_key_bias="self_attn.qkv.bias",
+    ),
+    Format(
+        name="Depth Anything V2",
+        part="depth_branch",
+        setting="model.depth_branch.weights",
+        signature="depth_head.scratch.refinenet1.out_conv.weight",
+        rename=(*_DINOV2, *_DEPTH_HEAD),
+        split_qkv=(
+            (rf"{_DINOV2_BLOCK}attention\.q_proj\.", 0),
+            (rf"{_DINOV2_BLOCK}attention\.k_proj\.", 1),
+            (rf"{_DINOV2_BLOCK}attention\.v_proj\.", 2),
         ),
+        positions_as_dinov2=True,
     ),
     Format(
-        "Depth Anything V2",
-        "depth_branch",
-        "model.depth_branch.weights",
-        "depth_head.scratch.refinenet1.out_conv.weight",
-        (
-            (r"model\.backbone\.embeddings\.(cls|mask)_token", r"pretrained.\1_token"),
-            (r"model\.backbone\.embeddings\.position_embeddings", "pretrained.pos_embed"),
-            (r"model\.backbone\.embeddings\.patch_embeddings\.projection", "pretrained.patch_embed.proj"),
-            (r"model\.backbone\.layernorm", "pretrained.norm"),
-            (rf"{_BLOCK}attention\.q_proj\.(\w+)", r"pretrained.blocks.\1.attn.qkv.\2|0"),
-            (rf"{_BLOCK}attention\.k_proj\.(\w+)", r"pretrained.blocks.\1.attn.qkv.\2|1"),
-            (rf"{_BLOCK}attention\.v_proj\.(\w+)", r"pretrained.blocks.\1.attn.qkv.\2|2"),
-            (rf"{_BLOCK}attention\.o_proj", r"pretrained.blocks.\1.attn.proj"),
-            (rf"{_BLOCK}layer_scale(\d)\.lambda1", r"pretrained.blocks.\1.ls\2.gamma"),
-            (_BLOCK, r"pretrained.blocks.\1."),
-            *_DEPTH_HEAD,
-        ),
+        name="Depth Anything V2 (transformers)",
+        part="depth_branch",
+        setting="model.depth_branch.weights",
+        signature="neck.fusion_stage.layers.0.projection.weight",
+        rename=((r"^model\.", ""),),
+        positions_as_dinov2=True,
     ),
     Format(
-        "Depth Anything V2 (transformers)",
-        "depth_branch",
-        "model.depth_branch.weights",
-        "neck.fusion_stage.layers.0.projection.weight",
-        ((r"^model\.", ""),),
+        name="Llama (transformers)",
+        part="language_model",
+        setting="model.language_model.path",
+        signature="model.embed_tokens.weight",
     ),
-    Format(
-        "Llama (transformers)",
-        "language_model",
-        "model.language_model.path",
-        "model.embed_tokens.weight",
-        (),
-    ),
-)  # fmt: skip
-# What older releases of transformers call DINOv2's attention, in their models and in the files on the hub.
-_OLD_NAMES = (
-    (r"attention\.attention\.query\.", "attention.q_proj."),
-    (r"attention\.attention\.key\.", "attention.k_proj."),
-    (r"attention\.attention\.value\.", "attention.v_proj."),
-    (r"attention\.output\.dense\.", "attention.o_proj."),
-)  # fmt: skip
+)

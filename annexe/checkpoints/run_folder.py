@@ -1,4 +1,7 @@
-"""A run's folder: its checkpoints by step, what they hold, how far the run is. Paths and JSON alone."""
+"""A run's folder: its checkpoints by step, their settings, and how far the run is.
+
+Paths and JSON alone; nothing here loads a model.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,31 @@ from annexe.registry import import_plugins
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "files.json"
+MANIFEST = "files.json"  # of a checkpoint: every file's size in bytes; written last
+
+# What torch.load and safetensors raise on a file of weights that is damaged or cut short
+DAMAGED = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    KeyError,
+    ValueError,
+    AttributeError,
+    pickle.UnpicklingError,
+    SafetensorError,
+)
 
 
 @dataclass
 class Progress:
-    """Where training stands; images, queries and tokens count what was trained on so far, over all ranks."""
+    """Where training stands.
+
+    Attributes:
+        step: optimizer steps done.
+        images, queries, tokens: what was trained on so far, over all ranks.
+        best_score: the validation score of the best checkpoint, which ``best_step`` wrote.
+        thresholds: presence above which each slot has a target, as calibrated on val.
+    """
 
     step: int = 0
     images: int = 0
@@ -31,9 +53,23 @@ class Progress:
     tokens: int = 0
     best_score: float | None = None
     best_step: int | None = None
-    thresholds: list[float] = field(
-        default_factory=list
-    )  # of each slot's presence, as calibrated on val
+    thresholds: list[float] = field(default_factory=list)
+
+
+def load_progress(folder: Path) -> Progress:
+    """Where training stood when the checkpoint in ``folder`` was written."""
+    return Progress(**json.loads((folder / "state.json").read_text()))
+
+
+def checkpoint_folder(run_folder: Path, step: int) -> Path:
+    """Where a run keeps the checkpoint of a step."""
+    return run_folder / "checkpoints" / f"step-{step:08d}"
+
+
+def checkpoints_by_step(folder: Path) -> list[Path]:
+    """Folders of checkpoints by step; whatever else a user keeps beside them does not count."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def is_complete(folder: Path) -> bool:
@@ -46,19 +82,27 @@ def is_complete(folder: Path) -> bool:
 
 
 def find_checkpoint(where: Path, which: str = "latest") -> Path | None:
-    """The checkpoint folder meant by ``where``: itself, or the ``latest`` or ``best`` complete one of a run folder."""
+    """The complete checkpoint that ``where`` means, or None.
+
+    Args:
+        where: a checkpoint's folder, or that of a run.
+        which: of a run's checkpoints the ``latest`` or the ``best``.
+    """
     if (where / MANIFEST).is_file() or where.name.startswith("step-"):
         return where if is_complete(where) else None
-    found = [path for path in _by_step(where / "checkpoints") if is_complete(path)]
+    found = [path for path in checkpoints_by_step(where / "checkpoints") if is_complete(path)]
     if not found:
         return None
-    best = json.loads((found[-1] / "state.json").read_text())["best_step"]
-    named = where / "checkpoints" / f"step-{best or 0:08d}"
-    return named if which == "best" and named in found else found[-1]
+    best = checkpoint_folder(where, load_progress(found[-1]).best_step or 0)
+    return best if which == "best" and best in found else found[-1]
 
 
 def require_checkpoint(where: str, which: str) -> Path:
-    """As `find_checkpoint`, for a checkpoint the user asked for."""
+    """As `find_checkpoint`, for a checkpoint the user asked for.
+
+    Raises:
+        UserError: if there is none.
+    """
     folder = find_checkpoint(Path(where), which)
     if folder is None:
         raise UserError(
@@ -68,66 +112,50 @@ def require_checkpoint(where: str, which: str) -> Path:
 
 
 def saved_config(folder: Path) -> dict[str, Any]:
-    """The resolved configuration that a checkpoint was trained with; plug-ins it names are imported."""
+    """The resolved configuration that a checkpoint was trained with; its plug-ins are imported.
+
+    Raises:
+        UserError: for a plug-in that cannot be imported.
+    """
     saved = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     import_plugins(saved["imports"])
     return saved
 
 
 def without_sources(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The ``model`` block ``spec`` without the files of weights that the checkpoint in ``folder`` makes needless.
+    """The ``model`` block ``spec`` without the files of weights that a checkpoint makes needless.
 
-    Those of a part that was trained whole are, and so is a ``model.init_from`` that is not there: `load_weights`
-    then checks that frozen weights are the right ones all the same.
+    Those of a part that was trained whole are, and so is a ``model.init_from`` that is not there:
+    `load_weights` then checks that frozen weights are the right ones all the same.
+
+    Args:
+        folder: of the checkpoint.
 
     Raises:
-        UserError: for a file that is needed and not there, with the setting that takes its new place.
+        UserError: for a file that is needed and not there, with the setting that takes its place.
     """
     frozen = {name.partition(".")[0] for name in json.loads((folder / "frozen.json").read_text())}
     spec = {key: dict(value) if isinstance(value, dict) else value for key, value in spec.items()}
+
+    # All weights of a trained encoder are in the checkpoint
     for part in ("rgb_encoder", "depth_branch"):
         if spec[part].get("weights") is not None and part not in frozen:
             spec[part] |= {"weights": None, "init": "random"}
-    if spec.get("init_from") is not None and not Path(spec["init_from"]).exists():
-        log.warning(
-            "model.init_from '%s' is not here; what was trained from it is in '%s'",
-            spec["init_from"],
-            folder,
-        )
+
+    # What the run started from is needed for frozen weights alone
+    init_from = spec.get("init_from")
+    if init_from is not None and not Path(init_from).exists():
+        message = "model.init_from '%s' is not here; what was trained from it is in '%s'"
+        log.warning(message, init_from, folder)
         spec |= {"init_from": None, "init": "random"}
-    for part, setting in (
-        ("rgb_encoder", "weights"),
-        ("depth_branch", "weights"),
-        ("language_model", "path"),
-    ):
+
+    # Every other file has to be there
+    sources = {"rgb_encoder": "weights", "depth_branch": "weights", "language_model": "path"}
+    for part, setting in sources.items():
         path = spec[part].get(setting)
         if path is not None and not Path(path).exists():
             raise UserError(
-                f"model.{part}.{setting}: '{path}' is not here, and the checkpoint '{folder}' cannot do "
-                f"without it; say where it is: --options model.{part}.{setting}=PATH"
+                f"model.{part}.{setting}: '{path}' is not here, and the checkpoint '{folder}' "
+                f"cannot do without it; say where it is: --options model.{part}.{setting}=PATH"
             )
     return spec
-
-
-def load_progress(folder: Path) -> Progress:
-    """Where training stood."""
-    return Progress(**json.loads((folder / "state.json").read_text()))
-
-
-def _by_step(folder: Path) -> list[Path]:
-    """Folders of checkpoints by step; whatever else a user keeps beside them does not count."""
-    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-# What reading a damaged file of weights raises
-DAMAGED = (
-    OSError,
-    RuntimeError,
-    EOFError,
-    KeyError,
-    ValueError,
-    AttributeError,
-    pickle.UnpicklingError,
-    SafetensorError,
-)

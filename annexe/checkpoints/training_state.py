@@ -1,17 +1,26 @@
-"""Checkpoints: folders with what is trained and where training stands, written whole or not at all.
+"""Checkpoints of a run: everything that is trained, and where training stands.
 
-``<output_dir>/checkpoints/step-00001000/``: model.safetensors (trained tensors), adapter/ (peft, if there is LoRA),
-tokenizer/, optimizer.pt, state.json, frozen.json (by which frozen weights are known again), rng-<rank>.pt, config.yaml
-and, written last, files.json with every file's size. However many processes write it, any number can go on with it.
+``<output_dir>/checkpoints/step-00001000/`` appears complete or not at all. It holds
+
+    model.safetensors   the trained tensors
+    adapter/            the same adapters for peft, if there is LoRA
+    tokenizer/          words and merges
+    optimizer.pt        moments and settings of every group of parameters
+    state.json          `Progress`
+    frozen.json         a few values of the frozen weights, to recognize them by
+    rng-<rank>.pt       random state of every process
+    config.yaml         the resolved configuration
+    files.json          every file's size, written last
+
+However many processes write it, any number can resume from it.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,42 +31,63 @@ from accelerate import Accelerator
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
-from annexe.checkpoints.run_folder import DAMAGED, MANIFEST, Progress, _by_step, is_complete
+from annexe.checkpoints.run_folder import (
+    DAMAGED,
+    MANIFEST,
+    Progress,
+    checkpoint_folder,
+    checkpoints_by_step,
+    is_complete,
+)
 from annexe.distributed import distribute_like, to_full_cpu
 from annexe.errors import UserError
+from annexe.files import part_of, remove, replaced
+
+_NUM_PROBED_VALUES = 8  # of every probed frozen parameter
 
 
-def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every trainable parameter by its name."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def frozen_fingerprint(model: nn.Module) -> dict[str, list[float]]:
-    """A few values of the first matrix and the last vector of every frozen part: by these it is known again.
+    """A few values of every frozen part, by which its weights are recognized again.
 
-    The vector of the RGB encoder is its outer norm, which comes from ``model.init_from`` or from nowhere.
+    They are of the part's first matrix and of its last vector. The vector of the RGB encoder is its
+    outer norm, which comes from ``model.init_from`` or from nowhere.
     """
-    frozen = [
-        (n, p) for n, p in model.named_parameters() if p.is_floating_point() and not p.requires_grad
-    ]
-    matrices = {
-        name.partition(".")[0]: name
-        for name, p in reversed(frozen)
-        if p.ndim == 2 and min(p.shape) > 1
-    }
-    vectors = {
-        part: name
-        for name, p in frozen
-        if p.ndim == 1 and (part := name.partition(".")[0]) in matrices
-    }
-    chosen = {*matrices.values(), *vectors.values()}
-    return {name: _few_values(p) for name, p in frozen if name in chosen}
+    # The names of both, by part
+    first_matrix: dict[str, str] = {}
+    last_vector: dict[str, str] = {}
+    frozen = _frozen_parameters(model)
+    for name, parameter in frozen.items():
+        part = name.partition(".")[0]
+        if parameter.ndim == 2 and min(parameter.shape) > 1:
+            first_matrix.setdefault(part, name)
+        elif parameter.ndim == 1:
+            last_vector[part] = name
+
+    # Values in the order of the model; a part without a matrix has none
+    probed = set(first_matrix.values())
+    probed |= {name for part, name in last_vector.items() if part in first_matrix}
+    return {name: _probe(parameter) for name, parameter in frozen.items() if name in probed}
 
 
-def _few_values(parameter: nn.Parameter) -> list[float]:
-    return parameter.detach().flatten()[parameter.numel() // 2 :][:8].float().tolist()
+def _frozen_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() and not parameter.requires_grad
+    }
+
+
+def _probe(parameter: nn.Parameter) -> list[float]:
+    """A few values from the middle of a parameter."""
+    middle = parameter.numel() // 2
+    return parameter.detach().flatten()[middle:][:_NUM_PROBED_VALUES].float().tolist()
 
 
 def save_checkpoint(
@@ -72,52 +102,74 @@ def save_checkpoint(
 ) -> int:
     """Write a checkpoint beside the others, then drop all but the last ``keep`` and the best one.
 
+    Every process has to call this.
+
+    Args:
+        config: the resolved configuration, as plain values.
+        frozen: the model's `frozen_fingerprint`, taken before anything was loaded or sharded.
+
     Returns:
         Its size in bytes (on the main process).
+
+    Raises:
+        UserError: for weights that are not finite, or a disk that takes no more.
     """
-    folder = run_folder / "checkpoints" / f"step-{progress.step:08d}"
-    part = folder.with_name(f"part-{folder.name}")
-    tensors, moments = to_full_cpu(trained_tensors(model)), to_full_cpu(optimizer.state_dict())
+    folder = checkpoint_folder(run_folder, progress.step)
+    is_main = accelerator.is_main_process
+
+    # Gather what is sharded, which takes every process
+    tensors = to_full_cpu(trained_tensors(model))
+    moments = to_full_cpu(optimizer.state_dict())
+    if is_main:
+        _require_finite(tensors, progress.step, folder.parent)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+
     size = 0
-    if accelerator.is_main_process:
-        bad = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
-        if bad is not None:
-            raise UserError(
-                f"{bad} is not finite after step {progress.step}, which is not saved; the checkpoints in "
-                f"'{folder.parent}' are intact. Lower run.learning_rate or check the data"
-            )
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    with _removed_on_error(part):
-        torch.save(_random_state(accelerator.device), part / f"rng-{accelerator.process_index}.pt")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    with replaced(folder) if is_main else nullcontext(part_of(folder)) as part:
+        # Each process writes its random state, once there is a folder for it
+        if is_main:
+            part.mkdir()
+        accelerator.wait_for_everyone()
         with _removed_on_error(part):
-            save_file(
-                {name: tensor.contiguous() for name, tensor in tensors.items()},
-                part / "model.safetensors",
-            )
-            _save_extras(model, part, tensors)
-            torch.save(moments, part / "optimizer.pt")
-            (part / "state.json").write_text(json.dumps(asdict(progress), indent=1))
-            (part / "frozen.json").write_text(json.dumps(frozen, indent=1))
-            OmegaConf.save(OmegaConf.create(config), part / "config.yaml")
-            size = _seal(part)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(part, folder)
+            random_state = _random_state(accelerator.device)
+            torch.save(random_state, part / f"rng-{accelerator.process_index}.pt")
+        accelerator.wait_for_everyone()
+
+        # The main process writes all else
+        if is_main:
+            with _removed_on_error(part):
+                contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+                save_file(contiguous, part / "model.safetensors")
+                _save_extras(model, part, tensors)
+                torch.save(moments, part / "optimizer.pt")
+                (part / "state.json").write_text(json.dumps(asdict(progress), indent=1))
+                (part / "frozen.json").write_text(json.dumps(frozen, indent=1))
+                OmegaConf.save(OmegaConf.create(config), part / "config.yaml")
+                size = _seal(part)
+
+    # Only now an older one may go
+    if is_main:
         _prune(folder.parent, keep, progress.best_step)
     accelerator.wait_for_everyone()
     return size
 
 
-def _save_extras(model: nn.Module, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """What components of ``model`` save beside their tensors, which they get without their prefix."""
+def _require_finite(tensors: dict[str, Tensor], step: int, folder: Path) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"{name} is not finite after step {step}, which is not saved; the checkpoints in "
+                f"'{folder}' are intact. Lower run.learning_rate or check the data"
+            )
+
+
+def _save_extras(model: nn.Module, folder: Path, tensors: dict[str, Tensor]) -> None:
+    """What components save beside their tensors, which they are given without their prefix."""
     for component, module in model.named_children():
         if hasattr(module, "save_extras"):
             prefix = f"{component}."
             names = [name for name in tensors if name.startswith(prefix)]
-            module.save_extras(folder, {n.removeprefix(prefix): tensors[n] for n in names})
+            module.save_extras(folder, {name.removeprefix(prefix): tensors[name] for name in names})
 
 
 @contextmanager
@@ -126,10 +178,11 @@ def _removed_on_error(part: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(part, ignore_errors=True)
+        remove(part)
+        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"cannot write '{part}' ({' '.join(str(error).split())[:200]}); the checkpoints before it are intact. Make "
-            "room, then go on with run.resume=auto"
+            f"cannot write '{part}' ({reason}); the checkpoints before it are intact. "
+            "Make room, then go on with run.resume=auto"
         ) from error
 
 
@@ -137,78 +190,94 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     """Load the trained tensors of a checkpoint into ``model``; every one has to fit.
 
     Raises:
-        UserError: naming the first tensors that are missing, left over or of another shape, or frozen and not those
-            that the checkpoint was trained with.
+        UserError: naming the first tensors that are missing, left over or of another shape, or
+            frozen and not those that the checkpoint was trained with.
     """
-    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    for name, values in json.loads((folder / "frozen.json").read_text()).items():
-        here, there = (
-            torch.tensor(_few_values(frozen[name]) if name in frozen else []),
-            torch.tensor(values),
-        )
-        if here.shape != there.shape or not torch.allclose(here, there, atol=1e-6, rtol=0.02):
-            raise UserError(
-                f"the frozen weights of {name.partition('.')[0]} are not those that '{folder}' was trained with "
-                f"({name} differs): take the same files; with init: random also the same kind of device"
-            )
+    _require_same_frozen(folder, model)
     tensors = _read(folder / "model.safetensors", load_file)
-    wanted = trained_tensors(model)
-    faults = [f"missing {name}" for name in wanted.keys() - tensors.keys()]
-    faults += [f"unexpected {name}" for name in tensors.keys() - wanted.keys()]
-    faults += [
-        f"{name} is {tuple(tensors[name].shape)} there and {tuple(wanted[name].shape)} here"
-        for name in wanted.keys() & tensors.keys()
-        if tensors[name].shape != wanted[name].shape
-    ]
+
+    # Compare names and shapes
+    parameters = trained_tensors(model)
+    faults = [f"missing {name}" for name in parameters.keys() - tensors.keys()]
+    faults += [f"unexpected {name}" for name in tensors.keys() - parameters.keys()]
+    for name in parameters.keys() & tensors.keys():
+        saved_shape = tuple(tensors[name].shape)
+        shape = tuple(parameters[name].shape)
+        if saved_shape != shape:
+            faults.append(f"{name} is {saved_shape} there and {shape} here")
     if faults:
         shown = "; ".join(sorted(faults)[:3])
         raise UserError(
             f"checkpoint '{folder}' is of another model ({len(faults)} tensors differ: {shown}); "
             "use the model settings in its config.yaml, or another checkpoint"
         )
-    for name, parameter in wanted.items():
+
+    for name, parameter in parameters.items():
         parameter.copy_(tensors[name])
+
+
+def _require_same_frozen(folder: Path, model: nn.Module) -> None:
+    """Check the frozen weights of ``model`` against those that a checkpoint was trained with."""
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    for name, values in json.loads((folder / "frozen.json").read_text()).items():
+        saved = torch.tensor(values)
+        present = torch.tensor(_probe(frozen[name]) if name in frozen else [])
+        same_shape = present.shape == saved.shape
+        if not same_shape or not torch.allclose(present, saved, atol=1e-6, rtol=0.02):
+            raise UserError(
+                f"the frozen weights of {name.partition('.')[0]} are not those that '{folder}' was "
+                f"trained with ({name} differs): take the same files; with init: random also the "
+                "same kind of device"
+            )
 
 
 def load_optimizer(
     folder: Path, optimizer: torch.optim.Optimizer, accelerator: Accelerator
 ) -> None:
-    """Restore the optimizer's moments and this rank's random state; betas and weight decay stay as configured."""
-    configured = [
-        {key: group[key] for key in ("betas", "weight_decay")} for group in optimizer.param_groups
-    ]
-    saved = _read(
-        folder / "optimizer.pt", partial(torch.load, weights_only=True, map_location="cpu")
-    )
+    """Restore the optimizer's moments and this process's random state.
+
+    Betas and weight decay stay as configured.
+
+    Raises:
+        UserError: for a damaged file.
+    """
+    configured = []
+    for group in optimizer.param_groups:
+        configured.append({key: group[key] for key in ("betas", "weight_decay")})
+
+    # Lay the moments out as their parameters are; steps are counted in scalars
+    load = partial(torch.load, weights_only=True, map_location="cpu")
+    saved = _read(folder / "optimizer.pt", load)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, state in saved["state"].items():
         for name, value in state.items():
-            if value.ndim:  # AdamW counts steps in a scalar
+            if value.ndim:
                 state[name] = distribute_like(value, parameters[index])
     optimizer.load_state_dict(saved)
-    for group, options in zip(optimizer.param_groups, configured, strict=True):
-        group.update(options)
-    rng = folder / f"rng-{accelerator.process_index}.pt"
-    if (
-        rng.is_file()
-    ):  # a run that goes on with more processes draws its dropout anew on the added ranks
-        state = torch.load(rng, weights_only=True)
-        torch.set_rng_state(state["cpu"])
-        if "cuda" in state and accelerator.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda"], accelerator.device)
+    for group, settings in zip(optimizer.param_groups, configured, strict=True):
+        group.update(settings)
+
+    # Processes that the saved run did not have draw their dropout anew
+    file = folder / f"rng-{accelerator.process_index}.pt"
+    if file.is_file():
+        random_state = torch.load(file, weights_only=True)
+        torch.set_rng_state(random_state["cpu"])
+        if "cuda" in random_state and accelerator.device.type == "cuda":
+            torch.cuda.set_rng_state(random_state["cuda"], accelerator.device)
 
 
 def _read(file: Path, load: Callable[[Path], Any]) -> Any:
+    """What ``load`` gives for a file, or an error that says what to do about its damage."""
     try:
         return load(file)
     except DAMAGED as error:
+        reason = " ".join(str(error).split())[:120]
         raise UserError(
-            f"'{file}' is damaged ({' '.join(str(error).split())[:120]}); remove its folder to go on from the "
-            "checkpoint before"
+            f"'{file}' is damaged ({reason}); remove its folder to go on from the checkpoint before"
         ) from None
 
 
-def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
+def _random_state(device: torch.device) -> dict[str, Tensor]:
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -216,19 +285,20 @@ def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def _seal(folder: Path) -> int:
-    files = {
-        str(p.relative_to(folder)): p.stat().st_size
-        for p in sorted(folder.rglob("*"))
-        if p.is_file()
-    }
-    (folder / MANIFEST).write_text(json.dumps(files, indent=1))
-    return sum(files.values())
+    """Write down every file's size; gives their sum in bytes."""
+    sizes = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            sizes[str(path.relative_to(folder))] = path.stat().st_size
+    (folder / MANIFEST).write_text(json.dumps(sizes, indent=1))
+    return sum(sizes.values())
 
 
 def _prune(folder: Path, keep: int, best_step: int | None) -> None:
-    found = _by_step(folder)
-    whole = [path for path in found if is_complete(path)]
-    kept = {*whole[-keep:], folder / f"step-{best_step or 0:08d}"}
-    for old in found:
-        if old not in kept:
-            shutil.rmtree(old)
+    """Remove all checkpoints in ``folder`` but the last ``keep`` complete ones and the best one."""
+    found = checkpoints_by_step(folder)
+    complete = [path for path in found if is_complete(path)]
+    retained = {*complete[-keep:], checkpoint_folder(folder.parent, best_step or 0)}
+    for path in found:
+        if path not in retained:
+            shutil.rmtree(path)

@@ -1,27 +1,29 @@
-"""`annexe weights`: look into a checkpoint, or write a run in formats that peft and transformers read alone."""
+"""`annexe weights`: inspect a checkpoint, or export a run for peft and transformers."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from annexe.checkpoints.public import read_tensors, recognise
+from annexe.checkpoints.public import read_tensors, recognize
 from annexe.checkpoints.run_folder import require_checkpoint, saved_config
 from annexe.errors import UserError
+from annexe.files import replaced
 from annexe.models.language_model.base_model import DTYPES, load_llama
 from annexe.models.language_model.llama import Llama, Lora
 from annexe.models.language_model.tokenizer import load_tokenizer
 
 HELP = "inspect a checkpoint, or export a run for peft and transformers"
-_LLAMA = "language_model.model."
+_LLAMA = "language_model.model."  # names of its tensors begin with
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,33 +52,40 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def inspect_file(path: Path) -> None:
-    """Print format, setting, and tensors by module; reads headers alone."""
+    """Print format, setting, and tensors by module; reads headers alone.
+
+    Raises:
+        UserError: for a file that is no checkpoint, or of no known format.
+    """
     tensors = read_tensors(path, shapes_only=True)
-    known, prefix = recognise(tensors, path)
-    kinds = ", ".join(
-        sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
-    )
-    numbers, sizes = Counter(), Counter()
+    source_format, prefix = recognize(tensors, path)
+
+    # Tensors and parameters of every module
+    num_tensors: Counter[str] = Counter()
+    num_parameters: Counter[str] = Counter()
     for key, tensor in tensors.items():
-        group = ".".join(key.split(".")[: 2 + prefix.count(".")] if "." in key else [key])
-        numbers[group] += 1
-        sizes[group] += tensor.numel()
+        module = ".".join(key.split(".")[: 2 + prefix.count(".")])
+        num_tensors[module] += 1
+        num_parameters[module] += tensor.numel()
     table = Table("module", "tensors", "parameters", title=str(path))
-    for group in numbers:
-        table.add_row(group, str(numbers[group]), f"{sizes[group]:,}")
-    table.add_row("all", str(len(tensors)), f"{sum(sizes.values()):,}", style="bold")
+    for module, count in num_tensors.items():
+        table.add_row(module, str(count), f"{num_parameters[module]:,}")
+    table.add_row("all", str(len(tensors)), f"{num_parameters.total():,}", style="bold")
+
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
     console = Console()
     console.print(table)
-    console.print(
-        f"format: {known.name}\ntaken by: {known.setting}\nstored as: {kinds}", markup=False
-    )
+    console.print(f"format: {source_format.name}", markup=False)
+    console.print(f"taken by: {source_format.setting}", markup=False)
+    console.print(f"stored as: {', '.join(sorted(dtypes))}", markup=False)
 
 
 def export_run(run_folder: str, out: Path, *, merge: bool) -> None:
-    """Write ``out`` whole or not at all.
+    """Write the best checkpoint of a run in formats that peft and transformers read.
 
-    adapter/ (peft), heads.safetensors (every other trained tensor, by our names), tokenizer/, config.yaml and a
-    README.md. A language model that was trained whole, or ``merge``, makes llama/ (transformers).
+    ``out`` appears complete or not at all. It holds adapter/ (peft), heads.safetensors (every other
+    trained tensor, by our names), tokenizer/, config.yaml and a README.md. A language model that
+    was trained whole, or ``merge``, makes llama/ (transformers).
 
     Raises:
         UserError: where ``out`` exists, or the base of the adapter cannot be had.
@@ -85,63 +94,73 @@ def export_run(run_folder: str, out: Path, *, merge: bool) -> None:
         raise UserError(f"'{out}' exists already; choose another folder")
     checkpoint = require_checkpoint(run_folder, "best")
     settings = saved_config(checkpoint)["model"]["language_model"]
-    tensors = load_file(checkpoint / "model.safetensors")
-    adapter = checkpoint / "adapter"
-    if merge and adapter.is_dir() and settings["path"] is None:
+    has_adapter = (checkpoint / "adapter").is_dir()
+    if merge and has_adapter and settings["path"] is None:
         raise UserError(
-            f"the Llama under the adapter of '{checkpoint}' was random (model.language_model.init) and is in no file, "
-            "so there is nothing to merge into; export without --merge"
+            f"the Llama under the adapter of '{checkpoint}' was random (model.language_model.init) "
+            "and is in no file, so there is nothing to merge into; export without --merge"
         )
-    part = out.with_name(f"{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replaced(out) as part:
+        part.mkdir()
+        _write_export(part, checkpoint, settings, merge=merge)
+    names = ", ".join(sorted(path.name for path in out.iterdir()))
+    Console().print(f"written: {names} under '{out}'", markup=False)
+
+
+def _write_export(part: Path, checkpoint: Path, settings: dict[str, Any], *, merge: bool) -> None:
+    """Fill the folder ``part``; ``settings`` are those of the language model."""
+    # What is in every export
+    tensors = load_file(checkpoint / "model.safetensors")
     heads = {name: tensor for name, tensor in tensors.items() if not name.startswith(_LLAMA)}
     save_file(heads, part / "heads.safetensors", metadata={"format": "pt"})
     shutil.copytree(checkpoint / "tokenizer", part / "tokenizer")
     shutil.copy(checkpoint / "config.yaml", part / "config.yaml")
-    lines = [
-        f"Exported from `{checkpoint.name}` of an annexe run.",
-        "",
-        f"- heads.safetensors: {len(heads)} tensors",
-    ]
+    contents = [f"- heads.safetensors: {len(heads)} tensors"]
+
+    # The adapter, or the language model that was trained whole
+    adapter = checkpoint / "adapter"
     if adapter.is_dir():
         shutil.copytree(adapter, part / "adapter")
-        lines.append(
-            "- adapter/: `PeftModel.from_pretrained(llama, 'adapter')` on the stock Llama, vocabulary as it is"
+        contents.append(
+            "- adapter/: `PeftModel.from_pretrained(llama, 'adapter')` on the stock Llama, "
+            "vocabulary as it is"
         )
+    else:
+        llama_tensors = {
+            name.removeprefix(_LLAMA): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(_LLAMA)
+        }
+        _save_llama(settings, llama_tensors, part)
+
+    # The adapter merged into its base
     if merge and adapter.is_dir():
-        llama = load_llama(
-            settings["path"], settings["dtype"] if settings["dtype"] in DTYPES else "bfloat16"
-        )
-        PeftModel.from_pretrained(llama, adapter).merge_and_unload().save_pretrained(part / "llama")
-    elif not adapter.is_dir():
-        _save_whole(
-            settings,
-            {n.removeprefix(_LLAMA): t for n, t in tensors.items() if n.startswith(_LLAMA)},
-            part,
-        )
+        dtype = settings["dtype"] if settings["dtype"] in DTYPES else "bfloat16"
+        llama = PeftModel.from_pretrained(load_llama(settings["path"], dtype), adapter)
+        llama.merge_and_unload().save_pretrained(part / "llama")
     if (part / "llama").is_dir():
         load_tokenizer(checkpoint / "tokenizer", 1).save(part / "llama")
-        lines.append("- llama/: `AutoModelForCausalLM.from_pretrained('llama')`")
-    lines += [
-        "",
-        "The `<MSK_k>` placeholders are rows of our own in heads.safetensors (mask_embedding, mask_head).",
-    ]
-    (part / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(part, out)
-    Console().print(
-        f"written: {', '.join(sorted(path.name for path in out.iterdir()))} under '{out}'",
-        markup=False,
-    )
+        contents.append("- llama/: `AutoModelForCausalLM.from_pretrained('llama')`")
+
+    readme = _README.format(checkpoint=checkpoint.name, contents="\n".join(contents))
+    (part / "README.md").write_text(readme, encoding="utf-8")
 
 
-def _save_whole(settings: dict, tensors: dict, folder: Path) -> None:
-    """Save a language model that was trained whole, in its own sizes."""
+_README = """\
+Exported from `{checkpoint}` of an annexe run.
+
+{contents}
+
+The `<MSK_k>` placeholders are rows of our own in heads.safetensors (mask_embedding, mask_head).
+"""
+
+
+def _save_llama(settings: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
+    """Save a language model that was trained whole, in its own sizes, under ``folder``/llama."""
     tokenizer = load_tokenizer(folder / "tokenizer", 1, settings["vocab_size"])
-    language = Llama(
-        tokenizer,
-        lora=Lora(rank=0),
-        **{k: v for k, v in settings.items() if k not in ("type", "lora")},
-    )
-    language.model.load_state_dict(tensors)
-    language.model.save_pretrained(folder / "llama")
+    sizes = {name: value for name, value in settings.items() if name not in ("type", "lora")}
+    language_model = Llama(tokenizer, lora=Lora(rank=0), **sizes)
+    language_model.model.load_state_dict(tensors)
+    language_model.model.save_pretrained(folder / "llama")
