@@ -1,3 +1,5 @@
-"""Data sets: from disk to a batch. Importing this package registers them."""
+"""Data sets: disk -> sample -> batch. Importing this package registers them."""
 
-from annexe.datasets import ego_irgbench, egohos  # noqa: F401
+from __future__ import annotations
+
+from annexe.datasets import ego_irgbench, egohos  # noqa: F401  (they register)

@@ -1,10 +1,15 @@
 """The index: all annotations of a folder in one file outside the data root, mapped into memory.
 
-Opening 20,000 annotation files one by one takes seconds and a gigabyte in every process. The index is written once;
-afterwards an image's annotations are decoded when they are asked for, and all processes share the file's pages.
+Opening 20,000 annotation files one by one takes seconds and a gigabyte in every process. The index
+is written once; afterwards an image's annotations are decoded when they are needed, and all
+processes share the pages of the file:
 
-The file holds, one after the other: every annotation as a JSON record; where each record ends; the first record of
-each image; the slots each image uses; a JSON footer; and a trailer with the footer's length and a checksum.
+    records      one JSON line for each annotation, image by image
+    int64[A + 1] where each of the A records starts, and where the last one ends
+    int64[I + 1] first record of each of the I images, and A
+    int64[I]     slots that each image uses
+    footer       JSON: stems, number of records, where the integers start, state of the folder
+    trailer      a mark, the length of the footer, a CRC-32 of all before the trailer
 """
 
 from __future__ import annotations
@@ -15,7 +20,6 @@ import logging
 import mmap
 import os
 import struct
-import tempfile
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -27,21 +31,31 @@ from rich.progress import track
 
 from annexe.datasets.annotations import Annotation, read_annotations
 from annexe.errors import UserError
+from annexe.files import replaced
 
 log = logging.getLogger(__name__)
 
 _VERSION = 1  # raise it when records change, so that older files are not read
 _TRAILER = struct.Struct("<8sQI")  # mark, bytes of the footer, CRC-32 of all before the trailer
 _MARK = b"annexe\x00\x01"
+_CHUNK = 1 << 20  # bytes that are read at once
+
+
+class StaleIndex(UserError):
+    """The folder changed after its index was written."""
 
 
 class Index:
-    """Annotations of the images of one folder.
+    """Annotations of the images of one folder; every image is a row.
 
     Args:
         path: a file that `open_index` wrote.
         folder: the annotation files.
         state: what `folder_state` says of the folder; an index of another state is refused.
+
+    Attributes:
+        stems: names of the images, in the order of the rows.
+        num_slots: int64[I], slots that each image uses.
 
     Raises:
         StaleIndex: the file belongs to another state of the folder.
@@ -49,31 +63,38 @@ class Index:
     """
 
     def __init__(self, path: Path, folder: Path, state: str) -> None:
-        self.path, self.folder, self.state = path, folder, state
+        self.path = path
+        self.folder = folder
+        self.state = state
+        self._last: tuple[int, list[Annotation]] = (-1, [])  # the row that was asked for last
+
+        # Check all bytes, then map them
         with path.open("rb") as file:
             length = os.fstat(file.fileno()).st_size - _TRAILER.size
             checksum = _checksum(file, max(length, 0))
-            mark, footer_length, expected = _TRAILER.unpack(
-                file.read(_TRAILER.size).ljust(_TRAILER.size)
-            )
+            trailer = file.read(_TRAILER.size).ljust(_TRAILER.size)
+            mark, footer_length, expected = _TRAILER.unpack(trailer)
             if mark != _MARK or checksum != expected:
                 raise ValueError("it was cut short or changed")
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
         footer = json.loads(self._data[length - footer_length : length])
         if footer["state"] != state:
             raise StaleIndex(
                 f"the annotation files of '{folder}' changed while they were in use; start again"
             )
         self.stems: list[str] = footer["stems"]
-        lengths = footer["num_records"] + 1, len(self.stems) + 1, len(self.stems)
-        numbers = np.frombuffer(self._data, np.int64, sum(lengths), footer["numbers_at"])
-        self._ends, self._first, self.num_slots = np.split(numbers, np.cumsum(lengths)[:2])
-        self._last: tuple[int, list[Annotation]] = (-1, [])
+
+        # Three arrays of integers, one behind the other
+        num_images = len(self.stems)
+        lengths = [footer["num_records"] + 1, num_images + 1, num_images]
+        integers = np.frombuffer(self._data, np.int64, sum(lengths), footer["numbers_at"])
+        self._starts, self._first, self.num_slots = np.split(integers, np.cumsum(lengths)[:2])
 
     def __reduce__(self) -> tuple[type[Index], tuple[Path, Path, str]]:
         return Index, (self.path, self.folder, self.state)  # a loader worker maps the same file
 
-    def places(self) -> dict[str, tuple[Index, int]]:
+    def rows(self) -> dict[str, ImageRow]:
         """Stem -> this index and the row of the image."""
         return {stem: (self, row) for row, stem in enumerate(self.stems)}
 
@@ -82,51 +103,60 @@ class Index:
         return int(self._first[row + 1] - self._first[row])
 
     def annotations(self, row: int) -> list[Annotation]:
-        """All annotations of the image in ``row``; asked again at once they are the same objects."""
+        """All annotations of the image in ``row``; the same objects when called again at once."""
         if self._last[0] != row:
-            self._last = (
-                row,
-                [self._record(number) for number in range(self._first[row], self._first[row + 1])],
-            )
+            records = range(self._first[row], self._first[row + 1])
+            self._last = (row, [self._decode(record) for record in records])
         return self._last[1]
 
-    def annotation(self, row: int, number: int) -> Annotation:
-        """One annotation of the image in ``row``."""
-        if not 0 <= number < self.num_annotations(row):
-            raise IndexError(f"'{self.stems[row]}' has no annotation {number}")
-        return self._record(self._first[row] + number)
+    def annotation(self, row: int, annotation: int) -> Annotation:
+        """One annotation of the image in ``row``; the others are not decoded.
 
-    def _record(self, number: int) -> Annotation:
-        *values, questions = json.loads(self._data[self._ends[number] : self._ends[number + 1]])
-        return Annotation(
-            *values, [{"query": q, "id": i, "is_sentence": s} for q, i, s in questions]
-        )
+        Raises:
+            IndexError: if the image has no such annotation.
+        """
+        if not 0 <= annotation < self.num_annotations(row):
+            raise IndexError(f"'{self.stems[row]}' has no annotation {annotation}")
+        return self._decode(self._first[row] + annotation)
+
+    def _decode(self, record: int) -> Annotation:
+        start = self._starts[record]
+        end = self._starts[record + 1]
+        *values, wordings = json.loads(self._data[start:end])
+        questions = []
+        for query, query_id, is_sentence in wordings:
+            questions.append({"query": query, "id": query_id, "is_sentence": is_sentence})
+        return Annotation(*values, questions)
 
 
-class StaleIndex(UserError):
-    """The folder changed after its index was written."""
+ImageRow = tuple[Index, int]
+"""Where the annotations of an image are: an index and the row of the image there."""
 
 
 class Annotations(Sequence):
-    """Annotations of chosen images, a list for each, decoded when asked for."""
+    """Annotations of chosen images, a list for each, decoded when they are asked for."""
 
-    def __init__(self, places: Iterable[tuple[Index, int]]) -> None:
-        self._places = list(places)
+    def __init__(self, rows: Iterable[ImageRow]) -> None:
+        self._rows = list(rows)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._rows)
 
-    def __getitem__(self, number: int) -> list[Annotation]:
-        index, row = self._places[number]
+    def __getitem__(self, image: int) -> list[Annotation]:
+        index, row = self._rows[image]
         return index.annotations(row)
 
 
 def open_index(folder: Path) -> Index:
-    """Index of a folder of annotation files: the one on disk if it fits, else one made now.
+    """Index of a folder of annotation files: the one on disk if it is up to date, else a new one.
 
-    Any number of processes may do this at once: each that finds none writes its own and renames it into place.
+    Any number of processes may do this at once. Each that finds none writes one and renames it.
+
+    Raises:
+        UserError: if the index cannot be written.
     """
-    state, path = folder_state(folder), index_file(folder)
+    state = folder_state(folder)
+    path = index_file(folder)
     try:
         return Index(path, folder, state)
     except (FileNotFoundError, StaleIndex):
@@ -134,7 +164,9 @@ def open_index(folder: Path) -> Index:
     except (OSError, ValueError) as error:
         log.warning("index '%s' is damaged (%s) and made again", path, error)
     try:
-        _build(folder, state, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(path, concurrent=True) as part, part.open("wb") as file:
+            _write(file, sorted(folder.glob("*.json")), state)
     except OSError as error:
         raise UserError(
             f"cannot write the index of '{folder}' to '{path.parent}' ({error.strerror}); "
@@ -144,22 +176,25 @@ def open_index(folder: Path) -> Index:
 
 
 def index_file(folder: Path) -> Path:
-    """Where the index of a folder is kept: data roots are often read-only, so it is among the user's own files."""
-    place = os.environ.get("ANNEXE_CACHE") or Path(
-        os.environ.get("XDG_CACHE_HOME") or "~/.cache", "annexe"
-    )
+    """Where the index of a folder is stored: among the user's own files.
+
+    Data roots are often read-only.
+    """
+    cache_home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    cache = Path(os.environ.get("ANNEXE_CACHE") or Path(cache_home, "annexe")).expanduser()
     folder = folder.resolve()
     key = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
-    return Path(place).expanduser() / "index" / f"{folder.name}-{key}.index"
+    return cache / "index" / f"{folder.name}-{key}.index"
 
 
 def folder_state(folder: Path) -> str:
     """Hash of name, size and time of every annotation file in ``folder``."""
-    stats = [
-        (entry.name, _stat(entry)) for entry in os.scandir(folder) if entry.name.endswith(".json")
-    ]
-    lines = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
-    return hashlib.sha256(f"{_VERSION} {lines!a}".encode()).hexdigest()
+    files = []
+    for entry in os.scandir(folder):
+        if entry.name.endswith(".json"):
+            stat = _stat(entry)
+            files.append((entry.name, stat.st_size, stat.st_mtime_ns))
+    return hashlib.sha256(f"{_VERSION} {sorted(files)!a}".encode()).hexdigest()
 
 
 def _stat(entry: os.DirEntry) -> os.stat_result:
@@ -170,79 +205,100 @@ def _stat(entry: os.DirEntry) -> os.stat_result:
 
 
 def _checksum(file: BinaryIO, length: int) -> int:
-    """CRC-32 of the next ``length`` bytes, read in pieces: mapped pages would count as this process's memory."""
+    """CRC-32 of the next ``length`` bytes.
+
+    They are read in chunks: mapped pages would count as memory of this process.
+    """
     checksum = 0
-    while length > 0 and (piece := file.read(min(length, 1 << 20))):
-        checksum, length = zlib.crc32(piece, checksum), length - len(piece)
+    while length > 0:
+        chunk = file.read(min(length, _CHUNK))
+        if not chunk:
+            break
+        checksum = zlib.crc32(chunk, checksum)
+        length -= len(chunk)
     return checksum
 
 
-def _build(folder: Path, state: str, path: Path) -> None:
-    """Write the index under another name and rename it when whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    try:
-        with open(descriptor, "wb") as file:
-            _write(file, sorted(folder.glob("*.json")), state)
-        os.replace(part, path)
-    except BaseException:
-        os.unlink(part)
-        raise
+class _CountedFile:
+    """Counts the bytes that are written to a file, and their CRC-32."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.length = 0
+        self.checksum = 0
+
+    def write(self, content: bytes) -> None:
+        self.file.write(content)
+        self.length += len(content)
+        self.checksum = zlib.crc32(content, self.checksum)
 
 
 def _write(file: BinaryIO, paths: list[Path], state: str) -> None:
-    at, checksum = 0, 0
+    """Write the index of the annotation files ``paths``: the module describes the layout."""
+    counted = _CountedFile(file)
 
-    def write(content: bytes) -> None:
-        nonlocal at, checksum
-        file.write(content)
-        at, checksum = at + len(content), zlib.crc32(content, checksum)
+    # Records
+    starts = [0]
+    first = [0]
+    num_slots = []
+    for image_annotations in _read_all(paths):
+        last_slot = -1
+        for annotation in image_annotations:
+            counted.write(_encode(annotation))
+            starts.append(counted.length)
+            last_slot = max(last_slot, *annotation.slots, -1)
+        first.append(len(starts) - 1)
+        num_slots.append(last_slot + 1)
 
+    # Integers, at a multiple of their size
+    counted.write(b" " * (-counted.length % 8))
+    integers_at = counted.length
+    counted.write(np.array([*starts, *first, *num_slots], np.int64).tobytes())
+
+    # Footer and trailer
+    footer = {
+        "state": state,
+        "num_records": len(starts) - 1,
+        "numbers_at": integers_at,
+        "stems": [path.stem for path in paths],
+    }
+    content = json.dumps(footer).encode()
+    counted.write(content)
+    file.write(_TRAILER.pack(_MARK, len(content), counted.checksum))
+
+
+def _read_all(paths: list[Path]) -> Iterable[list[Annotation]]:
+    """Annotations of every file, with a bar where somebody can see it."""
     console = Console(stderr=True)
-    ends, first, num_slots = [0], [0], []
-    for image in track(
+    return track(
         map(_read, paths),
         f"indexing {paths[0].parent if paths else 'nothing'}",
         len(paths),
         console=console,
         transient=True,
         disable=not console.is_terminal or os.environ.get("RANK", "0") != "0",
-    ):
-        for annotation in image:
-            write(_encode(annotation))
-            ends.append(at)
-        first.append(len(ends) - 1)
-        num_slots.append(max((slot + 1 for a in image for slot in a.slots), default=0))
-    write(b" " * (-at % 8))
-    numbers_at = at
-    write(np.array([*ends, *first, *num_slots], np.int64).tobytes())
-    stems = [path.stem for path in paths]
-    footer = {
-        "state": state,
-        "num_records": len(ends) - 1,
-        "numbers_at": numbers_at,
-        "stems": stems,
-    }
-    write(content := json.dumps(footer).encode())
-    file.write(_TRAILER.pack(_MARK, len(content), checksum))
+    )
 
 
 def _read(path: Path) -> list[Annotation]:
+    """Annotations of one file; none where it is damaged.
+
+    A split that holds the image says what is wrong with it, unless the image is excluded there.
+    """
     try:
         return read_annotations(path)
-    except (
-        UserError
-    ):  # left for those who open a split that holds the image: it may be excluded there
+    except UserError:
         return []
 
 
 def _encode(annotation: Annotation) -> bytes:
     questions = [[q["query"], q["id"], q["is_sentence"]] for q in annotation.questions]
-    values = (
+    record = [
         annotation.caption,
         annotation.answer,
         annotation.tokens,
         annotation.masks_idx,
         annotation.with_mask,
-    )
-    return json.dumps([*values, questions], separators=(",", ":")).encode()
+        questions,
+    ]
+    return json.dumps(record, separators=(",", ":")).encode()

@@ -1,4 +1,7 @@
-"""One annotation file: a JSON list of annotations, each a question in all its wordings with answer and targets."""
+"""One annotation file: a JSON list of annotations.
+
+An annotation is a question of an image in all its wordings, with its answer and its targets.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from annexe.errors import UserError
+from annexe.rle import Rle
 
 _BARE_PLACEHOLDER = re.compile(r"<MSK>")
 
@@ -27,11 +31,22 @@ class Annotation:
 
     @property
     def slots(self) -> dict[int, int]:
-        """Slot -> id in the mask PNG, used slots alone."""
+        """Slot -> id in the mask PNG, of the slots in use."""
         return {slot: mask_id for slot, mask_id in enumerate(self.masks_idx) if mask_id}
 
     def phrase(self, slot: int) -> str:
+        """What the target in ``slot`` is called; empty where the annotation does not say."""
         return self.tokens[slot] if slot < len(self.tokens) else ""
+
+
+class GroundTruth(Protocol):
+    """What a data set needs of the truth to score predictions itself."""
+
+    def annotations(self, stem: str) -> list[Annotation]:
+        """Annotations of an image."""
+
+    def masks(self, stem: str) -> dict[int, Rle]:
+        """Mask id -> RLE at the original size, for every id that an annotation names."""
 
 
 def _text(value: Any) -> str:
@@ -39,6 +54,11 @@ def _text(value: Any) -> str:
     text = str(value)
     text.encode()
     return text
+
+
+def _answer(value: Any) -> str:
+    """An answer with its placeholders numbered: a bare ``<MSK>`` is ``<MSK_0>``."""
+    return _text(_BARE_PLACEHOLDER.sub("<MSK_0>", value))
 
 
 def _question(question: dict[str, Any]) -> dict[str, Any]:
@@ -51,7 +71,7 @@ def _question(question: dict[str, Any]) -> dict[str, Any]:
 
 FIELDS: dict[str, Callable[[Any], Any]] = {
     "caption": _text,
-    "answer": lambda answer: _text(_BARE_PLACEHOLDER.sub("<MSK_0>", answer)),
+    "answer": _answer,
     "tokens": lambda tokens: [_text(token) for token in tokens],
     "masks_idx": lambda ids: [int(mask_id) for mask_id in ids],
     "with_mask": bool,
@@ -80,13 +100,18 @@ def read_annotations(path: Path) -> list[Annotation]:
 
 
 def parse_annotations(entries: Any, path: Path) -> list[Annotation]:
-    """Annotations of what the JSON file ``path`` holds; raises as `read_annotations`."""
+    """Annotations in ``entries``, the content of the JSON file ``path``.
+
+    Raises:
+        UserError: as `read_annotations`.
+    """
     if not isinstance(entries, list) or not entries:
         raise UserError(
-            f"'{path}' holds no list of annotations; each file must be a JSON list with at least one"
+            f"'{path}' holds no list of annotations; "
+            "each file must be a JSON list with at least one"
         )
     return [
-        _annotation(entry, f"'{path}', annotation {number}") for number, entry in enumerate(entries)
+        _annotation(entry, f"'{path}', annotation {index}") for index, entry in enumerate(entries)
     ]
 
 
@@ -97,7 +122,8 @@ def _annotation(entry: Any, where: str) -> Annotation:
             values[name] = convert(entry[name])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(
-                f"{where}: field '{name}' is missing or wrong ({error!r}); mend it or remove the annotation"
+                f"{where}: field '{name}' is missing or wrong ({error!r}); "
+                "fix it or remove the annotation"
             ) from None
     if not values["questions"]:
         raise UserError(f"{where} has no questions; add one or remove the annotation")

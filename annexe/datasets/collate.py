@@ -1,10 +1,29 @@
-"""Samples to a batch: pixels stacked, every image with its branches packed into one sequence.
+"""Samples to a batch: pixels stacked, every image with its branches packed into one row of tokens.
 
-Legend: B images, S image side, Q queries, N packed tokens, R branches (B analyses + Q queries), T supervised tokens.
+Legend: B images, S image side, Q queries, K slots, N tokens of a row, R branches (B analyses and Q
+queries), T label tokens, U targets, O objects with a phrase, W words of a phrase.
+
+A row holds the prefix of an image once, and behind it one branch for each task: a prompt (p) and
+its response (r). Attention lets a branch see the prefix and itself alone, so every branch continues
+at the position where the prefix ends:
+
+    column        0   1   2   3   4   5   6   7   8   9   10  11  12  13  14
+    input_ids     BOS Img 0   0   0   p   p   r   EOS p   p   p   r   EOS 0
+    segment_ids   0   0   0   0   0   1   1   1   1   2   2   2   2   2   -1
+    position_ids  0   1   2   3   4   5   6   7   8   5   6   7   8   9   0
+    labels                                r   EOS             r   EOS
+                  |       |           |               |                   |
+                  prefix  image       analysis        query               padding
+                          tokens      = prefix_length
+                          = image_start
+
+A label stands where the model has to predict it: from the last token of a prompt to the last but
+one of its response.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,113 +35,251 @@ from annexe import prompts
 from annexe.structures.batch import ANALYSIS, BLOCK, Batch, PackedText, QueryIndex, round_up
 from annexe.structures.sample import Sample
 
+PREFIX_SEGMENT = 0
+PADDING_SEGMENT = -1
+IGNORED_LABEL = -100  # torch's cross entropy leaves it out
 
-def pack(
-    branches: list[list[tuple[list[int], list[int]]]],
-    prefix: list[int],
-    num_image_tokens: int,
-    pad_to_multiple_of: int = 1,
-    unpad: bool = False,
-) -> dict[str, Any]:
-    """Lay every image's branches (prompt ids, response ids) behind one prefix; an analysis comes first.
+Branch = tuple[list[int], list[int]]
+"""Token ids of a prompt and of its response."""
+
+
+@dataclass(frozen=True)
+class Padding:
+    """How the lengths of a batch are rounded up, so that batches come in few different shapes.
+
+    Each number is the multiple that a length is rounded up to; 1 leaves it as it is.
+
+    Attributes:
+        rows: tokens of a row.
+        prompts: tokens of the longest prompt.
+        labels: label tokens of the batch.
+        targets: used slots of the batch.
+        phrases: objects of an image that have a phrase, and words of a phrase.
+        fill_queries: whether every image gets as many queries as the fullest has.
+        unpad: whether the batch says where its tokens are, so that the language model can read
+            them in one row without padding.
+    """
+
+    rows: int = 1
+    prompts: int = 1
+    labels: int = 1
+    targets: int = 1
+    phrases: int = 1
+    fill_queries: bool = False
+    unpad: bool = False
+
+    @classmethod
+    def to_multiple_of(cls, size: int, *, unpad: bool = False) -> Padding:
+        """The usual rounding: rows to ``size``, the other lengths to what suits them beside it.
+
+        With ``size`` 1 nothing is rounded.
+        """
+        if size == 1:
+            return cls(unpad=unpad)
+        return cls(
+            # Padding that is taken out again costs no work, so there rows may be rounded further
+            rows=4 * size if unpad else size,
+            prompts=max(size // 4, 1),
+            labels=4 * size,
+            targets=size,
+            phrases=8,
+            fill_queries=True,
+            unpad=unpad,
+        )
+
+
+@dataclass(frozen=True)
+class PlacedBranch:
+    """A branch and where it lies in the batch."""
+
+    image_index: int
+    segment_id: int  # ANALYSIS, or one of those that follow for the queries
+    start: int  # column of the first prompt token
+    prompt: list[int]
+    response: list[int]
+    is_query: bool
+
+    @property
+    def label_start(self) -> int:
+        """Column of the token that predicts the first response token."""
+        return self.start + len(self.prompt) - 1
+
+    @property
+    def end(self) -> int:
+        """Column behind the last token."""
+        return self.start + len(self.prompt) + len(self.response)
+
+
+def lay_out(
+    branches: list[list[Branch]], prefix_length: int, *, fill_queries: bool = False
+) -> list[PlacedBranch]:
+    """Place every image's branches one behind the other.
 
     Args:
-        multiple: the length of a row is rounded up to it, the longest prompt to a quarter of it, and the number of
-            targets to four times it; so is the length of a row where that takes no work, ``in_one_row``. Above 1 all
-            images get as many queries as the fullest has; those filled in are one token of the analysis.
-        in_one_row: say where the tokens are that are no padding.
+        branches: of every image, the analysis first.
+        prefix_length: column at which the first branch of each image starts.
+        fill_queries: give every image as many queries as the fullest has. Those filled in read the
+            first token of the analysis once more and have no labels.
 
     Returns:
-        The fields of `PackedText`.
+        All branches, image by image.
     """
-    wide = 4 * pad_to_multiple_of if pad_to_multiple_of > 1 else 1
-    image_start, prefix_length = len(prefix), len(prefix) + num_image_tokens
-    length = prefix_length + max(sum(len(p) + len(r) for p, r in image) for image in branches)
-    length = round_up(length, wide if unpad else pad_to_multiple_of)
-    ids = np.zeros((len(branches), length), np.int64)
-    segment_ids = np.full((len(branches), length), -1, np.int64)
-    position = np.zeros((len(branches), length), np.int64)
-    ids[:, :image_start], segment_ids[:, :prefix_length] = prefix, 0
-    position[:, :prefix_length] = np.arange(prefix_length)
-    most = max(map(len, branches)) if pad_to_multiple_of > 1 else 0
-    rows: list[tuple[int, int, int]] = []
-    query_branches, label_positions, targets, is_analysis = [], [], [], []
-    for image, image_branches in enumerate(branches):
-        column = prefix_length
-        for number, (prompt, response) in enumerate(image_branches, start=ANALYSIS):
-            end = column + len(prompt) + len(response)
-            ids[image, column:end] = prompt + response
-            segment_ids[image, column:end] = number
-            position[image, column:end] = prefix_length + np.arange(end - column)
-            if number > ANALYSIS:
-                query_branches.append(len(rows))
-            rows.append((image, column, len(prompt)))
-            first = image * length + column + len(prompt) - 1
-            label_positions += range(first, first + len(response))
-            targets += response
-            is_analysis += [number == ANALYSIS] * len(response)
-            column = end
-        for _ in range(len(image_branches), most):
-            query_branches.append(len(rows))
-            rows.append((image, prefix_length, 1))
-    spare = round_up(len(targets), wide) - len(targets)
-    label_positions, targets, is_analysis = (
-        label_positions + [0] * spare,
-        targets + [-100] * spare,
-        is_analysis + [False] * spare,
+    num_branches = max(map(len, branches))
+    table = []
+    for image_index, image_branches in enumerate(branches):
+        start = prefix_length
+        for segment_id, (prompt, response) in enumerate(image_branches, start=ANALYSIS):
+            is_query = segment_id > ANALYSIS
+            branch = PlacedBranch(image_index, segment_id, start, prompt, response, is_query)
+            table.append(branch)
+            start = branch.end
+
+        num_filled = num_branches - len(image_branches) if fill_queries else 0
+        if num_filled:
+            first_token = image_branches[0][0][:1]
+            filler = PlacedBranch(image_index, ANALYSIS, prefix_length, first_token, [], True)
+            table += [filler] * num_filled
+    return table
+
+
+def to_tensors(
+    table: list[PlacedBranch], prefix: list[int], num_image_tokens: int, padding: Padding
+) -> PackedText:
+    """Write branches that `lay_out` placed into rows of tokens.
+
+    Args:
+        table: all branches, image by image.
+        prefix: token ids before the image tokens.
+        num_image_tokens: of every image.
+        padding: how rows, prompts and labels are rounded up.
+    """
+    num_images = table[-1].image_index + 1
+    prefix_length = len(prefix) + num_image_tokens
+    row_length = round_up(max(branch.end for branch in table), padding.rows)
+
+    # The prefix of every row
+    input_ids = np.zeros((num_images, row_length), np.int64)
+    segment_ids = np.full((num_images, row_length), PADDING_SEGMENT, np.int64)
+    position_ids = np.zeros((num_images, row_length), np.int64)
+    input_ids[:, : len(prefix)] = prefix
+    segment_ids[:, :prefix_length] = PREFIX_SEGMENT
+    position_ids[:, :prefix_length] = np.arange(prefix_length)
+
+    # The branches behind it
+    label_positions: list[int] = []
+    labels: list[int] = []
+    is_analysis: list[bool] = []
+    for branch in table:
+        columns = slice(branch.start, branch.end)
+        length = branch.end - branch.start
+        input_ids[branch.image_index, columns] = branch.prompt + branch.response
+        segment_ids[branch.image_index, columns] = branch.segment_id
+        position_ids[branch.image_index, columns] = prefix_length + np.arange(length)
+
+        first_label = branch.image_index * row_length + branch.label_start
+        label_positions += range(first_label, first_label + len(branch.response))
+        labels += branch.response
+        is_analysis += [not branch.is_query] * len(branch.response)
+
+    # Labels that no loss counts, up to the rounded number
+    num_unused = round_up(len(labels), padding.labels) - len(labels)
+    label_positions += [0] * num_unused
+    labels += [IGNORED_LABEL] * num_unused
+    is_analysis += [False] * num_unused
+
+    prompt_lengths = [len(branch.prompt) for branch in table]
+    query_branches = [index for index, branch in enumerate(table) if branch.is_query]
+    return PackedText(
+        input_ids=torch.from_numpy(input_ids),
+        segment_ids=torch.from_numpy(segment_ids),
+        position_ids=torch.from_numpy(position_ids),
+        image_start=len(prefix),
+        prefix_length=prefix_length,
+        branch_image_index=torch.tensor([branch.image_index for branch in table]),
+        branch_start=torch.tensor([branch.start for branch in table]),
+        branch_length=torch.tensor(prompt_lengths),
+        max_branch_length=round_up(max(prompt_lengths), padding.prompts),
+        query_branches=torch.tensor(query_branches, dtype=torch.int64),
+        label_positions=torch.tensor(label_positions, dtype=torch.int64),
+        labels=torch.tensor(labels, dtype=torch.int64),
+        is_analysis=torch.tensor(is_analysis, dtype=torch.bool),
+        unpadded_indices=unpadded_indices(segment_ids) if padding.unpad else None,
     )
-    branch_image_index, branch_start, branch_length = torch.tensor(rows).unbind(1)
-    return {
-        "input_ids": torch.from_numpy(ids),
-        "segment_ids": torch.from_numpy(segment_ids),
-        "position_ids": torch.from_numpy(position),
-        "image_start": image_start,
-        "prefix_length": prefix_length,
-        "branch_image_index": branch_image_index,
-        "branch_start": branch_start,
-        "branch_length": branch_length,
-        "max_branch_length": round_up(int(branch_length.max()), max(pad_to_multiple_of // 4, 1)),
-        "query_branches": torch.tensor(query_branches, dtype=torch.int64),
-        "label_positions": torch.tensor(label_positions, dtype=torch.int64),
-        "labels": torch.tensor(targets, dtype=torch.int64),
-        "is_analysis": torch.tensor(is_analysis, dtype=torch.bool),
-        "unpadded_indices": _without_padding(segment_ids) if unpad else None,
-    }
 
 
-def index_queries(turns: list[int], pad_to_multiple_of: int = 1) -> tuple[QueryIndex, Tensor]:
-    """Where the queries of images with ``turns`` queries each belong, as `pack` lays them out, and which are asked."""
-    most = max(turns)
-    numbers = [most] * len(turns) if pad_to_multiple_of > 1 else turns
-    place = torch.tensor([k for number in numbers for k in range(number)], dtype=torch.int64)
-    image = torch.arange(len(turns)).repeat_interleave(torch.tensor(numbers))
-    return QueryIndex(image, place, most), place < torch.tensor(turns)[image]
+def pack(
+    branches: list[list[Branch]], prefix: list[int], num_image_tokens: int, padding: Padding
+) -> PackedText:
+    """Pack every image's branches behind one prefix: `lay_out`, then `to_tensors`."""
+    prefix_length = len(prefix) + num_image_tokens
+    table = lay_out(branches, prefix_length, fill_queries=padding.fill_queries)
+    return to_tensors(table, prefix, num_image_tokens, padding)
 
 
-def used_slots_of(slot_ids: Tensor, pad_to_multiple_of: int) -> Tensor:
-    """Query and slot of every target, int64[2, U], filled up with -1 to a ``multiple``."""
-    used = torch.stack(slot_ids.nonzero(as_tuple=True))
-    return F.pad(used, (0, round_up(used.shape[1], pad_to_multiple_of) - used.shape[1]), value=-1)
+def unpadded_indices(segment_ids: np.ndarray) -> Tensor:
+    """Flat indices of the tokens that are no padding.
+
+    Their number is rounded up to a multiple of a block of attention, or of about a 32nd of itself
+    where that is more, so that few different numbers occur.
+
+    Args:
+        segment_ids: int64[B, N].
+
+    Returns:
+        int64[M]; B * N is no token.
+    """
+    indices = np.flatnonzero(segment_ids != PADDING_SEGMENT)
+    multiple = max(BLOCK, 1 << max(len(indices).bit_length() - 6, 0))
+    num_unused = round_up(len(indices), multiple) - len(indices)
+    return torch.from_numpy(np.pad(indices, (0, num_unused), constant_values=segment_ids.size))
 
 
-def _without_padding(segment_ids: np.ndarray) -> Tensor:
-    """Where tokens are, and spare ones up to a multiple of a block, or of about a 32nd where that is more: so few
-    different numbers occur."""
-    tokens = np.flatnonzero(segment_ids >= 0)
-    unit = max(BLOCK, 1 << max(len(tokens).bit_length() - 6, 0))
-    spare = round_up(len(tokens), unit) - len(tokens)
-    return torch.from_numpy(np.pad(tokens, (0, spare), constant_values=segment_ids.size))
+def index_queries(num_queries: list[int], padding: Padding) -> tuple[QueryIndex, Tensor]:
+    """Where the queries of a batch belong, in the order in which `pack` lays them out.
+
+    Args:
+        num_queries: of every image.
+
+    Returns:
+        The index, and bool[Q], False for a query that was filled in.
+    """
+    max_queries = max(num_queries)
+    num_rows = [max_queries] * len(num_queries) if padding.fill_queries else num_queries
+    image_index = torch.arange(len(num_queries)).repeat_interleave(torch.tensor(num_rows))
+    index_in_image = torch.cat([torch.arange(number) for number in num_rows])
+    query_mask = index_in_image < torch.tensor(num_queries)[image_index]
+    return QueryIndex(image_index, index_in_image, max_queries), query_mask
+
+
+def used_slots_of(slot_ids: Tensor, padding: Padding) -> Tensor:
+    """Query and slot of every target.
+
+    Args:
+        slot_ids: uint8[Q, K], 0 = slot unused.
+
+    Returns:
+        int64[2, U]; -1 fills up to the rounded number.
+    """
+    used_slots = torch.stack(slot_ids.nonzero(as_tuple=True))
+    num_targets = used_slots.shape[1]
+    num_unused = round_up(num_targets, padding.targets) - num_targets
+    return F.pad(used_slots, (0, num_unused), value=-1)
 
 
 class Collator:
     """Makes a `Batch` of samples.
 
     Args:
-        responses: without them the sequences end with the prompts, for generation.
-        multiple: what lengths are rounded up to, so that batches have few different shapes.
-        in_one_row: the language model reads the tokens of all images in one row, without padding: for attention that
-            skips blocks.
-        keep_samples: the batch brings its samples along; their pixels are a burden between processes.
+        tokenizer: encodes prompts, responses and phrases.
+        num_image_tokens: of every image.
+        num_slots: K; further targets of an annotation are left out.
+        responses: without them the rows end with the prompts, for generation.
+        pad_to_multiple_of: rounds lengths up, so that batches come in few different shapes: see
+            `Padding`.
+        unpad: the language model reads the tokens of all images in one row without padding, by
+            attention that skips blocks.
+        keep_samples: the batch brings its samples along; their pixels slow down the way from one
+            process to another.
     """
 
     def __init__(
@@ -136,75 +293,104 @@ class Collator:
         unpad: bool = False,
         keep_samples: bool = True,
     ) -> None:
-        self.tokenizer, self.num_image_tokens, self.num_slots = (
-            tokenizer,
-            num_image_tokens,
-            num_slots,
-        )
-        self.responses, self.keep_samples = responses, keep_samples
-        self.pad_to_multiple_of, self.unpad = pad_to_multiple_of, unpad
+        self.tokenizer = tokenizer
+        self.num_image_tokens = num_image_tokens
+        self.num_slots = num_slots
+        self.responses = responses
+        self.keep_samples = keep_samples
+        self.padding = Padding.to_multiple_of(pad_to_multiple_of, unpad=unpad)
 
     def __call__(self, samples: list[Sample]) -> Batch:
-        pairs = [self._pairs(sample) for sample in samples]
-        phrases = [phrase for sample in samples for phrase in sample.object_phrases.values()]
-        texts = [
-            prompts.PREFIX,
-            *phrases,
-            *(text for own in pairs for pair in own for text in pair),
-        ]
-        texts = list(dict.fromkeys(texts))
-        ids = dict(
-            zip(texts, self.tokenizer.encode_all(texts), strict=True)
-        )  # one call for all of the batch
-        end = [self.tokenizer.eos_id]
-        branches = [
-            [(ids[p], ids[r] + end if self.responses else []) for p, r in own] for own in pairs
-        ]
+        # Texts
+        ids = self._encode(samples)
         prefix = [self.tokenizer.bos_id, *ids[prompts.PREFIX]]
-        slots = [
-            [*turn.slot_ids, *[0] * self.num_slots][: self.num_slots]
-            for s in samples
-            for turn in s.turns
-        ]
-        queries, query_mask = index_queries(
-            [len(s.turns) for s in samples], self.pad_to_multiple_of
-        )
+        branches = [self._branches(sample, ids) for sample in samples]
+        text = pack(branches, prefix, self.num_image_tokens, self.padding)
+
+        # Queries and their slots
+        num_queries = [len(sample.turns) for sample in samples]
+        queries, query_mask = index_queries(num_queries, self.padding)
         slot_ids = torch.zeros(len(query_mask), self.num_slots, dtype=torch.uint8)
-        slot_ids[query_mask] = torch.tensor(slots, dtype=torch.uint8).view(-1, self.num_slots)
+        slot_ids[query_mask] = self._slot_ids(samples)
         object_ids, object_words = self._phrases(samples, ids)
+
+        # Pixels
+        images = np.stack([sample.image for sample in samples])  # [B, S, S, 3]
+        depth = np.stack([sample.depth for sample in samples])
+        target_ids = np.stack([sample.target_ids for sample in samples])
+        patches = None
+        if samples[0].patches is not None:
+            patches = torch.stack([sample.patches for sample in samples])
+
         return Batch(
-            images=torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2),
-            depth=torch.from_numpy(np.stack([s.depth for s in samples])),
-            target_ids=torch.from_numpy(np.stack([s.target_ids for s in samples])),
-            text=PackedText(
-                **pack(branches, prefix, self.num_image_tokens, self.pad_to_multiple_of, self.unpad)
-            ),
+            images=torch.from_numpy(images).permute(0, 3, 1, 2),
+            depth=torch.from_numpy(depth),
+            target_ids=torch.from_numpy(target_ids),
+            text=text,
             queries=queries,
             query_mask=query_mask,
             slot_ids=slot_ids,
-            used_slots=used_slots_of(slot_ids, self.pad_to_multiple_of),
+            used_slots=used_slots_of(slot_ids, self.padding),
             object_ids=object_ids,
             object_words=object_words,
             samples=samples if self.keep_samples else [],
-            patches=None
-            if samples[0].patches is None
-            else torch.stack([s.patches for s in samples]),
+            patches=patches,
         )
 
-    def _pairs(self, sample: Sample) -> list[tuple[str, str]]:
-        """Prompt and response of every branch."""
-        pairs = [(prompts.analysis_prompt(sample.instruction), sample.analysis)]
-        return pairs + [(prompts.query_prompt(turn.query), turn.answer) for turn in sample.turns]
+    def _encode(self, samples: list[Sample]) -> dict[str, list[int]]:
+        """Text -> token ids, for all texts of a batch: one call is faster than many."""
+        texts = [prompts.PREFIX]
+        for sample in samples:
+            texts += sample.object_phrases.values()
+            for prompt, response in _texts_of_branches(sample):
+                texts += [prompt, response]
+        texts = list(dict.fromkeys(texts))
+        return dict(zip(texts, self.tokenizer.encode_all(texts), strict=True))
+
+    def _branches(self, sample: Sample, ids: dict[str, list[int]]) -> list[Branch]:
+        branches = []
+        for prompt, response in _texts_of_branches(sample):
+            response_ids = [*ids[response], self.tokenizer.eos_id] if self.responses else []
+            branches.append((ids[prompt], response_ids))
+        return branches
+
+    def _slot_ids(self, samples: list[Sample]) -> Tensor:
+        """Mask id of every slot, uint8[queries of the samples, K], 0 = slot unused."""
+        unused = [0] * self.num_slots
+        slot_ids = []
+        for sample in samples:
+            for turn in sample.turns:
+                slot_ids.append([*turn.slot_ids, *unused][: self.num_slots])
+        return torch.tensor(slot_ids, dtype=torch.uint8).view(-1, self.num_slots)
 
     def _phrases(self, samples: list[Sample], ids: dict[str, list[int]]) -> tuple[Tensor, Tensor]:
-        words = [[(i, ids[p]) for i, p in s.object_phrases.items()] for s in samples]
-        few = 8 if self.pad_to_multiple_of > 1 else 1
-        num_objects = round_up(max([1, *(len(w) for w in words)]), few)
-        num_words = round_up(max([1, *(len(ids) for w in words for _, ids in w)]), few)
+        """Objects that have a phrase, and the words of it.
+
+        Returns:
+            uint8[B, O], mask ids, 0 = none; int64[B, O, W], token ids, -1 = none.
+        """
+        objects = [list(sample.object_phrases.items()) for sample in samples]
+        num_objects = max([1, *map(len, objects)])
+        num_words = 1
+        for image_objects in objects:
+            for _, phrase in image_objects:
+                num_words = max(num_words, len(ids[phrase]))
+        num_objects = round_up(num_objects, self.padding.phrases)
+        num_words = round_up(num_words, self.padding.phrases)
+
         object_ids = torch.zeros(len(samples), num_objects, dtype=torch.uint8)
         object_words = torch.full((len(samples), num_objects, num_words), -1, dtype=torch.int64)
-        for image, pairs in enumerate(words):
-            for column, (mask_id, ids) in enumerate(pairs):
-                object_ids[image, column] = mask_id
-                object_words[image, column, : len(ids)] = torch.tensor(ids)
+        for image_index, image_objects in enumerate(objects):
+            for column, (mask_id, phrase) in enumerate(image_objects):
+                words = torch.tensor(ids[phrase])
+                object_ids[image_index, column] = mask_id
+                object_words[image_index, column, : len(words)] = words
         return object_ids, object_words
+
+
+def _texts_of_branches(sample: Sample) -> list[tuple[str, str]]:
+    """Prompt and response of every branch, the analysis first."""
+    texts = [(prompts.analysis_prompt(sample.instruction), sample.analysis)]
+    for turn in sample.turns:
+        texts.append((prompts.query_prompt(turn.query), turn.answer))
+    return texts

@@ -1,6 +1,7 @@
-"""Ego-IRGBench on disk: photos, depth, id maps, and per image a JSON list of annotations with paraphrased queries.
+"""Ego-IRGBench: photos, depth maps, id maps, and annotations with paraphrased queries.
 
-A sample is one image with some of its annotations, one query drawn for each (ANNEXE, CVPR 2025, section 3).
+A sample is one image with some of its annotations and one query drawn for each (ANNEXE, CVPR 2025,
+section 3).
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ import logging
 import os
 import re
 import zlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from annexe import prompts
-from annexe.datasets.annotation_index import Annotations, Index, open_index
-from annexe.datasets.annotations import Annotation, read_annotations
+from annexe.datasets.annotation_index import Annotations, ImageRow, open_index
+from annexe.datasets.annotations import Annotation, GroundTruth, read_annotations
 from annexe.datasets.image_names import (
     CATEGORIES,
     annotation_folders,
@@ -32,9 +34,11 @@ from annexe.registry import register
 from annexe.structures.sample import Sample, Turn
 
 if TYPE_CHECKING:
-    from annexe.training.feature_cache import StoredPatches
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
+
+ANSWER_FORMATS = ("sentence", "phrases")
 
 
 class MissingSplit(UserError):
@@ -48,15 +52,30 @@ class EgoIRGBench:
     Args:
         split: ``train``, ``val`` or ``test``.
         image_size: side of the square images, in pixels.
-        seed: which annotations and wordings are drawn is a function of (seed, epoch, stem).
-        cache_dir: where resized pixels are kept, if anywhere.
+        seed: annotations and wordings are drawn by (seed, epoch, stem).
+        cache_dir: where resized pixels are stored, or None for nowhere.
         data_root: folder with RGB/, depth/, mask/ and dataset_split/.
-        queries_per_image: annotations drawn for a training sample; 1 gives the released one-query samples.
-        answer_format: ``sentence`` trains on the answer, ``phrases`` on the target phrases joined by "and".
-        cache: keep resized pixels on disk.
+        queries_per_image: annotations drawn for a training sample; 1 gives the released one-query
+            samples.
+        answer_format: ``sentence`` trains on the answer, ``phrases`` on the target phrases joined
+            by "and".
+        cache: store resized pixels on disk.
         exclude: file of stems to leave out: one a line, or a report of `annexe doctor`.
-        split_dir: folder with train.txt, val.txt and test.txt, one stem a line, in place of the split on disk.
+        split_dir: folder with train.txt, val.txt and test.txt, one stem a line, in place of the
+            split on disk.
+
+    Attributes:
+        has_text: whether analyses and answers can be scored.
+        stems: names of the images, in the order of their file names.
+        annotations: the annotations of every image, in the same order.
+        stored_patches: bfloat16[P, E] of every image, where a frozen RGB encoder's patches were
+            stored; samples then bring them along.
+
+    Raises:
+        UserError: for a wrong setting, a missing split or file, or a damaged annotation file.
     """
+
+    has_text = True
 
     def __init__(
         self,
@@ -72,32 +91,37 @@ class EgoIRGBench:
         exclude: str | None = None,
         split_dir: str | None = None,
     ) -> None:
-        if answer_format not in ("sentence", "phrases"):
+        # Check the settings
+        if answer_format not in ANSWER_FORMATS:
             raise unknown_name_error(
-                "datasets.ego_irgbench.answer_format", answer_format, ("sentence", "phrases")
+                "datasets.ego_irgbench.answer_format", answer_format, ANSWER_FORMATS
             )
         if queries_per_image < 1:
             raise UserError(
-                f"datasets.ego_irgbench.queries_per_image is {queries_per_image}; it must be at least 1"
+                f"datasets.ego_irgbench.queries_per_image is {queries_per_image}; "
+                "it must be at least 1"
             )
-        self.root, self.split, self.seed = Path(data_root), split, seed
-        self.queries_per_image, self.answer_format = queries_per_image, answer_format
+        self.root = Path(data_root)
         if not self.root.is_dir():
             raise UserError(
-                f"datasets.ego_irgbench.data_root: no folder '{self.root}'; give the folder that holds RGB/"
+                f"datasets.ego_irgbench.data_root: no folder '{self.root}'; "
+                "give the folder that holds RGB/"
             )
-        self.stored_patches: StoredPatches | None = (
-            None  # of the RGB encoder, where the trainer stored them
-        )
-        self.split_dir, self.exclude = (
-            Path(path) if path else None for path in (split_dir, exclude)
-        )
-        self._places = self._select(split)
+        self.split = split
+        self.seed = seed
+        self.queries_per_image = queries_per_image
+        self.answer_format = answer_format
+        self.exclude = Path(exclude) if exclude else None
+        self.split_dir = Path(split_dir) if split_dir else None
+        self.stored_patches: Sequence[Tensor] | None = None
+
+        # Find the images and check that all their files are there
+        self._rows_by_stem = self._rows_of(split)
         self._require_annotations()
-        self.stems = list(self._places)
-        self.annotations = Annotations(self._places.values())
+        self.stems = list(self._rows_by_stem)
+        self.annotations = Annotations(self._rows_by_stem.values())
         self.pixels = PixelReader(self.root, image_size, cache_dir if cache else None)
-        self._check_files()
+        self._require_pixel_files()
 
     def __len__(self) -> int:
         return len(self.stems)
@@ -105,195 +129,69 @@ class EgoIRGBench:
     @property
     def num_slots(self) -> int:
         """Slots that the annotation with the most targets uses."""
-        return max(1, *(int(index.num_slots[row]) for index, row in self._places.values()))
+        return max(1, *(int(index.num_slots[row]) for index, row in self._rows_by_stem.values()))
 
-    def question(self, stem: str, annotation: int, query_id: int | str) -> dict[str, Any]:
-        """The wording with the key (stem, annotation, query id); its annotation alone is decoded."""
-        index, row = self._places[stem]
-        for question in index.annotation(row, annotation).questions:
-            if question["id"] == query_id:
-                return question
-        raise KeyError((stem, annotation, query_id))
-
-    def annotations_of(self, split: str) -> Annotations:
-        """Annotations of another split of the same data; none where there is no such split or nothing to read in it."""
-        try:
-            places = self._select(split).values()
-        except MissingSplit:
-            return Annotations(())
-        return Annotations(
-            (index, row) for index, row in places if index.num_annotations(row)
-        )  # damaged ones left out
+    # Samples
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
-        """The training sample (epoch, index): ``queries_per_image`` annotations, a wording drawn for each."""
+        """The training sample (epoch, index): some annotations, with a wording drawn for each."""
         epoch, index = item
         random = np.random.default_rng([self.seed, epoch, zlib.crc32(self.stems[index].encode())])
         annotations = self.annotations[index]
-        chosen = random.permutation(len(annotations))[: self.queries_per_image].tolist()
-        turns = [
-            self._turn(index, a, int(random.integers(len(annotations[a].questions))))
-            for a in chosen
-        ]
-        instruction = prompts.ANALYSIS_INSTRUCTIONS[
-            int(random.integers(len(prompts.ANALYSIS_INSTRUCTIONS)))
-        ]
+        drawn = random.permutation(len(annotations))[: self.queries_per_image].tolist()
+        turns = []
+        for annotation_index in drawn:
+            question_index = int(random.integers(len(annotations[annotation_index].questions)))
+            turns.append(self._turn(index, annotation_index, question_index))
+        instructions = prompts.ANALYSIS_INSTRUCTIONS
+        instruction = instructions[int(random.integers(len(instructions)))]
         return self._sample(index, turns, instruction)
 
     def evaluation_sample(self, index: int, queries_per_annotation: int | str = 1) -> Sample:
-        """Every annotation with its first ``queries_per_annotation`` wordings, or ``all``, in a seeded order."""
-        number_asked = None if queries_per_annotation == "all" else queries_per_annotation
+        """Every annotation of an image, with its first wordings in a seeded order.
+
+        Args:
+            index: which image of the split.
+            queries_per_annotation: how many wordings of each annotation, or ``all``.
+        """
+        num_queries = None if queries_per_annotation == "all" else queries_per_annotation
         turns = []
-        for number, annotation in enumerate(self.annotations[index]):
-            key = zlib.crc32(f"{self.stems[index]}/{number}".encode())
-            order = (
-                np.random.default_rng([self.seed, key])
-                .permutation(len(annotation.questions))
-                .tolist()
-            )
+        for annotation_index, annotation in enumerate(self.annotations[index]):
+            # Draw an order of the wordings
+            key = zlib.crc32(f"{self.stems[index]}/{annotation_index}".encode())
+            random = np.random.default_rng([self.seed, key])
+            order = random.permutation(len(annotation.questions)).tolist()
+
+            # Of wordings with one id the first counts
             ids = [question["id"] for question in annotation.questions]
-            order = [
-                question for question in order if ids.index(ids[question]) == question
-            ]  # of one id the first
-            turns += [self._turn(index, number, question) for question in order[:number_asked]]
+            order = [question for question in order if ids.index(ids[question]) == question]
+            for question_index in order[:num_queries]:
+                turns.append(self._turn(index, annotation_index, question_index))
         return self._sample(index, turns, prompts.ANALYSIS_INSTRUCTIONS[0])
 
-    def texts(self) -> list[str]:
-        """Every analysis, answer and query of the split, to train a tokenizer on."""
-        texts = []
-        for image in self.annotations:
-            texts.append(image[0].caption)
-            for annotation in image:
-                texts += [
-                    annotation.answer,
-                    *annotation.tokens,
-                    *(q["query"] for q in annotation.questions),
-                ]
-        return texts
-
-    def reference(self, annotation: Annotation) -> str:
-        """The answer the model is trained on and compared with."""
-        if self.answer_format == "phrases":
-            return " and ".join(token for token in annotation.tokens if token)
-        return annotation.answer
-
-    def label(self, stem: str, phrase: str) -> str:
-        """Group of a target for per-group metrics: ``right_hand``, ``left_hand``, or its HOI4D category.
-
-        The category that the phrase names counts, else the one in the stem: an image can show two.
-        """
-        words = phrase.lower()
-        hand = re.match(r"(?:the )?(left|right) hand$", words)
-        if hand:
-            return f"{hand[1]}_hand"
-        named = [name for name in CATEGORIES.values() if name in words]
-        return (named or [category(stem)])[0].replace(" ", "_")
-
-    def fingerprint(self) -> str:
-        """Hash of every file's name and size, so that a run can be told from one on changed data."""
-        digest = hashlib.sha256()
-        root = str(self.root)  # strings: for 80,000 files pathlib takes as long as the disk
-        for stem, (index, _) in self._places.items():
-            pixels = (
-                os.path.join(root, folder, f"{stem}{ending}") for folder, ending in PIXEL_FILES
-            )
-            sizes = [
-                os.stat(file).st_size
-                for file in (os.path.join(index.folder, f"{stem}.json"), *pixels)
-            ]
-            digest.update(f"{stem}:{sizes}".encode())
-        return digest.hexdigest()
-
-    def _select(self, split: str) -> dict[str, tuple[Index, int]]:
-        """Stem -> its index and its row there, for every image of a split, in the order of the file names."""
-        folders = self.root / "dataset_split"
-        if self.split_dir is None:
-            if not any((folders / split).glob("*.json")):
-                raise MissingSplit(
-                    f"split '{split}' has no files: '{folders / split}' holds no *.json; "
-                    "choose another split or another data_root"
-                )
-            places = open_index(folders / split).places()
-        else:
-            path = self.split_dir / f"{split}.txt"
-            if self.split_dir.is_dir() and not path.is_file():
-                raise MissingSplit(
-                    f"split '{split}' has no list '{path}'; choose another split or another split_dir"
-                )
-            listed = read_list(path, "datasets.ego_irgbench.split_dir")
-            places = self._listed(set(listed), path)
-        if self.exclude is not None:
-            excluded = set(read_list(self.exclude, "datasets.ego_irgbench.exclude"))
-            check_known(
-                excluded,
-                itertools.chain(*annotation_folders(self.root).values()),
-                self.exclude,
-                self.root,
-            )
-            left = {stem: place for stem, place in places.items() if stem not in excluded}
-            log.info(
-                "%s leaves out %d of %d images of split '%s'",
-                self.exclude,
-                len(places) - len(left),
-                len(places),
-                split,
-            )
-            places = left
-        return places
-
-    def _require_annotations(self) -> None:
-        if not self._places:
-            raise UserError(
-                f"split '{self.split}' is empty: its lists leave no image; mend datasets.ego_irgbench.exclude or "
-                "split_dir"
-            )
-        for stem, (index, row) in self._places.items():
-            if index.num_annotations(row) == 0:
-                read_annotations(index.folder / f"{stem}.json")  # says what is wrong with it
-
-    def _listed(self, stems: set[str], path: Path) -> dict[str, tuple[Index, int]]:
-        """Places of the ``stems`` that the list in ``path`` names, whichever split on disk holds them."""
-        places: dict[str, tuple[Index, int]] = {}
-        for folder in annotation_folders(self.root):
-            own = open_index(self.root / "dataset_split" / folder).places()
-            for stem in stems & own.keys():
-                if stem in places:
-                    raise UserError(
-                        f"'{stem}' has annotations in '{places[stem][0].folder}' and in '{own[stem][0].folder}'; "
-                        "remove one of the two"
-                    )
-                places[stem] = own[stem]
-        check_known(stems, places, path, self.root)
-        return dict(sorted(places.items(), key=lambda item: f"{item[0]}.json"))
-
-    def _check_files(self) -> None:
-        """Look for every photo, depth map and id map; listing three folders is faster than asking file by file."""
-        for folder, ending in PIXEL_FILES:
-            names = set(os.listdir(self.root / folder)) if (self.root / folder).is_dir() else set()
-            for stem in self.stems:
-                if f"{stem}{ending}" not in names:
-                    raise UserError(
-                        f"missing file '{self.root / folder / stem}{ending}'; "
-                        f"restore it, or leave '{stem}' out by datasets.ego_irgbench.exclude (annexe doctor lists all)"
-                    )
-
-    def _turn(self, index: int, number: int, question: int) -> Turn:
-        annotation = self.annotations[index][number]
+    def _turn(self, index: int, annotation_index: int, question_index: int) -> Turn:
+        annotation = self.annotations[index][annotation_index]
+        question = annotation.questions[question_index]
         return Turn(
-            annotation=number,
-            query_id=annotation.questions[question]["id"],
-            query=annotation.questions[question]["query"],
+            annotation=annotation_index,
+            query_id=question["id"],
+            query=question["query"],
             answer=self.reference(annotation),
             slot_ids=annotation.masks_idx,
         )
 
     def _sample(self, index: int, turns: list[Turn], instruction: str) -> Sample:
+        # All targets of the image count, whichever annotations were drawn
         annotations = self.annotations[index]
-        phrases = {
-            i: a.phrase(slot) for a in annotations for slot, i in a.slots.items() if a.phrase(slot)
-        }
-        ids = {mask_id for a in annotations for mask_id in a.slots.values()}
-        pixels = self.pixels.read(self.stems[index], ids)
+        mask_ids: set[int] = set()
+        object_phrases: dict[int, str] = {}
+        for annotation in annotations:
+            for slot, mask_id in annotation.slots.items():
+                mask_ids.add(mask_id)
+                if annotation.phrase(slot):
+                    object_phrases[mask_id] = annotation.phrase(slot)
+
+        pixels = self.pixels.read(self.stems[index], mask_ids)
         return Sample(
             stem=self.stems[index],
             image=pixels.image,
@@ -302,8 +200,177 @@ class EgoIRGBench:
             analysis=annotations[0].caption,
             turns=turns,
             original_size=pixels.original_size,
-            object_phrases=phrases,
+            object_phrases=object_phrases,
             instruction=instruction,
             answer_format=self.answer_format,
             patches=None if self.stored_patches is None else self.stored_patches[index],
         )
+
+    # Texts and scores
+
+    def texts(self) -> list[str]:
+        """Every analysis, answer, phrase and query of the split, to train a tokenizer on."""
+        texts = []
+        for image_annotations in self.annotations:
+            texts.append(image_annotations[0].caption)
+            for annotation in image_annotations:
+                texts.append(annotation.answer)
+                texts += annotation.tokens
+                texts += [question["query"] for question in annotation.questions]
+        return texts
+
+    def annotations_of(self, split: str) -> Annotations:
+        """Annotations of another split of the same data, without images whose file is damaged.
+
+        Empty where there is no such split, or nothing to read in it.
+        """
+        try:
+            rows = self._rows_of(split).values()
+        except MissingSplit:
+            return Annotations(())
+        return Annotations((index, row) for index, row in rows if index.num_annotations(row))
+
+    def question(self, stem: str, annotation: int, query_id: int | str) -> dict[str, Any]:
+        """The wording with the key (stem, annotation, query id); its annotation alone is decoded.
+
+        Raises:
+            KeyError: if there is no such image or wording.
+            IndexError: if the image has no such annotation.
+        """
+        index, row = self._rows_by_stem[stem]
+        for question in index.annotation(row, annotation).questions:
+            if question["id"] == query_id:
+                return question
+        raise KeyError((stem, annotation, query_id))
+
+    def reference(self, annotation: Annotation) -> str:
+        """The answer the model is trained on and compared with."""
+        if self.answer_format == "phrases":
+            return " and ".join(token for token in annotation.tokens if token)
+        return annotation.answer
+
+    def label(self, stem: str, phrase: str) -> str:
+        """Group of a target for per-group metrics.
+
+        Args:
+            stem: name of the image.
+            phrase: what the annotation calls the target.
+
+        Returns:
+            ``right_hand``, ``left_hand``, or the HOI4D category. The category that the phrase names
+            counts, else the one in the stem: an image can show two.
+        """
+        words = phrase.lower()
+        hand = re.match(r"(?:the )?(left|right) hand$", words)
+        if hand:
+            return f"{hand[1]}_hand"
+        named = [name for name in CATEGORIES.values() if name in words]
+        return (named or [category(stem)])[0].replace(" ", "_")
+
+    def extra_scores(
+        self, records: Iterable[dict[str, Any]], truth: GroundTruth
+    ) -> dict[str, float]:
+        """No scores beside those that every data set gets."""
+        return {}
+
+    # Files
+
+    def fingerprint(self) -> str:
+        """Hash of every file's name and size: it tells whether a run's data have changed."""
+        digest = hashlib.sha256()
+        root = str(self.root)  # strings: for 80,000 files pathlib takes as long as the disk
+        for stem, (index, _) in self._rows_by_stem.items():
+            files = [os.path.join(index.folder, f"{stem}.json")]
+            for folder, ending in PIXEL_FILES:
+                files.append(os.path.join(root, folder, f"{stem}{ending}"))
+            sizes = [os.stat(file).st_size for file in files]
+            digest.update(f"{stem}:{sizes}".encode())
+        return digest.hexdigest()
+
+    def _rows_of(self, split: str) -> dict[str, ImageRow]:
+        """Stem -> row of its annotations, for the images of a split in the order of file names.
+
+        Raises:
+            MissingSplit: if the split has no files or no list.
+            UserError: if a list is damaged, or names images that the data does not have.
+        """
+        if self.split_dir is None:
+            rows = self._rows_on_disk(split)
+        else:
+            rows = self._rows_in_list(split, self.split_dir)
+        if self.exclude is None:
+            return rows
+
+        # Leave out what the list says
+        excluded = set(read_list(self.exclude, "datasets.ego_irgbench.exclude"))
+        on_disk = itertools.chain(*annotation_folders(self.root).values())
+        check_known(excluded, on_disk, self.exclude, self.root)
+        left = {stem: row for stem, row in rows.items() if stem not in excluded}
+        num_excluded = len(rows) - len(left)
+        log.info(
+            "%s leaves out %d of %d images of split '%s'",
+            self.exclude,
+            num_excluded,
+            len(rows),
+            split,
+        )
+        return left
+
+    def _rows_on_disk(self, split: str) -> dict[str, ImageRow]:
+        """Rows of the images whose annotation files lie in the folder of the split."""
+        folder = self.root / "dataset_split" / split
+        if not any(folder.glob("*.json")):
+            raise MissingSplit(
+                f"split '{split}' has no files: '{folder}' holds no *.json; "
+                "choose another split or another data_root"
+            )
+        return open_index(folder).rows()
+
+    def _rows_in_list(self, split: str, split_dir: Path) -> dict[str, ImageRow]:
+        """Rows of the images in a list of stems, whichever folder of the data holds them."""
+        path = split_dir / f"{split}.txt"
+        if split_dir.is_dir() and not path.is_file():
+            raise MissingSplit(
+                f"split '{split}' has no list '{path}'; choose another split or another split_dir"
+            )
+        stems = set(read_list(path, "datasets.ego_irgbench.split_dir"))
+        rows: dict[str, ImageRow] = {}
+        for folder in annotation_folders(self.root):
+            rows_of_folder = open_index(self.root / "dataset_split" / folder).rows()
+            for stem in stems & rows_of_folder.keys():
+                if stem in rows:
+                    first, _ = rows[stem]
+                    second, _ = rows_of_folder[stem]
+                    raise UserError(
+                        f"'{stem}' has annotations in '{first.folder}' and in '{second.folder}'; "
+                        "remove one of the two"
+                    )
+                rows[stem] = rows_of_folder[stem]
+        check_known(stems, rows, path, self.root)
+        return dict(sorted(rows.items(), key=lambda item: f"{item[0]}.json"))
+
+    def _require_annotations(self) -> None:
+        if not self._rows_by_stem:
+            raise UserError(
+                f"split '{self.split}' is empty: its lists leave no image; "
+                "fix datasets.ego_irgbench.exclude or split_dir"
+            )
+        for stem, (index, row) in self._rows_by_stem.items():
+            if index.num_annotations(row) == 0:
+                # Reading the file itself says what is wrong with it
+                read_annotations(index.folder / f"{stem}.json")
+
+    def _require_pixel_files(self) -> None:
+        """Look for every photo, depth map and id map.
+
+        Listing three folders is faster than asking file by file.
+        """
+        for folder, ending in PIXEL_FILES:
+            path = self.root / folder
+            names = set(os.listdir(path)) if path.is_dir() else set()
+            for stem in self.stems:
+                if f"{stem}{ending}" not in names:
+                    raise UserError(
+                        f"missing file '{path / stem}{ending}'; restore it, or leave '{stem}' out "
+                        "by datasets.ego_irgbench.exclude (annexe doctor lists all)"
+                    )

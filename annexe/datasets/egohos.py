@@ -1,146 +1,226 @@
-"""EgoHOS (Zhang et al., ECCV 2022): hands and the objects they touch as a test of a model trained elsewhere.
+"""EgoHOS (Zhang et al., ECCV 2022): hands and the objects they touch, for evaluation alone.
 
-Every photo is asked for every category in a fixed wording; a category that is not there is a no-target query. An
-annotation's number is the number of its category.
+Every photo is asked for every category in a fixed wording. A category that is not in the photo is
+a query without a target. The index of an annotation is the index of its category.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from PIL import Image
 
 from annexe import prompts
-from annexe.datasets.annotations import Annotation
+from annexe.datasets.annotations import Annotation, GroundTruth
 from annexe.datasets.pixels import read_id_map, read_image
 from annexe.errors import UserError, unknown_name_error
 from annexe.registry import register
+from annexe.rle import area
 from annexe.structures.sample import Sample, Turn
 
 SPLITS = ("train", "val", "test_indomain", "test_outdomain")
-CATEGORIES = {  # id in a label: its name, how it is called in an answer, and how it is asked for
-    1: ("left_hand", "left hand", "Please segment the left hand."),
-    2: ("right_hand", "right hand", "Please segment the right hand."),
-    3: (
+
+
+class Category(NamedTuple):
+    """One category of EgoHOS."""
+
+    name: str  # in metrics
+    phrase: str  # how an answer calls it
+    query: str
+
+
+CATEGORIES = {
+    1: Category("left_hand", "left hand", "Please segment the left hand."),
+    2: Category("right_hand", "right hand", "Please segment the right hand."),
+    3: Category(
         "left_object",
         "object of the left hand",
         "Please segment the object interacting with the left hand.",
     ),
-    4: (
+    4: Category(
         "right_object",
         "object of the right hand",
         "Please segment the object interacting with the right hand.",
     ),
-    5: (
+    5: Category(
         "both_object",
         "object of both hands",
         "Please segment the object interacting with both hands.",
     ),
 }
-LAST_ID = 8  # 6 to 8 are objects that other objects touch: background, as in the published protocol
+"""Id in a label image -> category."""
+
+LAST_ID = 8
+"""Ids 6 to 8 are objects that other objects touch: background, as in the published protocol."""
 
 
 @register("dataset", "egohos")
 class EgoHOS:
-    """One split of EgoHOS, for evaluation alone: it has neither sentences nor depth.
+    """One split of EgoHOS. It has neither sentences nor depth.
 
     Args:
         split: ``train``, ``val``, ``test_indomain`` or ``test_outdomain``.
         image_size: side of the square images, in pixels.
+        seed: nothing is drawn here, so it has no effect.
+        cache_dir: nothing is cached here, so it has no effect.
         data_root: folder with a folder of each split, which holds image/*.jpg and label/*.png.
+
+    Raises:
+        UserError: for an unknown split, a folder without photos, or a label that is damaged or
+            does not fit its photo.
     """
 
-    answer_format = None  # answers are not scored
-    queries_per_image, num_slots = len(CATEGORIES), 1
+    has_text = False
+    answer_format = None
+    queries_per_image = len(CATEGORIES)
+    num_slots = 1
 
     def __init__(
         self, split: str, image_size: int, seed: int, cache_dir: Path | None, *, data_root: str
     ) -> None:
         if split not in SPLITS:
             raise unknown_name_error("run.split of EgoHOS", split, SPLITS)
-        self.root, self.split, self.image_size = Path(data_root), split, image_size
+        self.root = Path(data_root)
+        self.split = split
+        self.image_size = image_size
         self.folder = self.root / split
         self.stems = sorted(path.stem for path in (self.folder / "image").glob("*.jpg"))
         if not self.stems:
+            folders = ", ".join(f"{name}/" for name in SPLITS)
             raise UserError(
-                f"datasets.egohos.data_root: no photos '{self.folder / 'image'}/*.jpg'; give the folder that holds "
-                f"{', '.join(f'{name}/' for name in SPLITS)}"
+                f"datasets.egohos.data_root: no photos '{self.folder / 'image'}/*.jpg'; "
+                f"give the folder that holds {folders}"
             )
-        with (
-            ThreadPoolExecutor() as pool
-        ):  # every label is read once here: what is wrong shows before hours of work
-            self.annotations = list(pool.map(self._annotations, self.stems))
+
+        # Every label is read once here, so that what is wrong shows before hours of work
+        with ThreadPoolExecutor() as pool:
+            self.annotations = list(pool.map(self._read_annotations, self.stems))
 
     def __len__(self) -> int:
         return len(self.stems)
 
-    def __getitem__(self, item: Any) -> Sample:
+    def __getitem__(self, item: Any) -> NoReturn:
+        """There are no training samples.
+
+        Raises:
+            UserError: always.
+        """
         raise UserError(
             "egohos is for evaluation alone, it has no sentences to train on; train on ego_irgbench"
         )
 
     def texts(self) -> list[str]:
+        """There are no sentences to train a tokenizer on: raises as a training sample does."""
         return self[0]
 
     @property
     def pixels(self) -> EgoHOS:
-        """Where the files of a stem are found."""
+        """Where the files of a stem are found: see `files`."""
         return self
 
     def files(self, stem: str) -> tuple[Path, None, Path]:
-        """Photo, no depth map, label."""
+        """Photo, no depth map, and label of a stem."""
         return self.folder / "image" / f"{stem}.jpg", None, self.folder / "label" / f"{stem}.png"
 
     def evaluation_sample(self, index: int, queries_per_annotation: int | str = 1) -> Sample:
         """A photo with all five queries; there is one wording of each."""
-        stem, side = self.stems[index], self.image_size
+        stem = self.stems[index]
+        side = self.image_size
         photo = read_image(self.files(stem)[0], "RGB", at_least=2 * side)
-        ids = self._ids(stem)
-        turns = [
-            Turn(number, a.questions[0]["id"], a.questions[0]["query"], a.answer, a.masks_idx)
-            for number, a in enumerate(self.annotations[index])
-        ]
+        ids = self._read_ids(stem)
+        small_ids = Image.fromarray(ids).resize((side, side), Image.Resampling.NEAREST)
+        turns = []
+        for annotation_index, annotation in enumerate(self.annotations[index]):
+            (question,) = annotation.questions
+            turns.append(
+                Turn(
+                    annotation=annotation_index,
+                    query_id=question["id"],
+                    query=question["query"],
+                    answer=annotation.answer,
+                    slot_ids=annotation.masks_idx,
+                )
+            )
         return Sample(
             stem=stem,
             image=np.asarray(photo.resize((side, side), Image.Resampling.BICUBIC)),
             depth=np.zeros((side, side), np.float32),
-            target_ids=np.asarray(
-                Image.fromarray(ids).resize((side, side), Image.Resampling.NEAREST)
-            ),
+            target_ids=np.asarray(small_ids),
             analysis="",
             turns=turns,
             original_size=ids.shape,
         )
 
     def annotations_of(self, split: str) -> list[list[Annotation]]:
-        """None: no split has texts of its own."""
+        """Nothing: no split has texts."""
         return []
 
     def reference(self, annotation: Annotation) -> str:
+        """The answer that predictions are compared with."""
         return annotation.answer
 
     def label(self, stem: str, phrase: str) -> str:
-        """Name of the category that is called ``phrase``."""
-        return next(name for name, called, _ in CATEGORIES.values() if called == phrase)
+        """Name of the category that answers call ``phrase``."""
+        return next(category.name for category in CATEGORIES.values() if category.phrase == phrase)
+
+    def extra_scores(
+        self, records: Iterable[dict[str, Any]], truth: GroundTruth
+    ) -> dict[str, float]:
+        """IoU of every category, as published: summed intersection over summed union.
+
+        Args:
+            records: lines of a predictions file; those of images are skipped.
+            truth: annotations and true masks of this data set.
+
+        Returns:
+            ``egohos/iou_CATEGORY`` in [0, 1], without the categories that are neither there nor
+            predicted, and their plain mean as ``egohos/iou_mean``, unless there is none.
+        """
+        intersections = [0] * len(CATEGORIES)  # pixels
+        unions = [0] * len(CATEGORIES)
+        for record in records:
+            if record["kind"] != "query":
+                continue
+            stem = record["image"]
+            category = record["annotation"]
+            masks = truth.masks(stem)
+            slots = truth.annotations(stem)[category].slots
+            true_masks = [masks[mask_id] for mask_id in slots.values()]
+            predicted = list({mask["slot"]: mask["rle"] for mask in record["masks"]}.values())
+            union = area([*predicted, *true_masks])
+            intersections[category] += area(predicted) + area(true_masks) - union
+            unions[category] += union
+
+        scores = {}
+        for category, intersection, union in zip(
+            CATEGORIES.values(), intersections, unions, strict=True
+        ):
+            if union:
+                scores[f"egohos/iou_{category.name}"] = intersection / union
+        if scores:
+            scores["egohos/iou_mean"] = sum(scores.values()) / len(scores)
+        return scores
 
     def fingerprint(self) -> str:
-        """Hash of every file's name and size, so that a run can be told from one on changed data."""
+        """Hash of every file's name and size: it tells whether a run's data have changed."""
         digest = hashlib.sha256()
         for stem in self.stems:
             photo, _, label = self.files(stem)
             digest.update(f"{stem}:{photo.stat().st_size},{label.stat().st_size}".encode())
         return digest.hexdigest()
 
-    def _ids(self, stem: str) -> np.ndarray:
-        """The label as uint8[height, width], second-order objects taken out."""
+    def _read_ids(self, stem: str) -> np.ndarray:
+        """The label as uint8[H, W], objects that other objects touch left out."""
         ids = read_id_map(self.files(stem)[2])
         return np.where(ids <= max(CATEGORIES), ids, 0).astype(np.uint8)
 
-    def _annotations(self, stem: str) -> list[Annotation]:
+    def _read_annotations(self, stem: str) -> list[Annotation]:
+        """One annotation for each category; the label is checked against its photo."""
         photo, _, label = self.files(stem)
         ids = read_id_map(label)
         try:
@@ -152,8 +232,8 @@ class EgoHOS:
             ) from None
         if ids.shape != (height, width):
             raise UserError(
-                f"label '{label}' is {ids.shape[1]} x {ids.shape[0]} but its photo is {width} x {height}; "
-                "both must have one size"
+                f"label '{label}' is {ids.shape[1]} x {ids.shape[0]} but its photo is "
+                f"{width} x {height}; both must have one size"
             )
         present = np.flatnonzero(np.bincount(ids.reshape(-1))).tolist()
         if present[-1] > LAST_ID:
@@ -161,15 +241,19 @@ class EgoHOS:
                 f"label '{label}' has the id {present[-1]}; EgoHOS knows 0 to {LAST_ID}"
             )
         return [
-            Annotation(
-                caption="",
-                answer=f"The mask of the {called} is <MSK_0>."
-                if number in present
-                else prompts.NO_TARGET_ANSWER,
-                tokens=[called],
-                masks_idx=[number if number in present else 0],
-                with_mask=number in present,
-                questions=[{"query": query, "id": 0, "is_sentence": True}],
-            )
-            for number, (_, called, query) in CATEGORIES.items()
+            _annotation(category, mask_id if mask_id in present else 0)
+            for mask_id, category in CATEGORIES.items()
         ]
+
+
+def _annotation(category: Category, mask_id: int) -> Annotation:
+    """The annotation of a category in a photo; ``mask_id`` 0 says that it is not there."""
+    answer = f"The mask of the {category.phrase} is <MSK_0>." if mask_id else None
+    return Annotation(
+        caption="",
+        answer=answer or prompts.NO_TARGET_ANSWER,
+        tokens=[category.phrase],
+        masks_idx=[mask_id],
+        with_mask=mask_id != 0,
+        questions=[{"query": category.query, "id": 0, "is_sentence": True}],
+    )
