@@ -1,54 +1,63 @@
-"""The words around a question: MiniGPT-v2's template, our instructions, and reading phrases back from an answer."""
+"""The words around a question: MiniGPT-v2's template, our instructions, phrases of an answer."""
 
 from __future__ import annotations
 
 import re
 
-# One prefix an image, then one branch a task: BOS PREFIX <image tokens> BRANCH response EOS.
+# One prefix for an image, then one branch for each task:
+# BOS PREFIX <image tokens> BRANCH response EOS
 PREFIX = "[INST] <Img>"
-ANALYSIS_BRANCH = (
-    "</Img> [caption] {instruction}  [/INST] "  # two spaces, as MiniGPT-v2 was trained
-)
+# Two spaces before [/INST], as MiniGPT-v2 was trained
+ANALYSIS_BRANCH = "</Img> [caption] {instruction}  [/INST] "
 QUERY_BRANCH = "</Img> [vqa] {instruction} {query} [/INST] "
 
-ANALYSIS_INSTRUCTIONS = (  # one is drawn for each training sample, the first is asked at test time
+ANALYSIS_INSTRUCTIONS = (
     "Describe how the hands act on the objects.",
     "Say what the hands do with the objects.",
     "Which interaction does this image show?",
     "Tell what each hand is doing.",
 )
+"""One is drawn for each training sample; evaluation takes the first."""
+
 QUERY_INSTRUCTION = "Name and locate:"
 NO_TARGET_ANSWER = "There is no suitable referring result."
-ANSWER_OPENING = "The mask of"  # of an answer sentence that names a target
-NO_TARGET = {"sentence": NO_TARGET_ANSWER, "phrases": "none"}  # by answer format
+ANSWER_OPENING = "The mask of"
+"""How an answer sentence that names a target begins."""
 
+NO_TARGET = {"sentence": NO_TARGET_ANSWER, "phrases": "none"}
+"""Answer format -> the answer to a query without a target."""
+
+# Takes apart "The mask of X is <MSK_0>, and the mask of Y is <MSK_1>." and
+# "X is in interaction, its mask is <MSK>."
 _TARGET = re.compile(
-    r"\s*(?:and )?(?:the mask of )?"  # The mask of X is <MSK_0>, and the mask of Y is <MSK_1>.
+    r"\s*(?:and )?(?:the mask of )?"
     r"([^,.;<>]*?)"
-    r"(?: (?:is|are) in interaction, (?:its|their) mask)?"  # X is in interaction, its mask is <MSK>.
+    r"(?: (?:is|are) in interaction, (?:its|their) mask)?"
     r"(?: (?:is|are))? ?<MSK_?(\d{0,4})>",
-    re.I,
+    re.IGNORECASE,
 )
 
 
 def analysis_prompt(instruction: str = ANALYSIS_INSTRUCTIONS[0]) -> str:
+    """The prompt of the analysis branch, behind the image tokens."""
     return ANALYSIS_BRANCH.format(instruction=instruction)
 
 
 def query_prompt(query: str) -> str:
+    """The prompt of a query's branch, behind the image tokens."""
     return QUERY_BRANCH.format(instruction=QUERY_INSTRUCTION, query=query)
 
 
 def phrases_of(answer: str) -> dict[int, str]:
-    """Phrase of each placeholder of an answer sentence: ``The mask of the right hand is <MSK_0>`` gives slot 0.
+    """Slot -> phrase, for every target that an answer names.
 
-    A bare ``<MSK>`` counts as slot 0. An answer without placeholders is a list of phrases: ``the right hand and the
-    mug`` gives slots 0 and 1; one that says there is no target gives none.
+    ``The mask of the right hand is <MSK_0>`` gives slot 0; a bare ``<MSK>`` counts as slot 0. An
+    answer without placeholders is a list of phrases: ``the right hand and the mug`` gives slots 0
+    and 1. One that says there is no target gives none.
     """
-    found = (
-        _TARGET.findall(answer) if "<msk" in answer.lower() else []
-    )  # a long answer without takes it milliseconds
-    named = {int(slot or 0): phrase.strip() for phrase, slot in found}
+    # The expression takes milliseconds on a long answer without placeholders
+    matches = _TARGET.findall(answer) if "<msk" in answer.lower() else []
+    named = {int(slot or 0): phrase.strip() for phrase, slot in matches}
     if named or not answer or answer in NO_TARGET.values():
         return named
     return dict(enumerate(answer.split(" and ")))
@@ -56,9 +65,5 @@ def phrases_of(answer: str) -> dict[int, str]:
 
 def texts() -> list[str]:
     """All fixed wording of the prompts, so that a tokenizer trained for a run knows it."""
-    return [
-        PREFIX,
-        *map(analysis_prompt, ANALYSIS_INSTRUCTIONS),
-        query_prompt(""),
-        NO_TARGET_ANSWER,
-    ]
+    analysis_prompts = [analysis_prompt(instruction) for instruction in ANALYSIS_INSTRUCTIONS]
+    return [PREFIX, *analysis_prompts, query_prompt(""), NO_TARGET_ANSWER]

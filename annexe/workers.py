@@ -15,48 +15,71 @@ Job = TypeVar("Job")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_JOBS_AT_ONCE = 4  # that a process gets in one message
+
 
 def num_cores() -> int:
     """Cores this process may use; not every system can tell it from the cores there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def in_processes(
     work: Callable[[Job], Result], jobs: Iterable[Job], num_workers: int
 ) -> Iterator[Result]:
-    """``work`` on every job, results in order, by ``num_workers`` processes of one thread each; one works right here.
+    """``work`` on every job, results in order.
 
-    Processes are started anew, for a fork would copy one that may hold threads and a GPU.
+    Args:
+        work: a function that can be pickled.
+        jobs: its arguments.
+        num_workers: processes of one thread each; with one or none the work is done right here.
     """
     if num_workers <= 1:
         yield from map(work, jobs)
         return
+
+    # Started from scratch: a fork would copy this process, which may hold threads and a GPU
     spawn = get_context("spawn")
     with ProcessPoolExecutor(
         num_workers, mp_context=spawn, initializer=cv2.setNumThreads, initargs=(0,)
     ) as pool:
-        yield from pool.map(work, jobs, chunksize=4)
+        yield from pool.map(work, jobs, chunksize=_JOBS_AT_ONCE)
 
 
 def in_threads(
     work: Callable[[Item], Result], groups: Iterable[Iterable[Item]], num_threads: int
 ) -> Iterator[list[Result]]:
-    """``work`` on each item, results in order and by group; groups are drawn while threads work on those before.
+    """``work`` on each item, results in order and by group.
 
-    A group waits as long as those before it hold at most two items a thread; an error of ``work`` comes up in the place
-    of its group. Threads, not processes: upsampling and run-length encoding release the interpreter's lock. Each keeps
-    to one core, as do threads that the process starts later.
+    The next groups are drawn while threads work on those before. At most two items a thread wait,
+    beside one group. An error of ``work`` is raised in place of its group.
+
+    Threads are enough, because upsampling and run-length encoding release the interpreter's lock.
+    Each uses one core, as do threads that the process starts later.
+
+    Args:
+        work: what is done to an item.
+        groups: items that belong together.
+        num_threads: with 0 the work is done right here.
     """
     if not num_threads:
-        yield from (list(map(work, group)) for group in groups)
+        for group in groups:
+            yield [work(item) for item in group]
         return
-    import torch  # here: the processes of `annexe synth` and `annexe score` do without
+
+    # Here, so that the processes of `annexe synth` and `annexe score` do without torch
+    import torch
 
     waiting: deque[list[Future[Result]]] = deque()
+
+    def results() -> list[Result]:
+        return [future.result() for future in waiting.popleft()]
+
     with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for group in groups:
             waiting.append([pool.submit(work, item) for item in group])
             while len(waiting) > 1 and sum(map(len, waiting)) > 2 * num_threads:
-                yield [future.result() for future in waiting.popleft()]
+                yield results()
         while waiting:
-            yield [future.result() for future in waiting.popleft()]
+            yield results()

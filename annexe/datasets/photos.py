@@ -12,55 +12,72 @@ from annexe.errors import UserError
 from annexe.structures.sample import Sample, Turn
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
-LEAST_SIDE = 32  # pixels
-_ORIENTATION = 0x0112  # in EXIF; from 5 on width and height change places
+MIN_SIDE = 32  # pixels
+_ORIENTATION = 0x0112  # tag of EXIF
+_FIRST_TRANSPOSED = 5  # from this orientation on width and height change places
 
 
 class Photos:
-    """Photos with the same questions asked of each; nothing is known of what they show."""
+    """Photos with the same questions asked of each; nothing is known of what they show.
+
+    Args:
+        files: the photos.
+        questions: what is asked of every photo.
+        image_size: side of the square images, in pixels.
+        answer_format: ``sentence`` or ``phrases``, as the model was trained.
+    """
 
     def __init__(
         self, files: list[Path], questions: list[str], image_size: int, answer_format: str | None
     ) -> None:
-        self.files, self.questions, self.image_size = files, questions, image_size
+        self.files = files
+        self.questions = questions
+        self.image_size = image_size
         self.answer_format = answer_format
 
     def __len__(self) -> int:
         return len(self.files)
 
     def evaluation_sample(self, index: int, _: int | str) -> Sample:
-        """As `EgoIRGBench.evaluation_sample`: a question is the only wording of an annotation of its own."""
-        file, square = self.files[index], (self.image_size, self.image_size)
+        """As `EgoIRGBench.evaluation_sample`; a question is an annotation with one wording."""
+        file = self.files[index]
+        square = (self.image_size, self.image_size)
         photo = read_photo(file, at_least=2 * self.image_size)  # as a data set reads it
+        turns = []
+        for annotation, question in enumerate(self.questions):
+            turns.append(Turn(annotation, 0, question, "", []))
         return Sample(
             stem=file.stem,
             image=np.asarray(photo.resize(square, Image.Resampling.BICUBIC)),
             depth=np.zeros(square, np.float32),
             target_ids=np.zeros(square, np.uint8),
             analysis="",
-            turns=[
-                Turn(number, 0, question, "", []) for number, question in enumerate(self.questions)
-            ],
+            turns=turns,
             original_size=photo_size(file),
             answer_format=self.answer_format,
         )
 
 
-def photo_files(given: list[Path]) -> list[Path]:
-    """The photos among ``given`` files and folders, each once; of a folder those with a known ending.
+def photo_files(paths: list[Path]) -> list[Path]:
+    """The photos among files and folders, each once; of a folder those with a known ending.
 
     Raises:
-        UserError: for a path that is not there, a folder without photos, what is no photo, and two photos of one name.
+        UserError: for a path that does not exist, a folder without photos, a file that is no photo,
+            and two photos of one name.
     """
+    # Every file once, however it was named
     found: dict[Path, Path] = {}
-    for path in given:
+    for path in paths:
         inside = sorted(path.glob("[!.]*")) if path.is_dir() else []
         photos = [file for file in inside if file.is_file() and file.suffix.lower() in ENDINGS]
         if path.is_dir() and not photos:
             raise UserError(
                 f"no {', '.join(ENDINGS)} in folder '{path}'; give image files, or folders of them"
             )
-        found |= {file.resolve(): file for file in photos or [path]}
+        for file in photos or [path]:
+            found[file.resolve()] = file
+
+    # Predictions are stored under the name without its ending
     by_stem: dict[str, Path] = {}
     for file in found.values():
         photo_size(file)
@@ -81,33 +98,39 @@ def photo_size(path: Path) -> tuple[int, int]:
     try:
         path.stem.encode()
         with Image.open(path) as header:
-            (width, height), mode, turned = (
-                header.size,
-                header.mode,
-                header.getexif().get(_ORIENTATION, 1) >= 5,
-            )
-            form = header.format
+            width, height = header.size
+            mode = header.mode
+            file_format = header.format
+            orientation = header.getexif().get(_ORIENTATION, 1)
     except FileNotFoundError:
         raise UserError(f"no photo '{path}'; give image files, or folders of them") from None
     except UnicodeEncodeError:
         raise UserError(f"the name of photo {str(path)!r} is not UTF-8; rename it") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(
-            f"cannot read photo '{path}' ({error}); save it anew, as JPEG or PNG"
+            f"cannot read photo '{path}' ({error}); save it again as JPEG or PNG"
         ) from None
-    if form == "TIFF":  # Pillow turns them upright by itself, some of them twice
+    if file_format == "TIFF":  # Pillow turns them upright by itself, some of them twice
         raise UserError(f"photo '{path}' is TIFF; save it as JPEG or PNG")
     if mode.startswith(("I", "F")):
         raise UserError(
             f"photo '{path}' has more than 8 bits a channel (mode {mode}); save it with 8"
         )
-    if min(width, height) < LEAST_SIDE:
+    if min(width, height) < MIN_SIDE:
         raise UserError(
-            f"photo '{path}' is {width} x {height}; no side may be below {LEAST_SIDE} pixels"
+            f"photo '{path}' is {width} x {height}; no side may be below {MIN_SIDE} pixels"
         )
-    return (width, height) if turned else (height, width)
+    return (width, height) if orientation >= _FIRST_TRANSPOSED else (height, width)
 
 
 def read_photo(path: Path, at_least: int | None = None) -> Image.Image:
-    """A photo in RGB, upright as its camera says; ``at_least`` as in `read_image`."""
+    """A photo in RGB, upright as its camera says.
+
+    Args:
+        path: the file.
+        at_least: as in `read_image`.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
     return ImageOps.exif_transpose(read_image(path, "RGB", at_least))

@@ -1,6 +1,6 @@
-"""Patches of a frozen RGB encoder on disk, so that training does not encode every photo in every epoch.
+"""Patches of a frozen RGB encoder on disk, so that no photo is encoded in every epoch.
 
-Legend: P patches of a photo, E width of the encoder.
+Legend: P patches of a photo, E width of the encoder, S image side.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,15 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.errors import UserError
-from annexe.files import locked
+from annexe.files import locked, part_of, replaced
 
 log = logging.getLogger(__name__)
 
+_BYTES = 2  # of a bfloat16 value
+
 
 class IndexedPhotos(Dataset):
-    """The photos of a data set alone, each with its index, uint8[3, S, S]."""
+    """The photos of a data set, uint8[3, S, S], each with its index."""
 
     def __init__(self, dataset: EgoIRGBench) -> None:
         self.dataset = dataset
@@ -39,17 +42,29 @@ class IndexedPhotos(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[int, Tensor]:
-        return index, torch.from_numpy(self.dataset.evaluation_sample(index).image).permute(2, 0, 1)
+        image = self.dataset.evaluation_sample(index).image  # uint8[S, S, 3]
+        return index, torch.from_numpy(image).permute(2, 0, 1)
 
 
-class StoredPatches:
-    """One file with the patches of every photo of a split, bfloat16[P, E] each, in the order of the split."""
+class StoredPatches(Sequence[Tensor]):
+    """One file with the patches of every photo of a split, bfloat16[P, E], in its order.
+
+    Args:
+        path: the file.
+        shape: P and E.
+    """
 
     def __init__(self, path: Path, shape: tuple[int, int]) -> None:
-        self.path, self.shape, self.size = path, shape, math.prod(shape)
+        self.path = path
+        self.shape = shape
+        self.size = math.prod(shape)
+
+    def __len__(self) -> int:
+        return self.path.stat().st_size // (_BYTES * self.size)
 
     def __getitem__(self, index: int) -> Tensor:
-        values = np.fromfile(self.path, np.int16, self.size, offset=2 * index * self.size)
+        start = index * _BYTES * self.size
+        values = np.fromfile(self.path, np.int16, self.size, offset=start)
         return torch.from_numpy(values).view(torch.bfloat16).view(self.shape)
 
 
@@ -63,88 +78,99 @@ def stored_patches(
     batch_size: int,
     num_workers: int,
 ) -> StoredPatches:
-    """The patches that ``encoder`` makes of every photo of ``dataset``, from ``folder`` or written there now.
+    """The patches that a frozen encoder makes of every photo, from ``folder`` or written there now.
 
-    The file's name is a hash of the data set's files, the encoder's ``settings``, the precision and some of its
-    weights. Every process writes its share; another run that stores in the same folder is waited for.
+    The name of the file is a hash of the data set's files, the encoder's settings, the precision
+    and some of its weights. Every process writes its share. If another run stores patches in the
+    same folder, this one waits for it.
+
+    Args:
+        encoder: maps float[B, 3, S, S] in [0, 1] to [B, P, E].
+        dataset: the photos.
+        folder: where files of patches are stored.
+        accelerator: the processes that share the work.
+        settings: of the encoder.
+        batch_size: photos that are encoded at once.
+        num_workers: processes that read photos.
 
     Raises:
         UserError: if the encoder is trained, or the disk has no room.
     """
     if any(parameter.requires_grad for parameter in encoder.parameters()):
         raise UserError(
-            "run.store_patches needs model.rgb_encoder.frozen=true: patches of a trained encoder change"
+            "run.store_patches needs model.rgb_encoder.frozen=true: "
+            "patches of a trained encoder change"
         )
     shape = (encoder.grid**2, encoder.embed_dim)
-    name = _name(encoder, dataset, {**settings, "precision": accelerator.mixed_precision})
-    path, needed = folder / f"{name}.patches", 2 * math.prod(shape) * len(dataset)
+    num_bytes = _BYTES * math.prod(shape) * len(dataset)
+    settings = {**settings, "precision": accelerator.mixed_precision}
+    path = folder / f"{_name(encoder, dataset, settings)}.patches"
+
+    # One run at a time; its main process holds the lock for all of its processes
     with locked(folder, wait=True) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
-        if not (path.is_file() and path.stat().st_size == needed):
-            _store(
-                encoder,
-                dataset,
-                path,
-                needed,
-                accelerator,
-                batch_size=batch_size,
-                num_workers=num_workers,
-            )
+        if not (path.is_file() and path.stat().st_size == num_bytes):
+            if accelerator.is_main_process:
+                _require_room(folder, num_bytes)
+                log.info(
+                    "storing the patches of %d photos, %.1f GB, in '%s'",
+                    len(dataset),
+                    num_bytes / 1e9,
+                    path,
+                )
+            _store(encoder, dataset, path, num_bytes, accelerator, batch_size, num_workers)
     return StoredPatches(path, shape)
+
+
+def _require_room(folder: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise UserError(
+            f"run.store_patches: {num_bytes / 1e9:.1f} GB are needed in '{folder}' and "
+            f"{free / 1e9:.1f} GB are free; set another folder, or null"
+        )
 
 
 def _store(
     encoder: nn.Module,
     dataset: EgoIRGBench,
     path: Path,
-    needed: int,
+    num_bytes: int,
     accelerator: Accelerator,
-    *,
     batch_size: int,
     num_workers: int,
 ) -> None:
-    """Write the ``needed`` bytes of all patches to ``path``, whole or not at all."""
-    folder, part, device = path.parent, path.with_suffix(".part"), accelerator.device
-    if accelerator.is_main_process:
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            raise UserError(
-                f"run.store_patches: {needed / 1e9:.1f} GB are needed in '{folder}' and {free / 1e9:.1f} GB are free; "
-                "set another folder, or null"
-            )
-        log.info(
-            "storing the patches of %d photos, %.1f GB, in '%s'", len(dataset), needed / 1e9, path
+    """Write the patches of all photos to ``path``, all of them or nothing."""
+    is_main = accelerator.is_main_process
+    with replaced(path) if is_main else nullcontext(part_of(path)) as part:
+        # The main process makes the file at its full size
+        if is_main:
+            with part.open("wb") as file:
+                file.truncate(num_bytes)
+        accelerator.wait_for_everyone()
+
+        # Every process writes the patches of its photos to their places
+        photos = Subset(
+            IndexedPhotos(dataset),
+            range(accelerator.process_index, len(dataset), accelerator.num_processes),
         )
-        with part.open("wb") as file:
-            file.truncate(needed)
-    accelerator.wait_for_everyone()
-    own = Subset(
-        IndexedPhotos(dataset),
-        range(accelerator.process_index, len(dataset), accelerator.num_processes),
-    )
-    loader = DataLoader(
-        own, batch_size=batch_size, num_workers=num_workers, generator=torch.Generator()
-    )
-    with part.open("r+b") as file, torch.no_grad(), accelerator.autocast():
-        for indices, photos in track(
-            loader, "storing patches", disable=not accelerator.is_main_process
-        ):
-            patches = encoder(photos.to(device).float() / 255).to(torch.bfloat16).cpu().contiguous()
-            for index, values in zip(
-                indices.tolist(), patches.view(torch.int16).numpy(), strict=True
-            ):
-                os.pwrite(file.fileno(), values.tobytes(), index * values.nbytes)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        part.replace(path)
-    accelerator.wait_for_everyone()
+        loader = DataLoader(
+            photos, batch_size=batch_size, num_workers=num_workers, generator=torch.Generator()
+        )
+        with part.open("r+b") as file, torch.no_grad(), accelerator.autocast():
+            for indices, batch in track(loader, "storing patches", disable=not is_main):
+                patches = encoder(batch.to(accelerator.device).float() / 255)
+                values = patches.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy()
+                for index, photo in zip(indices.tolist(), values, strict=True):
+                    os.pwrite(file.fileno(), photo.tobytes(), index * photo.nbytes)
+        accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()  # until the main process has renamed the file
 
 
 def _name(encoder: nn.Module, dataset: EgoIRGBench, settings: dict[str, Any]) -> str:
-    """What patches depend on, as a file name."""
-    weights = [
-        float(parameter.detach().flatten()[:64].double().sum())
-        for parameter in encoder.parameters()
-    ]
+    """Hash of everything that the patches depend on."""
+    weights = []
+    for parameter in encoder.parameters():
+        weights.append(float(parameter.detach().flatten()[:64].double().sum()))
     made_from = [dataset.fingerprint(), settings, weights]
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
