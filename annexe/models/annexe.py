@@ -1,39 +1,64 @@
-"""ANNEXE: one image, many queries; analyse the interaction, answer, ground the answer in pixels (CVPR 2025).
+"""ANNEXE: one image, many queries; analyze the interaction, answer, ground the answer (CVPR 2025).
 
-Legend: B images, S image side, P image tokens, N packed tokens, Q queries, K slots, T supervised tokens, V words.
+Legend: B images, S image side, G patches a side, E RGB width, P image tokens, D language width,
+N packed tokens, R branches (B analyses and Q queries), Q queries, L prompt tokens, K slots, T label
+tokens, V words.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
-from annexe.checkpoints import public as weights
+from annexe.checkpoints import public as checkpoints
 from annexe.errors import UserError, require_sizes
-from annexe.models.depth_branch import PATCH, DepthAnythingV2
+from annexe.models.depth_branch import PATCH, DepthAnythingV2, DepthFeatures
 from annexe.models.language_model.constraints import DecodingConstraints
-from annexe.models.language_model.generation import GreedyDecoder
+from annexe.models.language_model.generation import GreedyDecoder, Responses
+from annexe.models.language_model.kv_cache import Prefill
 from annexe.models.language_model.llama import Llama
-from annexe.models.mask_postprocessing import encoded, postprocess
+from annexe.models.mask_postprocessing import postprocess, split_by_query
 from annexe.models.rgb_encoder import EvaViT, Projector
 from annexe.prompts import ANSWER_OPENING, NO_TARGET
 from annexe.structures.batch import ANALYSIS, Batch
 from annexe.structures.prediction import Grounding, Predictions, RawResponse, Response
+
+# Presence above which a slot has a target, until thresholds are calibrated
+_DEFAULT_THRESHOLD = 0.5
+
+
+class Encoding(NamedTuple):
+    """Images and text of a batch, ready for the language model."""
+
+    patches: Tensor  # float[B, G * G, E]
+    depth: DepthFeatures
+    image_tokens: Tensor  # float[B, P, D]
+    embeddings: Tensor  # float[B, N, D], text with the image tokens in their place
 
 
 class Annexe(nn.Module):
     """Wires the parts of the paper's figure.
 
     Args:
-        init_from: MiniGPT-v2 checkpoint, training run of the released code or run folder of ours: gives projector and
-            adapters, and whatever else it holds for the parts at hand.
+        rgb_encoder: images to patches.
+        depth_branch: images to depth and depth-aware maps.
+        language_model: packed embeddings to hidden states and tokens.
+        pixel_decoder: presence and masks of every query's slots.
+        init_from: MiniGPT-v2 checkpoint, training run of the released code or run folder of ours.
+            It gives projector and adapters, and whatever else it holds for the parts.
         init: ``random`` declares that projector and adapters are meant to start untrained.
         patches_per_token: consecutive patches that make one language-model token.
-        image_token_head: predict, for every image token, the words of the phrase it shows; needed by the ``image_token_labels``
-            loss, which helps runs from scratch.
-        presence_threshold: a slot has a target where its presence, in [0, 1], is above; where none is given, as
-            calibrated on val, slot by slot, and 0.5 until then.
-        constrain_answers: answers name exactly the slots that have a target, and a query without one is refused in words.
+        image_token_head: predict, for every image token, the words of the phrase it shows. The
+            ``image_token_labels`` loss needs it, which helps runs from scratch.
+        presence_threshold: a slot has a target if its presence, in [0, 1], is above. Without one,
+            thresholds are those calibrated on val, slot by slot, and 0.5 until then.
+        constrain_answers: answers name exactly the slots that have a target, and the answer to a
+            query without a target is a fixed refusal.
+
+    Raises:
+        UserError: for settings that do not fit each other.
     """
 
     def __init__(
@@ -51,199 +76,282 @@ class Annexe(nn.Module):
         constrain_answers: bool = True,
     ) -> None:
         super().__init__()
-        weights.require_source("model", "init_from", init_from, init)
-        if rgb_encoder.grid != rgb_encoder.image_size // PATCH:
+
+        # Settings
+        checkpoints.require_source("model", "init_from", init_from, init)
+        grid = rgb_encoder.grid
+        if grid != rgb_encoder.image_size // PATCH:
             raise UserError(
                 f"model.rgb_encoder.patch_size must be {PATCH}, that of the depth branch"
             )
-        if not 0 <= (presence_threshold or 0) <= 1:
+        if presence_threshold is not None and not 0 <= presence_threshold <= 1:
             raise UserError(
-                f"model.presence_threshold is {presence_threshold}; it must be at least 0 and at most 1"
+                f"model.presence_threshold is {presence_threshold}; "
+                "it must be at least 0 and at most 1"
             )
         require_sizes("model", patches_per_token=patches_per_token)
-        if rgb_encoder.grid % patches_per_token:
+        if grid % patches_per_token:
             raise UserError(
-                f"model.patches_per_token {patches_per_token} does not divide the {rgb_encoder.grid} patches of a row; change one"
+                f"model.patches_per_token {patches_per_token} does not divide the {grid} patches "
+                "of a row; change one"
             )
-        self.rgb_encoder, self.depth_branch = rgb_encoder, depth_branch
-        self.projector = Projector(
-            rgb_encoder.embed_dim, language_model.hidden_size, patches_per_token
-        )
-        self.language_model, self.pixel_decoder = language_model, pixel_decoder
-        self.num_image_tokens = rgb_encoder.grid**2 // patches_per_token
-        self.image_token_head, self.constrain_answers = image_token_head, constrain_answers
+        self.num_image_tokens = grid**2 // patches_per_token
+        self.image_token_head = image_token_head
+        self.constrain_answers = constrain_answers
         self.presence_threshold = presence_threshold
-        self.calibrated_thresholds: list[float] = []  # of the slots
+        self.calibrated_thresholds: list[float] = []  # K, or none
+
+        # Parts
+        self.rgb_encoder = rgb_encoder
+        self.depth_branch = depth_branch
+        embed_dim, hidden_size = rgb_encoder.embed_dim, language_model.hidden_size
+        self.projector = Projector(embed_dim, hidden_size, patches_per_token)
+        self.language_model = language_model
+        self.pixel_decoder = pixel_decoder
         self.text_decoder = GreedyDecoder(language_model)
+
+        # Weights
         if init_from is not None:
-            required = [
-                name
-                for name in self.state_dict()
-                if name.startswith("projector.") or ".lora_" in name
-            ]
-            weights.load(self, "model", init_from, required)
+            required = []
+            for name in self.state_dict():
+                if name.startswith("projector.") or ".lora_" in name:
+                    required.append(name)
+            checkpoints.load(self, "model", init_from, required)
 
     def forward(self, batch: Batch) -> Predictions:
         """Teacher-forced pass over a packed batch."""
-        patches, depth, image_tokens, embeddings = self._encode(batch)
-        hidden = self.language_model(embeddings, batch.text)  # [B, N, D]
-        reads = self._prompts if self.pixel_decoder.conditioning == "prompt" else self._placeholders
-        return Predictions(
-            token_logits=self.language_model.logits(
-                hidden.flatten(0, 1)[batch.text.label_positions]
-            ),
-            depth=depth.depth,
-            groundings=self.pixel_decoder(
-                *reads(hidden, batch), patches, depth.maps, batch.queries
-            ),
-            image_token_logits=self._name(image_tokens) if self.image_token_head else None,
-        )
+        encoding = self.encode(batch)
+        hidden = self.language_model(encoding.embeddings, batch.text)  # [B, N, D]
+        label_states = hidden.flatten(0, 1)[batch.text.label_positions]  # [T, D]
+        token_logits = self.language_model.logits(label_states)
+        if self.pixel_decoder.conditioning == "prompt":
+            states, state_mask = self._prompt_states(hidden, batch)
+        else:
+            states, state_mask = self._placeholder_states(hidden, batch)
+        groundings = self._ground(states, state_mask, encoding, batch)
+        image_token_logits = None
+        if self.image_token_head:
+            image_token_logits = self._image_token_logits(encoding.image_tokens)
+        return Predictions(token_logits, encoding.depth.depth, groundings, image_token_logits)
 
     def generate(self, batch: Batch, max_new_tokens: int) -> list[Response]:
-        """Greedy responses to a packed batch of prompts, one a query; masks come with the prefill."""
+        """Greedy responses to a packed batch of prompts, one a query; see `generate_raw`."""
         return [postprocess(raw) for raw in self.generate_raw(batch, max_new_tokens)]
 
     @torch.no_grad()
     def generate_raw(self, batch: Batch, max_new_tokens: int) -> list[RawResponse]:
-        """What `generate` leaves to the device."""
-        patches, depth, _, embeddings = self._encode(batch)
-        prefill = self.language_model.prefill(embeddings, batch.text)
+        """Greedy responses before post-processing, which needs no device.
+
+        Args:
+            batch: packed prompts without responses, with its samples.
+            max_new_tokens: tokens of a response, at most.
+
+        Returns:
+            One response a query, in the order of the batch.
+        """
+        # Masks and tokens, in the order that the decoder needs
+        encoding = self.encode(batch)
+        prefill = self.language_model.prefill(encoding.embeddings, batch.text)
         if self.pixel_decoder.conditioning == "prompt":
-            read = self._prompts(prefill.hidden, batch)
-            grounding = self.pixel_decoder(*read, patches, depth.maps, batch.queries)[-1]
-            found = self._found(grounding)
-            binding = self._binding(found, batch) if self._binds() else None
-            responses = self.text_decoder.decode(prefill, max_new_tokens, binding)
+            generated = self._ground_then_answer(batch, encoding, prefill, max_new_tokens)
         else:
-            responses = self.text_decoder.decode(prefill, max_new_tokens)
-            states = responses.slot_states[batch.text.query_branches]
-            named = states.abs().amax(-1) > 0
-            grounding = self.pixel_decoder(states, named, patches, depth.maps, batch.queries)[-1]
-            found = self._found(grounding)
+            generated = self._answer_then_ground(batch, encoding, prefill, max_new_tokens)
+        grounding, present, responses = generated
+
+        # Texts: branches that are no queries are analyses, one an image in order
         texts = [self.language_model.tokenizer.decode(row) for row in responses.tokens]
         query_branches = batch.text.query_branches.tolist()
-        are_queries = set(query_branches)
-        analyses = [text for branch, text in enumerate(texts) if branch not in are_queries]
-        scores, depth_maps = _scores(grounding).tolist(), depth.depth.float().cpu().numpy()
-        images = batch.queries.image_index.tolist()
-        slots_of = [
-            [slot for slot, is_there in enumerate(slots) if is_there] for slots in found.tolist()
+        analysis_branches = sorted(set(range(len(texts))) - set(query_branches))
+        analyses = [texts[branch] for branch in analysis_branches]
+
+        # Masks of the slots that have a target
+        image_of_query = batch.queries.image_index.tolist()
+        size_of_query = [batch.samples[image].original_size for image in image_of_query]
+        slots_of_query = [
+            [slot for slot, is_present in enumerate(row) if is_present] for row in present.tolist()
         ]
-        logits, sizes = (
-            grounding.masks[found].float(),
-            [batch.samples[image].original_size for image in images],
-        )
-        if logits.is_cuda:
-            masks = encoded(
-                logits, [size for size, own in zip(sizes, slots_of, strict=True) for _ in own]
-            )
-        else:
-            masks = logits
-        drafts, first = [], 0
-        for query, (image, size, slots) in enumerate(zip(images, sizes, slots_of, strict=True)):
-            answer = self._worded(
-                texts[query_branches[query]], slots, batch.samples[image].answer_format
-            )
-            own, first = masks[first : first + len(slots)], first + len(slots)
-            drafts.append(
+        counts = [len(slots) for slots in slots_of_query]
+        masks = split_by_query(grounding.masks[present].float(), counts, size_of_query)
+
+        # One response a query
+        scores = _presence_scores(grounding).tolist()
+        depth_maps = encoding.depth.depth.float().cpu().numpy()
+        raw_responses = []
+        for query, image in enumerate(image_of_query):
+            text, slots = texts[query_branches[query]], slots_of_query[query]
+            raw_responses.append(
                 RawResponse(
-                    analyses[image], answer, scores[query], slots, own, size, depth_maps[image]
+                    analysis=analyses[image],
+                    answer=self._finish_answer(text, slots, batch.samples[image].answer_format),
+                    scores=scores[query],
+                    slots=slots,
+                    masks=masks[query],
+                    size=size_of_query[query],
+                    depth=depth_maps[image],
                 )
             )
-        return drafts
+        return raw_responses
+
+    def encode(self, batch: Batch) -> Encoding:
+        """Run the encoders, and put the image tokens in their place among the words."""
+        images = batch.images.float() / 255
+        patches = self.rgb_encoder(images) if batch.patches is None else batch.patches.float()
+        depth = self.depth_branch(images)
+        image_tokens = self.projector(patches)
+
+        words = self.language_model.embed(batch.text.input_ids)  # [B, N, D]
+        before, after = words[:, : batch.text.image_start], words[:, batch.text.prefix_length :]
+        embeddings = torch.cat([before, image_tokens.to(words.dtype), after], dim=1)
+        return Encoding(patches, depth, image_tokens, embeddings)
+
+    def present_slots(self, grounding: Grounding) -> Tensor:
+        """Slots that have a target, bool[Q, K]: present, and with a pixel.
+
+        Targets fill slots from the first on: behind a slot without a target there is none.
+        """
+        has_pixels = grounding.masks.flatten(2).amax(-1) > 0
+        if not self.pixel_decoder.presence_gates_masks:
+            return has_pixels
+        scores = _presence_scores(grounding)
+        is_present = scores > scores.new_tensor(self.thresholds())
+        return (is_present & has_pixels).cumprod(1).bool()
+
+    def thresholds(self) -> list[float]:
+        """Presence, in [0, 1], above which each of the K slots has a target."""
+        if self.presence_threshold is None and self.calibrated_thresholds:
+            return self.calibrated_thresholds
+        threshold = self.presence_threshold
+        if threshold is None:
+            threshold = _DEFAULT_THRESHOLD
+        return [threshold] * self.pixel_decoder.num_slots
 
     def blocks(self) -> list[nn.Module]:
         """The repeated blocks that hold most of the weights: of the RGB encoder, then of Llama."""
         return [*self.rgb_encoder.vit.blocks, *self.language_model.llama.model.layers]
 
-    def thresholds(self) -> list[float]:
-        """Presence above which a slot has a target."""
-        if self.presence_threshold is None and self.calibrated_thresholds:
-            return self.calibrated_thresholds
-        return [
-            0.5 if self.presence_threshold is None else self.presence_threshold
-        ] * self.pixel_decoder.num_slots
+    def _ground_then_answer(
+        self, batch: Batch, encoding: Encoding, prefill: Prefill, max_new_tokens: int
+    ) -> tuple[Grounding, Tensor, Responses]:
+        """Masks from the prompts, then answers, which name the slots that have a target.
 
-    def _found(self, grounding: Grounding) -> Tensor:
-        """Slots that have a target, bool[Q, K]: present, and with a pixel. Targets fill slots from the first on."""
-        has_pixels = grounding.masks.flatten(2).amax(-1) > 0
-        if not self.pixel_decoder.presence_gates_masks:
-            return has_pixels
-        scores = _scores(grounding)
-        present = scores > scores.new_tensor(self.thresholds())
-        return (present & has_pixels).cumprod(1).bool()
+        Returns:
+            The grounding, the slots that have a target, bool[Q, K], and the responses.
+        """
+        states, state_mask = self._prompt_states(prefill.hidden, batch)
+        grounding = self._ground(states, state_mask, encoding, batch)[-1]
+        present = self.present_slots(grounding)
+        constraints = None
+        if self._answers_follow_masks():
+            constraints = self._constraints(present, batch)
+        responses = self.text_decoder.decode(prefill, max_new_tokens, constraints)
+        return grounding, present, responses
 
-    def _binds(self) -> bool:
+    def _answer_then_ground(
+        self, batch: Batch, encoding: Encoding, prefill: Prefill, max_new_tokens: int
+    ) -> tuple[Grounding, Tensor, Responses]:
+        """Answers, then masks from the states of the placeholders in them.
+
+        Returns:
+            As `_ground_then_answer`.
+        """
+        responses = self.text_decoder.decode(prefill, max_new_tokens)
+        states = responses.slot_states[batch.text.query_branches]  # [Q, K, D]
+        is_named = states.abs().amax(-1) > 0
+        grounding = self._ground(states, is_named, encoding, batch)[-1]
+        return grounding, self.present_slots(grounding), responses
+
+    def _ground(
+        self, states: Tensor, state_mask: Tensor, encoding: Encoding, batch: Batch
+    ) -> list[Grounding]:
+        """Run the pixel decoder, whose arguments ``states`` and ``state_mask`` are."""
+        maps = encoding.depth.maps
+        return self.pixel_decoder(states, state_mask, encoding.patches, maps, batch.queries)
+
+    def _prompt_states(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """States of every query's prompt, left aligned.
+
+        Args:
+            hidden: float[B, N, D] of the packed sequences.
+
+        Returns:
+            float[Q, L, D], 0 where there is none, and which are there, bool[Q, L].
+        """
+        text = batch.text
+        start = text.branch_start[text.query_branches][:, None]
+        length = text.branch_length[text.query_branches][:, None]
+        offsets = torch.arange(text.max_branch_length, device=hidden.device)
+        mask = offsets < length  # [Q, L]
+        columns = torch.where(mask, start + offsets, 0)
+        rows = batch.queries.image_index[:, None]
+        return hidden[rows, columns] * mask[..., None], mask
+
+    def _placeholder_states(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """States of the placeholders in every query's true answer.
+
+        Args:
+            hidden: float[B, N, D] of the packed sequences.
+
+        Returns:
+            float[Q, K, D], 0 where a slot is not named, and which are named, bool[Q, K].
+        """
+        # Ids of each query's own branch, -1 elsewhere
+        queries = batch.queries
+        segment = queries.index_in_image + ANALYSIS + 1
+        is_own = batch.text.segment_ids[queries.image_index] == segment[:, None]  # [Q, N]
+        ids = batch.text.input_ids[queries.image_index].masked_fill(~is_own, -1)
+
+        # The column of each placeholder
+        num_slots = self.pixel_decoder.num_slots
+        vocab_size = self.language_model.tokenizer.vocab_size
+        slot_ids = vocab_size + torch.arange(num_slots, device=hidden.device)
+        is_slot = ids[:, None] == slot_ids[:, None]  # [Q, K, N]
+        is_named = is_slot.any(-1)
+        columns = is_slot.int().argmax(-1)
+        rows = queries.image_index[:, None]
+        return hidden[rows, columns] * is_named[..., None], is_named
+
+    def _image_token_logits(self, image_tokens: Tensor) -> Tensor:
+        """Words that each image token stands for, float[B, G, P / G, V + K]."""
+        logits = self.language_model.logits(image_tokens)
+        return logits.unflatten(1, (self.rgb_encoder.grid, -1))
+
+    def _answers_follow_masks(self) -> bool:
         """Whether masks are settled before the answer, and the answer has to follow them."""
-        return (
-            self.constrain_answers
-            and self.pixel_decoder.presence_gates_masks
-            and self.pixel_decoder.conditioning == "prompt"
-        )
+        decoder = self.pixel_decoder
+        is_settled = decoder.presence_gates_masks and decoder.conditioning == "prompt"
+        return self.constrain_answers and is_settled
 
-    def _binding(self, found: Tensor, batch: Batch) -> DecodingConstraints:
-        """What the answers have to name where masks are settled first."""
-        own, rows = batch.text.query_branches, len(batch.text.branch_start)
-        silent, slots = found.new_zeros(rows), found.new_zeros(rows, found.shape[1])
-        silent[own], slots[own] = ~found.any(1), found
+    def _constraints(self, present: Tensor, batch: Batch) -> DecodingConstraints:
+        """What the answers have to name, by the slots that have a target, bool[Q, K]."""
+        # A query without a target gets a fixed answer: nothing is generated
+        num_branches = len(batch.text.branch_start)
+        skip = present.new_zeros(num_branches)
+        skip[batch.text.query_branches] = ~present.any(1)
         if batch.samples[0].answer_format != "sentence":
-            return DecodingConstraints(silent, None)
-        refusal, opening = self.language_model.tokenizer.encode_all(
-            [NO_TARGET["sentence"], ANSWER_OPENING]
-        )
-        return DecodingConstraints(silent, slots, () if refusal[0] == opening[0] else (refusal[0],))
+            return DecodingConstraints(skip, None)
 
-    def _worded(self, text: str, slots: list[int], form: str | None) -> str:
-        """The answer in words, where `_binding` cut it short."""
-        if not self._binds():
+        # The others name their slots, and do not open with a refusal if one can be told by its
+        # first token
+        slots = present.new_zeros(num_branches, present.shape[1])
+        slots[batch.text.query_branches] = present
+        openings = [NO_TARGET["sentence"], ANSWER_OPENING]
+        refusal, opening = self.language_model.tokenizer.encode_all(openings)
+        forbidden = () if refusal[0] == opening[0] else (refusal[0],)
+        return DecodingConstraints(skip, slots, forbidden)
+
+    def _finish_answer(self, text: str, slots: list[int], answer_format: str | None) -> str:
+        """The answer in full, if constrained decoding stopped before its end."""
+        if not self._answers_follow_masks():
             return text
         if not slots:
-            return NO_TARGET[form or "sentence"]
-        return f"{text}." if form == "sentence" and text.endswith(">") else text
-
-    def _name(self, image_tokens: Tensor) -> Tensor:
-        return self.language_model.logits(image_tokens).unflatten(1, (self.rgb_encoder.grid, -1))
-
-    def _encode(self, batch: Batch) -> tuple:
-        images = batch.images.float() / 255
-        patches = (
-            self.rgb_encoder(images) if batch.patches is None else batch.patches.float()
-        )  # [B, G * G, E]
-        depth = self.depth_branch(images)
-        image_tokens = self.projector(patches)  # [B, P, D]
-        words = self.language_model.embed(batch.text.input_ids)
-        start, stop = batch.text.image_start, batch.text.prefix_length
-        embeddings = torch.cat(
-            [words[:, :start], image_tokens.to(words.dtype), words[:, stop:]], dim=1
-        )
-        return patches, depth, image_tokens, embeddings
-
-    def _prompts(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """States of every query's prompt, left aligned: [Q, L, D] and which are there, bool[Q, L]."""
-        text = batch.text
-        start, length = (
-            text.branch_start[text.query_branches],
-            text.branch_length[text.query_branches],
-        )
-        offsets = torch.arange(text.max_branch_length, device=hidden.device)
-        mask = offsets < length[:, None]  # [Q, L]
-        columns = torch.where(mask, start[:, None] + offsets, 0)
-        return hidden[batch.queries.image_index[:, None], columns] * mask[..., None], mask
-
-    def _placeholders(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """States of every query's placeholders in the true answer: [Q, K, D] and which are there, bool[Q, K]."""
-        text, vocab_size = batch.text, self.language_model.tokenizer.vocab_size
-        query_of = (
-            text.segment_ids[batch.queries.image_index]
-            == (batch.queries.index_in_image + ANALYSIS + 1)[:, None]
-        )  # [Q, N]
-        ids = text.input_ids[batch.queries.image_index].masked_fill(~query_of, -1)
-        slot_ids = vocab_size + torch.arange(self.pixel_decoder.num_slots, device=hidden.device)
-        is_slot = ids[:, None] == slot_ids[:, None]  # [Q, K, N]
-        there, column = is_slot.any(-1), is_slot.int().argmax(-1)
-        return hidden[batch.queries.image_index[:, None], column] * there[..., None], there
+            return NO_TARGET[answer_format or "sentence"]
+        is_cut = answer_format == "sentence" and text.endswith(">")
+        return f"{text}." if is_cut else text
 
 
-def _scores(grounding: Grounding) -> Tensor:
-    """Presence in [0, 1], float64[Q, K]: a model that is sure of itself differs behind the sixth digit alone."""
+def _presence_scores(grounding: Grounding) -> Tensor:
+    """Presence in [0, 1], float64[Q, K].
+
+    Confident scores differ only after the sixth digit, which float32 would round away.
+    """
     return grounding.presence.double().sigmoid()

@@ -1,4 +1,8 @@
-"""The released pixel decoder, without its defects."""
+"""The released pixel decoder, without its defects.
+
+Legend: B images, Q queries, K slots, L prompt tokens, D language width, R rows mixed with the
+pixels, G patches a side, h x w mask logits.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +18,28 @@ from annexe.structures.prediction import Grounding
 
 @register("pixel_decoder", "deconv")
 class DeconvDecoder(nn.Module):
-    """The released mask branch without its defects: 256 prompt rows spread evenly, no answer, no batch coupling.
+    """The released mask branch: a presence CNN and four transposed convolutions to K + 1 classes.
 
-    A presence CNN and four transposed convolutions to K + 1 classes, class 0 the background. The class scores leave
-    as one log-odds map a slot, so both decoders share losses and thresholds. Logits stand at 16 G a side.
+    Made deterministic, independent of the answer and of the other samples of a batch. Class 0 is
+    the background; class scores become one map of log-odds a slot, so that both decoders share
+    losses and thresholds. Masks have 16 G pixels a side.
 
     Args:
-        num_slots: targets a query can have.
-        num_rows: prompt states that are mixed with the pixels.
-        defects: with the released defects again, to show what they cost: rows drawn at random at every call, no
-            gradient into the language model, depth features viewed where a transpose is needed, masks that presence
-            does not gate.
+        language_dim: D.
+        rgb_dim: not used, as in the released design.
+        depth_channels: channels of the depth branch's maps.
+        grid: G.
+        num_slots: targets that a query can have.
+        num_rows: R, prompt states that are mixed with the pixels, spread evenly over the prompt.
+        defects: restores the released defects, to show what they cost: rows are drawn at random at
+            every call, no gradient reaches the language model, depth features are viewed where
+            they have to be transposed, and presence does not gate masks.
+
+    Raises:
+        UserError: for a size below 1.
     """
 
-    reads = "prompt"
+    conditioning = "prompt"
 
     def __init__(
         self,
@@ -42,8 +54,11 @@ class DeconvDecoder(nn.Module):
     ) -> None:
         super().__init__()
         require_sizes("model.pixel_decoder", num_slots=num_slots, num_rows=num_rows)
-        self.grid, self.num_slots, self.num_rows, self.defects = grid, num_slots, num_rows, defects
-        self.gates = not defects
+        self.grid = grid
+        self.num_slots = num_slots
+        self.num_rows = num_rows
+        self.defects = defects
+        self.presence_gates_masks = not defects
         self.presence_cnn = nn.Sequential(
             nn.Conv2d(num_rows, 128, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
             nn.Conv2d(128, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
@@ -59,28 +74,43 @@ class DeconvDecoder(nn.Module):
 
     def forward(
         self,
-        prompt: Tensor,
-        prompt_mask: Tensor,
+        states: Tensor,
+        state_mask: Tensor,
         patches: Tensor,
         maps: list[Tensor],
         queries: QueryIndex,
     ) -> list[Grounding]:
-        """As `QueryDecoder.forward`; ``patches`` are not used, as in the released design."""
-        length = prompt_mask.sum(1, keepdim=True)  # [Q, 1]
-        step = torch.arange(self.num_rows, device=prompt.device) / self.num_rows
-        if self.defects:
-            prompt, step = prompt.detach(), torch.rand_like(step).sort().values
-        columns = (step * length).long()[..., None].expand(-1, -1, prompt.shape[-1])
-        rows = prompt.gather(1, columns)  # [Q, 256, D]
-        presence = self.presence_cnn(F.adaptive_avg_pool1d(rows, 64 * 64).unflatten(2, (64, 64)))
+        """Decode every query; arguments are those of `QueryDecoder.forward`.
+
+        ``patches`` are not used, as in the released design. The list has one grounding.
+        """
+        rows = self._rows(states, state_mask)  # [Q, R, D]
+
+        # Presence from the prompt alone
+        square = F.adaptive_avg_pool1d(rows, 64 * 64).unflatten(2, (64, 64))
+        presence = self.presence_cnn(square)
+
+        # Scores of K + 1 classes from prompt and pixels
         text = F.adaptive_max_pool1d(rows, self.grid**2).unflatten(2, (self.grid, self.grid))
         pixels = F.adaptive_avg_pool2d(maps[0], self.grid)
         if self.defects:
             pixels = pixels.permute(0, 2, 3, 1).reshape(pixels.shape)
-        pixels = self.pixels(pixels)[queries.image_index]  # [Q, 256, G, G]
+        pixels = self.pixels(pixels)[queries.image_index]  # [Q, R, G, G]
         classes = self.deconv(text + pixels)  # [Q, K + 1, h, w]
-        others = [
-            torch.logsumexp(torch.cat([classes[:, :slot], classes[:, slot + 1 :]], dim=1), dim=1)
-            for slot in range(1, self.num_slots + 1)
-        ]
+
+        # Log-odds of a slot against all other classes
+        others = []
+        for slot in range(1, self.num_slots + 1):
+            rest = torch.cat([classes[:, :slot], classes[:, slot + 1 :]], dim=1)
+            others.append(torch.logsumexp(rest, dim=1))
         return [Grounding(presence, classes[:, 1:] - torch.stack(others, dim=1))]
+
+    def _rows(self, states: Tensor, state_mask: Tensor) -> Tensor:
+        """Prompt states float[Q, R, D] at R columns, spread evenly over every prompt."""
+        length = state_mask.sum(1, keepdim=True)  # [Q, 1]
+        fraction = torch.arange(self.num_rows, device=states.device) / self.num_rows
+        if self.defects:
+            states = states.detach()
+            fraction = torch.rand_like(fraction).sort().values
+        columns = (fraction * length).long()[..., None].expand(-1, -1, states.shape[-1])
+        return states.gather(1, columns)

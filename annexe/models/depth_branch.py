@@ -1,6 +1,6 @@
 """Depth Anything V2 (transformers): the depth map and the depth-aware features of its DPT neck.
 
-Legend: B images, S image side, G = S / 14 patches a side, C fusion width.
+Legend: B images, S image side, G = S / 14 patches a side, D width of the backbone, C fusion width.
 """
 
 from __future__ import annotations
@@ -15,22 +15,24 @@ from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, D
 
 from annexe.checkpoints import public as checkpoints
 from annexe.errors import unknown_name_error
-from annexe.models.image_ops import Normalize, enlarge
+from annexe.models.image_ops import Normalize, upsample_bilinear
 from annexe.registry import register
 
+# Side of a patch, in pixels
 PATCH = 14
+_SETTINGS = "model.depth_branch"
 
 
 @dataclass
 class Size:
-    """Width, depth and heads of the DINOv2 backbone, its tapped blocks (1-based), and the DPT widths."""
+    """Sizes of the DINOv2 backbone and of the DPT behind it."""
 
-    hidden: int
+    hidden: int  # D
     layers: int
     heads: int
-    out_indices: tuple[int, int, int, int]
-    neck: tuple[int, int, int, int]
-    fusion: int
+    out_indices: tuple[int, int, int, int]  # blocks whose output the neck takes, from 1
+    neck: tuple[int, int, int, int]  # width of each map before fusion
+    fusion: int  # C
     head: int = 32
 
 
@@ -42,8 +44,8 @@ SIZES = {
     "vitl": Size(1024, 24, 16, (5, 12, 18, 24), (256, 512, 1024, 1024), 256),
 }
 
-
-TRAINED = {  # names of parameters begin with
+# What is trained: names of parameters begin with one of these
+TRAINED = {
     "all": ("",),
     "dpt": ("neck.", "head."),
     "released": ("neck.convs.3.", "neck.fusion_stage.layers.0.", "head."),
@@ -53,31 +55,33 @@ TRAINED = {  # names of parameters begin with
 
 @dataclass
 class DepthFeatures:
-    """What the depth branch gives: inverse depth up to scale and shift, and the neck's fused maps, coarse to fine."""
+    """What the depth branch predicts, and the neck's fused maps."""
 
-    depth: Tensor  # [B, S, S]
-    maps: list[Tensor]  # 4 x [B, C, h, w], sides G, 2G, 4G, 8G
+    depth: Tensor  # float[B, S, S], inverse depth up to scale and shift
+    maps: list[Tensor]  # 4 x float[B, C, h, w], coarse to fine, sides G, 2 G, 4 G and 8 G
 
 
-def initialise(neck: nn.Module, head: nn.Module) -> None:
+def initialize(neck: nn.Module, head: nn.Module) -> None:
     """Start convolutions at unit gain and the last ReLU open.
 
-    The library's std of 0.02 lets the signal fade to 1e-6 on its way through the DPT, and the last ReLU dies.
+    With the library's std of 0.02 the signal fades to 1e-6 on its way through the DPT, and the last
+    ReLU dies.
     """
     for module in [*neck.modules(), *head.modules()]:
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-            nn.init.zeros_(module.bias) if module.bias is not None else None
-    for (
-        fusion
-    ) in neck.fusion_stage.layers:  # residual branches start small, so that sums do not grow
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    # Residual branches start small, so that sums do not grow
+    for fusion in neck.fusion_stage.layers:
         for unit in (fusion.residual_layer1, fusion.residual_layer2):
             nn.init.normal_(unit.convolution2.weight, std=1e-2)
     nn.init.ones_(head.conv3.bias)
 
 
 def pointwise(convolution: nn.Conv2d, tokens: Tensor) -> Tensor:
-    """A 1 x 1 convolution of pixels that lie in rows, [..., C] -> [..., C']."""
+    """A 1 x 1 convolution of pixels that lie in rows, float[..., C] -> float[..., C']."""
     return F.linear(tokens, convolution.weight.flatten(1), convolution.bias)
 
 
@@ -86,12 +90,17 @@ class DepthAnythingV2(nn.Module):
     """Depth Anything V2 (NeurIPS 2024) in one backbone pass.
 
     Args:
-        size: tiny or small (from scratch), vits, vitb or vitl (as published).
+        image_size: side of the square input, in pixels.
         weights: checkpoint of this size; its positions are resized to the image size.
         init: ``random`` declares that the weights are meant to be random.
-        statistics: mean and standard deviation that pixels are normalised by: imagenet, clip or annexe.
-        trained: all, dpt (neck and head), released (what the released code trains: the coarsest fusion layer with its
-            input convolution, and the head) or none.
+        size: ``tiny`` or ``small`` (from scratch), ``vits``, ``vitb`` or ``vitl`` (as published).
+        statistics: mean and standard deviation that pixels are normalized by: ``imagenet``,
+            ``clip`` or ``annexe``.
+        trained: ``all``, ``dpt`` (neck and head), ``released`` (what the released code trains: the
+            coarsest fusion layer with its input convolution, and the head) or ``none``.
+
+    Raises:
+        UserError: for an unknown ``trained`` or ``size``, or a checkpoint of another size.
     """
 
     def __init__(
@@ -105,91 +114,102 @@ class DepthAnythingV2(nn.Module):
         trained: str = "all",
     ) -> None:
         super().__init__()
-        checkpoints.require_source("model.depth_branch", "weights", weights, init)
+
+        # Settings
+        checkpoints.require_source(_SETTINGS, "weights", weights, init)
         if trained not in TRAINED:
-            raise unknown_name_error("setting model.depth_branch.trained", trained, TRAINED)
+            raise unknown_name_error(f"setting {_SETTINGS}.trained", trained, TRAINED)
         if size not in SIZES:
-            raise unknown_name_error("setting model.depth_branch.size", size, SIZES)
-        shape = SIZES[size]
+            raise unknown_name_error(f"setting {_SETTINGS}.size", size, SIZES)
+        sizes = SIZES[size]
+        self.num_channels = sizes.fusion
+        self.grid = image_size // PATCH
+        self.out_indices = sizes.out_indices
+
+        # The library's network
         backbone = Dinov2Config(
             image_size=image_size,
             patch_size=PATCH,
-            hidden_size=shape.hidden,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            out_indices=list(shape.out_indices),
+            hidden_size=sizes.hidden,
+            num_hidden_layers=sizes.layers,
+            num_attention_heads=sizes.heads,
+            out_indices=list(sizes.out_indices),
             apply_layernorm=True,
             reshape_hidden_states=False,
         )
-        self.model = DepthAnythingForDepthEstimation(
-            DepthAnythingConfig(
-                backbone_config=backbone,
-                reassemble_hidden_size=shape.hidden,
-                patch_size=PATCH,
-                neck_hidden_sizes=list(shape.neck),
-                fusion_hidden_size=shape.fusion,
-                head_hidden_size=shape.head,
-                reassemble_factors=[4, 2, 1, 0.5],
-                depth_estimation_type="relative",
-            )
+        network = DepthAnythingConfig(
+            backbone_config=backbone,
+            reassemble_hidden_size=sizes.hidden,
+            patch_size=PATCH,
+            neck_hidden_sizes=list(sizes.neck),
+            fusion_hidden_size=sizes.fusion,
+            head_hidden_size=sizes.head,
+            reassemble_factors=[4, 2, 1, 0.5],
+            depth_estimation_type="relative",
         )
-        self.num_channels, self.grid, self.out_indices = (
-            shape.fusion,
-            image_size // PATCH,
-            shape.out_indices,
-        )
-        self.normalize = Normalize("model.depth_branch", statistics)
+        self.model = DepthAnythingForDepthEstimation(network)
+        self.normalize = Normalize(_SETTINGS, statistics)
+
+        # Where it starts
         embeddings = self.model.backbone.embeddings
-        embeddings.position_embeddings.data[0, 1:] = build_sincos2d_pos_embed(
-            [self.grid] * 2, dim=shape.hidden
-        )
-        initialise(self.model.neck, self.model.head)
-        self.model.to(
-            memory_format=torch.channels_last
-        )  # a fifth off a training step of the tiny model on CPU
+        positions = build_sincos2d_pos_embed([self.grid] * 2, dim=sizes.hidden)
+        embeddings.position_embeddings.data[0, 1:] = positions
+        initialize(self.model.neck, self.model.head)
+        # Takes a fifth off a training step of the tiny model on a CPU
+        self.model.to(memory_format=torch.channels_last)
         if weights is not None:
             checkpoints.load(self, "depth_branch", weights)
+
+        # What is trained. The last five never take part in a forward pass and get no gradient
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name.startswith(TRAINED[trained]))
-        # These five never take part in a forward pass, so they would never get a gradient.
         embeddings.mask_token.requires_grad_(False)
         self.model.neck.fusion_stage.layers[0].residual_layer1.requires_grad_(False)
 
     def forward(self, images: Tensor) -> DepthFeatures:
         """Depth and features of ``images`` float[B, 3, S, S] in [0, 1]."""
-        backbone, tapped = self.model.backbone, []
+        backbone = self.model.backbone
         tokens = backbone.embeddings(self.normalize(images))  # [B, 1 + G * G, D]
-        for number, block in enumerate(backbone.encoder.layer, start=1):
+        tapped = []
+        for index, block in enumerate(backbone.encoder.layer, start=1):
             tokens = block(tokens)
-            if number in self.out_indices:
+            if index in self.out_indices:
                 tapped.append(backbone.layernorm(tokens))
         maps = self.neck(tapped)
         return DepthFeatures(depth=self.head(maps[-1]), maps=maps)
 
     def neck(self, tapped: list[Tensor]) -> list[Tensor]:
-        """The library's neck: 4 x [B, 1 + G * G, D] -> 4 x [B, C, h, w], sides G, 2G, 4G, 8G.
+        """The library's neck, with its 1 x 1 convolutions where they cost least.
 
-        Its 1 x 1 convolutions run where they cost least: on tokens, and before maps are enlarged.
+        They run on tokens, and before maps are upsampled. Upsampling is linear and its weights add
+        up to 1, so the order of the two makes no difference.
 
-        Enlarging is linear and its weights add up to 1, so the order of the two makes no difference.
+        Args:
+            tapped: 4 x float[B, 1 + G * G, D], outputs of the tapped blocks.
+
+        Returns:
+            4 x float[B, C, h, w], coarse to fine, sides G, 2 G, 4 G and 8 G.
         """
-        neck, features = self.model.neck, []
-        for tokens, reassemble, convolution in zip(
-            tapped, neck.reassemble_stage.layers, neck.convs, strict=True
-        ):
+        neck = self.model.neck
+
+        # Tokens to maps of four sizes
+        features = []
+        stages = zip(tapped, neck.reassemble_stage.layers, neck.convs, strict=True)
+        for tokens, reassemble, convolution in stages:
             x = pointwise(reassemble.projection, tokens[:, 1:]).unflatten(1, (self.grid, self.grid))
             features.append(convolution(reassemble.resize(x.permute(0, 3, 1, 2))))
+
+        # Fusion, from coarse to fine
         maps: list[Tensor] = []
-        for number, (fusion, feature) in enumerate(
-            zip(neck.fusion_stage.layers, reversed(features), strict=True)
-        ):
+        fusions = zip(neck.fusion_stage.layers, reversed(features), strict=True)
+        for level, (fusion, feature) in enumerate(fusions):
             x = feature if not maps else maps[-1] + fusion.residual_layer1(feature)
             x = fusion.projection(fusion.residual_layer2(x))
-            maps.append(enlarge(x, 2**number * self.grid, align_corners=True))
+            maps.append(upsample_bilinear(x, 2**level * self.grid, align_corners=True))
         return maps
 
     def head(self, finest: Tensor) -> Tensor:
         """The library's head, float[B, C, 8 G, 8 G] -> inverse depth float[B, S, S]."""
         head = self.model.head
-        x = enlarge(head.conv1(finest), self.grid * PATCH, align_corners=True)
+        x = upsample_bilinear(head.conv1(finest), self.grid * PATCH, align_corners=True)
         return head.conv3(head.conv2(x).relu()).relu()[:, 0]

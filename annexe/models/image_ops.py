@@ -1,4 +1,7 @@
-"""Normalization of pixels and enlarging of maps."""
+"""Normalization of pixels, and upsampling of maps.
+
+Legend: B images, C channels, S image side, h x w pixels of a map.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,46 @@ from torch import Tensor, nn
 
 from annexe.errors import unknown_name_error
 
+# Mean and standard deviation of pixels in [0, 1], by channel
+STATISTICS = {
+    # EVA-CLIP, MiniGPT-v2
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    # Depth Anything V2
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    # The released training configuration
+    "annexe": ((0.55, 0.55, 0.53), (0.22, 0.23, 0.25)),
+}
 
-def enlarge(maps: Tensor, side: int, *, align_corners: bool) -> Tensor:
-    """Bilinear, as ``F.interpolate`` does it: float[B, C, h, w] -> float[B, C, side, side].
 
-    On a GPU it is a product like others: under bf16 autocast in bfloat16, where interpolation would go to float32.
+class Normalize(nn.Module):
+    """(images - mean) / standard deviation, channel by channel, with named statistics.
+
+    Args:
+        block: the block of settings that names the statistics, for messages.
+        statistics: a name in `STATISTICS`.
+
+    Raises:
+        UserError: for an unknown name.
+    """
+
+    def __init__(self, block: str, statistics: str) -> None:
+        super().__init__()
+        if statistics not in STATISTICS:
+            raise unknown_name_error(f"setting {block}.statistics", statistics, STATISTICS)
+        mean, std = STATISTICS[statistics]
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``images`` float[B, 3, S, S] in [0, 1] -> float[B, 3, S, S]."""
+        return (images - self.mean) / self.std
+
+
+def upsample_bilinear(maps: Tensor, side: int, *, align_corners: bool) -> Tensor:
+    """Upsample as ``F.interpolate`` does: float[B, C, h, w] -> float[B, C, side, side].
+
+    On a GPU it is a matrix product: under bf16 autocast in bfloat16, where interpolation would go
+    to float32.
     """
     if maps.is_cuda:
         return upsample_by_matmul(maps, side, align_corners)
@@ -20,46 +58,31 @@ def enlarge(maps: Tensor, side: int, *, align_corners: bool) -> Tensor:
 
 
 def upsample_by_matmul(maps: Tensor, side: int, align_corners: bool) -> Tensor:
-    """`enlarge` by a matrix for each axis, so that gradients are products too: nothing is added up atomically.
+    """`upsample_bilinear` by one matrix for each axis.
 
-    On a CPU this takes seven times as long as interpolation; docs/log.md has what it brings on a GPU.
+    Gradients are products too, so nothing is added up atomically. On a CPU this takes seven times
+    as long as interpolation; docs/benchmarks.md has what it brings on a GPU.
+
+    Args:
+        maps: float[B, C, h, w].
+
+    Returns:
+        float[B, C, side, side].
     """
-
-    def shares(length: int) -> Tensor:
-        """What every old pixel adds to each new one, float[side, length]."""
-        at = torch.arange(side, dtype=torch.float32, device=maps.device)
-        if align_corners:
-            at = at * ((length - 1) / max(side - 1, 1))
-        else:
-            at = ((at + 0.5) * (length / side) - 0.5).clamp(0, length - 1)
-        distance = (at[:, None] - torch.arange(length, device=maps.device)).abs()
-        return (1 - distance).clamp(min=0).to(maps.dtype)
-
-    x = maps.permute(0, 2, 3, 1)  # [B, h, w, C], as maps lie in memory that are channels-last
-    x = (shares(x.shape[1]) @ x.flatten(2)).unflatten(2, x.shape[2:])  # [B, side, w, C]
-    return (shares(x.shape[2]) @ x).permute(0, 3, 1, 2)
+    height, width = maps.shape[2:]
+    rows = _interpolation_weights(height, side, align_corners, maps)
+    columns = _interpolation_weights(width, side, align_corners, maps)
+    x = maps.permute(0, 2, 3, 1)  # [B, h, w, C], the memory order of channels-last maps
+    x = (rows @ x.flatten(2)).unflatten(2, x.shape[2:])  # [B, side, w, C]
+    return (columns @ x).permute(0, 3, 1, 2)
 
 
-STATISTICS = {
-    "clip": (
-        (0.48145466, 0.4578275, 0.40821073),
-        (0.26862954, 0.26130258, 0.27577711),
-    ),  # EVA-CLIP, MiniGPT-v2
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # Depth Anything V2
-    "annexe": ((0.55, 0.55, 0.53), (0.22, 0.23, 0.25)),  # the released training configuration
-}
-
-
-class Normalize(nn.Module):
-    """(images - mean) / std, a channel at a time, by named statistics."""
-
-    def __init__(self, block: str, statistics: str) -> None:
-        super().__init__()
-        if statistics not in STATISTICS:
-            raise unknown_name_error(f"setting {block}.statistics", statistics, STATISTICS)
-        for name, values in zip(("mean", "std"), STATISTICS[statistics], strict=True):
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """``images`` float[B, 3, S, S] in [0, 1]."""
-        return (images - self.mean) / self.std
+def _interpolation_weights(length: int, side: int, align_corners: bool, maps: Tensor) -> Tensor:
+    """Weight of every old pixel in every new one, float[side, length], in the type of ``maps``."""
+    position = torch.arange(side, dtype=torch.float32, device=maps.device)
+    if align_corners:
+        position = position * ((length - 1) / max(side - 1, 1))
+    else:
+        position = ((position + 0.5) * (length / side) - 0.5).clamp(0, length - 1)
+    distance = (position[:, None] - torch.arange(length, device=maps.device)).abs()
+    return (1 - distance).clamp(min=0).to(maps.dtype)

@@ -1,15 +1,17 @@
-"""Pixel decoders: presence and mask of every target slot, from a query's prompt states and the image's features.
+"""The query decoder: presence and mask of every target slot.
 
-``query`` (default): a transformer decoder after Mask2Former; masks are dot products of slots with the finest map.
-``deconv``: the released ANNEXE design, made deterministic and free of the answer.
+It reads the states of a query's prompt and the features of its image. It is a transformer decoder
+after Mask2Former (CVPR 2022): masks are dot products of slots with the finest map. The released
+design stands in ``deconv_decoder.py``.
 
-Legend: B images, Q queries, K slots, L prompt tokens, D language width, E RGB width, G patches a side, H decoder
-width, C pixel width, h x w mask logits.
+Legend: B images, Q queries, n queries of the fullest image, K slots, L prompt tokens, D language
+width, E RGB width, G patches a side, H decoder width, C pixel width, h x w mask logits.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,16 +19,21 @@ from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 
 from annexe.errors import require_multiple, require_sizes, unknown_name_error
-from annexe.models.image_ops import enlarge
+from annexe.models.image_ops import upsample_bilinear
 from annexe.models.masked_attention import masked_kernels
 from annexe.registry import register
 from annexe.structures.batch import QueryIndex
 from annexe.structures.prediction import Grounding
 
+_SETTINGS = "model.pixel_decoder"
+# A level of the depth branch's maps by the size of its side in patches, G
+_LEVEL_OF_SCALE = {2: 1, 4: 2, 8: 3}
+
 
 def pad_per_image(rows: Tensor, queries: QueryIndex, num_images: int) -> Tensor:
-    """Lay per-query rows [Q, ...] out per image, padded: [B, queries of the fullest image, ...]."""
-    if len(rows) == num_images * queries.max_queries:  # none is missing: nothing has to be copied
+    """Lay rows of queries out by image, padded with zeros: [Q, ...] -> [B, n, ...]."""
+    if len(rows) == num_images * queries.max_queries:
+        # All images have as many queries, so nothing has to be copied
         return rows.unflatten(0, (num_images, queries.max_queries))
     padded = rows.new_zeros(num_images, queries.max_queries, *rows.shape[1:])
     padded[queries.image_index, queries.index_in_image] = rows
@@ -34,95 +41,156 @@ def pad_per_image(rows: Tensor, queries: QueryIndex, num_images: int) -> Tensor:
 
 
 def unpad_per_image(per_image: Tensor, queries: QueryIndex) -> Tensor:
-    """Undo `pad_per_image`: [B, queries of the fullest image, ...] -> [Q, ...]."""
+    """Undo `pad_per_image`: [B, n, ...] -> [Q, ...]."""
     rows = per_image.flatten(0, 1)
     if len(rows) == len(queries.image_index):
         return rows
     return rows.index_select(0, queries.image_index * queries.max_queries + queries.index_in_image)
 
 
+@torch.no_grad()
+def attention_mask(masks: Tensor, queries: QueryIndex, num_images: int) -> Tensor:
+    """Which pixels every slot may attend to by its mask of the layer before.
+
+    Args:
+        masks: float[Q, K, 2 G, 2 G], logits.
+        queries: the image of every query.
+        num_images: B.
+
+    Returns:
+        bool[B, n * K, G * G]. A slot whose mask is empty attends to all pixels.
+    """
+    inside = F.max_pool2d(masks, 2).flatten(2) > 0  # [Q, K, G * G]
+    allowed = pad_per_image(inside, queries, num_images).flatten(1, 2)
+    return allowed | ~allowed.any(-1, keepdim=True)
+
+
 class Attention(nn.Module):
-    """Multi-head attention whose mask may differ from row to row without being copied for every head."""
+    """Multi-head attention whose mask may differ by row, and is not copied for every head."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
 
     def forward(
         self, x: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None = None
     ) -> Tensor:
-        """``x`` [N, n, H] reads ``values`` [N, m, H] where ``allowed`` bool[N, n or 1, m], if given -> [N, n, H]."""
-        split = (self.query(x), self.key(keys), self.value(values))
-        heads = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in split)
+        """Attend to ``values`` by ``keys``.
+
+        Args:
+            x: float[N, n, H], the tokens that attend.
+            keys: float[N, m, H].
+            values: float[N, m, H].
+            allowed: bool[N, n or 1, m], which token may attend to which; None allows all.
+
+        Returns:
+            float[N, n, H].
+        """
+        query = self._split_heads(self.query(x))
+        key = self._split_heads(self.key(keys))
+        value = self._split_heads(self.value(values))
+        mask = None if allowed is None else allowed[:, None]
         with masked_kernels(x.device):
-            read = F.scaled_dot_product_attention(
-                *heads, attn_mask=None if allowed is None else allowed[:, None]
-            )
-        return self.out(read.transpose(1, 2).flatten(2))
+            output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.out(output.transpose(1, 2).flatten(2))
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """[N, n, H] -> [N, heads, n, H / heads]."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 class DecoderLayer(nn.Module):
-    """Transformer decoder layer (pre-norm): self-attention over the slots and words of a query, cross-attention to the
-    pixels of its image, feed-forward network.
+    """One pre-norm transformer decoder layer.
+
+    Self-attention among the slots of a query, cross-attention to the pixels of its image, and a
+    feed-forward network.
     """
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
-        self.own_attention, self.pixel_attention = (
-            Attention(width, num_heads),
-            Attention(width, num_heads),
-        )
+        self.own_attention = Attention(width, num_heads)
+        self.pixel_attention = Attention(width, num_heads)
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
 
     def forward(
         self,
-        tokens: Tensor,
-        token_mask: Tensor,
+        slots: Tensor,
         keys: Tensor,
         values: Tensor,
         pixel_mask: Tensor | None,
         queries: QueryIndex,
-        num_out: int,
     ) -> Tensor:
-        """``tokens`` [Q, K + L, H], ``token_mask`` bool[Q, 1, K + L], pixels [B, G * G, H] -> the first ``num_out``.
+        """Update the slots of every query.
 
-        ``pixel_mask`` bool[B, n * num_out, G * G]: which pixels a token may attend to; all of them where it is None.
+        Args:
+            slots: float[Q, K, H].
+            keys: float[B, G * G, H], pixels with their positions.
+            values: float[B, G * G, H], pixels.
+            pixel_mask: bool[B, n * K, G * G], which pixels a slot may attend to; None allows all.
+            queries: the image of every query.
+
+        Returns:
+            float[Q, K, H].
         """
-        x = self.norms[0](tokens)
-        tokens = tokens[:, :num_out] + self.own_attention(x[:, :num_out], x, x, token_mask)
-        # All tokens of an image attend to its pixels together: keys are projected once an image, not once a query.
-        per_image = pad_per_image(self.norms[1](tokens), queries, len(keys))  # [B, n, num_out, H]
-        read = self.pixel_attention(per_image.flatten(1, 2), keys, values, pixel_mask)
-        tokens = tokens + unpad_per_image(read.view_as(per_image), queries)
-        return tokens + self.mlp(self.norms[2](tokens))
+        x = self.norms[0](slots)
+        slots = slots + self.own_attention(x, x, x)
+
+        # Slots of an image attend together: keys are projected once an image, not once a query
+        per_image = pad_per_image(self.norms[1](slots), queries, len(keys))  # [B, n, K, H]
+        attended = self.pixel_attention(per_image.flatten(1, 2), keys, values, pixel_mask)
+        slots = slots + unpad_per_image(attended.view_as(per_image), queries)
+
+        return slots + self.mlp(self.norms[2](slots))
+
+
+@dataclass
+class PixelFeatures:
+    """What slots attend to, and the maps that masks are read from."""
+
+    keys: Tensor  # float[B, G * G, H], with positions
+    values: Tensor  # float[B, G * G, H]
+    finest: Tensor  # float[B, C, h, w], for masks of the last layer
+    coarse: Tensor  # float[B, C, 2 G, 2 G], for masks of the layers before
 
 
 @register("pixel_decoder", "query")
 class QueryDecoder(nn.Module):
-    """Slots attend to each other and to the pixels; a mask is the dot product of its slot with the finest map.
+    """Slots attend to each other and to the pixels; masks are dot products with the finest map.
 
-    Masks stand at 8 G a side, if ``mask_scale`` does not say else: 256 for a 448 image, 96 for a 168 one.
+    Every layer predicts, and every layer has losses (deep supervision). Masks of all layers but
+    the last have 2 G pixels a side.
 
     Args:
-        num_slots: targets a query can have.
+        language_dim: D.
+        rgb_dim: E.
+        depth_channels: channels of the depth branch's maps.
+        grid: G.
+        num_slots: targets that a query can have.
         hidden_size: width of slots and coarse pixels.
+        num_layers: decoder layers.
+        num_heads: attention heads.
         pixel_dim: width of the finest map.
-        mask_scale: masks stand at so many G a side: 2, 4 or 8, each the size of one fused map of the depth branch.
-        words: slots start from the end of the prompt; all tokens of the prompt join them in self- and cross-attention.
-        pixels: what is attended to: ``rgb`` patches, the ``depth`` branch's maps, or ``both``.
-        focused: masked attention of Mask2Former (CVPR 2022): a slot attends inside its mask of the layer before.
-        deep_supervision: deep supervision: every layer has losses, with its masks at 2 G a side.
-        presence_from_prompt: to a slot's presence logit another is added, from the end of the prompt alone.
-        backprop_to_language_model: the losses of presence and masks reach the language model.
-        reads: ``prompt``, or ``answer``: a slot starts from the state of its ``<MSK_k>`` in the answer, the true one in
-            training and the generated one in use (LISA, CVPR 2024), and there are no words.
+        mask_scale: side of the masks in units of G: 2, 4 or 8, each the size of one fused map of
+            the depth branch. With 8 it is 256 for a 448 image and 96 for a 168 one.
+        masked_attention: a slot attends inside its mask of the layer before (Mask2Former).
+        presence_from_prompt: to a slot's presence logit another is added, which comes from the
+            last state of the prompt alone.
+        conditioning: ``prompt``: slots start from the last state of the prompt. ``answer``: a slot
+            starts from the state of its ``<MSK_k>`` in the answer, the true one in training and
+            the generated one in use (LISA, CVPR 2024).
+
+    Raises:
+        UserError: for an unknown ``conditioning`` or ``mask_scale``, or sizes that do not fit.
     """
 
-    gates = True
+    presence_gates_masks = True
 
     def __init__(
         self,
@@ -137,85 +205,68 @@ class QueryDecoder(nn.Module):
         num_heads: int = 8,
         pixel_dim: int = 64,
         mask_scale: int = 8,
-        words: bool = False,
-        pixels: str = "both",
-        focused: bool = True,
-        deep_supervision: bool = True,
+        masked_attention: bool = True,
         presence_from_prompt: bool = False,
-        backprop_to_language_model: bool = True,
-        reads: str = "prompt",
+        conditioning: str = "prompt",
     ) -> None:
         super().__init__()
-        if reads not in ("prompt", "answer"):
-            raise unknown_name_error(
-                "setting model.pixel_decoder.conditioning", reads, ("prompt", "answer")
-            )
-        if pixels not in ("rgb", "depth", "both"):
-            raise unknown_name_error(
-                "setting model.pixel_decoder.feature_source", pixels, ("rgb", "depth", "both")
-            )
-        if mask_scale not in (2, 4, 8):
-            raise unknown_name_error(
-                "setting model.pixel_decoder.mask_scale", mask_scale, ("2", "4", "8")
-            )
-        where, of = "model.pixel_decoder", math.lcm(max(num_heads, 1), 4)
-        require_sizes(
-            where,
-            num_slots=num_slots,
-            num_layers=num_layers,
-            num_heads=num_heads,
-            pixel_dim=pixel_dim,
-        )
-        require_multiple(
-            where, "hidden_size", hidden_size, of, f"{num_heads} heads and positions in a plane"
-        )
-        self.grid, self.num_slots, self.reads, self.mask_scale = grid, num_slots, reads, mask_scale
-        words = words and reads == "prompt"
-        self.focused, self.deep_supervision, self.backprop_to_language_model = (
-            focused,
-            deep_supervision,
-            backprop_to_language_model,
-        )
+
+        # Settings
+        if conditioning not in ("prompt", "answer"):
+            setting = f"setting {_SETTINGS}.conditioning"
+            raise unknown_name_error(setting, conditioning, ("prompt", "answer"))
+        if mask_scale not in _LEVEL_OF_SCALE:
+            choices = [str(scale) for scale in _LEVEL_OF_SCALE]
+            raise unknown_name_error(f"setting {_SETTINGS}.mask_scale", mask_scale, choices)
+        sizes = {"num_slots": num_slots, "num_layers": num_layers, "num_heads": num_heads}
+        require_sizes(_SETTINGS, **sizes, pixel_dim=pixel_dim)
+        multiple_of = math.lcm(max(num_heads, 1), 4)
+        reason = f"{num_heads} heads and positions in a plane"
+        require_multiple(_SETTINGS, "hidden_size", hidden_size, multiple_of, reason)
+        self.grid = grid
+        self.num_slots = num_slots
+        self.mask_scale = mask_scale
+        self.masked_attention = masked_attention
+        self.conditioning = conditioning
+
+        # Slots and coarse pixels. Names of modules are names of tensors in checkpoints, and the
+        # order in which they are made is that of random draws
         self.slot = nn.Parameter(torch.randn(num_slots, hidden_size))
         self.condition = nn.Sequential(
             nn.LayerNorm(language_dim), nn.Linear(language_dim, hidden_size)
         )
-        self.word = (
-            nn.Sequential(nn.LayerNorm(language_dim), nn.Linear(language_dim, hidden_size))
-            if words
-            else None
-        )
-        self.rgb = nn.Linear(rgb_dim, hidden_size) if pixels != "depth" else None
-        self.depth = nn.Conv2d(depth_channels, hidden_size, 1) if pixels != "rgb" else None
-        self.register_buffer(
-            "position", build_sincos2d_pos_embed([grid, grid], dim=hidden_size), persistent=False
-        )
+        self.rgb = nn.Linear(rgb_dim, hidden_size)
+        self.depth = nn.Conv2d(depth_channels, hidden_size, 1)
+        position = build_sincos2d_pos_embed([grid, grid], dim=hidden_size)
+        self.register_buffer("position", position, persistent=False)
         self.layers = nn.ModuleList(DecoderLayer(hidden_size, num_heads) for _ in range(num_layers))
+
+        # Heads: presence, and the embedding of a mask
         self.norm = nn.LayerNorm(hidden_size)
         self.presence = nn.Linear(hidden_size, 1)
-        self.presence_from_prompt = None
-        if reads == "prompt" and presence_from_prompt:
-            wide = 2 * hidden_size
-            self.presence_from_prompt = nn.Sequential(
+        # Told by the prompt alone; the name of its tensors in checkpoints
+        self.told_presence = None
+        if presence_from_prompt and conditioning == "prompt":
+            self.told_presence = nn.Sequential(
                 nn.LayerNorm(language_dim),
-                nn.Linear(language_dim, wide),
+                nn.Linear(language_dim, 2 * hidden_size),
                 nn.GELU(),
-                nn.Linear(wide, num_slots),
+                nn.Linear(2 * hidden_size, num_slots),
             )
         self.mask_embedding = nn.Sequential(
             nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, pixel_dim)
         )
-        self.pixel_rgb = nn.Conv2d(hidden_size, pixel_dim, 1) if pixels != "depth" else None
-        self.pixel_depth = (
-            nn.Conv2d(depth_channels, pixel_dim, 3, padding=1) if pixels != "rgb" else None
-        )
+
+        # The finest map
+        self.pixel_rgb = nn.Conv2d(hidden_size, pixel_dim, 1)
+        self.pixel_depth = nn.Conv2d(depth_channels, pixel_dim, 3, padding=1)
         self.pixel_norm = nn.GroupNorm(1, pixel_dim)
         self.pixel_out = nn.Conv2d(pixel_dim, pixel_dim, 3, padding=1)
 
     def forward(
         self,
-        prompt: Tensor,
-        prompt_mask: Tensor,
+        states: Tensor,
+        state_mask: Tensor,
         patches: Tensor,
         maps: list[Tensor],
         queries: QueryIndex,
@@ -223,93 +274,72 @@ class QueryDecoder(nn.Module):
         """Decode every query.
 
         Args:
-            prompt: float[Q, L, D], language-model states of the query's prompt, left aligned; the answer is not in it.
-                Where ``reads`` is ``answer``: float[Q, K, D], those of its placeholders.
-            prompt_mask: bool[Q, L], which of them are there.
+            states: float[Q, L, D], language-model states of the query's prompt, left aligned; the
+                answer is not among them. With ``conditioning`` ``answer``: float[Q, K, D], those
+                of its placeholders.
+            state_mask: bool[Q, L] or bool[Q, K], which of them are there.
             patches: float[B, G * G, E] of the RGB encoder.
-            maps: the depth branch's four fused maps, coarse to fine.
+            maps: the depth branch's four fused maps, coarse to fine, sides G, 2 G, 4 G and 8 G.
             queries: the image of every query.
 
         Returns:
-            What each layer says, if all are supervised, and last what counts.
+            What each layer predicts; the last one is the result.
         """
-        prompt = prompt if self.backprop_to_language_model else prompt.detach()
-        tokens, token_mask, prompt_presence = self._tokens(prompt, prompt_mask)
-        rgb, values = self._coarse(patches, maps[0])
-        keys = values + self.position
-        finest = self._finest(rgb, maps[self.mask_scale.bit_length() - 1])  # [B, C, h, w]
-        coarse = F.avg_pool2d(finest, self.mask_scale // 2)  # [B, C, 2 G, 2 G]
-        # Words are updated for the slots of the next layer; the last one updates slots alone.
-        num_out = [tokens.shape[1]] * (len(self.layers) - 1) + [self.num_slots]
+        slots, prompt_presence = self._condition_slots(states, state_mask)
+        pixels = self._pixel_features(patches, maps)
         groundings: list[Grounding] = []
         pixel_mask = None
-        for number, layer in enumerate(self.layers):
-            tokens = layer(tokens, token_mask, keys, values, pixel_mask, queries, num_out[number])
-            last, slots = number == len(self.layers) - 1, tokens[:, : self.num_slots]
-            if last or self.deep_supervision or self.focused:
-                groundings.append(
-                    self._predict(slots, prompt_presence, finest if last else coarse, queries)
-                )
-            if self.focused and not last:
-                pixel_mask = self._attention_mask(
-                    groundings[-1].masks, num_out[number + 1], queries, len(keys)
-                )
-        return groundings if self.deep_supervision else groundings[-1:]
+        for index, layer in enumerate(self.layers):
+            slots = layer(slots, pixels.keys, pixels.values, pixel_mask, queries)
+            is_last = index == len(self.layers) - 1
+            features = pixels.finest if is_last else pixels.coarse
+            grounding = self._predict(slots, prompt_presence, features, queries)
+            groundings.append(grounding)
+            if self.masked_attention and not is_last:
+                pixel_mask = attention_mask(grounding.masks, queries, len(patches))
+        return groundings
 
-    def _tokens(self, prompt: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
-        """Slots and then words, [Q, K + L, H]; their mask, bool[Q, 1, K + L]; presence by the prompt alone."""
-        prompt_presence = 0.0
-        if self.reads == "answer":
-            slots = self.slot + self.condition(prompt) * prompt_mask[..., None]  # [Q, K, H]
-        else:
-            end = prompt[
-                torch.arange(len(prompt), device=prompt.device), prompt_mask.sum(1) - 1
-            ]  # [Q, D]
-            slots = self.slot + self.condition(end)[:, None]
-            if self.presence_from_prompt is not None:
-                prompt_presence = self.presence_from_prompt(end)  # [Q, K]
-        token_mask = prompt_mask.new_ones(slots.shape[:2])
-        if self.word is not None:
-            slots = torch.cat([slots, self.word(prompt)], dim=1)
-            token_mask = torch.cat([token_mask, prompt_mask], dim=1)
-        return slots, token_mask[:, None], prompt_presence
+    def _condition_slots(self, states: Tensor, state_mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Slots as they enter the first layer, and what the prompt alone says about presence.
 
-    def _coarse(self, patches: Tensor, coarsest: Tensor) -> tuple[Tensor | None, Tensor]:
-        """RGB patches projected, if they take part, and all that is attended to at G x G, [B, G * G, H]."""
-        rgb = None if self.rgb is None else self.rgb(patches)
-        if self.depth is None:
-            return rgb, rgb
-        depth = self.depth(coarsest).flatten(2).transpose(1, 2)
-        return rgb, depth if rgb is None else rgb + depth
+        Returns:
+            float[Q, K, H], and logits float[Q, K] or None without ``presence_from_prompt``.
+        """
+        if self.conditioning == "answer":
+            return self.slot + self.condition(states) * state_mask[..., None], None
+        last = state_mask.sum(1) - 1  # [Q]
+        end = states[torch.arange(len(states), device=states.device), last]  # [Q, D]
+        slots = self.slot + self.condition(end)[:, None]
+        if self.told_presence is None:
+            return slots, None
+        return slots, self.told_presence(end)
 
-    def _finest(self, rgb: Tensor | None, finest: Tensor) -> Tensor:
-        x = 0 if self.pixel_depth is None else self.pixel_depth(finest)
-        if rgb is not None:
-            image = self.pixel_rgb(rgb.transpose(1, 2).unflatten(2, (self.grid, self.grid)))
-            x = x + enlarge(image, finest.shape[-1], align_corners=False)
-        return self.pixel_out(F.gelu(self.pixel_norm(x)))
+    def _pixel_features(self, patches: Tensor, maps: list[Tensor]) -> PixelFeatures:
+        """Fuse RGB patches and depth maps, at G x G for attention and at full size for masks."""
+        # What is attended to
+        rgb = self.rgb(patches)  # [B, G * G, H]
+        depth = self.depth(maps[0]).flatten(2).transpose(1, 2)
+        values = rgb + depth
+        keys = values + self.position
+
+        # What masks are read from
+        depth_map = maps[_LEVEL_OF_SCALE[self.mask_scale]]  # [B, depth_channels, h, w]
+        fused = self.pixel_depth(depth_map)  # [B, C, h, w]
+        rgb_map = self.pixel_rgb(rgb.transpose(1, 2).unflatten(2, (self.grid, self.grid)))
+        fused = fused + upsample_bilinear(rgb_map, depth_map.shape[-1], align_corners=False)
+        finest = self.pixel_out(F.gelu(self.pixel_norm(fused)))
+        coarse = F.avg_pool2d(finest, self.mask_scale // 2)
+        return PixelFeatures(keys, values, finest, coarse)
 
     def _predict(
-        self, slots: Tensor, prompt_presence: Tensor | float, pixels: Tensor, queries: QueryIndex
+        self, slots: Tensor, prompt_presence: Tensor | None, pixels: Tensor, queries: QueryIndex
     ) -> Grounding:
+        """Presence and masks of slots float[Q, K, H] on a map ``pixels`` float[B, C, h, w]."""
         slots = self.norm(slots)
         embeddings = self.mask_embedding(slots) / pixels.shape[1] ** 0.5
         per_image = pad_per_image(embeddings, queries, len(pixels))  # [B, n, K, C]
         masks = torch.einsum("bnkc,bchw->bnkhw", per_image, pixels)
-        return Grounding(
-            self.presence(slots).squeeze(-1) + prompt_presence, unpad_per_image(masks, queries)
-        )
-
-    @torch.no_grad()
-    def _attention_mask(
-        self, masks: Tensor, num_out: int, queries: QueryIndex, num_images: int
-    ) -> Tensor:
-        """Cross-attention mask, bool[B, n * num_out, G * G]: a slot attends inside its mask, a word to all pixels."""
-        inside = F.max_pool2d(masks, 2).flatten(2) > 0  # [Q, K, G * G]
-        words = inside.new_ones(len(inside), num_out - self.num_slots, inside.shape[-1])
-        allowed = pad_per_image(torch.cat([inside, words], dim=1), queries, num_images).flatten(
-            1, 2
-        )
-        return allowed | ~allowed.any(
-            -1, keepdim=True
-        )  # an empty mask says nothing, and no row may be empty
+        presence = self.presence(slots).squeeze(-1)
+        if prompt_presence is not None:
+            presence = presence + prompt_presence
+        return Grounding(presence, unpad_per_image(masks, queries))

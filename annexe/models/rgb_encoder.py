@@ -1,6 +1,7 @@
 """EVA-ViT RGB encoder (timm) and the projector from patches to language-model tokens.
 
-Legend: B images, S image side, G = S / patch patches a side, P = G * G, D encoder width, L language width.
+Legend: B images, S image side, G = S / patch patches a side, P = G * G, D encoder width, L language
+width, m patches a token.
 """
 
 from __future__ import annotations
@@ -16,17 +17,30 @@ from annexe.errors import UserError, require_multiple, require_sizes
 from annexe.models.image_ops import Normalize
 from annexe.registry import register
 
+_SETTINGS = "model.rgb_encoder"
+
 
 @register("rgb_encoder", "eva_vit")
 class EvaViT(nn.Module):
-    """Plain EVA ViT: learned absolute positions, no final norm, no head (EVA, CVPR 2023; BLIP-2's visual encoder).
+    """Plain EVA ViT (CVPR 2023), BLIP-2's visual encoder.
+
+    Its positions are learned and absolute; it has no final norm and no head.
 
     Args:
         image_size: side of the square input, in pixels.
         weights: checkpoint of the same architecture; its positions are resized to this image size.
         init: ``random`` declares that the weights are meant to be random.
-        statistics: mean and standard deviation that pixels are normalised by: clip, imagenet or annexe.
-        frozen: no gradient.
+        statistics: mean and standard deviation that pixels are normalized by: ``clip``,
+            ``imagenet`` or ``annexe``.
+        patch_size: side of a patch, in pixels.
+        embed_dim: D.
+        depth: number of blocks.
+        num_heads: attention heads.
+        mlp_dim: width of the feed-forward networks.
+        frozen: the encoder gets no gradient.
+
+    Raises:
+        UserError: for sizes that do not fit, or a checkpoint of another architecture.
     """
 
     def __init__(
@@ -44,29 +58,25 @@ class EvaViT(nn.Module):
         frozen: bool = True,
     ) -> None:
         super().__init__()
-        checkpoints.require_source("model.rgb_encoder", "weights", weights, init)
-        sizes = {
-            "image_size": image_size,
-            "patch_size": patch_size,
-            "depth": depth,
-            "mlp_dim": mlp_dim,
-        }
-        require_sizes("model.rgb_encoder", **sizes, num_heads=num_heads)
-        of = math.lcm(num_heads, 4)
-        require_multiple(
-            "model.rgb_encoder",
-            "embed_dim",
-            embed_dim,
-            of,
-            f"{num_heads} heads and positions in a plane",
-        )
+
+        # Settings
+        checkpoints.require_source(_SETTINGS, "weights", weights, init)
+        sizes = {"image_size": image_size, "patch_size": patch_size, "depth": depth}
+        require_sizes(_SETTINGS, **sizes, mlp_dim=mlp_dim, num_heads=num_heads)
+        multiple_of = math.lcm(num_heads, 4)
+        reason = f"{num_heads} heads and positions in a plane"
+        require_multiple(_SETTINGS, "embed_dim", embed_dim, multiple_of, reason)
         if image_size % patch_size:
             below = image_size // patch_size * patch_size
             raise UserError(
-                f"model.rgb_encoder.image_size {image_size} is no multiple of the patch size {patch_size}; "
-                f"take {below} or {below + patch_size}"
+                f"{_SETTINGS}.image_size {image_size} is no multiple of the patch size "
+                f"{patch_size}; take {below} or {below + patch_size}"
             )
-        self.image_size, self.grid, self.embed_dim = image_size, image_size // patch_size, embed_dim
+        self.image_size = image_size
+        self.grid = image_size // patch_size
+        self.embed_dim = embed_dim
+
+        # The network. ``norm`` is MiniGPT-4's ln_vision, outside the ViT
         self.vit = Eva(
             img_size=image_size,
             patch_size=patch_size,
@@ -79,34 +89,38 @@ class EvaViT(nn.Module):
             use_post_transformer_norm=False,
             use_fc_norm=False,
         )
-        self.norm = nn.LayerNorm(embed_dim)  # MiniGPT-4's ln_vision, outside the ViT
-        self.normalize = Normalize("model.rgb_encoder", statistics)
-        # The library's random table (std 0.02) is invisible beside patch embeddings: left and right would start equal.
+        self.norm = nn.LayerNorm(embed_dim)
+        self.normalize = Normalize(_SETTINGS, statistics)
+
+        # The library's random positions (std 0.02) are invisible beside patch embeddings: left and
+        # right would start equal
         positions = build_sincos2d_pos_embed([self.grid, self.grid], dim=embed_dim)
         self.vit.pos_embed.data[0, 1:] = positions
+
+        # Weights. No file has ln_vision: without one it stays 1 and 0
         if weights is not None:
-            required = [
-                f"vit.{name}" for name in self.vit.state_dict()
-            ]  # ln_vision is in no file: it stays 1 and 0
+            required = [f"vit.{name}" for name in self.vit.state_dict()]
             checkpoints.load(self, "rgb_encoder", weights, required)
         if frozen:
             self.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Encode ``images`` float[B, 3, S, S] in [0, 1] to patches float[B, P, D], row by row, CLS dropped."""
+        """Encode ``images`` float[B, 3, S, S] in [0, 1] to patches float[B, P, D], row by row."""
         tokens = self.vit(self.normalize(images))  # [B, 1 + P, D]
-        return self.norm(tokens)[:, 1:]
+        return self.norm(tokens)[:, 1:]  # without CLS
 
 
 class Projector(nn.Module):
-    """Concatenate ``merge`` consecutive patches and project them to one language-model token (MiniGPT-v2)."""
+    """Project consecutive patches, concatenated, to one language-model token (MiniGPT-v2)."""
 
-    def __init__(self, embed_dim: int, language_dim: int, merge: int) -> None:
+    def __init__(self, embed_dim: int, language_dim: int, patches_per_token: int) -> None:
         super().__init__()
-        self.merge = merge
-        self.linear = nn.Linear(embed_dim * merge, language_dim)
+        self.patches_per_token = patches_per_token
+        self.linear = nn.Linear(embed_dim * patches_per_token, language_dim)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """float[B, P, D] -> float[B, P / merge, L]."""
-        batch, num_patches, width = patches.shape
-        return self.linear(patches.reshape(batch, num_patches // self.merge, width * self.merge))
+        """float[B, P, D] -> float[B, P / m, L]."""
+        num_images, num_patches, width = patches.shape
+        num_tokens = num_patches // self.patches_per_token
+        tokens = patches.reshape(num_images, num_tokens, width * self.patches_per_token)
+        return self.linear(tokens)
