@@ -1,4 +1,9 @@
-"""What the model sees of a batch, and the truth that losses compare with."""
+"""What the model sees of a batch, and the truth that losses compare with.
+
+Legend: B images, S image side, P patches, E width of the RGB encoder, N packed tokens, R branches
+(B analyses and Q queries), T label tokens, M tokens without padding, K slots, U targets, O objects
+with a phrase, W words of one.
+"""
 
 from __future__ import annotations
 
@@ -11,54 +16,58 @@ from torch import Tensor
 
 from annexe.structures.sample import Sample
 
-BLOCK = 128  # tokens that attention by blocks looks at together
-ANALYSIS = 1  # segment of the analysis branch; queries follow from 2 on
+# Tokens of one block of FlexAttention's masks
+BLOCK = 128
+# Segment id of the analysis branch; those of the queries follow it
+ANALYSIS = 1
 
 
 def each_tensor(record: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """A copy of a dataclass with every tensor changed, those of the dataclasses in it included."""
-    changed = {f.name: getattr(record, f.name) for f in fields(record)}
-    for name, value in changed.items():
+    changed = {}
+    for field in fields(record):
+        value = getattr(record, field.name)
         if isinstance(value, Tensor):
-            changed[name] = change(value)
+            value = change(value)
         elif is_dataclass(value):
-            changed[name] = each_tensor(value, change)
+            value = each_tensor(value, change)
+        changed[field.name] = value
     return replace(record, **changed)
 
 
 @dataclass
 class PackedText:
-    """Token ids and structure of the packed sequences, right padded."""
+    """Token ids and structure of the packed sequences, padded on the right."""
 
     input_ids: Tensor  # int64[B, N]; image tokens are 0 here
     segment_ids: Tensor  # int64[B, N]; 0 = prefix, k = branch k, -1 = padding
-    position_ids: Tensor  # int64[B, N]; every branch goes on where the prefix ends
-    image_start: int
-    prefix_length: int
+    position_ids: Tensor  # int64[B, N]; every branch continues where the prefix ends
+    image_start: int  # column of the first image token
+    prefix_length: int  # tokens before the branches, those of the image included
     branch_image_index: Tensor  # int64[R]
     branch_start: Tensor  # int64[R], column of the branch's first prompt token
-    branch_length: Tensor  # int64[R], prompt tokens, the response not counted
-    max_branch_length: int
+    branch_length: Tensor  # int64[R], prompt tokens, without the response
+    max_branch_length: int  # of all branches, rounded up if batches have few shapes
     query_branches: Tensor  # int64[Q], which branches are queries
     label_positions: Tensor  # int64[T], flat positions in [B * N] that predict a response token
     labels: Tensor  # int64[T], that token; -100 = none, where a batch was rounded up
     is_analysis: Tensor  # bool[T]
-    # int64[M], flat positions in [B * N] of what is no padding; B * N = spare
+    # int64[M], flat positions in [B * N] of the tokens without padding; B * N = spare
     unpadded_indices: Tensor | None = None
 
 
 @dataclass
 class QueryIndex:
-    """Where the queries of a batch belong."""
+    """To which image each query of a batch belongs."""
 
     image_index: Tensor  # int64[Q], in ascending order
     index_in_image: Tensor  # int64[Q], which one it is among those of its image
-    max_queries: int  # of the image that has most
+    max_queries: int  # queries of the image that has most
 
 
 @dataclass
 class Batch:
-    """What the model sees, and the truth the losses compare with."""
+    """What the model sees, and the truth that losses compare with."""
 
     images: Tensor  # uint8[B, 3, S, S]; the model scales to [0, 1] on the device
     depth: Tensor  # float32[B, S, S], distance, 0 = invalid
@@ -66,19 +75,20 @@ class Batch:
     text: PackedText
     queries: QueryIndex
     query_mask: Tensor  # bool[Q], False = padding, where a batch was rounded up
-    slot_ids: Tensor  # uint8[Q, num_slots], 0 = slot unused
+    slot_ids: Tensor  # uint8[Q, K], mask id of every slot, 0 = unused
     # int64[2, U], query and slot of every target; -1 = none, where a batch was rounded up
     used_slots: Tensor
     object_ids: Tensor  # uint8[B, O], mask ids that have a phrase, 0 = none
     object_words: Tensor  # int64[B, O, W], token ids of that phrase, -1 = none
-    samples: list[Sample]  # what it was made of, where that is asked for
-    patches: Tensor | None = None  # bfloat16[B, P, E], where they were stored
+    samples: list[Sample]  # what it was made of, or empty
+    patches: Tensor | None = None  # bfloat16[B, P, E], if they are stored
 
     def to(self, device: torch.device) -> Batch:
+        """The batch on ``device``; the host does not wait for copies from page-locked memory."""
         return each_tensor(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """In page-locked memory, from where a GPU copies while the host goes on.
+        """The batch in page-locked memory, from which a GPU copies on its own.
 
         The loader calls this.
         """

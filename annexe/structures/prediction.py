@@ -1,4 +1,8 @@
-"""What the model says: in training, about a query, before and after post-processing."""
+"""What the model predicts: in training, and about a query before and after post-processing.
+
+Legend: B images, S image side, G patches a side, P image tokens, Q queries, K slots, h x w mask
+logits, T label tokens, V words.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +15,31 @@ from torch import Tensor
 from annexe.rle import Rle, decode
 
 
+class Grounding(NamedTuple):
+    """Presence and masks that a pixel decoder predicts for every query."""
+
+    presence: Tensor  # float[Q, K], logits
+    masks: Tensor  # float[Q, K, h, w], logits
+
+
 @dataclass
 class Predictions:
-    """What one forward pass says about a batch."""
+    """What one forward pass predicts for a batch."""
 
-    token_logits: Tensor  # [T, V + K]
-    depth: Tensor  # [B, S, S], inverse depth up to scale and shift
-    groundings: list[Grounding]  # presence [Q, K] and masks [Q, K, h, w] in logits; the last counts
-    # [B, rows, columns, V + K], words that each image token stands for
+    token_logits: Tensor  # float[T, V + K]
+    depth: Tensor  # float[B, S, S], inverse depth up to scale and shift
+    groundings: list[Grounding]  # one a decoder layer; the last one is the result
+    # float[B, G, P / G, V + K], words that each image token stands for
     image_token_logits: Tensor | None
 
     @property
     def presence_logits(self) -> Tensor:
-        """[Q, K]"""
+        """float[Q, K]"""
         return self.groundings[-1].presence
 
     @property
     def mask_logits(self) -> Tensor:
-        """[Q, K, h, w]"""
+        """float[Q, K, h, w]"""
         return self.groundings[-1].masks
 
 
@@ -38,7 +49,7 @@ class Target:
 
     slot: int
     phrase: str
-    score: float
+    score: float  # presence, in [0, 1]
     rle: Rle  # mask at the size of the original image, as COCO encodes it
 
     @property
@@ -49,7 +60,7 @@ class Target:
 
 @dataclass
 class Response:
-    """All that is said about one query; ``analysis`` and ``depth`` belong to its image."""
+    """What the model says about one query; ``analysis`` and ``depth`` belong to its image."""
 
     analysis: str
     answer: str
@@ -60,10 +71,7 @@ class Response:
 
 @dataclass
 class RawResponse:
-    """A `Response` before post-processing: all that the device has to do for it is done.
-
-    Its masks may still have to be brought to the size of the image.
-    """
+    """A `Response` before post-processing, for which no device is needed."""
 
     analysis: str
     answer: str
@@ -73,10 +81,3 @@ class RawResponse:
     masks: Tensor | list[Rle]
     size: tuple[int, int]  # height, width of the original image
     depth: np.ndarray  # float32[S, S], inverse depth up to scale and shift
-
-
-class Grounding(NamedTuple):
-    """What a decoder predicts for every query."""
-
-    presence: Tensor  # float[Q, K], logits
-    masks: Tensor  # float[Q, K, h, w], logits

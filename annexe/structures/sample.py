@@ -1,4 +1,6 @@
-"""What a data set gives of one image; without torch, so that tools which score and check start at once.
+"""What a data set gives of one image.
+
+Without torch, so that tools which score and check start at once.
 
 Legend: S image side, P patches, E width of the RGB encoder.
 """
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 class Turn:
     """One annotation of an image with the question drawn for it."""
 
-    annotation: int
+    annotation: int  # index among those of the image
     query_id: int | str
     query: str
     answer: str
@@ -33,16 +35,15 @@ class Sample:
 
     stem: str
     image: np.ndarray  # uint8[S, S, 3]
-    depth: np.ndarray  # float32[S, S], distance, 0 = invalid
+    depth: np.ndarray  # float32[S, S], distance in the unit of its file, 0 = invalid
     target_ids: np.ndarray  # uint8[S, S]
     analysis: str
     turns: list[Turn]
     original_size: tuple[int, int]  # height, width
-    object_phrases: dict[int, str] = field(
-        default_factory=dict
-    )  # mask id -> phrase, over all annotations
+    # Mask id -> phrase, over all annotations of the image
+    object_phrases: dict[int, str] = field(default_factory=dict)
     instruction: str = prompts.ANALYSIS_INSTRUCTIONS[0]
-    answer_format: str | None = (
-        None  # sentence or phrases, where the model's answers are to have that form
-    )
-    patches: Tensor | None = None  # bfloat16[P, E] of a frozen RGB encoder, where they were stored
+    # The form of the model's answers: sentence or phrases; None = free
+    answer_format: str | None = None
+    # bfloat16[P, E] of a frozen RGB encoder, if they are stored
+    patches: Tensor | None = None
