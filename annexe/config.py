@@ -29,7 +29,7 @@ class LossWeights:
     mask: float = 3.0
     dice: float = 3.0
     focal: float = 0.0
-    points: float = 0.0
+    hard_pixel: float = 0.0
     image_token_labels: float = 0.0
 
 

@@ -1,8 +1,8 @@
-"""A forward and backward pass as one CUDA graph: the host starts it whole instead of kernel by kernel.
+"""A forward and backward pass as one CUDA graph, which the host starts with a single call.
 
-A step of a small model, and of a large one on few images, waits for the host to launch some thousands of kernels. A
-graph of them is captured once for every shape of batch and replayed from then on. Batches are rounded up to few
-shapes by the collator (``Collator(..., multiple=...)``).
+A step of a small model, and of a large one on few images, waits for the host to launch some
+thousands of kernels. A graph of them is captured once for every shape of batch and replayed from
+then on. The collator rounds batches up to few shapes (``Collator(..., pad_to_multiple_of=...)``).
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from annexe.structures.batch import Batch
 
 log = logging.getLogger(__name__)
 
-# Numbers of a batch are rounded up to multiples of this; prompt lengths to a quarter of it, others to four times it.
-MULTIPLE = 64
-_MOST_SHAPES = 32
+# What the collator rounds the length of rows up to; prompt lengths are rounded up to a quarter of
+# it, numbers of targets to four times it
+PAD_TO_MULTIPLE_OF = 64
+_MAX_GRAPHS = 32
 
 
 @dataclass
-class Captured:
+class CapturedPass:
     """One graph with the tensors that it reads and writes."""
 
     graph: torch.cuda.CUDAGraph
@@ -34,59 +35,62 @@ class Captured:
 
 
 class GraphedPass:
-    """Runs ``work(batch, factor)``, which adds to the parameters' gradients, as a graph from a shape's second time on.
+    """Runs a forward and backward pass as a graph, from the second time on that a shape occurs.
 
-    Gradients have to be tensors that stay: they are made here, and may be zeroed but not dropped.
+    Gradients have to stay where they are: they are made here, and may be zeroed but not dropped.
 
     Args:
-        work: takes a batch and a tensor on the device, gives a tensor there.
+        forward_backward: takes a batch and a tensor on the device, adds to the gradients of the
+            parameters, and returns a tensor on the device.
         parameters: all that get a gradient.
         device: the GPU.
     """
 
     def __init__(
         self,
-        work: Callable[[Batch, Tensor], Tensor],
+        forward_backward: Callable[[Batch, Tensor], Tensor],
         parameters: list[torch.nn.Parameter],
         device: torch.device,
     ) -> None:
-        self.work, self.device = work, device
-        self.met: set[tuple] = set()
-        self.captured: dict[tuple, Captured] = {}
+        self.forward_backward = forward_backward
+        self.device = device
+        self.seen_shapes: set[tuple] = set()
+        self.captured: dict[tuple, CapturedPass] = {}
         self.pool = torch.cuda.graph_pool_handle()
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
 
     def __call__(self, batch: Batch, factor: Tensor) -> Tensor:
-        """``work``'s output; ``batch`` may lie on the CPU."""
-        key = _shape(batch)
-        if key not in self.captured:
-            if key not in self.met or len(self.captured) == _MOST_SHAPES:
-                self.met.add(key)
-                return self.work(batch.to(self.device), factor)
-            self.captured[key] = self._capture(batch, factor)
-            if len(self.captured) == _MOST_SHAPES:
-                log.info(
-                    "%d graphs are captured; batches of other shapes run kernel by kernel",
-                    _MOST_SHAPES,
-                )
-        captured = self.captured[key]
-        for static, fresh in zip(captured.inputs, [*_tensors(batch), factor], strict=True):
-            static.copy_(fresh, non_blocking=True)
+        """The output of ``forward_backward``; ``batch`` may be on the CPU."""
+        shape = _shape(batch)
+        if shape not in self.captured:
+            # The first time, and where there are too many shapes: without a graph
+            if shape not in self.seen_shapes or len(self.captured) == _MAX_GRAPHS:
+                self.seen_shapes.add(shape)
+                return self.forward_backward(batch.to(self.device), factor)
+
+            # The second time: captured
+            self.captured[shape] = self._capture(batch, factor)
+            if len(self.captured) == _MAX_GRAPHS:
+                log.info("%d graphs are captured; batches of other shapes run eagerly", _MAX_GRAPHS)
+
+        # From then on: replayed
+        captured = self.captured[shape]
+        for static, value in zip(captured.inputs, [*_tensors(batch), factor], strict=True):
+            static.copy_(value, non_blocking=True)
         captured.graph.replay()
         return captured.output.clone()
 
-    def _capture(self, batch: Batch, factor: Tensor) -> Captured:
-        static, static_factor = batch.to(self.device), factor.clone()
+    def _capture(self, batch: Batch, factor: Tensor) -> CapturedPass:
+        static_batch = batch.to(self.device)
+        static_factor = factor.clone()
         graph = torch.cuda.CUDAGraph()
-        # "thread_local": the loader's thread may allocate page-locked memory meanwhile.
+        # "thread_local": the loader's thread may allocate page-locked memory meanwhile
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            output = self.work(static, static_factor)
-        log.info(
-            "captured the pass over a batch of %d tokens a row as a CUDA graph",
-            static.text.segment_ids.shape[1],
-        )
-        return Captured(graph, [*_tensors(static), static_factor], output)
+            output = self.forward_backward(static_batch, static_factor)
+        length = static_batch.text.segment_ids.shape[1]
+        log.info("captured the pass over a batch of %d tokens a row as a CUDA graph", length)
+        return CapturedPass(graph, [*_tensors(static_batch), static_factor], output)
 
 
 def _tensors(record: Any) -> Iterator[Tensor]:
@@ -100,7 +104,7 @@ def _tensors(record: Any) -> Iterator[Tensor]:
 
 
 def _shape(record: Any) -> tuple:
-    """All that a graph of a batch depends on: the shapes of its tensors and its plain numbers."""
+    """What a graph of a batch depends on: shapes of its tensors, and its plain integers."""
     parts: list[Any] = []
     for field in fields(record):
         value = getattr(record, field.name)

@@ -1,9 +1,14 @@
-"""The optimizer of the trainable parameters, and the warm-up + cosine schedule of its learning rate."""
+"""The optimizer of the trainable parameters, and the schedule of its learning rate.
+
+Legend: n matrices of one shape, R rows, C columns.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,118 +16,198 @@ from torch import Tensor, nn
 from annexe.config import RunConfig
 from annexe.errors import UserError
 
-_MOMENTUM = 0.95
-_MATCH_RMS_ADAMW = 0.2  # root mean square of AdamW's steps, by the report that scales Muon with it
+# Root mean square of AdamW's steps, to which Muon's are scaled ("Muon is Scalable for LLM
+# Training", 2025)
+MATCH_RMS_ADAMW = 0.2
+_MUON_MOMENTUM = 0.95
+_NEWTON_SCHULZ_STEPS = 5
 
 
-def orthogonal(matrices: Tensor) -> Tensor:
-    """About the nearest matrices with singular values of one: float[..., R, C], by five Newton-Schulz steps.
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for parameter groups of ``kind`` ``muon``, fused AdamW for those of ``kind`` ``adamw``.
 
-    The steps' polynomial is that of Muon (Jordan et al., 2024): all but tiny singular values end at about 0.7 to 1.2.
+    Muon (Jordan et al., 2024) moves weights along their orthogonalized momentum. Here its steps are
+    as large as AdamW's, so that both share a learning rate. Unlike `torch.optim.Muon` it takes
+    convolutions too, and weights of one shape together.
+
+    Args:
+        groups: parameter groups, each with its ``kind``.
+        lr: learning rate.
+        betas: of AdamW.
+        weight_decay: of groups that do not set their own.
     """
-    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
-    is_tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if is_tall else x
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(5):
-        square = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return (x.mT if is_tall else x).to(matrices.dtype)
 
-
-class Muon(torch.optim.AdamW):
-    """AdamW, but weights of a group with ``orthogonal`` set move along their orthogonalised momentum.
-
-    Muon (Jordan et al., 2024) in steps as large as AdamW's, so that both share a learning rate ("Muon is Scalable for
-    LLM Training", 2025). Unlike `torch.optim.Muon` it takes convolutions too, and weights of one shape together.
-    """
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.01,
+    ) -> None:
+        groups = list(groups)
+        adamw_groups = [group for group in groups if group["kind"] == "adamw"]
+        self._adamw = torch.optim.AdamW(
+            adamw_groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=True
+        )
+        super().__init__(groups, self._adamw.defaults)
+        self._share_with_adamw()
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        groups = self.param_groups
-        self.param_groups = _of_adamw(groups)
-        super().step()
-        self.param_groups = groups
-        for group in groups:
-            if group.get("orthogonal"):
-                self._move(group)
+        """Move every parameter that has a gradient."""
+        self._adamw.step()
+        for group in self.param_groups:
+            if group["kind"] == "muon":
+                self._step_muon(group)
 
-    def __setstate__(self, state: dict) -> None:
-        """What `load_state_dict` ends with; AdamW looks for its own state in every group."""
-        super().__setstate__(state | {"param_groups": _of_adamw(state["param_groups"])})
-        self.param_groups = state["param_groups"]
+    def state_dict(self) -> dict[str, Any]:
+        """As of any optimizer; in it, groups of Muon are marked ``orthogonal`` and have no kind."""
+        state = super().state_dict()
+        state["param_groups"] = [_to_saved(group) for group in state["param_groups"]]
+        return state
 
-    def _move(self, group: dict) -> None:
-        same_shape = defaultdict(list)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gives."""
+        groups = [_from_saved(group) for group in state_dict["param_groups"]]
+        super().load_state_dict({**state_dict, "param_groups": groups})
+        self._share_with_adamw()
+
+    def _share_with_adamw(self) -> None:
+        """Let AdamW step on the groups and states of this optimizer, without copies."""
+        groups = [group for group in self.param_groups if group["kind"] == "adamw"]
+        self._adamw.__setstate__({"state": self.state, "param_groups": groups})
+
+    def _step_muon(self, group: dict[str, Any]) -> None:
+        """Move the parameters of a group along their orthogonalized momentum."""
+        same_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
         for parameter in group["params"]:
             if parameter.grad is not None:
                 same_shape[parameter.shape].append(parameter)
                 if not self.state[parameter]:
                     self.state[parameter]["momentum"] = torch.zeros_like(parameter)
-        for shape, own in same_shape.items():
-            gradients, momenta = [p.grad for p in own], [self.state[p]["momentum"] for p in own]
-            torch._foreach_lerp_(momenta, gradients, 1 - _MOMENTUM)
-            ahead = torch._foreach_lerp(gradients, momenta, _MOMENTUM)  # Nesterov's
-            matrices = torch.stack(ahead).flatten(
-                2
-            )  # a convolution's weights [out, in, 3, 3] are [out, 9 in]
-            steps = orthogonal(matrices) * (_MATCH_RMS_ADAMW * max(matrices.shape[1:]) ** 0.5)
-            torch._foreach_mul_(own, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(own, steps.view(-1, *shape).unbind(), alpha=-group["lr"])
+
+        for shape, parameters in same_shape.items():
+            # Nesterov momentum
+            gradients = [parameter.grad for parameter in parameters]
+            momenta = [self.state[parameter]["momentum"] for parameter in parameters]
+            torch._foreach_lerp_(momenta, gradients, 1 - _MUON_MOMENTUM)
+            ahead = torch._foreach_lerp(gradients, momenta, _MUON_MOMENTUM)
+
+            # Steps of AdamW's size. A convolution's weights [out, in, h, w] are [out, in * h * w]
+            matrices = torch.stack(ahead).flatten(2)  # [n, R, C]
+            size = MATCH_RMS_ADAMW * max(matrices.shape[1:]) ** 0.5
+            steps = newton_schulz(matrices) * size
+
+            # Decay, then move
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            steps = steps.view(-1, *shape).unbind()
+            torch._foreach_add_(parameters, steps, alpha=-group["lr"])
 
 
-def _of_adamw(groups: list[dict]) -> list[dict]:
-    return [group for group in groups if not group.get("orthogonal")]
+def _to_saved(group: dict[str, Any]) -> dict[str, Any]:
+    """A group as checkpoints have it; the order of its keys stays, so that files stay the same."""
+    saved = {}
+    for key, value in group.items():
+        if key != "kind":
+            saved[key] = value
+        elif value == "muon":
+            saved["orthogonal"] = True
+    return saved
 
 
-def build_optimizer(model: nn.Module, run: RunConfig) -> torch.optim.AdamW:
-    """``run.optimizer`` over the trainable parameters; matrices decay, biases, norms and position tables do not.
+def _from_saved(group: dict[str, Any]) -> dict[str, Any]:
+    """Undo `_to_saved`."""
+    loaded = {}
+    for key, value in group.items():
+        if key == "orthogonal":
+            loaded["kind"] = "muon"
+        else:
+            loaded[key] = value
+    loaded.setdefault("kind", "adamw")
+    return loaded
 
-    ``muon`` orthogonalises the steps of linear layers and convolutions, but for the one that says words; AdamW does it,
-    embeddings, and all that is no matrix.
+
+def newton_schulz(matrices: Tensor) -> Tensor:
+    """About the nearest matrices with singular values of one, by five Newton-Schulz steps.
+
+    The polynomial is that of Muon (Jordan et al., 2024): all but tiny singular values end at about
+    0.7 to 1.2. On a GPU the steps run in bfloat16.
+
+    Args:
+        matrices: float[..., R, C].
+
+    Returns:
+        float[..., R, C], of the same type.
     """
-    of_layers = {
-        module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)
-        and not name.endswith("lm_head")
-    }
+    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
+    is_tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if is_tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(_NEWTON_SCHULZ_STEPS):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return (x.mT if is_tall else x).to(matrices.dtype)
+
+
+def build_optimizer(model: nn.Module, run: RunConfig) -> torch.optim.Optimizer:
+    """``run.optimizer`` over the trainable parameters.
+
+    Matrices decay; biases, norms and position tables do not. ``muon`` moves the weights of linear
+    layers and convolutions by Muon, but for the language model's head; that, embeddings and all
+    that is no matrix are moved by AdamW.
+
+    Raises:
+        UserError: for trainable weights in bfloat16.
+    """
     if any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters()):
         raise UserError(
-            "model.language_model.dtype bfloat16 cannot be trained whole, for most steps would be rounded away; set "
-            "float32, which run.mixed_precision=bf16 makes as fast, or lora.rank above 0"
+            "model.language_model.dtype bfloat16 cannot be trained whole, for most steps would be "
+            "rounded away; set float32, which run.mixed_precision=bf16 makes as fast, or lora.rank "
+            "above 0"
         )
-    moved, decayed, plain = [], [], []
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            is_plain = p.ndim < 2 or "pos" in name.rsplit(".", 1)[-1]
-            (
-                plain
-                if is_plain
-                else moved
-                if run.optimizer == "muon" and p in of_layers
-                else decayed
-            ).append(p)
-    groups = [
-        {"params": decayed, "weight_decay": run.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    settings = {"lr": run.learning_rate, "betas": tuple(run.betas), "fused": True}
+
+    # Weights that Muon takes
+    muon_weights = set()
+    if run.optimizer == "muon":
+        for name, module in model.named_modules():
+            is_layer = isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)
+            if is_layer and not name.endswith("lm_head"):
+                muon_weights.add(module.weight)
+
+    # Groups
+    decayed, undecayed, orthogonalized = [], [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim < 2 or "pos" in name.rpartition(".")[2]:
+            undecayed.append(parameter)
+        elif parameter in muon_weights:
+            orthogonalized.append(parameter)
+        else:
+            decayed.append(parameter)
+    decayed_group = {"params": decayed, "weight_decay": run.weight_decay}
+    undecayed_group = {"params": undecayed, "weight_decay": 0.0}
+    muon_group = {"params": orthogonalized, "weight_decay": run.weight_decay}
+
+    # Optimizer
+    betas = tuple(run.betas)
     if run.optimizer == "adamw":
-        return torch.optim.AdamW(groups, **settings)
-    return Muon(
-        [*groups, {"params": moved, "weight_decay": run.weight_decay, "orthogonal": True}],
-        **settings,
-    )
+        groups = [decayed_group, undecayed_group]
+        return torch.optim.AdamW(groups, lr=run.learning_rate, betas=betas, fused=True)
+    groups = [
+        {**decayed_group, "kind": "adamw"},
+        {**undecayed_group, "kind": "adamw"},
+        {**muon_group, "kind": "muon"},
+    ]
+    return MuonAdamW(groups, lr=run.learning_rate, betas=betas)
 
 
 def learning_rate(step: int, run: RunConfig) -> float:
-    """Learning rate of optimizer step ``step`` (from 0): linear warm-up, then a cosine to the minimum."""
+    """Learning rate of a step, from 0 on: linear warm-up, then a cosine to the minimum."""
     if step < run.warmup_steps:
-        return (
-            run.warmup_learning_rate
-            + (run.learning_rate - run.warmup_learning_rate) * step / run.warmup_steps
-        )
+        climb = run.learning_rate - run.warmup_learning_rate
+        return run.warmup_learning_rate + climb * step / run.warmup_steps
     progress = (step - run.warmup_steps) / max(1, run.max_steps - run.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return run.min_learning_rate + (run.learning_rate - run.min_learning_rate) * cosine
