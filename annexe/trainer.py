@@ -42,7 +42,7 @@ from annexe.models.compile import compile_blocks
 from annexe.models.language_model.tokenizer import TextTokenizer, train_tokenizer
 from annexe.structures.batch import Batch
 from annexe.training import losses
-from annexe.training.cuda_graphs import MULTIPLE, GraphedPass
+from annexe.training.cuda_graphs import PAD_TO_MULTIPLE_OF, GraphedPass
 from annexe.training.feature_cache import stored_patches
 from annexe.training.optimizer import build_optimizer, learning_rate
 from annexe.training.run_log import LossWindow, RunLogger
@@ -374,7 +374,7 @@ class Trainer:
             self.tokenizer,
             self.model.num_image_tokens,
             self.model.pixel_decoder.num_slots,
-            pad_to_multiple_of=MULTIPLE if self.graphed else 1,
+            pad_to_multiple_of=PAD_TO_MULTIPLE_OF if self.graphed else 1,
             unpad=self.model.language_model.uses_flex_attention,
             keep_samples=False,
         )

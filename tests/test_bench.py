@@ -40,7 +40,7 @@ from annexe.models import annexe as whole
 from annexe.models.annexe import Annexe
 from annexe.models.language_model.attention import packed_attention_mask
 from annexe.synthetic.generate import generate
-from annexe.training.cuda_graphs import MULTIPLE
+from annexe.training.cuda_graphs import PAD_TO_MULTIPLE_OF
 from tests.conftest import ROOT, SMALLEST, TINY
 
 FULL = ROOT / "train_configs" / "annexe.yaml"
@@ -173,7 +173,7 @@ def test_full_size_takes_14_tflop_a_sample(
 def test_rounded_up_tokens_take_nothing() -> None:
     model = on_meta(load_config(TINY, list(SMALLEST)))
     works = []
-    for pad_to_multiple_of in (1, MULTIPLE):
+    for pad_to_multiple_of in (1, PAD_TO_MULTIPLE_OF):
         batch = random_batch(
             nominal_branches(2, 3),
             112,

@@ -1,4 +1,4 @@
-"""Decoding: the shared prefix, rows that are dropped, shapes that are rounded, room that is used again."""
+"""Decoding: the shared prefix, rows that are dropped, rounded shapes, caches that are used again."""
 
 from __future__ import annotations
 
@@ -22,105 +22,119 @@ from annexe.models.language_model.attention import (
     packed_block_mask,
 )
 from annexe.models.language_model.constraints import DecodingConstraints
-from annexe.models.language_model.generation import Decoding, GreedyDecoder
-from annexe.models.language_model.kv_cache import DecodeIndex, Memory
+from annexe.models.language_model.generation import DecodeStep, GreedyDecoder
+from annexe.models.language_model.kv_cache import DecodeIndex, SharedPrefixCache
 from annexe.structures.batch import PackedText
 from tests.test_packed_sequence import LORA, VARIED
 
 
-def test_reading_a_shared_prefix_equals_attention_over_all_keys():
+def test_attention_to_a_shared_prefix_equals_attention_over_all_keys():
     torch.manual_seed(0)
-    heads, key_heads, width, prefix, columns = 6, 2, 8, 5, 4
-    image, place = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 1, 2, 0, 1])
-    rows = len(image)
-    memory = Memory(
-        *torch.randn(2, 2, key_heads, prefix, width),
-        *torch.randn(2, rows, key_heads, columns, width),
+    num_heads, num_key_heads, head_dim = 6, 2, 8
+    prefix_length, num_columns = 5, 4
+    image_index = torch.tensor([0, 0, 0, 1, 1])
+    index_in_image = torch.tensor([0, 1, 2, 0, 1])
+    row_index = torch.tensor([[0, 1, 2, -1], [3, 4, -1, -1]])
+    num_rows = len(image_index)
+    cache = SharedPrefixCache(
+        *torch.randn(2, 2, num_key_heads, prefix_length, head_dim),
+        *torch.randn(2, num_rows, num_key_heads, num_columns, head_dim),
     )
-    seen = torch.tensor(
+    key_mask = torch.tensor(
         [[1, 1, 1, 0], [1, 0, 1, 0], [0, 0, 1, 0], [1, 1, 1, 0], [0, 1, 1, 0]]
     ).bool()
-    row = torch.tensor([[0, 1, 2, -1], [3, 4, -1, -1]])
-    places = DecodeIndex(image, place, row, seen, torch.tensor([2]))
-    query = torch.randn(rows, heads, 1, width)
-    key, value = torch.randn(2, rows, key_heads, 1, width)
-    found = decode_attention(query, key, value, memory, places, 0.3)
-    assert torch.equal(memory.own_keys[:, :, 2], key[:, :, 0]) and torch.equal(
-        memory.own_values[:, :, 2], value[:, :, 0]
-    )
-    keys = torch.cat([memory.prefix_keys[image], memory.own_keys], 2)
-    values = torch.cat([memory.prefix_values[image], memory.own_values], 2)
-    mask = torch.cat([torch.ones(rows, prefix, dtype=torch.bool), seen], 1)[:, None, None]
+    index = DecodeIndex(image_index, index_in_image, row_index, key_mask, torch.tensor([2]))
+    query = torch.randn(num_rows, num_heads, 1, head_dim)
+    key, value = torch.randn(2, num_rows, num_key_heads, 1, head_dim)
+
+    output = decode_attention(query, key, value, cache, index, 0.3)
+    assert torch.equal(cache.own_keys[:, :, 2], key[:, :, 0])
+    assert torch.equal(cache.own_values[:, :, 2], value[:, :, 0])
+
+    keys = torch.cat([cache.prefix_keys[image_index], cache.own_keys], 2)
+    values = torch.cat([cache.prefix_values[image_index], cache.own_values], 2)
+    prefix_mask = torch.ones(num_rows, prefix_length, dtype=torch.bool)
+    mask = torch.cat([prefix_mask, key_mask], 1)[:, None, None]
     expected = F.scaled_dot_product_attention(query, keys, values, mask, scale=0.3, enable_gqa=True)
-    torch.testing.assert_close(found, expected.transpose(1, 2), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(output, expected.transpose(1, 2), atol=1e-6, rtol=1e-5)
 
 
 KERNELS = """
 import torch
-from annexe.models import attention_kernels
-from annexe.models.attention import Memory, Places, decode_attention_reference
+from annexe.models.language_model import decode_kernels
+from annexe.models.language_model.attention import decode_attention_reference
+from annexe.models.language_model.kv_cache import DecodeIndex, SharedPrefixCache
 
 torch.manual_seed(0)
-for heads, key_heads, width, prefix, columns, most in ((6, 2, 8, 70, 130, 4), (4, 4, 32, 20, 30, 20)):
-    image, place = torch.tensor([0, 0, 0, 1, 1, 0]), torch.tensor([0, 1, 2, 0, 1, 3])
-    row = torch.full((2, most), -1)
-    row[image, place] = torch.arange(6)
-    row[0, 3] = -1  # the last response is nobody's
-    memory = Memory(
-        *torch.randn(2, 2, key_heads, prefix, width), *torch.full((2, 6, key_heads, columns, width), torch.nan)
+for num_heads, num_key_heads, head_dim, prefix_length, num_columns, max_responses in (
+    (6, 2, 8, 70, 130, 4),
+    (4, 4, 32, 20, 30, 20),
+):
+    image_index = torch.tensor([0, 0, 0, 1, 1, 0])
+    index_in_image = torch.tensor([0, 1, 2, 0, 1, 3])
+    row_index = torch.full((2, max_responses), -1)
+    row_index[image_index, index_in_image] = torch.arange(6)
+    row_index[0, 3] = -1  # the last response is a padding row
+    cache = SharedPrefixCache(
+        *torch.randn(2, 2, num_key_heads, prefix_length, head_dim),
+        *torch.full((2, 6, num_key_heads, num_columns, head_dim), torch.nan),
     )
-    seen = torch.rand(6, columns) > 0.3
-    seen[1, :65] = seen[:, -5:] = False
-    seen[:, -6] = True
-    for own in (memory.own_keys, memory.own_values):
-        own.transpose(1, 2)[seen] = torch.randn(int(seen.sum()), key_heads, width)
-    places, query = Places(image, place, row, seen, torch.tensor([columns - 6])), torch.randn(6, heads, width)
-    found = attention_kernels.decode_attention(query, memory, places, 0.3)
-    memory.own_keys.nan_to_num_(0), memory.own_values.nan_to_num_(0)
-    expected = decode_attention_reference(query, memory, places, 0.3)
-    torch.testing.assert_close(found[:5], expected[:5], atol=1e-5, rtol=1e-5)
-    assert found.isfinite().all()
+    last_column = num_columns - 6
+    key_mask = torch.rand(6, num_columns) > 0.3
+    key_mask[1, :65] = key_mask[:, -5:] = False
+    key_mask[:, last_column] = True
+    for own in (cache.own_keys, cache.own_values):
+        own.transpose(1, 2)[key_mask] = torch.randn(int(key_mask.sum()), num_key_heads, head_dim)
+    column = torch.tensor([last_column])
+    index = DecodeIndex(image_index, index_in_image, row_index, key_mask, column)
+    query = torch.randn(6, num_heads, head_dim)
+    output = decode_kernels.decode_attention(query, cache, index, 0.3)
+    cache.own_keys.nan_to_num_(0)
+    cache.own_values.nan_to_num_(0)
+    expected = decode_attention_reference(query, cache, index, 0.3)
+    torch.testing.assert_close(output[:5], expected[:5], atol=1e-5, rtol=1e-5)
+    assert output.isfinite().all()
 """
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-def test_the_kernels_for_a_gpu_say_the_same():
+def test_the_kernels_for_a_gpu_give_the_same():
     """Run by Triton's interpreter, which takes them step by step on the CPU."""
-    told = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", KERNELS],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
     )
-    assert told.returncode == 0, told.stderr
+    assert result.returncode == 0, result.stderr
 
 
-ROWS = ([[0] * 130 + [1] * 60 + [2] * 70, [0] * 130 + [1] * 90 + [-1] * 40], None)
-THREE_IMAGES_IN_ONE_ROW = (
+PADDED_ROWS = ([[0] * 130 + [1] * 60 + [2] * 70, [0] * 130 + [1] * 90 + [-1] * 40], None)
+THREE_IMAGES_IN_A_ROW = (
     [[0] * 90 + [1] * 20 + [0] * 90 + [1] * 35 + [0] * 25] * 2,
     [[0] * 110 + [1] * 125 + [2] * 25] * 2,
 )
 
 
-@pytest.mark.parametrize(("segment", "image"), [ROWS, THREE_IMAGES_IN_ONE_ROW])
-def test_the_mask_by_blocks_says_the_same(segment_ids, image):
-    segment_ids, image = torch.tensor(segment_ids), None if image is None else torch.tensor(image)
+@pytest.mark.parametrize(("segment_ids", "image_index"), [PADDED_ROWS, THREE_IMAGES_IN_A_ROW])
+def test_the_block_mask_gives_the_same(segment_ids, image_index):
+    segment_ids = torch.tensor(segment_ids)
+    image_index = None if image_index is None else torch.tensor(image_index)
     module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
     torch.manual_seed(0)
-    query, (key, value) = torch.randn(2, 4, 260, 16), torch.randn(2, 2, 2, 260, 16)
-    dense = attend(
-        module, query, key, value, packed_attention_mask(segment_ids, image), scaling=0.25
-    )[0]
+    query = torch.randn(2, 4, 260, 16)
+    key, value = torch.randn(2, 2, 2, 260, 16)
+    dense_mask = packed_attention_mask(segment_ids, image_index)
+    block_mask = packed_block_mask(segment_ids, image_index)
+    expected, _ = attend(module, query, key, value, dense_mask, scaling=0.25)
     with torch.no_grad():
-        uses_flex_attention = attend(
-            module, query, key, value, packed_block_mask(segment_ids, image), scaling=0.25
-        )[0]
-    torch.testing.assert_close(uses_flex_attention, dense, atol=1e-5, rtol=1e-5)
+        output, _ = attend(module, query, key, value, block_mask, scaling=0.25)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture
 def make_prompts(make_parts):
-    """A model, and a function that reads the prompts of some of its samples."""
+    """A language model, a function that prefills the prompts of samples, and the samples."""
 
     def make(*options: str):
         model, tokenizer, batch = make_parts(*VARIED, *options)
@@ -136,15 +150,18 @@ def make_prompts(make_parts):
     return make
 
 
-def bindings(text: PackedText, tokenizer) -> list[DecodingConstraints | None]:
-    rows = len(text.branch_start)
-    slots = torch.zeros(rows, 4, dtype=torch.bool)
-    slots[1::2, 0] = slots[::3, 2] = True
-    silent = torch.arange(rows) % 5 == 2
+def constraints_of(text: PackedText, tokenizer) -> list[DecodingConstraints | None]:
+    """None, responses that are skipped, and responses that have to name slots."""
+    num_branches = len(text.branch_start)
+    slots = torch.zeros(num_branches, 4, dtype=torch.bool)
+    slots[1::2, 0] = True
+    slots[::3, 2] = True
+    skip = torch.arange(num_branches) % 5 == 2
+    refusal = tuple(tokenizer.encode("No")[:1])
     return [
         None,
-        DecodingConstraints(silent, None),
-        DecodingConstraints(silent, slots & ~silent[:, None], tuple(tokenizer.encode("No")[:1])),
+        DecodingConstraints(skip, None),
+        DecodingConstraints(skip, slots & ~skip[:, None], refusal),
     ]
 
 
@@ -155,105 +172,113 @@ def captured_by_hand(step):
     return SimpleNamespace(replay=step)
 
 
-def test_rounded_shapes_and_room_used_again_change_nothing(make_prompts, monkeypatch):
+def test_rounded_shapes_and_reused_caches_change_nothing(make_prompts, monkeypatch):
     """As with CUDA graphs, whose tensors stay: here the step itself stands in for its graph."""
-    llama, prefill, samples = make_prompts()
-    text_decoder = GreedyDecoder(llama)
-    llama.mask_head.weight.data *= 5  # placeholders are said
-    monkeypatch.setattr(generation, "capture", captured_by_hand)
+    language_model, prefill, samples = make_prompts()
+    decoder = GreedyDecoder(language_model)
+    language_model.mask_head.weight.data *= 5  # so that placeholders are generated
+    monkeypatch.setattr(generation, "capture_graph", captured_by_hand)
     captured = set()
     for chosen in (samples, samples[:1], samples[::-1], samples):
-        for number in range(3):
-            said = []
-            for text_decoder.graphs in (False, True):
-                given = prefill(chosen)
-                said.append(
-                    text_decoder.decode(given, 12, bindings(given.text, llama.tokenizer)[number])
-                )
-            captured |= set(text_decoder._captured)
-            assert said[0].tokens == said[1].tokens
-            torch.testing.assert_close(said[0].slot_states, said[1].slot_states, atol=1e-5, rtol=0)
-            assert number != 2 or said[0].slot_states.any()
+        for kind in range(3):
+            responses = []
+            for decoder.graphs in (False, True):
+                prompts = prefill(chosen)
+                constraints = constraints_of(prompts.text, language_model.tokenizer)[kind]
+                responses.append(decoder.decode(prompts, 12, constraints))
+            captured |= set(decoder.captured_steps)
+            plain, graphed = responses
+            assert plain.tokens == graphed.tokens
+            torch.testing.assert_close(plain.slot_states, graphed.slot_states, atol=1e-5, rtol=0)
+            assert kind != 2 or plain.slot_states.any()
     assert len(captured) > 2
-    text_decoder.release()
-    assert not text_decoder._captured and not text_decoder._cache_pool
+    decoder.release()
+    assert not decoder.captured_steps
+    assert not decoder.cache_pool.buffers
 
 
-def test_rows_that_are_done_are_dropped(make_prompts, monkeypatch):
-    llama, prefill, samples = make_prompts()
-    text_decoder = GreedyDecoder(llama)
+def test_finished_rows_are_dropped(make_prompts, monkeypatch):
+    language_model, prefill, samples = make_prompts()
+    decoder = GreedyDecoder(language_model)
     sizes = []
-    plain = Decoding.step
-    monkeypatch.setattr(
-        Decoding, "step", lambda self: (sizes.append(len(self.rows.number)), plain(self))
-    )
-    given = prefill(samples)
-    number = len(given.text.branch_start)
-    silent = torch.arange(number) >= 3
-    said = text_decoder.decode(given, 8, DecodingConstraints(silent, None))
-    assert sizes[0] == 3 and len(said.tokens) == number and said.tokens[3:] == [[]] * (number - 3)
-    free = text_decoder.decode(prefill(samples), 8)
-    assert said.tokens[:3] == free.tokens[:3]
-    assert (
-        text_decoder.decode(
-            prefill(samples), 8, DecodingConstraints(torch.ones(number, dtype=torch.bool), None)
-        ).tokens
-        == [[]] * number
-    )
+    run = DecodeStep.run
+    monkeypatch.setattr(DecodeStep, "run", lambda self: (sizes.append(len(self.state)), run(self)))
+    prompts = prefill(samples)
+    num_branches = len(prompts.text.branch_start)
+    skip = torch.arange(num_branches) >= 3
+    responses = decoder.decode(prompts, 8, DecodingConstraints(skip, None))
+    assert sizes[0] == 3
+    assert len(responses.tokens) == num_branches
+    assert responses.tokens[3:] == [[]] * (num_branches - 3)
+
+    free = decoder.decode(prefill(samples), 8)
+    assert responses.tokens[:3] == free.tokens[:3]
+
+    skip_all = torch.ones(num_branches, dtype=torch.bool)
+    nothing = decoder.decode(prefill(samples), 8, DecodingConstraints(skip_all, None))
+    assert nothing.tokens == [[]] * num_branches
 
 
 def test_a_graph_captured_on_the_way_touches_no_row(make_prompts, monkeypatch):
-    llama, prefill, samples = make_prompts()
-    text_decoder = GreedyDecoder(llama)
-    samples, plain, sizes = samples * 6, Decoding.step, set()
+    language_model, prefill, samples = make_prompts()
+    decoder = GreedyDecoder(language_model)
+    samples = samples * 6
+    sizes = set()
+    run = DecodeStep.run
 
-    def some_end(self: Decoding) -> None:
-        plain(self)
-        sizes.add(len(self.rows.number))
-        self.rows.finished |= (self.rows.number % 4 > 0) & (self.said >= 3)
+    def run_and_finish_most(self: DecodeStep) -> None:
+        run(self)
+        sizes.add(len(self.state))
+        is_late = self.num_generated >= 3
+        self.state.finished |= (self.state.response_index % 4 > 0) & is_late
 
-    monkeypatch.setattr(Decoding, "step", some_end)
-    monkeypatch.setattr(generation, "capture", captured_by_hand)
-    said = []
-    for text_decoder.graphs in (False, True):
-        for number in (12, 1):
-            said.append(text_decoder.decode(prefill(samples), number).tokens)
-        assert len(sizes) >= 2 and len(said[0]) >= 32
+    monkeypatch.setattr(DecodeStep, "run", run_and_finish_most)
+    monkeypatch.setattr(generation, "capture_graph", captured_by_hand)
+    tokens = []
+    for decoder.graphs in (False, True):
+        for max_new_tokens in (12, 1):
+            tokens.append(decoder.decode(prefill(samples), max_new_tokens).tokens)
+        assert len(sizes) >= 2
+        assert len(tokens[0]) >= 32
         sizes.clear()
-    assert said[:2] == said[2:] and any(len(row) == 12 for row in said[0])
+    assert tokens[:2] == tokens[2:]
+    assert any(len(row) == 12 for row in tokens[0])
 
 
 def test_all_fields_of_a_row_are_selected(make_prompts):
-    llama, prefill, samples = make_prompts()
-    text_decoder = GreedyDecoder(llama)
-    rows = text_decoder._first_rows(prefill(samples), 4, None)
-    chosen = rows.select(torch.tensor([2, 0, -1]))
-    assert chosen.number.tolist() == [2, 0, -1] and chosen.finished.tolist() == [False, False, True]
-    assert chosen.place[2] == chosen.place[:2].max() + 1 and not chosen.seen[2].any()
-    for field in fields(rows):
-        assert torch.equal(getattr(chosen, field.name)[:2], getattr(rows, field.name)[[2, 0]])
+    language_model, prefill, samples = make_prompts()
+    state = GreedyDecoder(language_model).start_rows(prefill(samples), 4, None)
+    selected = state.select(torch.tensor([2, 0, -1]))
+    assert selected.response_index.tolist() == [2, 0, -1]
+    assert selected.finished.tolist() == [False, False, True]
+    assert selected.index_in_image[2] == selected.index_in_image[:2].max() + 1
+    assert not selected.key_mask[2].any()
+    for field in fields(state):
+        expected = getattr(state, field.name)[[2, 0]]
+        assert torch.equal(getattr(selected, field.name)[:2], expected)
 
 
 @pytest.mark.parametrize(("std", "merged"), [(0.03, True), (0.0003, False), (0.0, True)])
-def test_adapters_that_coarse_weights_would_round_away_stay_apart(make_prompts, std, merged):
+def test_adapters_that_coarse_weights_would_round_away_are_not_merged(make_prompts, std, merged):
     """An untrained adapter adds nothing and loses nothing."""
-    llama, _, _ = make_prompts(*LORA, "model.language_model.dtype=bfloat16")
-    for name, parameter in llama.named_parameters():
+    language_model, _, _ = make_prompts(*LORA, "model.language_model.dtype=bfloat16")
+    for name, parameter in language_model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=std)
-    llama.merge()
-    assert {m.merged for m in llama.modules() if hasattr(m, "lora_B")} == {merged}
+    language_model.merge_adapters()
+    assert {m.merged for m in language_model.modules() if hasattr(m, "lora_B")} == {merged}
 
 
-def test_merged_adapters_say_the_same(make_prompts):
-    llama, prefill, samples = make_prompts(*LORA)
-    text_decoder = GreedyDecoder(llama)
-    for name, parameter in llama.named_parameters():
+def test_merged_adapters_give_the_same(make_prompts):
+    language_model, prefill, samples = make_prompts(*LORA)
+    decoder = GreedyDecoder(language_model)
+    for name, parameter in language_model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    before, hidden = text_decoder.decode(prefill(samples), 10), prefill(samples).hidden
-    llama.merge()
+    expected = decoder.decode(prefill(samples), 10)
+    hidden = prefill(samples).hidden
+    language_model.merge_adapters()
     torch.testing.assert_close(prefill(samples).hidden, hidden, atol=1e-4, rtol=1e-4)
-    assert text_decoder.decode(prefill(samples), 10).tokens == before.tokens
+    assert decoder.decode(prefill(samples), 10).tokens == expected.tokens
     with torch.no_grad():
-        assert all(m.merged for m in llama.modules() if hasattr(m, "lora_B"))
+        assert all(m.merged for m in language_model.modules() if hasattr(m, "lora_B"))

@@ -9,12 +9,12 @@ from annexe.datasets.collate import Collator
 from annexe.models.compile import compile_blocks
 from annexe.models.language_model.attention import decode_attention_reference
 from annexe.models.language_model.kv_cache import DecodeIndex, Memory
-from annexe.models.mask_postprocessing import at_full_size, encoded
+from annexe.models.mask_postprocessing import at_full_size, encode_on_device
 from annexe.models.pixel_decoder import Attention
 from annexe.rle import encode
 from annexe.structures.batch import Batch
 from annexe.training import losses
-from annexe.training.cuda_graphs import MULTIPLE, GraphedPass
+from annexe.training.cuda_graphs import PAD_TO_MULTIPLE_OF, GraphedPass
 
 NAMES = list(losses.TERMS)
 pytestmark = pytest.mark.skipif(
@@ -33,7 +33,7 @@ def test_gradients_equal_those_launched_one_by_one(make_parts):
         (factor * totals).sum().backward()
         return totals.detach()
 
-    collate = Collator(tokenizer, model.num_image_tokens, 4, pad_to_multiple_of=MULTIPLE)
+    collate = Collator(tokenizer, model.num_image_tokens, 4, pad_to_multiple_of=PAD_TO_MULTIPLE_OF)
     batches = [collate(batch.samples), collate(batch.samples[:1]), collate(batch.samples[::-1])]
     factor = torch.rand(len(NAMES), device=device)
     graphed = GraphedPass(work, trained, device)
@@ -123,7 +123,7 @@ def test_masks_are_encoded_on_the_device_as_on_the_host():
     torch.manual_seed(0)
     logits, sizes = torch.randn(40, 16, 16, device="cuda"), [(1080, 1920), (57, 31)] * 20
     logits[0], logits[1] = -1, 1
-    for one, size, rle in zip(logits, sizes, encoded(logits, sizes), strict=True):
+    for one, size, rle in zip(logits, sizes, encode_on_device(logits, sizes), strict=True):
         assert rle == encode(at_full_size(one[None], size)[0].cpu().numpy())
 
 

@@ -21,7 +21,7 @@ VARIED = (
 def alone(model: Annexe, batch: Batch, branch: int, ids: list[int]) -> torch.Tensor:
     """Final states [prefix + ids, D] of one branch run by the stock model: plain causal mask, plain positions."""
     image = batch.text.branch_image_index[branch].item()
-    _, _, image_tokens, _ = model._encode(batch)
+    image_tokens = model.encode(batch).image_tokens
     prefix = batch.text.input_ids[image, : batch.text.image_start]
     words = model.language_model.embed(
         torch.cat([prefix, torch.tensor(ids, dtype=torch.int64)])[None]
@@ -49,7 +49,7 @@ def test_states_and_losses_equal_each_branch_alone(make_parts, options, unpad):
     model, tokenizer, batch = make_parts(*options)
     batch = Collator(tokenizer, model.num_image_tokens, 4, unpad=unpad)(batch.samples)
     with torch.no_grad():
-        _, _, _, embeddings = model._encode(batch)
+        embeddings = model.encode(batch).embeddings
         hidden = model.language_model(embeddings, batch.text)
         token_losses = F.cross_entropy(
             model(batch).token_logits, batch.text.labels, reduction="none"
@@ -100,7 +100,7 @@ def test_greedy_generation_equals_one_by_one_without_cache(make_parts, options):
     model, tokenizer, batch = make_parts(*options, *VARIED)
     prompts = Collator(tokenizer, model.num_image_tokens, 4, responses=False)(batch.samples)
     with torch.no_grad():
-        _, _, _, embeddings = model._encode(prompts)
+        embeddings = model.encode(prompts).embeddings
         prefill = model.language_model.prefill(embeddings, prompts.text)
         generated = model.text_decoder.decode(prefill, max_new_tokens=10).tokens
         for branch, tokens in enumerate(generated):

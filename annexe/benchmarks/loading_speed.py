@@ -21,7 +21,7 @@ from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.datasets.sampler import MicroBatches
 from annexe.models.language_model.tokenizer import TextTokenizer, train_tokenizer
 from annexe.trainer import training_loader
-from annexe.training.cuda_graphs import MULTIPLE
+from annexe.training.cuda_graphs import PAD_TO_MULTIPLE_OF
 from annexe.workers import num_cores
 
 _QUERIES_OF_SCENE = 60  # of a drawn image, at least
@@ -39,7 +39,7 @@ def measure_loading(
         "cuda" if torch.cuda.is_available() and config.run.device != "cpu" else "cpu"
     )
     graphed = config.run.cuda_graphs and device.type == "cuda"
-    pad_to_multiple_of = MULTIPLE if graphed else 1
+    pad_to_multiple_of = PAD_TO_MULTIPLE_OF if graphed else 1
     collate = Collator(
         tokenizer,
         num_image_tokens,

@@ -41,7 +41,7 @@ from annexe.models.language_model.llama import Llama
 from annexe.structures.batch import Batch
 from annexe.synthetic.generate import generate
 from annexe.trainer import Trainer, seen_in
-from annexe.training.cuda_graphs import MULTIPLE
+from annexe.training.cuda_graphs import PAD_TO_MULTIPLE_OF
 
 _KINDS = ("forward", "backward", "total")  # of `flops.Work`
 
@@ -179,7 +179,7 @@ def _micro_batches(trainer: Trainer, work: Training) -> Generator[Batch, None, N
         model.num_image_tokens,
         model.pixel_decoder.num_slots,
         trainer.tokenizer.vocab_size,
-        pad_to_multiple_of=MULTIPLE if trainer.graphed else 1,
+        pad_to_multiple_of=PAD_TO_MULTIPLE_OF if trainer.graphed else 1,
         unpad=model.language_model.uses_flex_attention,
     )
     if work.stored:
