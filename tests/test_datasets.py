@@ -1,7 +1,8 @@
-"""The data set: every field as it is on disk, seeded draws, pixels resized together and cached, batches."""
+"""The data set: fields as they are on disk, seeded draws, resized and cached pixels, batches."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -19,11 +20,11 @@ from torch import Tensor
 from annexe import prompts
 from annexe.build import build_dataset
 from annexe.config import Config
-from annexe.datasets import pixels as transforms
+from annexe.datasets import pixels
 from annexe.datasets.annotations import read_annotations
-from annexe.datasets.collate import Collator
+from annexe.datasets.collate import Collator, Padding, index_queries, lay_out, pack
 from annexe.datasets.ego_irgbench import EgoIRGBench
-from annexe.datasets.pixels import PixelReader, Pixels
+from annexe.datasets.pixels import PIXEL_FILES, PixelReader, Pixels
 from annexe.errors import UserError
 from annexe.models.annexe import Annexe
 from annexe.models.language_model.tokenizer import TextTokenizer, train_tokenizer
@@ -39,7 +40,7 @@ MakeParts = Callable[..., tuple[Annexe, TextTokenizer, Batch]]
 def annotation(**changes: object) -> dict:
     """A no-frills annotation with the benchmark's fields."""
     questions = [
-        {"query": f"Wording {number}?", "is_sentence": 1, "id": number} for number in range(5)
+        {"query": f"Wording {index}?", "is_sentence": 1, "id": index} for index in range(5)
     ]
     return {
         "caption": "The right hand is holding pliers.",
@@ -54,21 +55,22 @@ def annotation(**changes: object) -> dict:
 def write_image(
     root: Path, annotations: list[dict], stem: str = STEM, split: str = "train"
 ) -> None:
-    """A photo of noise with hand 2 in its left half, object 1 in the right one, and a depth map with holes."""
+    """Write a photo of noise, an id map and a depth map with holes.
+
+    Hand 2 is in the left half, object 1 in the right one.
+    """
     random = np.random.default_rng(5)
     ids = np.zeros((108, 192), np.uint8)
-    ids[20:90, 10:80], ids[30:70, 100:170] = 2, 1
+    ids[20:90, 10:80] = 2
+    ids[30:70, 100:170] = 1
     depth = random.integers(300, 60000, (108, 192)).astype(np.uint16)
     depth[:12] = 0
     depth[random.random(depth.shape) < 0.2] = 0
     photo = random.integers(0, 255, (108, 192, 3), dtype=np.uint8)
-    for folder, pixels, ending in (
-        ("RGB", photo, "jpg"),
-        ("depth", depth, "png"),
-        ("mask", ids, "png"),
-    ):
+    arrays = {"RGB": photo, "depth": depth, "mask": ids}
+    for folder, ending in PIXEL_FILES:
         (root / folder).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(root / folder / f"{stem}.{ending}")
+        Image.fromarray(arrays[folder]).save(root / folder / f"{stem}{ending}")
     (root / "dataset_split" / split).mkdir(parents=True, exist_ok=True)
     (root / "dataset_split" / split / f"{stem}.json").write_text(json.dumps(annotations))
 
@@ -105,11 +107,10 @@ def test_fields(tmp_path: Path) -> None:
 
 def test_annotations_of_an_image_are_their_own(tmp_path: Path) -> None:
     """In the released code all annotations of an image are the last one."""
-    answers = [f"Answer {number}." for number in range(4)]
+    answers = [f"Answer {index}." for index in range(4)]
     masks = [[2, 0, 0], [1, 0, 0], [2, 1, 0], [0, 0, 0]]
-    write_image(
-        tmp_path, [annotation(answer=a, masks_idx=m) for a, m in zip(answers, masks, strict=True)]
-    )
+    entries = [annotation(answer=a, masks_idx=m) for a, m in zip(answers, masks, strict=True)]
+    write_image(tmp_path, entries)
     dataset = open_set(tmp_path)
     assert [a.answer for a in dataset.annotations[0]] == answers
     assert len({id(a.questions) for a in dataset.annotations[0]}) == 4
@@ -161,7 +162,8 @@ def test_absent_splits(tmp_path: Path) -> None:
 
 
 def test_answer_format_phrases(tmp_path: Path) -> None:
-    both = annotation(tokens=["the right hand", "the active pliers", "", ""], masks_idx=[2, 1, 0])
+    tokens = ["the right hand", "the active pliers", "", ""]
+    both = annotation(tokens=tokens, masks_idx=[2, 1, 0])
     write_image(tmp_path, [both])
     (turn,) = open_set(tmp_path, answer_format="phrases")[0, 0].turns
     assert turn.answer == "the right hand and the active pliers"
@@ -190,8 +192,8 @@ def test_label(scenes: Path) -> None:
             {0: "right hand", 1: "trash can"},
         ),
         (
-            "The mask of the right hand is <MSK_0>, and the mask of the active laptop interacting with right hand is "
-            "<MSK_1>.",
+            "The mask of the right hand is <MSK_0>, and the mask of the active laptop interacting "
+            "with right hand is <MSK_1>.",
             {0: "the right hand", 1: "the active laptop interacting with right hand"},
         ),
         (
@@ -216,21 +218,19 @@ def test_phrases_of_an_answer(answer: str, phrases: dict[int, str]) -> None:
 
 
 def test_wordings_are_drawn_anew_every_epoch(scenes: Path) -> None:
-    """The released code draws a query once, when it loads; here every (seed, epoch, stem) has its own draw."""
+    """Every (seed, epoch, stem) has a draw of its own.
 
-    def drawn(epoch: int, index: int = 0, seed: int = 0) -> list[tuple]:
-        return [
-            (turn.annotation, turn.query_id)
-            for turn in open_set(scenes, seed=seed)[epoch, index].turns
-        ]
+    The released code draws a query once, when it loads.
+    """
+
+    def drawn(dataset: EgoIRGBench, epoch: int) -> list[tuple]:
+        return [(turn.annotation, turn.query_id) for turn in dataset[epoch, 0].turns]
 
     dataset = open_set(scenes)
-    epochs = [
-        [(turn.annotation, turn.query_id) for turn in dataset[epoch, 0].turns] for epoch in range(5)
-    ]
-    assert epochs == [drawn(epoch) for epoch in range(5)]
+    epochs = [drawn(dataset, epoch) for epoch in range(5)]
+    assert epochs == [drawn(open_set(scenes), epoch) for epoch in range(5)]
     assert len({str(epoch) for epoch in epochs}) == 5
-    assert drawn(0, seed=1) != drawn(0)
+    assert drawn(open_set(scenes, seed=1), 0) != epochs[0]
 
 
 def test_a_draw_does_not_depend_on_the_other_images(scenes: Path, tmp_path: Path) -> None:
@@ -253,15 +253,19 @@ def test_queries_per_image(num_queries: int, scenes: Path) -> None:
 
 def test_every_annotation_and_wording_is_drawn_at_last(scenes: Path) -> None:
     dataset = open_set(scenes, queries_per_image=2)
-    seen = {
-        (turn.annotation, turn.query_id) for epoch in range(400) for turn in dataset[epoch, 0].turns
-    }
-    assert seen == {(n, q["id"]) for n, a in enumerate(dataset.annotations[0]) for q in a.questions}
+    seen = set()
+    for epoch in range(400):
+        seen.update((turn.annotation, turn.query_id) for turn in dataset[epoch, 0].turns)
+    expected = set()
+    for index, image_annotation in enumerate(dataset.annotations[0]):
+        expected.update((index, question["id"]) for question in image_annotation.questions)
+    assert seen == expected
 
 
 def test_evaluation_asks_about_every_annotation(scenes: Path) -> None:
     dataset = open_set(scenes, "test")
-    once, twice = dataset.evaluation_sample(0), dataset.evaluation_sample(0, 2)
+    once = dataset.evaluation_sample(0)
+    twice = dataset.evaluation_sample(0, 2)
     assert [turn.annotation for turn in once.turns] == list(range(len(dataset.annotations[0])))
     assert [turn for turn in twice.turns][::2] == once.turns
     assert len({turn.query_id for turn in twice.turns}) == 2 * len(once.turns)
@@ -283,9 +287,8 @@ def test_photo_depth_and_ids_are_resized_together(tmp_path: Path) -> None:
     sample = open_set(tmp_path)[0, 0]
     np.testing.assert_array_equal(sample.target_ids, nearest(tmp_path / "mask" / f"{STEM}.png"))
     bright = sample.image.mean(2) > 127
-    assert (
-        bright == (sample.target_ids == 2)
-    ).mean() > 0.99  # the photo shows the hand where the ids say so
+    is_hand = sample.target_ids == 2
+    assert (bright == is_hand).mean() > 0.99
 
 
 def test_no_distance_is_invented(tmp_path: Path) -> None:
@@ -300,7 +303,10 @@ def test_no_distance_is_invented(tmp_path: Path) -> None:
 
 
 def test_invalid_depth_is_left_out(tmp_path: Path) -> None:
-    """The released code trains on invalid pixels; here they change nothing, and an image of them alone is fine."""
+    """Invalid pixels change nothing, and an image of them alone is fine.
+
+    The released code trains on them.
+    """
     write_image(tmp_path, [annotation()])
     Image.fromarray(np.zeros((108, 192), np.uint16)).save(tmp_path / "depth" / f"{STEM}.png")
     sample = open_set(tmp_path)[0, 0]
@@ -334,15 +340,15 @@ def reader(tmp_path: Path) -> PixelReader:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Paths of the images that were decoded, as they are."""
+    """Paths of the images that were decoded; it grows as more are."""
     paths: list[Path] = []
-    read_image = transforms.read_image
+    read_image = pixels.read_image
 
     def recording(path: Path, *arguments: object, **options: object) -> Image.Image:
         paths.append(path)
         return read_image(path, *arguments, **options)
 
-    monkeypatch.setattr(transforms, "read_image", recording)
+    monkeypatch.setattr(pixels, "read_image", recording)
     return paths
 
 
@@ -359,9 +365,8 @@ def test_second_read_decodes_nothing(reader: PixelReader, decoded: list[Path]) -
     warm = reader.read(STEM, {1, 2})
     assert len(decoded) == 3
     assert same(plain, cold) and same(cold, warm)
-    assert [path.name for path in reader.cache_dir.iterdir()] == [
-        f"{STEM}.safetensors"
-    ]  # no parts are left behind
+    names = [path.name for path in reader.cache_dir.iterdir()]
+    assert names == [f"{STEM}.safetensors"], "parts are left behind"
 
 
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["photo", "depth", "mask"])
@@ -383,19 +388,15 @@ def test_damaged_cache_entry_is_made_again(reader: PixelReader) -> None:
     entry = entry_of(reader)
     content = entry.read_bytes()
     random = np.random.default_rng(0)
-    damaged = [
-        b"",
-        b"PK\x03\x04",
-        b"no archive",
-        *(content[: int(n)] for n in random.integers(len(content), size=20)),
-    ]
+    damaged = [b"", b"PK\x03\x04", b"no archive"]
+    for length in random.integers(len(content), size=20):
+        damaged.append(content[: int(length)])
     for position in random.integers(len(content), size=200):
-        damaged.append(
-            content[:position] + bytes([content[position] ^ 0x41]) + content[position + 1 :]
-        )
-    for number, wrong in enumerate(damaged):
+        flipped = bytes([content[position] ^ 0x41])
+        damaged.append(content[:position] + flipped + content[position + 1 :])
+    for case, wrong in enumerate(damaged):
         entry.write_bytes(wrong)
-        assert same(reader.read(STEM, ()), good), number
+        assert same(reader.read(STEM, ()), good), case
 
 
 def test_sizes_and_roots_do_not_share_entries(reader: PixelReader, tmp_path: Path) -> None:
@@ -409,15 +410,16 @@ def test_sizes_and_roots_do_not_share_entries(reader: PixelReader, tmp_path: Pat
 
 def _fill(reader: PixelReader, ids: tuple[int, ...]) -> Pixels:
     for _ in range(20):
-        pixels = reader.read(STEM, ids)
+        filled = reader.read(STEM, ids)
         entry = reader.cache_dir / f"{STEM}.safetensors"
         entry.unlink(missing_ok=True)
-    return pixels
+    return filled
 
 
 def test_processes_may_fill_one_cache_together(reader: PixelReader) -> None:
+    jobs = [(reader, (1, 2))] * 2
     with get_context("fork").Pool(2) as pool:
-        one, other = pool.starmap(_fill, [(reader, (1, 2))] * 2, chunksize=1)
+        one, other = pool.starmap(_fill, jobs, chunksize=1)
     assert same(one, other)
     assert not list(reader.cache_dir.glob("*.part"))
     assert same(reader.read(STEM, ()), one)
@@ -432,9 +434,8 @@ def test_batch_holds_slots_and_images_of_queries(make_config: Callable[..., Conf
     samples = [dataset[0, index] for index in range(3)]
     batch = Collator(tokenizer, 16, num_slots=2)(samples)
     turns = [turn for sample in samples for turn in sample.turns]
-    assert batch.queries.image_index.tolist() == [
-        i for i, sample in enumerate(samples) for _ in sample.turns
-    ]
+    num_queries = [len(sample.turns) for sample in samples]
+    assert batch.queries.image_index.tolist() == np.arange(3).repeat(num_queries).tolist()
     assert batch.slot_ids.tolist() == [[*turn.slot_ids, 0, 0][:2] for turn in turns]
     assert batch.images.shape == (3, 3, SIZE, SIZE) and batch.images.dtype == torch.uint8
     np.testing.assert_array_equal(batch.images[1].permute(1, 2, 0), samples[1].image)
@@ -444,39 +445,40 @@ def test_batch_holds_slots_and_images_of_queries(make_config: Callable[..., Conf
 
 def test_labels_are_on_responses_and_eos_alone(make_parts: MakeParts) -> None:
     _, tokenizer, batch = make_parts()
-    text, targets = batch.text, iter(batch.text.labels.tolist())
-    flat_ids, flat_segment = text.input_ids.flatten(), text.segment_ids.flatten()
+    text = batch.text
     responses = []
     for sample in batch.samples:
-        responses += [(True, sample.analysis), *((False, turn.answer) for turn in sample.turns)]
-    labels = []
-    for is_analysis, response in responses:
+        responses.append((True, sample.analysis))
+        responses += [(False, turn.answer) for turn in sample.turns]
+    labels = iter(text.labels.tolist())
+    is_analysis = []
+    for of_analysis, response in responses:
         ids = [*tokenizer.encode(response), tokenizer.eos_id]
-        assert [next(targets) for _ in ids] == ids
-        labels += [is_analysis] * len(ids)
-    assert next(targets, None) is None
-    assert text.is_analysis.tolist() == labels
-    assert torch.equal(
-        flat_ids[text.label_positions + 1], text.labels
-    )  # a label is the next token of the same branch
-    assert torch.equal(flat_segment[text.label_positions + 1], flat_segment[text.label_positions])
-    assert torch.equal(flat_segment[text.label_positions] == ANALYSIS, text.is_analysis)
+        assert [next(labels) for _ in ids] == ids
+        is_analysis += [of_analysis] * len(ids)
+    assert next(labels, None) is None
+    assert text.is_analysis.tolist() == is_analysis
+
+    # A label is the next token of the same branch
+    flat_ids = text.input_ids.flatten()
+    flat_segments = text.segment_ids.flatten()
+    here = text.label_positions
+    assert torch.equal(flat_ids[here + 1], text.labels)
+    assert torch.equal(flat_segments[here + 1], flat_segments[here])
+    assert torch.equal(flat_segments[here] == ANALYSIS, text.is_analysis)
 
 
 def test_branches_start_where_the_prefix_ends(make_parts: MakeParts) -> None:
     _, tokenizer, batch = make_parts()
     text = batch.text
     prefix = [tokenizer.bos_id, *tokenizer.encode(prompts.PREFIX)]
+    start = text.prefix_length
     for row in range(len(batch.samples)):
         assert text.input_ids[row, : text.image_start].tolist() == prefix
-        assert text.position_ids[row, : text.prefix_length].tolist() == list(
-            range(text.prefix_length)
-        )
+        assert text.position_ids[row, :start].tolist() == list(range(start))
         for branch in range(ANALYSIS, int(text.segment_ids[row].max()) + 1):
             positions = text.position_ids[row, text.segment_ids[row] == branch]
-            assert positions.tolist() == list(
-                range(text.prefix_length, text.prefix_length + len(positions))
-            )
+            assert positions.tolist() == list(range(start, start + len(positions)))
 
 
 def test_prompts_end_the_sequences_without_responses(make_parts: MakeParts) -> None:
@@ -485,11 +487,11 @@ def test_prompts_end_the_sequences_without_responses(make_parts: MakeParts) -> N
     assert len(bare.text.labels) == len(bare.text.label_positions) == 0
     assert torch.equal(bare.text.branch_length, batch.text.branch_length)
     queries = [turn.query for sample in batch.samples for turn in sample.turns]
-    for query, branch in zip(queries, bare.text.query_branches.tolist(), strict=True):
-        start, length = int(bare.text.branch_start[branch]), int(bare.text.branch_length[branch])
-        prompt = bare.text.input_ids[
-            bare.text.branch_image_index[branch], start : start + length
-        ].tolist()
+    text = bare.text
+    for query, branch in zip(queries, text.query_branches.tolist(), strict=True):
+        start = int(text.branch_start[branch])
+        end = start + int(text.branch_length[branch])
+        prompt = text.input_ids[text.branch_image_index[branch], start:end].tolist()
         assert prompt == tokenizer.encode(prompts.query_prompt(query))
 
 
@@ -497,11 +499,112 @@ def test_object_phrases_in_a_batch(make_parts: MakeParts) -> None:
     _, tokenizer, batch = make_parts()
     for row, sample in enumerate(batch.samples):
         ids = [mask_id for mask_id in batch.object_ids[row].tolist() if mask_id]
-        words = [[word for word in row if word >= 0] for row in batch.object_words[row].tolist()]
-        expected = {
-            mask_id: tokenizer.encode(phrase) for mask_id, phrase in sample.object_phrases.items()
-        }
+        words = [tokens[tokens >= 0].tolist() for tokens in batch.object_words[row]]
+        expected = {}
+        for mask_id, phrase in sample.object_phrases.items():
+            expected[mask_id] = tokenizer.encode(phrase)
         assert dict(zip(ids, words, strict=False)) == expected
+
+
+def random_branches(random: np.random.Generator) -> list[list[tuple[list[int], list[int]]]]:
+    """Prompts and responses of some images: an analysis each, and up to four queries."""
+
+    def words(fewest: int) -> list[int]:
+        return random.integers(3, 99, random.integers(fewest, 30)).tolist()
+
+    images = []
+    for _ in range(random.integers(1, 5)):
+        images.append([(words(1), words(0)) for _ in range(random.integers(1, 6))])
+    return images
+
+
+@pytest.mark.parametrize("multiple", [1, 4, 16])
+@pytest.mark.parametrize("unpad", [False, True])
+def test_every_branch_is_found_where_the_batch_says(multiple: int, unpad: bool) -> None:
+    random = np.random.default_rng(multiple)
+    padding = Padding.to_multiple_of(multiple, unpad=unpad)
+    for _ in range(40):
+        images = random_branches(random)
+        text = pack(images, [1, 2], 16, padding)
+        queries, query_mask = index_queries([len(image) - 1 for image in images], padding)
+        assert text.prefix_length == 18 and text.image_start == 2
+        assert text.input_ids.shape[1] % padding.rows == 0
+        assert text.max_branch_length % padding.prompts == 0
+        assert len(text.labels) % padding.labels == 0
+
+        # Analyses come first, and query k of an image is its segment k + 2
+        is_query = torch.zeros(len(text.branch_start), dtype=torch.bool)
+        is_query[text.query_branches] = True
+        expected = [image[0] for image in images]
+        rows = list(
+            zip(text.branch_image_index, text.branch_start, text.branch_length, strict=True)
+        )
+        for branch, (image_index, start, length) in enumerate(rows):
+            if not is_query[branch]:
+                prompt, _ = expected[image_index]
+                assert text.input_ids[image_index, start : start + length].tolist() == prompt
+        for query, branch in enumerate(text.query_branches.tolist()):
+            image_index, start, length = (int(value) for value in rows[branch])
+            assert image_index == queries.image_index[query]
+            if query_mask[query]:
+                segment_id = ANALYSIS + 1 + int(queries.index_in_image[query])
+                prompt, response = images[image_index][segment_id - ANALYSIS]
+                tokens = text.input_ids[image_index, text.segment_ids[image_index] == segment_id]
+                assert tokens.tolist() == prompt + response
+                assert tokens[:length].tolist() == prompt
+                assert text.segment_ids[image_index, start] == segment_id
+            else:
+                assert (start, length) == (text.prefix_length, 1)
+
+        # Every response is asked for once, branch by branch
+        is_label = text.labels != -100
+        responses = [response for _, response in itertools.chain(*images)]
+        assert text.labels[is_label].tolist() == list(itertools.chain(*responses))
+        flat_ids = text.input_ids.flatten()
+        here = text.label_positions[is_label]
+        assert torch.equal(flat_ids[here + 1], text.labels[is_label])
+
+        # What is no padding
+        is_token = text.segment_ids.flatten() >= 0
+        if unpad:
+            indices = text.unpadded_indices[text.unpadded_indices < is_token.numel()]
+            assert torch.equal(indices, is_token.nonzero().flatten())
+        else:
+            assert text.unpadded_indices is None
+
+
+def test_without_rounding_nothing_is_filled_in() -> None:
+    images = [[([5, 6], [7]), ([8], [9, 9])], [([5], [])]]
+    table = lay_out(images, prefix_length=3)
+    assert [(b.image_index, b.segment_id, b.start, b.end) for b in table] == [
+        (0, 1, 3, 6),
+        (0, 2, 6, 9),
+        (1, 1, 3, 4),
+    ]
+    assert [branch.is_query for branch in table] == [False, True, False]
+    text = pack(images, [1], 2, Padding())
+    assert text.input_ids.tolist() == [
+        [1, 0, 0, 5, 6, 7, 8, 9, 9],
+        [1, 0, 0, 5, 0, 0, 0, 0, 0],
+    ]
+    assert text.segment_ids.tolist() == [
+        [0, 0, 0, 1, 1, 1, 2, 2, 2],
+        [0, 0, 0, 1, -1, -1, -1, -1, -1],
+    ]
+    assert text.position_ids.tolist() == [
+        [0, 1, 2, 3, 4, 5, 3, 4, 5],
+        [0, 1, 2, 3, 0, 0, 0, 0, 0],
+    ]
+    assert text.label_positions.tolist() == [4, 6, 7] and text.labels.tolist() == [7, 9, 9]
+    assert text.max_branch_length == 2
+
+
+def test_images_with_few_queries_are_filled_up() -> None:
+    images = [[([5, 6], [7]), ([8], [9, 9])], [([5], [])]]
+    table = lay_out(images, prefix_length=3, fill_queries=True)
+    filler = table[-1]
+    assert len(table) == 4 and filler.is_query and filler.response == []
+    assert (filler.image_index, filler.start, filler.prompt) == (1, 3, [5])
 
 
 # Real photos
@@ -516,16 +619,16 @@ def test_real_samples(tmp_path: Path) -> None:
     assert len(dataset) == 2
     for index, stem in enumerate(dataset.stems):
         sample = dataset.evaluation_sample(index, queries_per_annotation=9)
-        assert len(sample.turns) == sum(len(a.questions) for a in dataset.annotations[index])
+        num_questions = sum(len(entry.questions) for entry in dataset.annotations[index])
+        assert len(sample.turns) == num_questions
         assert (sample.depth == 0).all()
         assert set(sample.object_phrases) == {1, 2} <= set(np.unique(sample.target_ids).tolist())
         assert sample.original_size == Image.open(root / "RGB" / f"{stem}.jpg").size[::-1]
         for turn in sample.turns:
             used = [slot for slot, mask_id in enumerate(turn.slot_ids) if mask_id]
             assert sorted(prompts.phrases_of(turn.answer)) == used
-    hand, both, none = read_annotations(
-        root / "dataset_split" / "test" / f"{dataset.stems[0]}.json"
-    )
+    path = root / "dataset_split" / "test" / f"{dataset.stems[0]}.json"
+    hand, both, none = read_annotations(path)
     assert (hand.slots, both.slots, none.slots) == ({0: 2}, {0: 2, 1: 1}, {})
     assert "<MSK_0>" in hand.answer and none.answer == prompts.NO_TARGET_ANSWER
     assert dataset.label(dataset.stems[0], both.phrase(1)) == "trash_can"

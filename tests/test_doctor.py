@@ -1,4 +1,4 @@
-"""annexe doctor: every planted fault is found, by its name and at its image; clean data have none."""
+"""annexe doctor: planted faults are found by name and image; clean data have none."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from PIL import Image
 
 from annexe import cli
 from annexe.datasets.ego_irgbench import EgoIRGBench
+from annexe.datasets.pixels import PIXEL_FILES
 from annexe.doctor.image_checks import ERROR, NOTE, PROBLEMS
 from annexe.doctor.survey import Survey, survey
 from annexe.errors import UserError
@@ -27,26 +28,28 @@ Fault = Callable[["Planted"], None]
 
 
 class Planted:
-    """A copy of a clean data root with two train images and one in val and test, and tools to spoil the first."""
+    """A copy of a clean data root, and tools to spoil its first image.
+
+    There are two images in train, and one each in val and test.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        stems = {
-            s: sorted(p.stem for p in (root / "dataset_split" / s).iterdir())
-            for s in ("train", "val", "test")
-        }
-        self.stem, self.second = stems["train"]
-        (self.val,) = stems["val"]
+        self.stem, self.second = stems_of(root, "train")
+        (self.val,) = stems_of(root, "val")
         self.json = root / "dataset_split" / "train" / f"{self.stem}.json"
         self.photo, self.depth, self.mask = self.files(self.stem)
 
     def files(self, stem: str) -> tuple[Path, Path, Path]:
-        folders = (("RGB", "jpg"), ("depth", "png"), ("mask", "png"))
-        photo, depth, mask = (self.root / folder / f"{stem}.{ending}" for folder, ending in folders)
+        """Photo, depth map and id map."""
+        photo, depth, mask = pixel_files(self.root, stem)
         return photo, depth, mask
 
     def edit(self, change: Callable[[list[dict[str, Any]]], object]) -> None:
-        """Change the annotations; the first one of the copy has two targets, the second one, the third none."""
+        """Change the annotations.
+
+        The first one has two targets, the second has one, the third has none.
+        """
         entries = json.loads(self.json.read_text())
         change(entries)
         self.json.write_text(json.dumps(entries, ensure_ascii=False), encoding="utf-8")
@@ -60,28 +63,33 @@ class Planted:
             path.rename(path.with_name(stem + path.suffix))
 
 
+def pixel_files(root: Path, stem: str) -> list[Path]:
+    return [root / folder / f"{stem}{ending}" for folder, ending in PIXEL_FILES]
+
+
+def stems_of(root: Path, split: str) -> list[str]:
+    return sorted(path.stem for path in (root / "dataset_split" / split).iterdir())
+
+
 @pytest.fixture(scope="module")
 def clean(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four clean scenes; the first annotations of the first one have two targets, one and none."""
     root = tmp_path_factory.mktemp("clean") / "data"
-    for split, number in (("train", 2), ("val", 1), ("test", 1)):
-        chosen = [
-            path
-            for path in sorted((scenes / "dataset_split" / split).iterdir())
-            if with_all_kinds(path)
-        ]
-        for path in chosen[:number]:
-            pixels = [
-                scenes / f / f"{path.stem}.{e}"
-                for f, e in (("RGB", "jpg"), ("depth", "png"), ("mask", "png"))
-            ]
-            for file in (path, *pixels):
-                (root / file.relative_to(scenes)).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, root / file.relative_to(scenes))
-    path = sorted((root / "dataset_split" / "train").iterdir())[0]
+    for split, num_images in (("train", 2), ("val", 1), ("test", 1)):
+        paths = sorted((scenes / "dataset_split" / split).iterdir())
+        for path in list(filter(with_all_kinds, paths))[:num_images]:
+            for file in (path, *pixel_files(scenes, path.stem)):
+                copy = root / file.relative_to(scenes)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copy)
+
+    path = min((root / "dataset_split" / "train").iterdir())
     entries = json.loads(path.read_text())
-    first = [next(e for e in entries if len(targets(e)) == number) for number in (2, 1, 0)]
-    path.write_text(json.dumps([*first, *(e for e in entries if e not in first)]))
+    first = []
+    for num_targets in (2, 1, 0):
+        first.append(next(entry for entry in entries if len(targets(entry)) == num_targets))
+    others = [entry for entry in entries if entry not in first]
+    path.write_text(json.dumps([*first, *others]))
     return root
 
 
@@ -99,14 +107,31 @@ def planted(clean: Path, tmp_path: Path) -> Planted:
     return Planted(tmp_path / "data")
 
 
-def resized(width: int, height: int) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda pixels: np.array(
-        Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
-    )
+# Faults
 
 
-def in_colours(pixels: np.ndarray) -> np.ndarray:
+def halved(pixels: np.ndarray) -> np.ndarray:
+    height, width = pixels.shape[:2]
+    size = (width // 2, height // 2)
+    return np.array(Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST))
+
+
+def in_colors(pixels: np.ndarray) -> np.ndarray:
     return np.stack([pixels.astype(np.uint8)] * 3, axis=2)
+
+
+def with_alpha(ids: np.ndarray) -> np.ndarray:
+    return np.stack([ids] * 4, axis=2)
+
+
+def many_ids(ids: np.ndarray) -> np.ndarray:
+    ids[:1, :200] = np.arange(50, 250)
+    return ids
+
+
+def pixels(kind: str, change: Callable[[np.ndarray], np.ndarray]) -> Fault:
+    """Change the pixels of the photo, the depth map or the id map."""
+    return lambda planted: planted.pixels(getattr(planted, kind), change)
 
 
 def cut(path: Path, share: float) -> None:
@@ -114,10 +139,28 @@ def cut(path: Path, share: float) -> None:
     path.write_bytes(content[: int(share * len(content))])
 
 
-def copy_image(planted: Planted, split: str) -> None:
-    """The first photo once more as another image, the second one of its split or the one in val."""
-    stem = planted.second if split == "train" else planted.val
-    shutil.copyfile(planted.photo, planted.files(stem)[0])
+def copy_photo(split: str) -> Fault:
+    """The first photo once more as another image: the second of train, or the one in val."""
+
+    def copy(planted: Planted) -> None:
+        stem = planted.second if split == "train" else planted.val
+        shutil.copyfile(planted.photo, planted.files(stem)[0])
+
+    return copy
+
+
+def copy_annotations(folder: str) -> Fault:
+    def copy(planted: Planted) -> None:
+        target = planted.root / "dataset_split" / folder
+        target.mkdir(exist_ok=True)
+        shutil.copy(planted.json, target)
+
+    return copy
+
+
+def photo_is_a_dead_link(planted: Planted) -> None:
+    planted.photo.unlink()
+    planted.photo.symlink_to("gone.jpg")
 
 
 def save(path: Path, image: Image.Image, **options: Any) -> None:
@@ -126,8 +169,14 @@ def save(path: Path, image: Image.Image, **options: Any) -> None:
     path.write_bytes(content.getvalue())
 
 
-def to_palette(path: Path) -> None:
-    save(path, Image.fromarray(np.asarray(Image.open(path)) % 200).convert("P"), format="PNG")
+def photo_as(file_format: str, mode: str = "RGB") -> Fault:
+    """The photo in another format or mode, under its old name."""
+    return lambda p: save(p.photo, Image.open(p.photo).convert(mode), format=file_format)
+
+
+def depth_in_palette_colors(planted: Planted) -> None:
+    values = np.asarray(Image.open(planted.depth)) % 200
+    save(planted.depth, Image.fromarray(values).convert("P"), format="PNG")
 
 
 def rotated(planted: Planted) -> None:
@@ -136,18 +185,33 @@ def rotated(planted: Planted) -> None:
     save(planted.photo, Image.open(planted.photo), format="JPEG", exif=exif)
 
 
-def question(entries: list[dict[str, Any]], annotation: int, number: int = 0) -> dict[str, Any]:
-    return entries[annotation]["questions"][number]
+def question(entries: list[dict[str, Any]], annotation: int, index: int = 0) -> dict[str, Any]:
+    return entries[annotation]["questions"][index]
+
+
+def edit(change: Callable[[list[dict[str, Any]]], object]) -> Fault:
+    return lambda planted: planted.edit(change)
 
 
 def set_field(annotation: int, **values: Any) -> Fault:
-    return lambda planted: planted.edit(lambda entries: entries[annotation].update(values))
+    return edit(lambda entries: entries[annotation].update(values))
+
+
+def set_in_all(**values: Any) -> Fault:
+    return edit(lambda entries: [entry.update(values) for entry in entries])
 
 
 def set_query(annotation: int, **values: Any) -> Fault:
-    return lambda planted: planted.edit(
-        lambda entries: question(entries, annotation).update(values)
-    )
+    return edit(lambda entries: question(entries, annotation).update(values))
+
+
+def set_token(annotation: int, slot: int, token: str) -> Fault:
+    return edit(lambda entries: entries[annotation]["tokens"].__setitem__(slot, token))
+
+
+def set_id(annotation: int, mask_id: int) -> Fault:
+    """Another id in the first slot of an annotation."""
+    return edit(lambda entries: entries[annotation]["masks_idx"].__setitem__(0, mask_id))
 
 
 def borrow_query(annotation: int, other: int) -> Fault:
@@ -156,45 +220,46 @@ def borrow_query(annotation: int, other: int) -> Fault:
     def change(entries: list[dict[str, Any]]) -> None:
         question(entries, annotation, 1)["query"] = question(entries, other)["query"].upper()
 
-    return lambda planted: planted.edit(change)
+    return edit(change)
 
 
-def repeat_annotation(planted: Planted) -> None:
-    planted.edit(lambda entries: entries.append(entries[0]))
+def repeat_annotation(entries: list[dict]) -> None:
+    entries.append(entries[0])
+
+
+def repeat_id(entries: list[dict]) -> None:
+    question(entries, 0, 1)["id"] = question(entries, 0)["id"]
+
+
+def split_over_slots(entries: list[dict]) -> None:
+    """The first annotation names one id in both of its slots."""
+    ids = entries[0]["masks_idx"]
+    ids[1] = ids[0]
+
+
+def drop_tokens(entries: list[dict]) -> None:
+    entries[0]["tokens"] = entries[0]["tokens"][:1]
+
+
+def skip_a_slot(entries: list[dict]) -> None:
+    """The second target of the first annotation stands in the third slot."""
+    entry = entries[0]
+    entry["answer"] = entry["answer"].replace("<MSK_1>", "<MSK_2>")
+    for name, empty in (("masks_idx", 0), ("tokens", "")):
+        entry[name][1:3] = empty, entry[name][1]
 
 
 def repeat_key(planted: Planted) -> None:
     planted.json.write_text(planted.json.read_text().replace('{"', '{"answer": "", "', 1))
 
 
-def repeat_id(planted: Planted) -> None:
-    planted.edit(lambda entries: question(entries, 0, 1).update(id=question(entries, 0)["id"]))
-
-
-def split_over_slots(planted: Planted) -> None:
-    """The first annotation names one id in both of its slots."""
-    planted.edit(lambda entries: entries[0]["masks_idx"].__setitem__(1, entries[0]["masks_idx"][0]))
-
-
-def skip_a_slot(planted: Planted) -> None:
-    """The second target of the first annotation stands in the third slot."""
-
-    def move(entries: list[dict]) -> None:
-        entry = entries[0]
-        entry["answer"] = entry["answer"].replace("<MSK_1>", "<MSK_2>")
-        for name, empty in (("masks_idx", 0), ("tokens", "")):
-            entry[name][1:3] = empty, entry[name][1]
-
-    planted.edit(move)
-
-
-def many_ids(pixels: np.ndarray) -> np.ndarray:
-    pixels[:1, :200] = np.arange(50, 250)
-    return pixels
-
-
 def raw(content: bytes) -> Fault:
     return lambda planted: planted.json.write_bytes(content)
+
+
+def change_bytes(change: Callable[[bytes], bytes]) -> Fault:
+    """Change the bytes of the annotation file."""
+    return lambda planted: planted.json.write_bytes(change(planted.json.read_bytes()))
 
 
 def touch(name: str) -> Fault:
@@ -206,12 +271,16 @@ def touch(name: str) -> Fault:
     return make
 
 
+ONE_TOO_FEW = "The mask of the right hand is <MSK_0>."
+ONE_TOO_MANY = "The mask of the mug is <MSK_0>."
+WRONG_FORM = "The mask of the mug is <MSK0>."
+
 FAULTS: list[tuple[str, str, Fault]] = [
     # Files
     ("missing-photo", "missing photo", lambda p: p.photo.unlink()),
     ("missing-depth", "missing depth map", lambda p: p.depth.unlink()),
     ("missing-mask", "missing id map", lambda p: p.mask.unlink()),
-    ("missing-photo", "link to nowhere", lambda p: (p.photo.unlink(), p.photo.symlink_to("gone.jpg"))),
+    ("missing-photo", "link to nowhere", photo_is_a_dead_link),
     ("empty-file", "photo of zero bytes", lambda p: p.photo.write_bytes(b"")),
     ("empty-file", "id map of zero bytes", lambda p: p.mask.write_bytes(b"")),
     ("empty-file", "annotations of zero bytes", raw(b"")),
@@ -223,109 +292,111 @@ FAULTS: list[tuple[str, str, Fault]] = [
     # Names and splits
     ("stem-pattern", "stem without HOI4D's fields", lambda p: p.rename("IMG_0001")),
     ("stem-category", "category 10", lambda p: p.rename(re.sub(r"_C\d+_", "_C10_", p.stem))),
-    ("stem-in-two-splits", "image in train and test", lambda p: shutil.copy(p.json, p.root / "dataset_split/test")),
+    ("stem-in-two-splits", "image in train and test", copy_annotations("test")),
     ("missing-split", "no val", lambda p: shutil.rmtree(p.root / "dataset_split" / "val")),
-    ("other-split", "validation", lambda p: shutil.copytree(p.json.parent, p.root / "dataset_split/validation")),
+    ("other-split", "validation", copy_annotations("validation")),
     ("subset-stem", "strange stem in a subset", touch("subsets/hard.txt")),
-    ("duplicate-image", "one photo twice in train", lambda p: copy_image(p, "train")),
-    ("duplicate-across-splits", "one photo in train and val", lambda p: copy_image(p, "val")),
+    ("duplicate-image", "one photo twice in train", copy_photo("train")),
+    ("duplicate-across-splits", "one photo in train and val", copy_photo("val")),
     # Annotation files
-    ("not-utf-8", "Latin-1", lambda p: p.json.write_bytes(p.json.read_bytes().replace(b"image", b"im\xe4ge"))),
-    ("not-utf-8", "UTF-16", lambda p: p.json.write_bytes(p.json.read_text().encode("utf-16"))),
-    ("byte-order-mark", "byte order mark", lambda p: p.json.write_bytes(b"\xef\xbb\xbf" + p.json.read_bytes())),
+    ("not-utf-8", "Latin-1", change_bytes(lambda text: text.replace(b"image", b"im\xe4ge"))),
+    ("not-utf-8", "UTF-16", change_bytes(lambda text: text.decode().encode("utf-16"))),
+    ("byte-order-mark", "byte order mark", change_bytes(lambda text: b"\xef\xbb\xbf" + text)),
     ("not-json", "JSON cut short", lambda p: cut(p.json, 0.7)),
     ("no-annotations", "empty list", raw(b"[]")),
     ("no-annotations", "an object", raw(b'{"caption": "a mug"}')),
     ("duplicate-key", "a key twice", repeat_key),
     # Fields
-    ("missing-field", "no caption", lambda p: p.edit(lambda entries: entries[0].pop("caption"))),
-    ("missing-field", "question without id", lambda p: p.edit(lambda entries: question(entries, 0).pop("id"))),
+    ("missing-field", "no caption", edit(lambda entries: entries[0].pop("caption"))),
+    ("missing-field", "no query id", edit(lambda entries: question(entries, 0).pop("id"))),
     ("wrong-field", "answer is a number", set_field(0, answer=5)),
     ("wrong-field", "ids are words", set_field(0, masks_idx=["two"])),
     ("wrong-field", "questions are numbers", set_field(0, questions=[5])),
-    ("wrong-field", "annotation is text", lambda p: p.edit(lambda entries: entries.append("a mug"))),
+    ("wrong-field", "annotation is text", edit(lambda entries: entries.append("a mug"))),
     ("field-type", "ids are texts", set_field(2, masks_idx=["0", "0"])),
-    ("field-type", "caption is null", lambda p: p.edit(lambda e: [entry.update(caption=None) for entry in e])),
+    ("field-type", "caption is null", set_in_all(caption=None)),
     ("field-type", "with_mask is text", set_field(0, with_mask="yes")),
     ("field-type", "query is a number", set_query(0, query=7)),
     ("no-questions", "no questions", set_field(0, questions=[])),
-    ("empty-text", "empty caption", lambda p: p.edit(lambda e: [entry.update(caption=" ") for entry in e])),
+    ("empty-text", "empty caption", set_in_all(caption=" ")),
     ("empty-text", "empty query", set_query(1, query="")),
     ("mojibake", "UTF-8 read as Latin-1", set_query(0, query="the cafÃ© mug")),
     ("mojibake", "quotation mark read as cp1252", set_query(0, query="the mugâ€™s handle")),
     ("control-character", "line break", set_query(0, query="the\nmug")),
-    ("duplicate-query-id", "one id twice", repeat_id),
+    ("duplicate-query-id", "one id twice", edit(repeat_id)),
     ("duplicate-query", "one wording twice", borrow_query(0, 0)),
-    ("repeated-query", "one annotation twice", repeat_annotation),
+    ("repeated-query", "one annotation twice", edit(repeat_annotation)),
     ("ambiguous-query", "one wording, other targets", borrow_query(1, 0)),
-    ("captions-differ", "another caption", set_field(1, caption="In this image, nothing happens.")),
+    ("captions-differ", "other caption", set_field(1, caption="In this image, nothing happens.")),
     # Targets
     ("with-mask", "target, but with_mask 0", set_field(0, with_mask=0)),
     ("with-mask", "no target, but with_mask 1", set_field(2, with_mask=True)),
-    ("answer-placeholders", "a placeholder too few", set_field(0, answer="The mask of the right hand is <MSK_0>.")),
-    ("answer-placeholders", "a placeholder without target", set_field(2, answer="The mask of the mug is <MSK_0>.")),
-    ("placeholder-form", "underscore is missing", set_field(1, answer="The mask of the mug is <MSK0>.")),
-    ("target-without-phrase", "empty token", lambda p: p.edit(lambda e: e[0]["tokens"].__setitem__(1, ""))),
-    ("target-without-phrase", "token is missing", lambda p: p.edit(lambda e: e[0].update(tokens=e[0]["tokens"][:1]))),
-    ("phrase-without-target", "token of no slot", lambda p: p.edit(lambda e: e[0]["tokens"].__setitem__(3, "the mug"))),
-    ("long-masks-idx", "seven entries", lambda p: p.edit(lambda e: e[0]["masks_idx"].extend([0, 0, 0]))),
-    ("slot-gap", "a slot left out", skip_a_slot),
-    ("target-twice", "one id in two slots", split_over_slots),
-    ("id-range", "id 300", lambda p: p.edit(lambda e: e[1]["masks_idx"].__setitem__(0, 300))),
-    ("id-range", "negative id", lambda p: p.edit(lambda e: e[1]["masks_idx"].__setitem__(0, -1))),
-    ("target-without-pixels", "id without pixels", lambda p: p.edit(lambda e: e[1]["masks_idx"].__setitem__(0, 77))),
+    ("answer-placeholders", "a placeholder too few", set_field(0, answer=ONE_TOO_FEW)),
+    ("answer-placeholders", "a placeholder without target", set_field(2, answer=ONE_TOO_MANY)),
+    ("placeholder-form", "underscore is missing", set_field(1, answer=WRONG_FORM)),
+    ("target-without-phrase", "empty token", set_token(0, 1, "")),
+    ("target-without-phrase", "token is missing", edit(drop_tokens)),
+    ("phrase-without-target", "token of no slot", set_token(0, 3, "the mug")),
+    ("long-masks-idx", "seven ids", edit(lambda entries: entries[0]["masks_idx"].extend([0] * 3))),
+    ("slot-gap", "a slot left out", edit(skip_a_slot)),
+    ("target-twice", "one id in two slots", edit(split_over_slots)),
+    ("id-range", "id 300", set_id(1, 300)),
+    ("id-range", "negative id", set_id(1, -1)),
+    ("target-without-pixels", "id without pixels", set_id(1, 77)),
     # Pixels
     ("unreadable-image", "photo is text", lambda p: p.photo.write_text("no photo")),
-    ("unreadable-image", "depth header is broken", lambda p: p.depth.write_bytes(p.depth.read_bytes()[1:])),
+    ("unreadable-image", "no header", lambda p: p.depth.write_bytes(p.depth.read_bytes()[1:])),
     ("truncated-image", "photo cut short", lambda p: cut(p.photo, 0.9)),
     ("truncated-image", "depth cut short", lambda p: cut(p.depth, 0.5)),
     ("truncated-image", "id map cut short", lambda p: cut(p.mask, 0.8)),
-    ("photo-format", "photo is a PNG", lambda p: save(p.photo, Image.open(p.photo), format="PNG")),
-    ("photo-colour", "grey photo", lambda p: save(p.photo, Image.open(p.photo).convert("L"), format="JPEG")),
+    ("photo-format", "photo is a PNG", photo_as("PNG")),
+    ("photo-colour", "gray photo", photo_as("JPEG", "L")),
     ("photo-rotated", "EXIF rotation", rotated),
-    ("photo-blank", "black photo", lambda p: p.pixels(p.photo, np.zeros_like)),
-    ("mask-size", "id map of half the size", lambda p: p.pixels(p.mask, resized(960, 540))),
-    ("mask-size", "photo of half the size", lambda p: p.pixels(p.photo, resized(960, 540))),
-    ("mask-channels", "id map in colours", lambda p: p.pixels(p.mask, in_colours)),
-    ("mask-channels", "id map with alpha", lambda p: p.pixels(p.mask, lambda ids: np.stack([ids] * 4, axis=2))),
-    ("mask-values", "ids of 16 bits", lambda p: p.pixels(p.mask, lambda ids: ids.astype(np.uint16) * 300)),
-    ("mask-many-ids", "interpolated ids", lambda p: p.pixels(p.mask, many_ids)),
-    ("mask-empty", "empty id map", lambda p: p.pixels(p.mask, np.zeros_like)),
-    ("depth-size", "depth of half the size", lambda p: p.pixels(p.depth, resized(960, 540))),
-    ("depth-channels", "depth in colours", lambda p: p.pixels(p.depth, in_colours)),
-    ("depth-palette", "depth in palette colours", lambda p: to_palette(p.depth)),
-    ("depth-empty", "nothing measured", lambda p: p.pixels(p.depth, np.zeros_like)),
-    ("depth-flat", "one distance", lambda p: p.pixels(p.depth, lambda d: np.full_like(d, 700))),
-    ("depth-bits", "8 bits", lambda p: p.pixels(p.depth, lambda d: (d >> 4).astype(np.uint8))),
-]  # fmt: skip
+    ("photo-blank", "black photo", pixels("photo", np.zeros_like)),
+    ("mask-size", "id map of half the size", pixels("mask", halved)),
+    ("mask-size", "photo of half the size", pixels("photo", halved)),
+    ("mask-channels", "id map in colors", pixels("mask", in_colors)),
+    ("mask-channels", "id map with alpha", pixels("mask", with_alpha)),
+    ("mask-values", "ids of 16 bits", pixels("mask", lambda ids: ids.astype(np.uint16) * 300)),
+    ("mask-many-ids", "interpolated ids", pixels("mask", many_ids)),
+    ("mask-empty", "empty id map", pixels("mask", np.zeros_like)),
+    ("depth-size", "depth of half the size", pixels("depth", halved)),
+    ("depth-channels", "depth in colors", pixels("depth", in_colors)),
+    ("depth-palette", "depth in palette colors", depth_in_palette_colors),
+    ("depth-empty", "nothing measured", pixels("depth", np.zeros_like)),
+    ("depth-flat", "one distance", pixels("depth", lambda depth: np.full_like(depth, 700))),
+    ("depth-bits", "8 bits", pixels("depth", lambda depth: (depth >> 4).astype(np.uint8))),
+]
+WITHOUT_IMAGE = (
+    "stem-pattern",
+    "stem-category",
+    "missing-split",
+    "other-split",
+    "subset-stem",
+    "other-file",
+)
+"""Problems that belong to no image, or to one of another name."""
 
 
 @pytest.mark.parametrize(("code", "name", "fault"), FAULTS, ids=[name for _, name, _ in FAULTS])
 def test_planted_fault_is_found(code: str, name: str, fault: Fault, planted: Planted) -> None:
-    """It has its name and its image, and it is an error exactly where the data set refuses the image."""
+    """It has its name and image, and is an error exactly where the data set refuses the image."""
     fault(planted)
     found = survey(planted.root, 1)
     assert code in {problem.code for problem in found.problems}
     of_the_image = {p.stem for p in found.problems if p.split == "train" and p.severity == ERROR}
     assert of_the_image <= {planted.stem}  # the sound images stay out of it
-    if code not in (
-        "stem-pattern",
-        "stem-category",
-        "missing-split",
-        "other-split",
-        "subset-stem",
-        "other-file",
-    ):
+    if code not in WITHOUT_IMAGE:
         assert any(
-            p.code == code and planted.stem in (p.stem, *map(in_split, p.places))
+            p.code == code and planted.stem in (p.stem, *map(in_split, p.examples))
             for p in found.problems
         )
     if name != "UTF-16":  # the only error that the reader could read
         assert reader_refuses(planted.root, "train") == bool(of_the_image)
 
 
-def in_split(place: str) -> str:
-    return place.partition("/")[2]
+def in_split(example: str) -> str:
+    return example.partition("/")[2]
 
 
 def test_every_problem_is_planted() -> None:
@@ -353,27 +424,24 @@ def test_nothing_is_found_in_clean_scenes(found_clean: Survey) -> None:
 
 
 def test_counts(scenes: Path, found_clean: Survey) -> None:
-    entries = {
-        split: [
-            entry
-            for path in (scenes / "dataset_split" / split).iterdir()
-            for entry in json.loads(path.read_text())
-        ]
-        for split in ("train", "val", "test")
-    }
-    for split, own in entries.items():
+    for split in ("train", "val", "test"):
+        paths = list((scenes / "dataset_split" / split).iterdir())
+        entries = []
+        for path in paths:
+            entries += json.loads(path.read_text())
         size = found_clean.counts["size"][split]
-        assert size["images"] == len(list((scenes / "dataset_split" / split).iterdir()))
-        assert size["annotations"] == len(own) and size["queries"] == sum(
-            len(e["questions"]) for e in own
-        )
+        assert size["images"] == len(paths)
+        assert size["annotations"] == len(entries)
+        assert size["queries"] == sum(len(entry["questions"]) for entry in entries)
+
+        ids = [targets(entry) for entry in entries]
         kinds = found_clean.counts["annotations with targets"][split]
-        assert kinds["none"] == sum(not targets(e) for e in own)
-        assert kinds["single"] == sum(len(targets(e)) == 1 for e in own)
-        assert kinds["multi"] == sum(len(targets(e)) > 1 for e in own)
+        assert kinds["none"] == sum(len(named) == 0 for named in ids)
+        assert kinds["single"] == sum(len(named) == 1 for named in ids)
+        assert kinds["multi"] == sum(len(named) > 1 for named in ids)
         hands = found_clean.counts["targets"][split]
-        assert hands["right hand"] == sum(2 in targets(e) for e in own)
-        assert hands["left hand"] == sum(3 in targets(e) for e in own)
+        assert hands["right hand"] == sum(2 in named for named in ids)
+        assert hands["left hand"] == sum(3 in named for named in ids)
         assert found_clean.counts["category"][split].total() == size["images"]
         assert found_clean.counts["depth"][split] == {"16 bits": size["images"]}
     holes = [np.mean(np.asarray(Image.open(path)) == 0) for path in (scenes / "depth").iterdir()]
@@ -403,7 +471,7 @@ def test_all_problems_are_collected(planted: Planted) -> None:
         ("orphan-file", "lost"),
     }
     (flags,) = [problem for problem in found.problems if problem.code == "with-mask"]
-    assert flags.number == len(flags.places) == len(json.loads(planted.json.read_text()))
+    assert flags.count == len(flags.examples) == len(json.loads(planted.json.read_text()))
 
 
 def test_ids_that_no_annotation_names_are_counted(planted: Planted) -> None:

@@ -1,4 +1,4 @@
-"""What can be wrong with one image: its annotation file, photo, depth map and id map, each checked to its end."""
+"""What can be wrong with one image: with its annotations, photo, depth map and id map."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from PIL import ExifTags, Image
 from annexe.datasets.annotations import FIELDS, Annotation
 from annexe.datasets.pixels import PIXEL_FILES
 
-ERROR, WARNING, NOTE = "error", "warning", "note"
+ERROR = "error"
+WARNING = "warning"
+NOTE = "note"
 
 PROBLEMS = {
     # Files
@@ -103,31 +105,43 @@ PROBLEMS = {
     "depth-flat": (WARNING, "a depth map of one distance"),
     "depth-bits": (WARNING, "depth maps of 8 bits among some of 16"),
 }
-"""Code -> severity and meaning. The reader refuses an image with an error, and its stem goes into quarantine."""
+"""Code -> severity and meaning.
 
-MAX_IDS, MAX_SLOTS = 32, 4
+The reader refuses an image with an error, and its stem goes into quarantine.
+"""
 
-_TYPES: dict[str, Callable[[Any], bool]] = {
-    "caption": lambda value: isinstance(value, str),
-    "answer": lambda value: isinstance(value, str),
-    "tokens": lambda value: (
-        isinstance(value, list) and all(isinstance(token, str) for token in value)
-    ),
-    "masks_idx": lambda value: (
-        isinstance(value, list) and all(type(mask_id) is int for mask_id in value)
-    ),
-    "with_mask": lambda value: _is_flag(value),
-    "questions": lambda value: isinstance(value, list) and all(map(_is_question, value)),
-}
-"""The documented types; the reader also takes what it can convert."""
+MAX_IDS = 32  # a map with more of them is suspicious
+MAX_SLOTS = 4  # more entries of masks_idx are unusual
+_THUMBNAIL = 8  # photos are decoded at an eighth of their size
+
+# What a report shows of the data
+_SHOWN = 80  # characters of a text
+_SHOWN_OF_JSON = 40  # characters
+_SHOWN_IDS = 8
 
 _PLACEHOLDER = re.compile(r"<MSK_(\d+)>")
 _MOJIBAKE = re.compile("[ÂÃ][\x80-¿]|â(?:€|\x80)|ï»¿|\ufffd")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028\u2029\ufeff]")
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
 def _is_flag(value: Any) -> bool:
     return isinstance(value, bool) or (isinstance(value, int) and value in (0, 1))
+
+
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(token, str) for token in value)
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(mask_id) is int for mask_id in value)
+
+
+def _are_questions(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_question, value))
 
 
 def _is_question(question: Any) -> bool:
@@ -139,28 +153,51 @@ def _is_question(question: Any) -> bool:
     )
 
 
+_TYPES: dict[str, Callable[[Any], bool]] = {
+    "caption": _is_text,
+    "answer": _is_text,
+    "tokens": _are_tokens,
+    "masks_idx": _are_ids,
+    "with_mask": _is_flag,
+    "questions": _are_questions,
+}
+"""Field -> whether it has the documented type; the reader also takes what it can convert."""
+
+
 @dataclass
 class ImageReport:
-    """Problems and facts of one image of a split."""
+    """Problems and facts of one image of a split.
+
+    Attributes:
+        split: folder of its annotation file.
+        stem: name of the image.
+        problems: code -> where in the image, each in a few words.
+        num_queries: wordings of all annotations.
+        num_annotations: those that could be read.
+        kinds: annotations with ``none``, ``single`` or ``multi`` targets.
+        targets: those that are a ``left hand``, a ``right hand`` or an ``object``.
+        photo_size: width, height.
+        photo_hash: of the decoded pixels.
+        unnamed_ids: ids of the map that no annotation names.
+        depth_bits: 8 or 16.
+        holes: share of the depth map that was not measured.
+    """
 
     split: str
     stem: str
-    problems: dict[str, list[str]] = field(
-        default_factory=dict
-    )  # code -> where, each place in a few words
+    problems: dict[str, list[str]] = field(default_factory=dict)
     num_queries: int = 0
     num_annotations: int = 0
-    kinds: Counter[str] = field(default_factory=Counter)  # annotations with one, several, no target
-    targets: Counter[str] = field(
-        default_factory=Counter
-    )  # targets that are a right hand, a left hand, an object
-    photo_size: tuple[int, int] | None = None  # width, height
+    kinds: Counter[str] = field(default_factory=Counter)
+    targets: Counter[str] = field(default_factory=Counter)
+    photo_size: tuple[int, int] | None = None
     photo_hash: bytes | None = None
     unnamed_ids: list[int] = field(default_factory=list)
     depth_bits: int | None = None
-    holes: float | None = None  # share of the depth map that was not measured
+    holes: float | None = None
 
     def add(self, code: str, where: str) -> None:
+        """Report a problem, at ``where`` in the image."""
         assert code in PROBLEMS, code
         self.problems.setdefault(code, []).append(where)
 
@@ -169,15 +206,18 @@ def check_image(root: Path, split: str, stem: str) -> ImageReport:
     """Check all four files of an image; nothing is raised for what is wrong with them."""
     report = ImageReport(split, stem)
     named = _check_annotations(root / "dataset_split" / split / f"{stem}.json", report)
-    images = {}
-    for (folder, ending), what in zip(PIXEL_FILES, ("photo", "depth", "mask"), strict=True):
-        images[what] = _decode(root / folder / f"{stem}{ending}", what, report)
-    if images["photo"]:
-        _check_photo(images["photo"], report)
-    if images["mask"]:
-        _check_mask(images["mask"], named, report)
-    if images["depth"]:
-        _check_depth(images["depth"], report)
+
+    # Decode the three images before they are compared
+    images = []
+    for (folder, ending), kind in zip(PIXEL_FILES, ("photo", "depth", "mask"), strict=True):
+        images.append(_decode(root / folder / f"{stem}{ending}", kind, report))
+    photo, depth, mask = images
+    if photo:
+        _check_photo(photo, report)
+    if mask:
+        _check_mask(mask, named, report)
+    if depth:
+        _check_depth(depth, report)
     return report
 
 
@@ -186,28 +226,31 @@ def check_image(root: Path, split: str, stem: str) -> ImageReport:
 
 def _check_annotations(path: Path, report: ImageReport) -> set[int]:
     """Check an annotation file; returns the ids that it names."""
-    entries = _parse(path, report)
-    annotations = []
-    for number, entry in enumerate(entries):
-        annotation = _check_fields(entry, f"annotation {number}", report)
+    annotations: dict[int, Annotation] = {}
+    named: set[int] = set()
+    for index, entry in enumerate(_parse(path, report)):
+        where = f"annotation {index}"
+        annotation = _check_fields(entry, where, report)
         if annotation is not None:
-            _check_targets(annotation, f"annotation {number}", report)
-            _check_questions(annotation, f"annotation {number}", report)
-            annotations.append((number, annotation))
+            _check_targets(annotation, where, report)
+            _check_questions(annotation, where, report)
+            annotations[index] = annotation
+            named.update(annotation.slots.values())
     _compare(annotations, report)
-    return {mask_id for _, annotation in annotations for mask_id in annotation.slots.values()}
+    return named
 
 
 def _parse(path: Path, report: ImageReport) -> list[Any]:
-    """The entries of an annotation file, as they are."""
+    """The entries of an annotation file, unchanged; none where it is no list of them."""
 
     def from_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) < len(pairs):
-            twice = [key for key, number in Counter(key for key, _ in pairs).items() if number > 1]
-            report.add("duplicate-key", f"'{twice[0]}'")
+            repeated = _repeated(key for key, _ in pairs)
+            report.add("duplicate-key", f"'{repeated[0]}'")
         return values
 
+    # Bytes
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -218,6 +261,8 @@ def _parse(path: Path, report: ImageReport) -> list[Any]:
         return []
     if content.startswith(codecs.BOM_UTF8):
         report.add("byte-order-mark", path.name)
+
+    # JSON
     try:
         entries = json.loads(content.decode("utf-8-sig"), object_pairs_hook=from_pairs)
     except UnicodeDecodeError as error:
@@ -227,7 +272,7 @@ def _parse(path: Path, report: ImageReport) -> list[Any]:
         report.add("not-json", str(error))
         return []
     if not isinstance(entries, list) or not entries:
-        report.add("no-annotations", f"the file holds {json.dumps(entries)[:40]}")
+        report.add("no-annotations", f"the file holds {_shown(entries)}")
         return []
     return entries
 
@@ -235,8 +280,10 @@ def _parse(path: Path, report: ImageReport) -> list[Any]:
 def _check_fields(entry: Any, where: str, report: ImageReport) -> Annotation | None:
     """The annotation as the reader takes it, or None where it refuses it."""
     if not isinstance(entry, dict):
-        report.add("wrong-field", f"{where} is {json.dumps(entry)[:40]}")
+        report.add("wrong-field", f"{where} is {_shown(entry)}")
         return None
+
+    # Convert each field as the reader does
     values: dict[str, Any] = {}
     for name, convert in FIELDS.items():
         if name not in entry:
@@ -251,50 +298,66 @@ def _check_fields(entry: Any, where: str, report: ImageReport) -> Annotation | N
         else:
             if not _TYPES[name](entry[name]):
                 report.add("field-type", f"{where}: {name}")
+
     if "questions" in values and not values["questions"]:
         report.add("no-questions", where)
         return None
     return Annotation(**values) if len(values) == len(FIELDS) else None
 
 
+def _shown(value: Any) -> str:
+    """The beginning of a JSON value."""
+    return json.dumps(value)[:_SHOWN_OF_JSON]
+
+
 def _check_targets(annotation: Annotation, where: str, report: ImageReport) -> None:
-    """Slots against `with_mask`, placeholders and phrases."""
+    """Compare the slots of an annotation with `with_mask`, placeholders and phrases."""
     slots = annotation.slots
     report.num_annotations += 1
-    report.kinds["none" if not slots else "single" if len(slots) == 1 else "multi"] += 1
+    kind = ("none", "single", "multi")[min(len(slots), 2)]
+    report.kinds[kind] += 1
     if annotation.with_mask != bool(slots):
         report.add(
             "with-mask", f"{where}: with_mask {int(annotation.with_mask)}, {len(slots)} targets"
         )
-    named = [int(slot) for slot in _PLACEHOLDER.findall(annotation.answer)]
-    if sorted(named) != sorted(slots):
+
+    # Placeholders of the answer
+    placeholders = sorted(int(slot) for slot in _PLACEHOLDER.findall(annotation.answer))
+    if placeholders != sorted(slots):
         report.add(
-            "answer-placeholders", f"{where}: slots {sorted(slots)}, placeholders {sorted(named)}"
+            "answer-placeholders", f"{where}: slots {sorted(slots)}, placeholders {placeholders}"
         )
     if "msk" in _PLACEHOLDER.sub("", annotation.answer).lower():
-        report.add("placeholder-form", f"{where}: {annotation.answer[:80]}")
+        report.add("placeholder-form", f"{where}: {annotation.answer[:_SHOWN]}")
+
+    # Phrases; an annotation without targets has one for its first token all the same
     for slot in slots:
         phrase = annotation.phrase(slot).strip()
-        hand = re.search(r"\b(left|right) hand$", phrase.lower())
-        alone = hand is not None and phrase.lower() in (hand[0], f"the {hand[0]}")
-        report.targets[f"{hand[1]} hand" if hand and alone else "object"] += 1
+        report.targets[_kind_of_target(phrase)] += 1
         if not phrase:
             report.add("target-without-phrase", f"{where}: slot {slot}")
-    filler = (
-        {0} if not slots else set()
-    )  # an annotation without targets fills its first token all the same
+    with_phrase = slots.keys() or {0}
     for slot, token in enumerate(annotation.tokens):
-        if token.strip() and slot not in slots.keys() | filler:
+        if token.strip() and slot not in with_phrase:
             report.add("phrase-without-target", f"{where}: slot {slot}, '{token[:40]}'")
+
+    # Mask ids
+    shown_ids = f"{where}: masks_idx {annotation.masks_idx[:_SHOWN_IDS]}"
     if sorted(slots) != list(range(len(slots))):
-        report.add("slot-gap", f"{where}: masks_idx {annotation.masks_idx[:8]}")
+        report.add("slot-gap", shown_ids)
     if len(annotation.masks_idx) > MAX_SLOTS:
         report.add("long-masks-idx", f"{where}: {len(annotation.masks_idx)} entries")
     if len(set(slots.values())) < len(slots):
-        report.add("target-twice", f"{where}: masks_idx {annotation.masks_idx[:8]}")
+        report.add("target-twice", shown_ids)
     outside = [mask_id for mask_id in annotation.masks_idx if not 0 <= mask_id <= 255]
     if outside:
-        report.add("id-range", f"{where}: {outside[:8]}")
+        report.add("id-range", f"{where}: {outside[:_SHOWN_IDS]}")
+
+
+def _kind_of_target(phrase: str) -> str:
+    """``left hand`` or ``right hand`` where the phrase says nothing else, otherwise ``object``."""
+    hand = re.fullmatch(r"(?:the )?((?:left|right) hand)", phrase.lower())
+    return hand[1] if hand else "object"
 
 
 def _wording(query: str) -> str:
@@ -303,72 +366,87 @@ def _wording(query: str) -> str:
 
 
 def _check_questions(annotation: Annotation, where: str, report: ImageReport) -> None:
-    """Texts of an annotation by themselves."""
-    report.num_queries += len(annotation.questions)
-    texts = [annotation.caption, annotation.answer, *annotation.tokens]
-    texts += [question["query"] for question in annotation.questions]
+    """Check the texts of an annotation, each by itself."""
+    queries = [question["query"] for question in annotation.questions]
+    report.num_queries += len(queries)
+
+    # Empty texts
     for name, text in (("caption", annotation.caption), ("answer", annotation.answer)):
         if not text.strip():
             report.add("empty-text", f"{where}: {name}")
     for question in annotation.questions:
         if not question["query"].strip():
             report.add("empty-text", f"{where}: query {question['id']}")
+
+    # Characters: all texts at once, for hardly any is damaged
+    texts = [annotation.caption, annotation.answer, *annotation.tokens, *queries]
     for code, pattern in (("mojibake", _MOJIBAKE), ("control-character", _CONTROL)):
         if pattern.search("".join(texts)):
             text = next((text for text in texts if pattern.search(text)), "")
-            report.add(code, f"{where}: {text[:80]!r}")
-    for query_id in _twice(repr(question["id"]) for question in annotation.questions):
+            report.add(code, f"{where}: {text[:_SHOWN]!r}")
+
+    # Repetitions
+    for query_id in _repeated(repr(question["id"]) for question in annotation.questions):
         report.add("duplicate-query-id", f"{where}: id {query_id}")
-    for wording in _twice(_wording(question["query"]) for question in annotation.questions):
-        report.add("duplicate-query", f"{where}: '{wording[:80]}'")
+    for wording in _repeated(map(_wording, queries)):
+        report.add("duplicate-query", f"{where}: '{wording[:_SHOWN]}'")
 
 
-def _twice(values: Iterable[str]) -> list[str]:
-    return [value for value, number in Counter(values).items() if number > 1]
+def _repeated(values: Iterable[str]) -> list[str]:
+    """Those that occur more than once."""
+    return [value for value, count in Counter(values).items() if count > 1]
 
 
-def _compare(annotations: list[tuple[int, Annotation]], report: ImageReport) -> None:
-    """Annotations of an image with each other."""
-    captions = {annotation.caption for _, annotation in annotations}
+def _compare(annotations: dict[int, Annotation], report: ImageReport) -> None:
+    """Compare the annotations of an image, by their indices, with each other."""
+    captions = {annotation.caption for annotation in annotations.values()}
     if len(captions) > 1:
         report.add("captions-differ", f"{len(captions)} captions")
-    asked: dict[str, dict[int, frozenset[int]]] = defaultdict(dict)
-    for number, annotation in annotations:
+
+    # Wording -> annotations that have it -> their targets
+    targets_by_wording: dict[str, dict[int, frozenset[int]]] = defaultdict(dict)
+    for index, annotation in annotations.items():
         targets = frozenset(annotation.slots.values())
         for question in annotation.questions:
-            asked[_wording(question["query"])][number] = targets
-    for wording, places in asked.items():
-        if len(places) > 1:
-            code = "ambiguous-query" if len(set(places.values())) > 1 else "repeated-query"
-            report.add(code, f"annotations {', '.join(map(str, places))}: '{wording[:80]}'")
+            targets_by_wording[_wording(question["query"])][index] = targets
+    for wording, targets_by_index in targets_by_wording.items():
+        if len(targets_by_index) > 1:
+            is_ambiguous = len(set(targets_by_index.values())) > 1
+            code = "ambiguous-query" if is_ambiguous else "repeated-query"
+            indices = ", ".join(map(str, targets_by_index))
+            report.add(code, f"annotations {indices}: '{wording[:_SHOWN]}'")
 
 
 # Pixels
 
 
-def _decode(path: Path, what: str, report: ImageReport) -> Image.Image | None:
-    """An image decoded to its end, a photo at an eighth of its size; its header is kept as ``info``."""
+def _decode(path: Path, kind: str, report: ImageReport) -> Image.Image | None:
+    """An image decoded to its end, or None where that fails.
+
+    Args:
+        path: the file.
+        kind: ``photo``, which is decoded at an eighth of its size, ``depth`` or ``mask``.
+        report: takes the problem.
+    """
     where = f"{path.parent.name}/{path.name}"
     try:
         content = path.read_bytes()
     except OSError:
-        report.add(f"missing-{what}", where)
+        report.add(f"missing-{kind}", where)
         return None
     if not content:
         report.add("empty-file", where)
         return None
     try:
         image = Image.open(io.BytesIO(content))
-        if what == "photo":
+        if kind == "photo":
             report.photo_size = image.size
-            image.draft("RGB", (image.width // 8, image.height // 8))
+            image.draft("RGB", (image.width // _THUMBNAIL, image.height // _THUMBNAIL))
         image.load()
     except Exception as error:  # a damaged file makes Pillow raise errors of a dozen kinds
-        cut = "truncated" in str(error).lower()
-        report.add(
-            "truncated-image" if cut else "unreadable-image",
-            f"{where}: {error}".replace(repr(content), ""),
-        )
+        is_truncated = "truncated" in str(error).lower()
+        code = "truncated-image" if is_truncated else "unreadable-image"
+        report.add(code, f"{where}: {error}".replace(repr(content), ""))
         return None
     return image
 
@@ -381,12 +459,13 @@ def _check_photo(photo: Image.Image, report: ImageReport) -> None:
     orientation = photo.getexif().get(ExifTags.Base.Orientation, 1)
     if orientation != 1:
         report.add("photo-rotated", f"orientation {orientation}")
+
+    # Photos with the same pixels are found by their hash
     pixels = np.asarray(photo.convert("RGB"))
     if (pixels == pixels[0, 0]).all():
         report.add("photo-blank", f"all pixels are {pixels[0, 0].tolist()}")
-    report.photo_hash = hashlib.blake2b(
-        pixels.tobytes() + repr(report.photo_size).encode(), digest_size=16
-    ).digest()
+    content = pixels.tobytes() + repr(report.photo_size).encode()
+    report.photo_hash = hashlib.blake2b(content, digest_size=16).digest()
 
 
 def _check_mask(mask: Image.Image, named: set[int], report: ImageReport) -> None:
@@ -395,8 +474,11 @@ def _check_mask(mask: Image.Image, named: set[int], report: ImageReport) -> None
     if len(mask.getbands()) > 1:
         report.add("mask-channels", f"{len(mask.getbands())} channels, {mask.mode}")
         return
-    numbers = mask.histogram() if mask.mode in ("L", "P") else np.bincount(np.asarray(mask).ravel())
-    present = set(np.flatnonzero(numbers).tolist())
+
+    # Ids in the map
+    is_small = mask.mode in ("L", "P")  # 8 bits
+    counts = mask.histogram() if is_small else np.bincount(np.asarray(mask).ravel())
+    present = set(np.flatnonzero(counts).tolist())
     if max(present) > 255:
         report.add("mask-values", f"ids up to {max(present)}")
         return
@@ -405,6 +487,8 @@ def _check_mask(mask: Image.Image, named: set[int], report: ImageReport) -> None
         report.add("mask-empty", _size(mask.size))
     if len(present) > MAX_IDS:
         report.add("mask-many-ids", f"{len(present)} ids")
+
+    # Ids in the annotations
     absent = sorted(mask_id for mask_id in named - present if 0 <= mask_id <= 255)
     if absent:
         report.add(

@@ -1,4 +1,4 @@
-"""A whole data root: every image checked, images compared with each other, and everything counted."""
+"""A whole data root: every image checked and counted, and images compared with each other."""
 
 from __future__ import annotations
 
@@ -20,147 +20,176 @@ from annexe.doctor.image_checks import ERROR, PROBLEMS, ImageReport, check_image
 from annexe.errors import UserError
 from annexe.workers import in_processes
 
-_SHOWN = 20  # places that are kept of one problem in one image
+MAX_EXAMPLES = 20  # of one problem in one image
 _ENDINGS = {**dict(PIXEL_FILES), "dataset_split": ".json"}
 _MISNAMED = (".jpg", ".jpeg", ".png", ".json")
+
+Image = tuple[str, str]
+"""Split and stem."""
 
 
 @dataclass
 class Problem:
-    """One kind of problem in one image, or in one file where no image is at fault."""
+    """One kind of problem in one image, or in one file where no image is at fault.
+
+    Attributes:
+        code: which kind, of `PROBLEMS`.
+        split: None where the problem belongs to none.
+        stem: name of the image or file.
+        examples: where in the image, up to 20 times.
+        count: how many times.
+    """
 
     code: str
     split: str | None
     stem: str
-    places: list[str]
-    number: int = 1
+    examples: list[str]
+    count: int = 1
 
     @property
     def severity(self) -> str:
         return PROBLEMS[self.code][0]
 
+    def as_dict(self) -> dict[str, Any]:
+        """The entry of a JSON report."""
+        return {
+            "severity": self.severity,
+            "code": self.code,
+            "split": self.split,
+            "stem": self.stem,
+            "number": self.count,
+            "places": self.examples,
+        }
+
 
 @dataclass
 class Survey:
-    """All that is known of a data root."""
+    """All that is known of a data root.
+
+    Attributes:
+        splits: split -> stems.
+        problems: everything that is wrong.
+        counts: what is counted -> split -> name -> how many.
+        unnamed_ids: images whose map has ids that no annotation names.
+        holes: share of the depth map that was not measured, for every image.
+    """
 
     splits: dict[str, list[str]]
     problems: list[Problem] = field(default_factory=list)
-    counts: dict[str, dict[str, Counter]] = field(
-        default_factory=dict
-    )  # what -> split -> name -> number
-    unnamed_ids: int = 0  # images whose map has ids that no annotation names
-    holes: list[float] = field(default_factory=list)  # share of the depth map, image by image
+    counts: dict[str, dict[str, Counter]] = field(default_factory=dict)
+    unnamed_ids: int = 0
+    holes: list[float] = field(default_factory=list)
 
     def add(self, code: str, stem: str, where: str, split: str | None = None) -> None:
+        """Add a problem that occurs once."""
         self.problems.append(Problem(code, split, stem, [where]))
 
-    def count(self, what: str, split: str, numbers: Counter | dict[str, int]) -> None:
-        self.counts.setdefault(what, {}).setdefault(split, Counter()).update(numbers)
+    def count(self, what: str, split: str, counts: Counter | dict[str, int]) -> None:
+        """Add ``counts``, by name, to those of a split."""
+        self.counts.setdefault(what, {}).setdefault(split, Counter()).update(counts)
 
     @property
     def quarantine(self) -> list[str]:
         """Stems with an error, whichever split holds them."""
         known = {stem for stems in self.splits.values() for stem in stems}
-        return sorted(
-            {problem.stem for problem in self.problems if problem.severity == ERROR} & known
-        )
+        at_fault = {problem.stem for problem in self.problems if problem.severity == ERROR}
+        return sorted(at_fault & known)
 
     @property
     def leaks(self) -> dict[str, dict[str, float]]:
+        """What the images of train show of val and test: see `image_names.leaks`."""
         return leaks(self.splits)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything in plain containers."""
-        problems = [
-            {
-                "severity": p.severity,
-                "code": p.code,
-                "split": p.split,
-                "stem": p.stem,
-                "number": p.number,
-            }
-            | {"places": p.places}
-            for p in self.problems
-        ]
-        return {
-            "images": {split: len(stems) for split, stems in self.splits.items()},
-            "counts": {
-                what: {s: dict(sorted(c.items())) for s, c in own.items()}
-                for what, own in self.counts.items()
-            },
-            "depth_holes": self.depth_holes(),
-            "images_with_unnamed_ids": self.unnamed_ids,
-            "leaks": self.leaks,
-            "problems": problems,
-            "quarantine": self.quarantine,
-        }
 
     def depth_holes(self) -> dict[str, float]:
         """Mean and extremes of the share of a depth map that was not measured."""
         if not self.holes:
             return {}
-        mean, low, high = np.mean(self.holes), np.min(self.holes), np.max(self.holes)
-        return {"mean": float(mean), "lowest": float(low), "highest": float(high)}
+        return {
+            "mean": float(np.mean(self.holes)),
+            "lowest": float(np.min(self.holes)),
+            "highest": float(np.max(self.holes)),
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything in plain containers, for a JSON report."""
+        counts: dict[str, dict[str, dict[str, int]]] = {}
+        for what, by_split in self.counts.items():
+            counts[what] = {split: dict(sorted(c.items())) for split, c in by_split.items()}
+        return {
+            "images": {split: len(stems) for split, stems in self.splits.items()},
+            "counts": counts,
+            "depth_holes": self.depth_holes(),
+            "images_with_unnamed_ids": self.unnamed_ids,
+            "leaks": self.leaks,
+            "problems": [problem.as_dict() for problem in self.problems],
+            "quarantine": self.quarantine,
+        }
 
 
 def survey(root: Path, num_workers: int) -> Survey:
     """Check everything under a data root, pixels included, and collect all that is wrong.
 
+    Args:
+        root: folder with RGB/, depth/, mask/ and dataset_split/.
+        num_workers: processes; any number finds the same.
+
     Raises:
         UserError: there is no folder, or no annotation file in it to start from.
     """
     splits = annotation_folders(root)
-    jobs = [(split, stem) for split, stems in splits.items() for stem in stems]
-    if not jobs:
+    images = [(split, stem) for split, stems in splits.items() for stem in stems]
+    if not images:
         raise UserError(
             f"'{root / 'dataset_split'}' holds no SPLIT/*.json; give the folder that holds RGB/"
         )
     result = Survey(splits)
     check_names(root, result)
-    photos: dict[bytes, list[tuple[str, str]]] = defaultdict(list)
-    bits: dict[int, list[tuple[str, str]]] = defaultdict(list)
-    for report in _reports(root, jobs, num_workers):
-        place = (report.split, report.stem)
-        for code, places in report.problems.items():
-            result.problems.append(Problem(code, *place, places[:_SHOWN], len(places)))
+
+    # Every image by itself
+    by_photo: dict[bytes, list[Image]] = defaultdict(list)
+    by_bits: dict[int, list[Image]] = defaultdict(list)
+    for report in _reports(root, images, num_workers):
+        image = (report.split, report.stem)
+        for code, where in report.problems.items():
+            result.problems.append(Problem(code, *image, where[:MAX_EXAMPLES], len(where)))
         _count(report, result)
         if report.photo_hash:
-            photos[report.photo_hash].append(place)
+            by_photo[report.photo_hash].append(image)
         if report.depth_bits:
-            bits[report.depth_bits].append(place)
-    for places in photos.values():
-        check_duplicates(places, result)
-    if len(bits) > 1:
-        for split, stem in bits[8]:
-            result.add(
-                "depth-bits", stem, f"{len(bits[8])} maps of 8 bits, {len(bits[16])} of 16", split
-            )
+            by_bits[report.depth_bits].append(image)
+
+    # Images compared with each other
+    for same_photo in by_photo.values():
+        check_duplicates(same_photo, result)
+    if len(by_bits) > 1:
+        where = f"{len(by_bits[8])} maps of 8 bits, {len(by_bits[16])} of 16"
+        for split, stem in by_bits[8]:
+            result.add("depth-bits", stem, where, split)
     return result
 
 
-def _reports(root: Path, jobs: list[tuple[str, str]], num_workers: int) -> Iterator[ImageReport]:
+def _reports(root: Path, images: list[Image], num_workers: int) -> Iterator[ImageReport]:
     """Reports of all images, in order."""
-    check = partial(_check, root)
+    reports = in_processes(partial(_check, root), images, min(num_workers, len(images)))
     console = Console(stderr=True)
-    show = partial(
-        track,
+    return track(
+        reports,
         description="checking",
-        total=len(jobs),
+        total=len(images),
         console=console,
         disable=not console.is_terminal,
     )
-    return show(in_processes(check, jobs, min(num_workers, len(jobs))))
 
 
-def _check(root: Path, job: tuple[str, str]) -> ImageReport:
-    return check_image(root, *job)
+def _check(root: Path, image: Image) -> ImageReport:
+    return check_image(root, *image)
 
 
 def _count(report: ImageReport, result: Survey) -> None:
+    """Add the counts of one image to those of its split."""
     split = report.split
-    numbers = {"images": 1, "annotations": report.num_annotations, "queries": report.num_queries}
-    result.count("size", split, numbers)
+    size = {"images": 1, "annotations": report.num_annotations, "queries": report.num_queries}
+    result.count("size", split, size)
     result.count("category", split, {category(report.stem): 1})
     result.count("annotations with targets", split, report.kinds)
     result.count("targets", split, report.targets)
@@ -174,54 +203,63 @@ def _count(report: ImageReport, result: Survey) -> None:
 
 
 def check_names(root: Path, result: Survey) -> None:
-    """Names of files, stems and splits, without reading any file but the lists of subsets."""
-    home = defaultdict(list)
+    """Check names of files, stems and splits.
+
+    No file is read but the lists of subsets.
+    """
+    # Splits
+    splits_of: dict[str, list[str]] = defaultdict(list)
     for split, stems in result.splits.items():
         if split not in SPLITS:
             result.add("other-split", split, f"dataset_split/{split}, {len(stems)} images")
         for stem in stems:
-            home[stem].append(split)
+            splits_of[stem].append(split)
     for split in SPLITS:
         if not result.splits.get(split):
             result.add("missing-split", split, f"dataset_split/{split}")
-    for stem, own in home.items():
-        if len(own) > 1:
-            result.add("stem-in-two-splits", stem, " and ".join(own))
+
+    # Stems
+    for stem, splits in splits_of.items():
+        if len(splits) > 1:
+            result.add("stem-in-two-splits", stem, " and ".join(splits))
         if fields(stem) is None:
-            result.add("stem-pattern", stem, stem, own[0])
+            result.add("stem-pattern", stem, stem, splits[0])
         elif category(stem) == "other":
-            result.add("stem-category", stem, stem, own[0])
-    folders = [
-        *(folder for folder, _ in PIXEL_FILES),
-        *(f"dataset_split/{split}" for split in result.splits),
-    ]
+            result.add("stem-category", stem, stem, splits[0])
+
+    # Folders and lists
+    folders = [folder for folder, _ in PIXEL_FILES]
+    folders += [f"dataset_split/{split}" for split in result.splits]
     for folder in folders:
-        _check_folder(root, folder, set(home), result)
+        _check_folder(root, folder, set(splits_of), result)
     for path in sorted((root / "subsets").glob("*.txt")):
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-        for stem in sorted({line.strip() for line in lines} - home.keys() - {""}):
+        listed = {line.strip() for line in lines} - {""}
+        for stem in sorted(listed - splits_of.keys()):
             result.add("subset-stem", stem, f"subsets/{path.name}")
 
 
 def _check_folder(root: Path, folder: str, known: set[str], result: Survey) -> None:
+    """Find files that belong to no image, or have an ending that the reader does not know."""
     ending = _ENDINGS[folder.partition("/")[0]]
     names = os.listdir(root / folder) if (root / folder).is_dir() else ()
     for name in sorted(names):
-        stem, own = os.path.splitext(name)
-        if own == ending:
+        stem, suffix = os.path.splitext(name)
+        if suffix == ending:
             if stem not in known:
                 result.add("orphan-file", stem, f"{folder}/{name}")
-        elif own.lower() in _MISNAMED:
+        elif suffix.lower() in _MISNAMED:
             result.add("extension", stem, f"{folder}/{name}; the reader looks for {ending}")
         else:
             result.add("other-file", stem, f"{folder}/{name}")
 
 
-def check_duplicates(places: list[tuple[str, str]], result: Survey) -> None:
+def check_duplicates(same_photo: list[Image], result: Survey) -> None:
     """Report the images that show one photo under several stems, at the first of them."""
-    if len({stem for _, stem in places}) > 1:
-        across = len({split for split, _ in places}) > 1
-        code = "duplicate-across-splits" if across else "duplicate-image"
-        split, stem = places[0]
-        others = [f"{other_split}/{other}" for other_split, other in places[1:]]
-        result.problems.append(Problem(code, split, stem, others[:_SHOWN], len(others)))
+    if len({stem for _, stem in same_photo}) > 1:
+        is_across = len({split for split, _ in same_photo}) > 1
+        code = "duplicate-across-splits" if is_across else "duplicate-image"
+        split, stem = same_photo[0]
+        others = [f"{other_split}/{other}" for other_split, other in same_photo[1:]]
+        problem = Problem(code, split, stem, others[:MAX_EXAMPLES], len(others))
+        result.problems.append(problem)

@@ -7,7 +7,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -20,10 +19,11 @@ from annexe.files import require_writable, write_json
 from annexe.workers import num_cores
 
 HELP = "check every file of a data root; exit code 1 where there are errors"
-_COLOURS = {NOTE: "cyan", WARNING: "yellow", ERROR: "red"}
+_COLORS = {NOTE: "cyan", WARNING: "yellow", ERROR: "red"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
     parser.add_argument(
         "root", type=Path, help="folder that holds RGB/, depth/, mask/ and dataset_split/"
     )
@@ -34,75 +34,88 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Check, write the report, and print what was found.
+
+    Raises:
+        UserError: for wrong arguments, or a folder without data.
+        SystemExit: with code 1, if there are errors.
+    """
     if arguments.workers is not None and arguments.workers < 1:
         raise UserError(f"--workers is {arguments.workers}; give at least 1")
     if arguments.json is not None:
         require_writable(arguments.json)
-    found = survey(arguments.root, arguments.workers or num_cores())
-    verdict = verdict_of(found)
+    result = survey(arguments.root, arguments.workers or num_cores())
+    verdict = verdict_of(result)
     if arguments.json:
-        report = {"root": str(arguments.root), "verdict": verdict, **found.as_dict()}
+        report = {"root": str(arguments.root), "verdict": verdict, **result.as_dict()}
         write_json(arguments.json, report)
     console = Console(soft_wrap=True)
-    show(found, console)
+    show(result, console)
     console.print(verdict, markup=False, highlight=False)
-    if any(problem.severity == ERROR for problem in found.problems):
+    if any(problem.severity == ERROR for problem in result.problems):
         sys.exit(1)
 
 
-def verdict_of(found: Survey) -> str:
+def verdict_of(result: Survey) -> str:
     """One line: how many problems there are, and how many images the reader would refuse."""
-    numbers = Counter(problem.severity for problem in found.problems)
-    parts = ", ".join(f"{numbers[severity]} {severity}s" for severity in (ERROR, WARNING, NOTE))
-    num_images = sum(len(stems) for stems in found.splits.values())
-    state = "not sound" if numbers[ERROR] else "sound"
-    return f"{state}: {num_images} images, {parts}, {len(found.quarantine)} images in quarantine"
+    counts = Counter(problem.severity for problem in result.problems)
+    problems = ", ".join(f"{counts[severity]} {severity}s" for severity in (ERROR, WARNING, NOTE))
+    num_images = sum(len(stems) for stems in result.splits.values())
+    state = "not sound" if counts[ERROR] else "sound"
+    num_refused = len(result.quarantine)
+    return f"{state}: {num_images} images, {problems}, {num_refused} images in quarantine"
 
 
-def show(found: Survey, console: Console) -> None:
+def show(result: Survey, console: Console) -> None:
     """Print counts, leaks and problems as tables."""
-    for what, splits in found.counts.items():
-        console.print(_counts(what, splits))
-    holes = found.depth_holes()
+    # Counts
+    for what, by_split in result.counts.items():
+        console.print(_counts(what, by_split))
+    holes = result.depth_holes()
     if holes:
-        console.print(
-            "depth not measured: mean {mean:.1%}, from {lowest:.1%} to {highest:.1%}".format(
-                **holes
-            )
-        )
+        line = "depth not measured: mean {mean:.1%}, from {lowest:.1%} to {highest:.1%}"
+        console.print(line.format(**holes))
     console.print(
-        f"images whose map has ids that no annotation names, which does no harm: {found.unnamed_ids}"
+        "images whose map has ids that no annotation names, which does no harm: "
+        f"{result.unnamed_ids}"
     )
-    if found.leaks:
-        table = Table(
-            "share of images that train shows too", *(f"same {group}" for group in GROUPS)
-        )
-        for split, shares in found.leaks.items():
+
+    # Leaks
+    if result.leaks:
+        groups = [f"same {group}" for group in GROUPS]
+        table = Table("share of images that train shows too", *groups)
+        for split, shares in result.leaks.items():
             table.add_row(split, *(f"{shares[group]:.1%}" for group in GROUPS))
         console.print(table)
-    for severity, line in _problems(found):
-        console.print(line, style=_COLOURS[severity], markup=False, highlight=False)
+
+    # Problems
+    for severity, line in _problems(result):
+        console.print(line, style=_COLORS[severity], markup=False, highlight=False)
 
 
-def _counts(what: str, splits: dict[str, Counter]) -> Table:
-    table = Table(what, *splits, "all")
-    names = sorted({name for numbers in splits.values() for name in numbers})
-    for name in names:
-        row: list[Any] = [numbers[name] for numbers in splits.values()]
+def _counts(what: str, by_split: dict[str, Counter]) -> Table:
+    """A row for each name that was counted, a column for each split."""
+    table = Table(what, *by_split, "all")
+    for name in sorted(set().union(*by_split.values())):
+        row = [counts[name] for counts in by_split.values()]
         table.add_row(name, *map(str, row), str(sum(row)))
     return table
 
 
-def _problems(found: Survey) -> Iterator[tuple[str, str]]:
-    """Severity and a line for each kind of problem, the worst last, where the eye is, with an example."""
-    for code, (severity, meaning) in sorted(
-        PROBLEMS.items(), key=lambda item: list(_COLOURS).index(item[1][0])
-    ):
-        own = [problem for problem in found.problems if problem.code == code]
-        if own:
-            places = sum(problem.number for problem in own)
+def _problems(result: Survey) -> Iterator[tuple[str, str]]:
+    """Severity and a line for each kind of problem, with an example.
+
+    The worst come last, where the eye is.
+    """
+    severities = list(_COLORS)
+    kinds = sorted(PROBLEMS.items(), key=lambda item: severities.index(item[1][0]))
+    for code, (severity, meaning) in kinds:
+        problems = [problem for problem in result.problems if problem.code == code]
+        if problems:
+            count = sum(problem.count for problem in problems)
+            first = problems[0]
             yield (
                 severity,
-                f"{severity} {code} ({meaning}): {places} places in {len(own)} images, "
-                f"such as {own[0].stem}: {own[0].places[0]}",
+                f"{severity} {code} ({meaning}): {count} places in {len(problems)} images, "
+                f"such as {first.stem}: {first.examples[0]}",
             )

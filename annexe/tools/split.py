@@ -26,6 +26,7 @@ HELP = "write split lists that share no video, object instance or room"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
     parser.add_argument("root", type=Path, help="folder that holds dataset_split/")
     parser.add_argument("--by", choices=GROUPS, required=True, help="what no two splits may share")
     parser.add_argument(
@@ -55,37 +56,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Read the stems, share them out, and write the lists.
+
+    Raises:
+        UserError: for wrong arguments, a folder without data, or a split that would be empty.
+    """
+    # Check the arguments
     out = arguments.out
     if out.exists():
         raise UserError(f"'{out}' exists; name a folder that does not, so that no list is replaced")
-    if not (
-        min(arguments.val, arguments.test, arguments.seed) >= 0
-        and arguments.val + arguments.test < 1
-    ):  # or NaN
+    train_share = 1 - arguments.val - arguments.test
+    is_possible = min(arguments.val, arguments.test, arguments.seed) >= 0
+    if not (is_possible and arguments.val + arguments.test < 1):  # written so that NaN is refused
         raise UserError(
-            f"cannot split with --val {arguments.val}, --test {arguments.test}, --seed {arguments.seed}: "
-            "give shares from 0 that leave something to train, and a seed from 0 on"
+            f"cannot split with --val {arguments.val}, --test {arguments.test}, "
+            f"--seed {arguments.seed}: give shares from 0 that leave something to train, "
+            "and a seed from 0 on"
         )
-    stems = sorted(
-        {stem for stems in annotation_folders(arguments.root).values() for stem in stems}
-    )
+
+    # Every image once, whichever folder holds it
+    stems = sorted(set().union(*annotation_folders(arguments.root).values()))
     if arguments.exclude:
         excluded = set(read_list(arguments.exclude, "--exclude"))
         check_known(excluded, stems, arguments.exclude, arguments.root)
         stems = [stem for stem in stems if stem not in excluded]
     if not stems:
         raise UserError(
-            f"'{arguments.root / 'dataset_split'}' holds no SPLIT/*.json; give the folder that holds RGB/"
+            f"'{arguments.root / 'dataset_split'}' holds no SPLIT/*.json; "
+            "give the folder that holds RGB/"
         )
-    shares = {
-        "train": 1 - arguments.val - arguments.test,
-        "val": arguments.val,
-        "test": arguments.test,
-    }
+
+    # Share out and write
+    shares = {"train": train_share, "val": arguments.val, "test": arguments.test}
     lists = split(stems, arguments.by, shares, arguments.seed)
     out.mkdir(parents=True)
-    for name, own in lists.items():
-        (out / f"{name}.txt").write_text("".join(f"{stem}\n" for stem in own), encoding="utf-8")
+    for name, listed in lists.items():
+        text = "".join(f"{stem}\n" for stem in listed)
+        (out / f"{name}.txt").write_text(text, encoding="utf-8")
     show(lists)
 
 
@@ -93,63 +100,93 @@ def split(stems: list[str], by: str, shares: dict[str, float], seed: int) -> dic
     """Share out groups of stems, largest first, each to the split that lacks its categories most.
 
     Args:
+        stems: all images.
         by: what the images of a group have in common: ``sequence``, ``instance`` or ``room``.
         shares: split -> share of the images it should get; a split with share 0 gets no list.
         seed: settles the order of groups of one size.
 
+    Returns:
+        Split -> sorted stems.
+
     Raises:
         UserError: a stem does not follow HOI4D's pattern, or a split would be empty.
     """
-    groups: dict[str, list[str]] = defaultdict(list)
+    # Groups that stay together
     strange = [stem for stem in stems if fields(stem) is None]
     if strange:
         raise UserError(
-            f"{len(strange)} stems do not follow HOI4D's pattern, such as '{strange[0]}'; rename them or --exclude them"
+            f"{len(strange)} stems do not follow HOI4D's pattern, such as '{strange[0]}'; "
+            "rename them or --exclude them"
         )
+    groups: dict[str, list[str]] = defaultdict(list)
     for stem in stems:
         groups[fields(stem)[by]].append(stem)
     wanted = [name for name in SPLITS if shares[name] > 0]
     if len(groups) < len(wanted):
         raise UserError(
-            f"split '{wanted[len(groups)]}' would be empty: the images show {len(groups)} different {by}s for "
-            f"{len(wanted)} splits; split by something finer, or set --val or --test to 0"
+            f"split '{wanted[len(groups)]}' would be empty: the images show {len(groups)} "
+            f"different {by}s for {len(wanted)} splits; split by something finer, "
+            "or set --val or --test to 0"
         )
+
+    # What every split lacks of each category, in images
     sizes = Counter(category(stem) for stem in stems)
-    lacking = {name: {kind: shares[name] * size for kind, size in sizes.items()} for name in wanted}
+    lacking: dict[str, dict[str, float]] = {}
+    for name in wanted:
+        lacking[name] = {kind: shares[name] * size for kind, size in sizes.items()}
+
+    # Largest groups first; the last ones go to splits that are still empty
     lists: dict[str, list[str]] = {name: [] for name in wanted}
-    order = np.random.default_rng(seed).permutation(sorted(groups)).tolist()
-    for position, key in enumerate(sorted(order, key=lambda key: -len(groups[key]))):
-        own = Counter(category(stem) for stem in groups[key])
+    shuffled = np.random.default_rng(seed).permutation(sorted(groups)).tolist()
+    by_size = sorted(shuffled, key=lambda key: -len(groups[key]))
+    for num_placed, key in enumerate(by_size):
+        counts = Counter(category(stem) for stem in groups[key])
         empty = [name for name in wanted if not lists[name]]
-        free = empty if len(groups) - position == len(empty) else wanted
-        chosen = max(free, key=lambda name: _lack(lacking[name], own, sizes))
+        candidates = empty if len(groups) - num_placed == len(empty) else wanted
+        lacks = [_lack(lacking[name], counts, sizes) for name in candidates]
+        chosen = candidates[lacks.index(max(lacks))]
         lists[chosen] += groups[key]
-        for kind, number in own.items():
-            lacking[chosen][kind] -= number
-    return {name: sorted(own) for name, own in lists.items()}
+        for kind, count in counts.items():
+            lacking[chosen][kind] -= count
+    return {name: sorted(chosen) for name, chosen in lists.items()}
 
 
-def _lack(lacking: dict[str, float], group: Counter, sizes: Counter) -> float:
-    """How much a split lacks the categories of a group, and images at all, each as a share of what there is."""
-    of_its_kind = (
-        sum(number * lacking[kind] / sizes[kind] for kind, number in group.items()) / group.total()
-    )
-    return of_its_kind + sum(lacking.values()) / sizes.total()
+def _lack(lacking: dict[str, float], counts: Counter, sizes: Counter) -> float:
+    """How much a split lacks the images of a group.
+
+    Args:
+        lacking: category -> images that the split lacks.
+        counts: category -> images of the group.
+        sizes: category -> all images.
+
+    Returns:
+        What it lacks of the group's categories, and of images at all, each as a share of what
+        there is.
+    """
+    of_its_kind = sum(count * lacking[kind] / sizes[kind] for kind, count in counts.items())
+    return of_its_kind / counts.total() + sum(lacking.values()) / sizes.total()
 
 
 def show(lists: dict[str, list[str]]) -> None:
     """Print sizes by category, and what val and test still share with train."""
-    counts = {name: Counter(map(category, own)) for name, own in lists.items()}
+    counts = {name: Counter(map(category, stems)) for name, stems in lists.items()}
     total = sum(counts.values(), Counter())
+
+    # A row for each category, and one for all of them
     table = Table("category", *lists, "all")
-    for kind in [*sorted(total), None]:
-        row = [counts[name][kind] if kind else counts[name].total() for name in lists]
-        shares = (f"{number} ({number / sum(row):.0%})" for number in row)
-        table.add_row(kind or "all", *shares, str(sum(row)), end_section=kind == max(total))
+    for kind in sorted(total):
+        row = [counts[name][kind] for name in lists]
+        table.add_row(kind, *_shares(row), str(sum(row)), end_section=kind == max(total))
+    row = [counts[name].total() for name in lists]
+    table.add_row("all", *_shares(row), str(sum(row)))
     console = Console(soft_wrap=True)
     console.print(table)
-    for name, own in leaks(lists).items():
-        shown = ", ".join(f"the {group} of {own[group]:.1%}" for group in GROUPS)
-        console.print(
-            f"{name}: train shows {shown} of its images too", markup=False, highlight=False
-        )
+
+    for name, shared in leaks(lists).items():
+        shown = ", ".join(f"the {group} of {shared[group]:.1%}" for group in GROUPS)
+        line = f"{name}: train shows {shown} of its images too"
+        console.print(line, markup=False, highlight=False)
+
+
+def _shares(row: list[int]) -> list[str]:
+    return [f"{count} ({count / sum(row):.0%})" for count in row]
