@@ -104,8 +104,8 @@ class Annexe(nn.Module):
         # Parts
         self.rgb_encoder = rgb_encoder
         self.depth_branch = depth_branch
-        embed_dim, hidden_size = rgb_encoder.embed_dim, language_model.hidden_size
-        self.projector = Projector(embed_dim, hidden_size, patches_per_token)
+        hidden_size = language_model.hidden_size
+        self.projector = Projector(rgb_encoder.embed_dim, hidden_size, patches_per_token)
         self.language_model = language_model
         self.pixel_decoder = pixel_decoder
         self.text_decoder = GreedyDecoder(language_model)
@@ -162,14 +162,14 @@ class Annexe(nn.Module):
         texts = [self.language_model.tokenizer.decode(row) for row in responses.tokens]
         query_branches = batch.text.query_branches.tolist()
         analysis_branches = sorted(set(range(len(texts))) - set(query_branches))
-        analyses = [texts[branch] for branch in analysis_branches]
+        analyses = [texts[branch] for branch in analysis_branches]  # B
 
         # Masks of the slots that have a target
         image_of_query = batch.queries.image_index.tolist()
         size_of_query = [batch.samples[image].original_size for image in image_of_query]
-        slots_of_query = [
-            [slot for slot, is_present in enumerate(row) if is_present] for row in present.tolist()
-        ]
+        slots_of_query = []
+        for row in present.tolist():
+            slots_of_query.append([slot for slot, is_present in enumerate(row) if is_present])
         counts = [len(slots) for slots in slots_of_query]
         masks = split_by_query(grounding.masks[present].float(), counts, size_of_query)
 
@@ -178,11 +178,13 @@ class Annexe(nn.Module):
         depth_maps = encoding.depth.depth.float().cpu().numpy()
         raw_responses = []
         for query, image in enumerate(image_of_query):
-            text, slots = texts[query_branches[query]], slots_of_query[query]
+            text = texts[query_branches[query]]
+            slots = slots_of_query[query]
+            answer_format = batch.samples[image].answer_format
             raw_responses.append(
                 RawResponse(
                     analysis=analyses[image],
-                    answer=self._finish_answer(text, slots, batch.samples[image].answer_format),
+                    answer=self._finish_answer(text, slots, answer_format),
                     scores=scores[query],
                     slots=slots,
                     masks=masks[query],
@@ -199,8 +201,10 @@ class Annexe(nn.Module):
         depth = self.depth_branch(images)
         image_tokens = self.projector(patches)
 
-        words = self.language_model.embed(batch.text.input_ids)  # [B, N, D]
-        before, after = words[:, : batch.text.image_start], words[:, batch.text.prefix_length :]
+        text = batch.text
+        words = self.language_model.embed(text.input_ids)  # [B, N, D]
+        before = words[:, : text.image_start]
+        after = words[:, text.prefix_length :]
         embeddings = torch.cat([before, image_tokens.to(words.dtype), after], dim=1)
         return Encoding(patches, depth, image_tokens, embeddings)
 

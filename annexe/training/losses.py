@@ -250,7 +250,9 @@ def active(weights: LossWeights, *, image_token_head: bool) -> dict[str, float]:
 
 def counts(batches: list[Batch], names: list[str]) -> Tensor:
     """Units of each named term over all micro-batches of a step, float64[len(names)]."""
-    rows = [torch.stack([TERMS[name].count(batch) for name in names]) for batch in batches]
+    rows = []
+    for batch in batches:
+        rows.append(torch.stack([TERMS[name].count(batch) for name in names]))
     return torch.stack(rows).double().sum(0)
 
 

@@ -176,7 +176,9 @@ def build_optimizer(model: nn.Module, run: RunConfig) -> torch.optim.Optimizer:
                 muon_weights.add(module.weight)
 
     # Groups
-    decayed, undecayed, orthogonalized = [], [], []
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
+    orthogonalized: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
