@@ -1,4 +1,4 @@
-"""The index: the same annotations as the files, mapped, rebuilt when files change or the index is damaged; lists."""
+"""The index holds what the files hold and is rebuilt when they change or it is damaged; lists."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from annexe.datasets import annotation_index as index_module
 from annexe.datasets.annotation_index import Index, StaleIndex, index_file, open_index
 from annexe.datasets.annotations import read_annotations
 from annexe.datasets.ego_irgbench import EgoIRGBench
+from annexe.datasets.pixels import PIXEL_FILES
 from annexe.errors import UserError
 from tests.test_datasets import annotation, write_image
 
@@ -28,21 +29,19 @@ NUM_IMAGES = 6
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """Six small images, with one to three annotations of their own each."""
-    for number in range(NUM_IMAGES):
-        entries = [
-            annotation(answer=f"Answer {number} {k}: é <MSK_0>.") for k in range(number % 3 + 1)
-        ]
-        for k, entry in enumerate(entries):
-            entry["questions"] = [
-                {"query": f"Wording {number} {k} {q}?", "id": q} for q in range(3)
-            ]
+    for image in range(NUM_IMAGES):
+        entries = []
+        for k in range(image % 3 + 1):
+            entry = annotation(answer=f"Answer {image} {k}: é <MSK_0>.")
+            entry["questions"] = [{"query": f"Wording {image} {k} {q}?", "id": q} for q in range(3)]
             entry["questions"][1] |= {"is_sentence": 1, "id": "one"}
-        write_image(tmp_path / "data", entries, stem=stem_of(number))
+            entries.append(entry)
+        write_image(tmp_path / "data", entries, stem=stem_of(image))
     return tmp_path / "data"
 
 
-def stem_of(number: int) -> str:
-    return f"ZY20210800001_H1_C11_N07_S185_s02_T2_{number:05d}"
+def stem_of(frame: int) -> str:
+    return f"ZY20210800001_H1_C11_N07_S185_s02_T2_{frame:05d}"
 
 
 @pytest.fixture
@@ -52,7 +51,7 @@ def folder(root: Path) -> Path:
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Annotation files that were read, as they are."""
+    """Annotation files that were read; it grows as more are."""
     read: list[Path] = []
 
     def recording(path: Path) -> list:
@@ -77,9 +76,9 @@ def test_it_holds_what_the_files_hold(scenes: Path) -> None:
         index = open_index(scenes / "dataset_split" / split)
         assert index.stems == [path.stem for path in paths]
         assert contents(index) == [read_annotations(path) for path in paths]
-        assert index.num_slots.tolist() == [
-            max(s + 1 for a in own for s in (*a.slots, -1)) for own in contents(index)
-        ]
+        for num_slots, entries in zip(index.num_slots, contents(index), strict=True):
+            used = set().union(*(entry.slots for entry in entries))
+            assert num_slots == max(used, default=-1) + 1
 
 
 def test_questions_keep_whether_they_are_sentences(root: Path) -> None:
@@ -126,28 +125,22 @@ def test_damaged_index_is_made_again(
     caplog.set_level(logging.WARNING, "annexe")
     good = contents(open_index(folder))
     path = index_file(folder)
-    whole = path.read_bytes()
+    content = path.read_bytes()
+    size = len(content)
     random = np.random.default_rng(0)
-    damaged = [
-        b"",
-        b"annexe",
-        whole[:-1],
-        whole + b"\x00",
-        whole[len(whole) // 2 :],
-        bytes(len(whole)),
-    ]
-    damaged += [whole[: int(n)] for n in random.integers(len(whole), size=20)]
-    for at in random.integers(len(whole), size=40):
-        damaged.append(whole[:at] + bytes([whole[at] ^ 0x41]) + whole[at + 1 :])
-    for number, wrong in enumerate(damaged):
+    damaged = [b"", b"annexe", content[:-1], content + b"\x00", content[size // 2 :], bytes(size)]
+    damaged += [content[: int(length)] for length in random.integers(size, size=20)]
+    for position in random.integers(size, size=40):
+        flipped = bytes([content[position] ^ 0x41])
+        damaged.append(content[:position] + flipped + content[position + 1 :])
+    for case, wrong in enumerate(damaged):
         path.write_bytes(wrong)
         caplog.clear()
-        assert contents(open_index(folder)) == good, number
-        assert "damaged" in caplog.text and str(path) in caplog.text, number
-        assert path.read_bytes() == whole
-    assert [file.suffix for file in path.parent.iterdir() if file.name.startswith(path.stem)] == [
-        ".index"
-    ]
+        assert contents(open_index(folder)) == good, case
+        assert "damaged" in caplog.text and str(path) in caplog.text, case
+        assert path.read_bytes() == content
+    left = [file for file in path.parent.iterdir() if file.name.startswith(path.stem)]
+    assert [file.suffix for file in left] == [".index"]
 
 
 def test_a_build_that_fails_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,29 +180,30 @@ def test_folders_do_not_share_an_index(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(root, tmp_path / "copy")
-    one, other = root / "dataset_split" / "train", tmp_path / "copy" / "dataset_split" / "train"
+    one = root / "dataset_split" / "train"
+    other = tmp_path / "copy" / "dataset_split" / "train"
     assert index_file(one) != index_file(other)
     monkeypatch.chdir(root)
     assert index_file(Path("dataset_split/train")) == index_file(one)
 
 
 @pytest.mark.parametrize(
-    ("settings", "place"),
+    ("settings", "expected"),
     [
         ({"ANNEXE_CACHE": "/a"}, "/a/index"),
         ({"ANNEXE_CACHE": "", "XDG_CACHE_HOME": "/b"}, "/b/annexe/index"),
         ({"ANNEXE_CACHE": "", "XDG_CACHE_HOME": "", "HOME": "/c"}, "/c/.cache/annexe/index"),
     ],
 )
-def test_place(
-    settings: dict[str, str], place: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_where_the_index_is_stored(
+    settings: dict[str, str], expected: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    assert str(index_file(folder).parent) == place
+    assert str(index_file(folder).parent) == expected
 
 
-def test_place_that_cannot_be_written(
+def test_a_cache_that_cannot_be_written(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("in the way")
@@ -227,41 +221,39 @@ def test_a_read_only_data_root_stays_as_it_is(root: Path) -> None:
 
 def test_question_by_key(root: Path) -> None:
     dataset = open_set(root)
-    for stem, image in zip(dataset.stems, dataset.annotations, strict=True):
-        for number, own in enumerate(image):
-            for question in own.questions:
-                assert dataset.question(stem, number, question["id"]) == question
+    for stem, entries in zip(dataset.stems, dataset.annotations, strict=True):
+        for index, entry in enumerate(entries):
+            for question in entry.questions:
+                assert dataset.question(stem, index, question["id"]) == question
     for key in (("nothing", 0, 0), (stem_of(0), 0, "1"), (stem_of(0), 0, 99)):
         with pytest.raises(KeyError):
             dataset.question(*key)
-    for number in (-1, 1):
+    for index in (-1, 1):
         with pytest.raises(IndexError):
-            dataset.question(stem_of(0), number, 0)
+            dataset.question(stem_of(0), index, 0)
 
 
 def test_opening_and_looking_up_are_fast(tmp_path: Path) -> None:
-    """A twentieth of the full size, with room for a busy machine; docs/data.md has the figures of all of it."""
-    entries = [
-        annotation(questions=[{"query": f"Wording {q}?", "id": q} for q in range(20)])
-        for _ in range(4)
-    ]
-    write_image(tmp_path, entries, stem="source")
+    """A twentieth of the full size, with room for a busy machine.
+
+    docs/data.md has the figures of the full size.
+    """
+    questions = [{"query": f"Wording {q}?", "id": q} for q in range(20)]
+    write_image(tmp_path, [annotation(questions=questions)] * 4, stem="source")
     folder = tmp_path / "dataset_split" / "train"
     (source,) = folder.iterdir()
-    for number in range(1000):
-        for name, ending in (("RGB", "jpg"), ("depth", "png"), ("mask", "png")):
-            os.link(
-                tmp_path / name / f"{source.stem}.{ending}",
-                tmp_path / name / f"{stem_of(number)}.{ending}",
-            )
-        shutil.copyfile(source, folder / f"{stem_of(number)}.json")
+    for frame in range(1000):
+        for name, ending in PIXEL_FILES:
+            pixels = tmp_path / name
+            os.link(pixels / f"{source.stem}{ending}", pixels / f"{stem_of(frame)}{ending}")
+        shutil.copyfile(source, folder / f"{stem_of(frame)}.json")
     open_set(tmp_path)
     start = time.process_time()
     dataset = open_set(tmp_path)
     assert time.process_time() - start < 0.5
     start = time.process_time()
-    for number in range(1000):
-        dataset.question(stem_of(number), 3, 19)
+    for frame in range(1000):
+        dataset.question(stem_of(frame), 3, 19)
     assert time.process_time() - start < 0.5
 
 
@@ -283,8 +275,8 @@ def test_fingerprint(root: Path) -> None:
 def lists(root: Path, tmp_path: Path) -> Iterator[Path]:
     """Images 4 and 5 lie in val on disk; the lists put 5 and 0 into train, 4 into test."""
     (root / "dataset_split" / "val").mkdir()
-    for number in (4, 5):
-        path = root / "dataset_split" / "train" / f"{stem_of(number)}.json"
+    for frame in (4, 5):
+        path = root / "dataset_split" / "train" / f"{stem_of(frame)}.json"
         path.rename(root / "dataset_split" / "val" / path.name)
     out = tmp_path / "lists"
     out.mkdir()
@@ -294,28 +286,25 @@ def lists(root: Path, tmp_path: Path) -> Iterator[Path]:
 
 
 def test_split_lists(root: Path, lists: Path) -> None:
-    train, test = (open_set(root, split, split_dir=str(lists)) for split in ("train", "test"))
+    train = open_set(root, "train", split_dir=str(lists))
+    test = open_set(root, "test", split_dir=str(lists))
     assert train.stems == [stem_of(0), stem_of(5)] and test.stems == [stem_of(4)]
-    assert [own[0].answer for own in train.annotations] == [
-        "Answer 0 0: é <MSK_0>.",
-        "Answer 5 0: é <MSK_0>.",
-    ]
+    answers = [annotations[0].answer for annotations in train.annotations]
+    assert answers == ["Answer 0 0: é <MSK_0>.", "Answer 5 0: é <MSK_0>."]
     assert train[0, 1].stem == stem_of(5) and train.fingerprint() != open_set(root).fingerprint()
-    assert [own[0].answer for own in test.annotations_of("train")] == [
-        own[0].answer for own in train.annotations
-    ]
+    assert [annotations[0].answer for annotations in test.annotations_of("train")] == answers
     assert len(test.annotations_of("val")) == 0
 
 
 def test_exclude(root: Path, lists: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "annexe")
-    (tmp_path / "exclude.txt").write_text(f"{stem_of(0)}\n{stem_of(2)}\n{stem_of(4)}\n")
-    dataset = open_set(root, exclude=str(tmp_path / "exclude.txt"))
+    exclude = tmp_path / "exclude.txt"
+    exclude.write_text(f"{stem_of(0)}\n{stem_of(2)}\n{stem_of(4)}\n")
+    dataset = open_set(root, exclude=str(exclude))
     assert dataset.stems == [stem_of(1), stem_of(3)]
     assert "leaves out 2 of 4 images of split 'train'" in caplog.text
-    assert open_set(root, split_dir=str(lists), exclude=str(tmp_path / "exclude.txt")).stems == [
-        stem_of(5)
-    ]
+    listed = open_set(root, split_dir=str(lists), exclude=str(exclude))
+    assert listed.stems == [stem_of(5)]
     report = tmp_path / "report.json"
     report.write_text(json.dumps({"quarantine": [stem_of(1), stem_of(5)], "problems": []}))
     assert open_set(root, exclude=str(report)).stems == [stem_of(0), stem_of(2), stem_of(3)]
@@ -324,20 +313,21 @@ def test_exclude(root: Path, lists: Path, tmp_path: Path, caplog: pytest.LogCapt
 def test_an_excluded_image_may_be_broken(root: Path, folder: Path, tmp_path: Path) -> None:
     (folder / f"{stem_of(1)}.json").write_text("[{")
     (root / "mask" / f"{stem_of(2)}.png").unlink()
-    (tmp_path / "exclude.txt").write_text(f"{stem_of(1)}\n")
+    exclude = tmp_path / "exclude.txt"
+    exclude.write_text(f"{stem_of(1)}\n")
     with pytest.raises(UserError, match=f"{stem_of(1)}.json' is not JSON"):
         open_set(root)
     with pytest.raises(UserError, match=f"missing file .*{stem_of(2)}.png"):
-        open_set(root, exclude=str(tmp_path / "exclude.txt"))
-    (tmp_path / "exclude.txt").write_text(f"{stem_of(1)}\n{stem_of(2)}\n")
-    assert len(open_set(root, exclude=str(tmp_path / "exclude.txt"))) == NUM_IMAGES - 2
+        open_set(root, exclude=str(exclude))
+    exclude.write_text(f"{stem_of(1)}\n{stem_of(2)}\n")
+    assert len(open_set(root, exclude=str(exclude))) == NUM_IMAGES - 2
 
 
 @pytest.mark.parametrize(
     ("setting", "content", "part"),
     [
         ("exclude", "nobody\n", "names 1 images that"),
-        ("exclude", "".join(f"{stem_of(n)}\n" for n in range(NUM_IMAGES)), "is empty"),
+        ("exclude", "\n".join(map(stem_of, range(NUM_IMAGES))), "is empty"),
         ("exclude", None, "datasets.ego_irgbench.exclude: cannot read"),
         ("exclude", "\xff", "no list of stems"),
         ("split_dir", f"{stem_of(0)}\nnobody\nno one\n", "names 2 images that"),
@@ -364,12 +354,10 @@ def test_report_without_quarantine(text: str, root: Path, tmp_path: Path) -> Non
 
 
 def test_listed_image_in_two_folders(root: Path, lists: Path) -> None:
-    shutil.copy(
-        root / "dataset_split" / "val" / f"{stem_of(5)}.json", root / "dataset_split" / "train"
-    )
-    with pytest.raises(
-        UserError, match=f"'{stem_of(5)}' has annotations in .*train' and in .*val'"
-    ):
+    splits = root / "dataset_split"
+    shutil.copy(splits / "val" / f"{stem_of(5)}.json", splits / "train")
+    message = f"'{stem_of(5)}' has annotations in .*train' and in .*val'"
+    with pytest.raises(UserError, match=message):
         open_set(root, split_dir=str(lists))
     with pytest.raises(UserError, match="no folder"):
         open_set(root / "nothing", split_dir=str(lists))

@@ -1,7 +1,8 @@
-"""annexe split: nothing is shared between splits, sizes and categories are kept, the same seed gives the same lists."""
+"""annexe split: splits share nothing, sizes and categories stay, one seed gives the same lists."""
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -24,13 +25,12 @@ def stems(num_videos: int = 600, seed: int = 0) -> list[str]:
     random = np.random.default_rng(seed)
     result = []
     for _ in range(num_videos):
-        number = int(random.choice(list(CATEGORIES)))
-        instance, room, camera = (
-            random.integers(12) + 1,
-            random.integers(40) + 1,
-            random.integers(4) + 1,
-        )
-        video = f"ZY2021080000{camera}_H1_C{number:02d}_N{instance:02d}_S{room:03d}_s{random.integers(99):02d}_T1"
+        kind = int(random.choice(list(CATEGORIES)))
+        instance = random.integers(12) + 1
+        room = random.integers(40) + 1
+        camera = random.integers(4) + 1
+        layout = random.integers(99)
+        video = f"ZY2021080000{camera}_H1_C{kind:02d}_N{instance:02d}_S{room:03d}_s{layout:02d}_T1"
         result += [f"{video}_{frame:05d}" for frame in range(random.integers(1, 16))]
     return sorted(set(result))
 
@@ -38,65 +38,59 @@ def stems(num_videos: int = 600, seed: int = 0) -> list[str]:
 @pytest.mark.parametrize("by", ["sequence", "instance", "room"])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_splits_share_nothing(by: str, seed: int) -> None:
-    given = stems()
-    lists = split(given, by, SHARES, seed)
-    assert sorted(stem for own in lists.values() for stem in own) == given
-    groups = {name: {fields(stem)[by] for stem in own} for name, own in lists.items()}
+    images = stems()
+    lists = split(images, by, SHARES, seed)
+    assert sorted(itertools.chain(*lists.values())) == images
+    groups = {name: {fields(stem)[by] for stem in listed} for name, listed in lists.items()}
     assert not groups["train"] & groups["val"] and not groups["train"] & groups["test"]
     assert not groups["val"] & groups["test"]
     shares = leaks(lists)
-    assert (
-        shares["val"]["sequence"]
-        == shares["test"]["sequence"]
-        == shares["val"][by]
-        == shares["test"][by]
-        == 0
-    )
+    for name in ("val", "test"):
+        assert shares[name]["sequence"] == shares[name][by] == 0
 
 
 @pytest.mark.parametrize("by", ["sequence", "instance", "room"])
 def test_sizes_and_categories(by: str) -> None:
-    given = stems()
-    lists = split(given, by, SHARES, 0)
-    for name, own in lists.items():
-        assert len(own) / len(given) == pytest.approx(SHARES[name], abs=0.02)
+    images = stems()
+    lists = split(images, by, SHARES, 0)
+    for name, listed in lists.items():
+        assert len(listed) / len(images) == pytest.approx(SHARES[name], abs=0.02)
     if by == "sequence":  # small groups: every category has its share
-        whole = Counter(map(category, given))
-        for name, own in lists.items():
-            for kind, number in Counter(map(category, own)).items():
-                assert number / whole[kind] == pytest.approx(SHARES[name], abs=0.05), (name, kind)
+        sizes = Counter(map(category, images))
+        for name, listed in lists.items():
+            for kind, count in Counter(map(category, listed)).items():
+                assert count / sizes[kind] == pytest.approx(SHARES[name], abs=0.05), (name, kind)
 
 
 def test_categories_are_in_every_split_where_they_can_be() -> None:
     lists = split(stems(), "instance", SHARES, 0)
-    for own in lists.values():
-        assert set(map(category, own)) == set(CATEGORIES.values())
+    for listed in lists.values():
+        assert set(map(category, listed)) == set(CATEGORIES.values())
 
 
 def test_the_same_seed_gives_the_same_lists() -> None:
-    given = stems()
-    assert split(given, "sequence", SHARES, 5) == split(given[::-1], "sequence", SHARES, 5)
-    assert split(given, "sequence", SHARES, 5) != split(given, "sequence", SHARES, 6)
+    images = stems()
+    lists = split(images, "sequence", SHARES, 5)
+    assert lists == split(images[::-1], "sequence", SHARES, 5)
+    assert lists != split(images, "sequence", SHARES, 6)
 
 
 def test_few_groups_fill_every_split() -> None:
-    given = [
-        f"ZY20210800001_H1_C02_N{n:02d}_S001_s01_T1_{f:05d}"
-        for n, size in ((1, 50), (2, 9), (3, 1))
-        for f in range(size)
-    ]
-    lists = split(given, "instance", SHARES, 0)
-    assert {name: len(own) for name, own in lists.items()} == {"train": 50, "val": 1, "test": 9}
+    images = []
+    for instance, size in ((1, 50), (2, 9), (3, 1)):
+        video = f"ZY20210800001_H1_C02_N{instance:02d}_S001_s01_T1"
+        images += [f"{video}_{frame:05d}" for frame in range(size)]
+    sizes = {name: len(listed) for name, listed in split(images, "instance", SHARES, 0).items()}
+    assert sizes == {"train": 50, "val": 1, "test": 9}
 
 
 def test_a_split_that_would_be_empty() -> None:
-    given = [f"ZY20210800001_H1_C02_N{number:02d}_S001_s01_T1_00001" for number in (1, 2)]
-    with pytest.raises(
-        UserError, match=r"split 'test' would be empty: the images show 2 different instances"
-    ):
-        split(given, "instance", SHARES, 0)
-    lists = split(given, "instance", {"train": 0.5, "val": 0, "test": 0.5}, 0)
-    assert {name: len(own) for name, own in lists.items()} == {"train": 1, "test": 1}
+    images = [f"ZY20210800001_H1_C02_N{instance:02d}_S001_s01_T1_00001" for instance in (1, 2)]
+    message = "split 'test' would be empty: the images show 2 different instances"
+    with pytest.raises(UserError, match=message):
+        split(images, "instance", SHARES, 0)
+    lists = split(images, "instance", {"train": 0.5, "val": 0, "test": 0.5}, 0)
+    assert {name: len(listed) for name, listed in lists.items()} == {"train": 1, "test": 1}
 
 
 def test_stems_without_fields() -> None:
@@ -132,12 +126,12 @@ def test_the_data_set_reads_the_lists(
     out = tmp_path / "lists"
     code, output = annexe(scenes, "--by", "instance", "--out", out)
     assert code == 0 and "val: train shows the sequence of 0.0%, the instance of 0.0%" in output
-    opened = {
-        name: EgoIRGBench(name, 56, 0, None, data_root=str(scenes), split_dir=str(out)).stems
-        for name in ("train", "val", "test")
-    }
+    opened = {}
+    for name in ("train", "val", "test"):
+        dataset = EgoIRGBench(name, 56, 0, None, data_root=str(scenes), split_dir=str(out))
+        opened[name] = dataset.stems
     on_disk = sorted(path.stem for path in (scenes / "dataset_split").rglob("*.json"))
-    assert sorted(stem for own in opened.values() for stem in own) == on_disk
+    assert sorted(itertools.chain(*opened.values())) == on_disk
     assert opened["val"] == (out / "val.txt").read_text().split()
     before = {path: path.read_bytes() for path in out.iterdir()}
     code, output = annexe(scenes, "--by", "room", "--out", out)
@@ -147,12 +141,14 @@ def test_the_data_set_reads_the_lists(
 
 def test_exclude(annexe: Callable[..., tuple[int, str]], scenes: Path, tmp_path: Path) -> None:
     on_disk = sorted(path.stem for path in (scenes / "dataset_split").rglob("*.json"))
-    (tmp_path / "exclude.txt").write_text("\n".join(on_disk[:3]))
-    code, _ = annexe(
-        scenes, "--by", "sequence", "--out", tmp_path / "a", "--exclude", tmp_path / "exclude.txt"
-    )
+    exclude = tmp_path / "exclude.txt"
+    exclude.write_text("\n".join(on_disk[:3]))
+    out = tmp_path / "lists"
+    code, _ = annexe(scenes, "--by", "sequence", "--out", out, "--exclude", exclude)
     assert code == 0
-    listed = [stem for path in (tmp_path / "a").iterdir() for stem in path.read_text().split()]
+    listed = []
+    for path in out.iterdir():
+        listed += path.read_text().split()
     assert sorted(listed) == on_disk[3:]
 
 
