@@ -293,7 +293,7 @@ def prepare_for_inference(model: Annexe, run: RunConfig, accelerator: Accelerato
     Adapters are merged for good; CUDA graphs and compiled blocks are used where ``run`` has them.
     """
     language_model = model.language_model
-    language_model.merge()
+    language_model.merge_adapters()
     on_gpu = accelerator.device.type == "cuda"
     model.text_decoder.graphs = run.cuda_graphs and on_gpu and language_model.supports_cuda_graphs
     if run.compile:

@@ -1,4 +1,4 @@
-"""Decoding: the shared prefix, rows that are dropped, rounded shapes, caches that are used again."""
+"""Decoding: the shared prefix, dropped rows, rounded shapes, caches that are used again."""
 
 from __future__ import annotations
 
@@ -143,7 +143,8 @@ def make_prompts(make_parts):
         @torch.no_grad()
         def prefill(samples):
             prompts = collate(samples)
-            return model.language_model.prefill(model._encode(prompts)[3], prompts.text)
+            embeddings = model.encode(prompts).embeddings
+            return model.language_model.prefill(embeddings, prompts.text)
 
         return model.language_model, prefill, batch.samples
 

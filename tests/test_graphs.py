@@ -8,7 +8,7 @@ import torch
 from annexe.datasets.collate import Collator
 from annexe.models.compile import compile_blocks
 from annexe.models.language_model.attention import decode_attention_reference
-from annexe.models.language_model.kv_cache import DecodeIndex, Memory
+from annexe.models.language_model.kv_cache import DecodeIndex, SharedPrefixCache
 from annexe.models.mask_postprocessing import at_full_size, encode_on_device
 from annexe.models.pixel_decoder import Attention
 from annexe.rle import encode
@@ -28,7 +28,7 @@ def test_gradients_equal_those_launched_one_by_one(make_parts):
     model.to(device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-    def work(batch: Batch, factor: torch.Tensor) -> torch.Tensor:
+    def forward_backward(batch: Batch, factor: torch.Tensor) -> torch.Tensor:
         totals = losses.totals(model(batch), batch, NAMES)
         (factor * totals).sum().backward()
         return totals.detach()
@@ -36,18 +36,19 @@ def test_gradients_equal_those_launched_one_by_one(make_parts):
     collate = Collator(tokenizer, model.num_image_tokens, 4, pad_to_multiple_of=PAD_TO_MULTIPLE_OF)
     batches = [collate(batch.samples), collate(batch.samples[:1]), collate(batch.samples[::-1])]
     factor = torch.rand(len(NAMES), device=device)
-    graphed = GraphedPass(work, trained, device)
-    for one in batches * 3:  # met, captured, replayed; shapes take turns
+    graphed = GraphedPass(forward_backward, trained, device)
+    for cpu_batch in batches * 3:  # met, captured, replayed; shapes take turns
         results = []
-        for run, given in ((work, one.to(device)), (graphed, one)):
+        for run, inputs in ((forward_backward, cpu_batch.to(device)), (graphed, cpu_batch)):
             torch._foreach_zero_([parameter.grad for parameter in trained])
-            results.append((run(given, factor), [parameter.grad.clone() for parameter in trained]))
+            totals = run(inputs, factor)
+            results.append((totals, [parameter.grad.clone() for parameter in trained]))
         torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
     assert len(graphed.captured) == 2
 
 
-def test_compiled_blocks_say_the_same_without_padding(make_parts, monkeypatch):
-    # In TF32, as cuDNN's convolutions are unless told otherwise, most gradients of this model differ by over 1 %.
+def test_compiled_blocks_give_the_same_without_padding(make_parts, monkeypatch):
+    # In TF32, cuDNN's default for convolutions, most gradients of this model differ by over 1 %.
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     model, tokenizer, batch = make_parts(
         "model.language_model.lora.rank=4",
@@ -56,34 +57,30 @@ def test_compiled_blocks_say_the_same_without_padding(make_parts, monkeypatch):
     )
     device = torch.device("cuda")
     model.to(device)
-    prompts = Collator(tokenizer, model.num_image_tokens, 4, responses=False)(batch.samples).to(
-        device
-    )
+    collate_prompts = Collator(tokenizer, model.num_image_tokens, 4, responses=False)
+    prompts = collate_prompts(batch.samples).to(device)
 
-    def said() -> tuple:
+    def run() -> tuple[torch.Tensor, list[torch.Tensor], list[tuple[str, str]]]:
+        """Losses, gradients, and generated analyses and answers."""
         unpad = model.language_model.uses_flex_attention
-        own = Collator(tokenizer, model.num_image_tokens, 4, unpad=unpad)(batch.samples).to(device)
+        collate = Collator(tokenizer, model.num_image_tokens, 4, unpad=unpad)
+        device_batch = collate(batch.samples).to(device)
         model.zero_grad()
-        totals = losses.totals(model(own), own, NAMES)
+        totals = losses.totals(model(device_batch), device_batch, NAMES)
         totals.sum().backward()
-        gradients = [
-            parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None
-        ]
-        return (
-            totals.detach(),
-            gradients,
-            [(draft.analysis, draft.answer) for draft in model.generate_raw(prompts, 6)],
-        )
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        texts = [(raw.analysis, raw.answer) for raw in model.generate_raw(prompts, 6)]
+        return totals.detach(), gradients, texts
 
-    plain = said()
+    plain_totals, plain_gradients, plain_texts = run()
     compile_blocks(model)
-    compiled = said()
+    totals, gradients, texts = run()
     torch._dynamo.reset()
     assert model.language_model.uses_flex_attention
-    torch.testing.assert_close(compiled[0], plain[0], atol=1e-3, rtol=1e-3)
-    for one, other in zip(compiled[1], plain[1], strict=True):
-        assert (one - other).norm() <= 1e-2 * other.norm() + 1e-5
-    assert compiled[2] == plain[2]
+    torch.testing.assert_close(totals, plain_totals, atol=1e-3, rtol=1e-3)
+    for gradient, plain in zip(gradients, plain_gradients, strict=True):
+        assert (gradient - plain).norm() <= 1e-2 * plain.norm() + 1e-5
+    assert texts == plain_texts
 
 
 @pytest.mark.parametrize(
@@ -91,79 +88,84 @@ def test_compiled_blocks_say_the_same_without_padding(make_parts, monkeypatch):
     [(False, False), (True, False), (False, True)],
     ids=["float32", "bfloat16", "compiled"],
 )
-def test_replayed_steps_of_generation_say_the_same(make_parts, autocast, compiled):
+def test_replayed_steps_of_generation_give_the_same(make_parts, autocast, compiled):
     model, tokenizer, batch = make_parts(
         "model.language_model.initializer_range=0.3", "model.language_model.num_heads=2"
     )
-    device, generator = torch.device("cuda"), model.text_decoder
+    device = torch.device("cuda")
     model.to(device)
     collate = Collator(tokenizer, model.num_image_tokens, 4, responses=False)
     prompts = [
         collate(samples).to(device) for samples in (batch.samples, batch.samples[:2], batch.samples)
     ]
 
-    def said() -> list[list[tuple[str, str]]]:
+    def generate() -> list[list[tuple[str, str]]]:
+        """Analyses and answers of every batch of prompts."""
+        texts = []
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            return [
-                [(draft.analysis, draft.answer) for draft in model.generate_raw(own, 20)]
-                for own in prompts
-            ]
+            for prompt_batch in prompts:
+                raw_responses = model.generate_raw(prompt_batch, 20)
+                texts.append([(raw.analysis, raw.answer) for raw in raw_responses])
+        return texts
 
-    plain, generator.graphs = said(), True
+    plain = generate()
+    model.text_decoder.graphs = True
     if compiled:
         compile_blocks(model)
-    for own, other in zip(plain, said(), strict=True):
-        same = sum(one == another for one, another in zip(own, other, strict=True))
-        assert same == len(own) or (autocast and same > 0.7 * len(own))
+    for texts, plain_texts in zip(generate(), plain, strict=True):
+        num_equal = sum(text == other for text, other in zip(texts, plain_texts, strict=True))
+        assert num_equal == len(texts) or (autocast and num_equal > 0.7 * len(texts))
     torch._dynamo.reset()
-    assert len(generator._captured) >= 2
+    assert len(model.text_decoder.captured_steps) >= 2
 
 
 def test_masks_are_encoded_on_the_device_as_on_the_host():
     torch.manual_seed(0)
-    logits, sizes = torch.randn(40, 16, 16, device="cuda"), [(1080, 1920), (57, 31)] * 20
-    logits[0], logits[1] = -1, 1
-    for one, size, rle in zip(logits, sizes, encode_on_device(logits, sizes), strict=True):
-        assert rle == encode(at_full_size(one[None], size)[0].cpu().numpy())
+    logits = torch.randn(40, 16, 16, device="cuda")
+    logits[0] = -1
+    logits[1] = 1
+    sizes = [(1080, 1920), (57, 31)] * 20
+    for mask_logits, size, rle in zip(logits, sizes, encode_on_device(logits, sizes), strict=True):
+        assert rle == encode(at_full_size(mask_logits[None], size)[0].cpu().numpy())
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_the_kernels_read_what_plain_operations_read(dtype, tolerance):
+def test_the_kernels_give_what_plain_operations_give(dtype, tolerance):
     kernels = pytest.importorskip("annexe.models.language_model.decode_kernels")
     torch.manual_seed(0)
     torch.set_default_device("cuda")
     try:
-        row = torch.full((3, 20), -1)
-        row[0, :18], row[1, :1], row[2, :5] = torch.arange(18), 18, torch.arange(19, 24)
-        image, place = (row >= 0).nonzero(as_tuple=True)
-        memory = Memory(
+        # 24 responses to three images.
+        row_index = torch.full((3, 20), -1)
+        row_index[0, :18] = torch.arange(18)
+        row_index[1, :1] = 18
+        row_index[2, :5] = torch.arange(19, 24)
+        image_index, index_in_image = (row_index >= 0).nonzero(as_tuple=True)
+        cache = SharedPrefixCache(
             *torch.randn(2, 3, 4, 270, 128).to(dtype), *torch.randn(2, 24, 4, 96, 128).to(dtype)
         )
-        seen = torch.rand(24, 96) > 0.3
-        seen[:, 70:] = False
-        seen[:, 69] = True
-        places, query = (
-            DecodeIndex(image, place, row, seen, torch.tensor([69])),
-            torch.randn(24, 8, 128).to(dtype),
-        )
-        found, expected = (
-            read(query, memory, places, 0.09) for read in (kernels.read, decode_attention_reference)
-        )
+        key_mask = torch.rand(24, 96) > 0.3
+        key_mask[:, 70:] = False
+        key_mask[:, 69] = True
+        index = DecodeIndex(image_index, index_in_image, row_index, key_mask, torch.tensor([69]))
+        query = torch.randn(24, 8, 128).to(dtype)
+        output = kernels.decode_attention(query, cache, index, 0.09)
+        expected = decode_attention_reference(query, cache, index, 0.09)
     finally:
         torch.set_default_device(None)
-    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(output, expected, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_masked_attention_has_gradients_where_scores_are_far_below_zero(compiled):
-    width, device = 64, torch.device("cuda")
+    width = 64
+    device = torch.device("cuda")
     attention = Attention(width, num_heads=2).to(device)
     for linear in (attention.query, attention.key):
         torch.nn.init.eye_(linear.weight)
     tokens = torch.full((1, 40, width), 6.0, device=device, requires_grad=True)
-    pixels = torch.full((1, 576, width), -6.0, device=device) + 0.1 * torch.randn(
-        1, 576, width, device=device
-    )
+    noise = torch.randn(1, 576, width, device=device)
+    pixels = torch.full((1, 576, width), -6.0, device=device) + 0.1 * noise
     allowed = torch.ones(1, 40, 576, dtype=torch.bool, device=device)
     run = torch.compile(attention.forward, fullgraph=True) if compiled else attention
     with torch.autocast("cuda", torch.bfloat16):

@@ -1,9 +1,28 @@
-"""Llama's attention over packed sequences, and of new tokens over a prefix that the responses to an image share.
+"""Llama's attention over packed sequences, and of new tokens over a prefix that responses share.
 
-Registered with transformers under `NAME`, so that Llama's own blocks call it.
+A row of a packed batch holds an image's prefix and, behind it, one branch for its analysis and one
+for each query. A token attends to the prefix and, causally, to its own branch, as if no other
+branch were there:
 
-Legend: B images, N packed tokens, R responses, P prefix tokens, M tokens of a response, H query heads, K key heads, G
-query heads a key head (H / K), D width of a head.
+    tokens       | prefix: template, image | analysis | query 1 | query 2 | padding |
+    segment_ids  | 0  0  0  0  0  0  0  0  | 1  1  1  | 2  2  2 | 3  3  3 | -1  -1  |
+
+    queries     keys: prefix    analysis   query 1   query 2   padding
+    prefix            causal       .          .         .         .
+    analysis           all       causal       .         .         .
+    query 1            all         .        causal      .         .
+    query 2            all         .          .       causal      .
+    padding            all         .          .         .       causal
+
+    all: every key      causal: keys up to the query itself      .: no key
+
+Where padding is left out ("unpad"), one row holds the sequences of all images, one behind the
+other. A token then attends only within its own image.
+
+The attention is registered with transformers under `NAME`, so that Llama's own blocks call it.
+
+Legend: B images (or rows), N packed tokens, R responses, Lp prefix tokens, Lr columns of a
+response, H query heads, Hk key heads, G query heads for each key head (H / Hk), Dh width of a head.
 """
 
 from __future__ import annotations
@@ -18,115 +37,168 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from annexe.models.language_model.kv_cache import DecodeIndex, Memory, PrefillCache
+from annexe.models.language_model.kv_cache import DecodeIndex, PrefillCache, SharedPrefixCache
 from annexe.models.masked_attention import masked_kernels
 from annexe.structures.batch import BLOCK
 
 NAME = "packed"
 
 
-def _sees(
-    segment_ids: Tensor, image: Tensor | None
+def _make_mask_mod(
+    segment_ids: Tensor, image_index: Tensor | None
 ) -> Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]:
-    """Whether, in a row, a query sees a key: its prefix and, causally, its own branch, of its own image."""
+    """FlexAttention's ``mask_mod`` for packed sequences: True where a query attends to a key."""
 
-    def sees(row: Tensor, _: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-        own = segment_ids[row, key]
-        seen = (key <= query) & ((own == 0) | (own == segment_ids[row, query]))
-        return seen if image is None else seen & (image[row, key] == image[row, query])
+    def mask_mod(row: Tensor, _head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+        key_segment = segment_ids[row, key]
+        same_branch = key_segment == segment_ids[row, query]
+        allowed = (key <= query) & ((key_segment == 0) | same_branch)
+        if image_index is None:
+            return allowed
+        return allowed & (image_index[row, key] == image_index[row, query])
 
-    return sees
+    return mask_mod
 
 
-def packed_attention_mask(segment_ids: Tensor, image: Tensor | None = None) -> Tensor:
-    """Who sees whom in packed sequences: everyone the prefix and, causally, its own branch.
+def packed_attention_mask(segment_ids: Tensor, image_index: Tensor | None = None) -> Tensor:
+    """Dense mask of packed sequences: the prefix for all, and causally a token's own branch.
 
     Args:
-        segment: int[B, N], 0 = prefix, k = branch k, -1 = padding (which sees itself, so that no row is empty).
-        image: int[B, N], ascending: where a row holds the tokens of several images, whose they are.
+        segment_ids: int[B, N], 0 = prefix, k = branch k, -1 = padding (which attends to itself, so
+            that no row of the mask is empty).
+        image_index: int[B, N] in ascending order, the image of each token where a row holds several
+            images.
 
     Returns:
-        bool[B, 1, N, N], True = may attend. Boolean is right for ``sdpa`` alone: ``eager`` would add it as 1.
+        bool[B, 1, N, N], True = attends. Only ``sdpa`` takes a boolean mask; ``eager`` would add it
+        as 1.
     """
-    rows, tokens = (torch.arange(number, device=segment_ids.device) for number in segment_ids.shape)
-    return _sees(segment_ids, image)(rows[:, None, None], None, tokens[:, None], tokens)[:, None]
+    num_rows, num_tokens = segment_ids.shape
+    rows = torch.arange(num_rows, device=segment_ids.device)
+    tokens = torch.arange(num_tokens, device=segment_ids.device)
+    mask_mod = _make_mask_mod(segment_ids, image_index)
+    return mask_mod(rows[:, None, None], None, tokens[:, None], tokens)[:, None]
 
 
-def packed_block_mask(segment_ids: Tensor, image: Tensor | None = None) -> BlockMask:
-    """`packed_attention_mask` by blocks of 128 x 128, for compiled FlexAttention: others than those from the first of
-    an image up to the diagonal are skipped."""
-    blocks = torch.arange(
-        -(-segment_ids.shape[1] // BLOCK), dtype=torch.int32, device=segment_ids.device
-    )
-    first = torch.zeros(len(segment_ids), len(blocks), dtype=torch.int32, device=segment_ids.device)
-    if image is not None:
-        first = torch.searchsorted(image, image[:, ::BLOCK].contiguous(), out_int32=True) // BLOCK
+def packed_block_mask(segment_ids: Tensor, image_index: Tensor | None = None) -> BlockMask:
+    """`packed_attention_mask` as a mask of 128 x 128 blocks for compiled FlexAttention.
+
+    For a block of queries only the key blocks from the first one of its image up to the diagonal
+    are computed; all others are skipped.
+
+    Args:
+        segment_ids: int[B, N], as of `packed_attention_mask`.
+        image_index: int[B, N], as of `packed_attention_mask`.
+
+    Returns:
+        The mask, for one head as for all.
+    """
+    num_rows, num_tokens = segment_ids.shape
+    device = segment_ids.device
+    blocks = torch.arange(-(-num_tokens // BLOCK), dtype=torch.int32, device=device)
+
+    # Find the first key block that a block of queries needs.
+    if image_index is None:
+        first_block = torch.zeros(num_rows, len(blocks), dtype=torch.int32, device=device)
+    else:
+        block_starts = image_index[:, ::BLOCK].contiguous()
+        first_token = torch.searchsorted(image_index, block_starts, out_int32=True)
+        first_block = first_token // BLOCK
+
+    # List the key blocks of each row; of the list only the first `num_key_blocks` count.
+    num_key_blocks = blocks + 1 - first_block  # [B, N / BLOCK]
+    key_blocks = (first_block[..., None] + blocks).clamp(max=len(blocks) - 1)
     return BlockMask.from_kv_blocks(
-        (blocks + 1 - first)[:, None],
-        (first[..., None] + blocks).clamp(max=len(blocks) - 1)[
-            :, None
-        ],  # of a row as many count as it has
+        num_key_blocks[:, None],
+        key_blocks[:, None],
         BLOCK_SIZE=BLOCK,
-        mask_mod=_sees(segment_ids, image),
-        seq_lengths=(segment_ids.shape[1], segment_ids.shape[1]),
+        mask_mod=_make_mask_mod(segment_ids, image_index),
+        seq_lengths=(num_tokens, num_tokens),
     )
 
 
 def decode_attention(
-    query: Tensor, key: Tensor, value: Tensor, memory: Memory, places: DecodeIndex, scaling: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: SharedPrefixCache,
+    index: DecodeIndex,
+    scaling: float,
 ) -> Tensor:
-    """Attention of one new token a response; ``memory`` gets its key and value.
+    """Attention of one new token of each response, whose key and value are added to ``cache``.
 
     Args:
-        query: float[R, H, 1, D], rotated, as are the keys.
-        key, value: float[R, K, 1, D].
+        query: float[R, H, 1, Dh], rotated, as are the keys.
+        key: float[R, Hk, 1, Dh].
+        value: float[R, Hk, 1, Dh].
+        cache: keys and values so far; changed in place.
+        index: which response reads which prefix.
+        scaling: factor of the scores before the softmax.
 
     Returns:
-        float[R, 1, H, D].
+        float[R, 1, H, Dh], of the dtype of ``query``.
     """
-    dtype = memory.own_keys.dtype
-    memory.own_keys.index_copy_(2, places.column, key.to(dtype))
-    memory.own_values.index_copy_(2, places.column, value.to(dtype))
+    dtype = cache.own_keys.dtype
+    cache.own_keys.index_copy_(2, index.column, key.to(dtype))
+    cache.own_values.index_copy_(2, index.column, value.to(dtype))
+
+    new_query = query[:, :, 0].to(dtype)  # [R, H, Dh]
     if query.is_cuda:
-        # Here, for Triton comes with PyTorch for a GPU alone
+        # Imported here, because Triton comes only with the builds of PyTorch for a GPU.
         from annexe.models.language_model import decode_kernels
 
-        said = decode_kernels.decode_attention(query[:, :, 0].to(dtype), memory, places, scaling)
+        output = decode_kernels.decode_attention(new_query, cache, index, scaling)
     else:
-        said = decode_attention_reference(query[:, :, 0].to(dtype), memory, places, scaling)
-    return said[:, None].to(query.dtype)
+        output = decode_attention_reference(new_query, cache, index, scaling)
+    return output[:, None].to(query.dtype)
 
 
 def decode_attention_reference(
-    query: Tensor, memory: Memory, places: DecodeIndex, scaling: float
+    query: Tensor, cache: SharedPrefixCache, index: DecodeIndex, scaling: float
 ) -> Tensor:
-    """As `annexe.models.language_model.decode_kernels.decode_attention`, by PyTorch's operations.
+    """Do what `decode_kernels.decode_attention` does, with operations of PyTorch.
 
-    An image's prefix is read once for all its responses, whose queries are laid out side by side; one softmax runs
-    over the scores of both parts.
+    The prefix of an image is read once for all its responses, whose queries are laid out side by
+    side. One softmax runs over the scores of both parts.
+
+    Args:
+        query: float[R, H, Dh], of the dtype of ``cache``.
+        cache: keys and values, those of the new token included.
+        index: which response reads which prefix.
+        scaling: factor of the scores before the softmax.
+
+    Returns:
+        float[R, H, Dh].
     """
-    key_heads, length = memory.prefix_keys.shape[1:3]
-    group = query.shape[1] // key_heads
+    num_key_heads, prefix_length = cache.prefix_keys.shape[1:3]
+    group = query.shape[1] // num_key_heads
 
-    def side_by_side(x: Tensor) -> Tensor:
-        """[R, K, G, ...] -> [B, K, most * G, ...]"""
-        return x[places.row].transpose(1, 2).flatten(2, 3)
+    def by_image(x: Tensor) -> Tensor:
+        """Lay responses side by side: [R, Hk, G, ...] -> [B, Hk, max_responses * G, ...]."""
+        return x[index.row_index].transpose(1, 2).flatten(2, 3)
 
     def by_response(x: Tensor) -> Tensor:
-        """[B, K, most * G, ...] -> [R, K, G, ...]"""
-        return x.unflatten(2, (-1, group)).transpose(1, 2)[places.image, places.place]
+        """Undo `by_image`: [B, Hk, max_responses * G, ...] -> [R, Hk, G, ...]."""
+        responses = x.unflatten(2, (-1, group)).transpose(1, 2)
+        return responses[index.image_index, index.index_in_image]
 
-    own_query = query.unflatten(1, (key_heads, group))  # [R, K, G, D]
-    far = by_response(
-        side_by_side(own_query) @ memory.prefix_keys.transpose(-1, -2)
-    )  # [R, K, G, P]
-    near = own_query @ memory.own_keys.transpose(-1, -2)  # [R, K, G, M]
-    near = near.masked_fill(~places.seen[:, None, None], -torch.inf)
-    weights = (torch.cat([far, near], dim=-1).float() * scaling).softmax(-1).to(query.dtype)
-    far, near = weights.split([length, near.shape[-1]], dim=-1)
-    return (
-        near @ memory.own_values + by_response(side_by_side(far) @ memory.prefix_values)
-    ).flatten(1, 2)
+    # Score the prefix and the own columns.
+    query = query.unflatten(1, (num_key_heads, group))  # [R, Hk, G, Dh]
+    prefix_scores = by_image(query) @ cache.prefix_keys.transpose(-1, -2)
+    prefix_scores = by_response(prefix_scores)  # [R, Hk, G, Lp]
+    own_scores = query @ cache.own_keys.transpose(-1, -2)  # [R, Hk, G, Lr]
+    own_scores = own_scores.masked_fill(~index.key_mask[:, None, None], -torch.inf)
+
+    # Take one softmax over both, in float32.
+    scores = torch.cat([prefix_scores, own_scores], dim=-1).float() * scaling
+    weights = scores.softmax(-1).to(query.dtype)
+    prefix_weights = weights[..., :prefix_length]
+    own_weights = weights[..., prefix_length:]
+
+    # Add up the values of both.
+    own_output = own_weights @ cache.own_values  # [R, Hk, G, Dh]
+    prefix_output = by_response(by_image(prefix_weights) @ cache.prefix_values)
+    return (own_output + prefix_output).flatten(1, 2)
 
 
 def attend(
@@ -137,29 +209,50 @@ def attend(
     attention_mask: Tensor | BlockMask | None,
     *,
     scaling: float,
-    kept: PrefillCache | None = None,
-    memory: Memory | None = None,
-    places: DecodeIndex | None = None,
+    prefill_cache: PrefillCache | None = None,
+    shared_prefix_cache: SharedPrefixCache | None = None,
+    decode_index: DecodeIndex | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What a block calls between its projections: ``query`` [., H, tokens, D], ``key`` and ``value`` [., K, tokens, D].
+    """Attention as a block of Llama calls it between its projections.
 
-    A packed sequence, under either kind of mask, leaves its keys and values in ``kept``, if that is given; with
-    ``memory`` and ``places`` a token a response goes on from there.
+    Args:
+        module: the attention module that calls.
+        query: float[., H, tokens, Dh], rotated, as are the keys.
+        key: float[., Hk, tokens, Dh].
+        value: float[., Hk, tokens, Dh].
+        attention_mask: a mask of this file, for packed sequences.
+        scaling: factor of the scores before the softmax.
+        prefill_cache: where given, gets the keys and values of the packed sequence.
+        shared_prefix_cache: where given, ``query`` is one new token of each response, which attends
+            to this cache.
+        decode_index: belongs to ``shared_prefix_cache``.
+        **others: for transformers' own attention.
 
     Returns:
-        float[., tokens, H, D].
+        float[., tokens, H, Dh], and None in place of the attention weights.
     """
-    if memory is not None:
-        return decode_attention(query, key, value, memory, places, scaling), None
-    if kept is not None:
-        kept.keys, kept.values = key, value
+    # Decode one token of each response.
+    if shared_prefix_cache is not None:
+        output = decode_attention(query, key, value, shared_prefix_cache, decode_index, scaling)
+        return output, None
+
+    # Keep keys and values for decoding.
+    if prefill_cache is not None:
+        prefill_cache.keys = key
+        prefill_cache.values = value
+
+    # Attend within the packed sequence, block by block where blocks are masked.
     if isinstance(attention_mask, BlockMask):
-        query, key, gqa = query.to(value.dtype), key.to(value.dtype), query.shape[1] != key.shape[1]
-        said = flex_attention(
-            query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=gqa
+        output = flex_attention(
+            query.to(value.dtype),
+            key.to(value.dtype),
+            value,
+            block_mask=attention_mask,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
-        return said.transpose(1, 2).contiguous(), None
+        return output.transpose(1, 2).contiguous(), None
     with masked_kernels(query.device):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **others

@@ -1,6 +1,7 @@
-"""The frozen base: a Llama from its Hugging Face folder or of random weights, in float32, bfloat16, int8 or NF4.
+"""The frozen base: a Llama from its Hugging Face folder, or one of random weights.
 
-float8 comes on top of bfloat16 (`annexe.models.language_model.float8`), when the adapters are there.
+It is held in float32, bfloat16, int8 or NF4. float8 starts from bfloat16, once the adapters are
+there (`annexe.models.language_model.float8`).
 """
 
 from __future__ import annotations
@@ -20,28 +21,48 @@ from annexe.models.language_model.attention import NAME
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-QUANTISED = ("int8", "nf4")
+QUANTIZED = ("int8", "nf4")
 FLOAT8 = "float8"
+
+# Magnitude of an input from which on LLM.int8() multiplies its column in 16 bits (its section 3.2).
+_INT8_OUTLIER_THRESHOLD = 6.0
+# What transformers and its libraries raise for a folder that is damaged.
+_LOADING_ERRORS = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    EOFError,
+    KeyError,
+    SafetensorError,
+    UnpicklingError,
+)
 
 
 def load_llama(path: str, dtype: str) -> LlamaForCausalLM:
-    """A Llama from its Hugging Face folder, every tensor of it.
+    """Load every tensor of a Llama from its Hugging Face folder.
 
     Args:
-        dtype: float32, bfloat16, int8 or nf4; of any other it is bfloat16.
+        path: the folder.
+        dtype: float32, bfloat16, int8 or nf4. Any other loads bfloat16.
+
+    Returns:
+        The model, on torch's default device if it is quantized, else on the CPU.
 
     Raises:
-        UserError: for a folder that is no Llama, is damaged, or lacks a tensor.
+        UserError: for a folder that holds no Llama, is damaged, or lacks a tensor.
     """
     if not (Path(path) / "config.json").is_file():
         raise UserError(
             f"no Llama in '{path}' (config.json is missing); give its Hugging Face folder"
         )
+
+    # Read the folder.
     try:
-        kind = AutoConfig.from_pretrained(path, local_files_only=True).model_type
-        if kind != "llama":
+        model_type = AutoConfig.from_pretrained(path, local_files_only=True).model_type
+        if model_type != "llama":
             raise UserError(
-                f"'{path}' holds a model of type '{kind}'; model.language_model.path takes a llama"
+                f"'{path}' holds a model of type '{model_type}'; "
+                "model.language_model.path takes a llama"
             )
         model, info = LlamaForCausalLM.from_pretrained(
             path,
@@ -49,60 +70,78 @@ def load_llama(path: str, dtype: str) -> LlamaForCausalLM:
             attn_implementation=NAME,
             local_files_only=True,
             output_loading_info=True,
-            # What is quantised has to pass through the CPU: a small card could not hold it before.
-            device_map={"": "cpu"} if dtype in QUANTISED else None,
+            # A small card could not hold the weights before they are quantized.
+            device_map={"": "cpu"} if dtype in QUANTIZED else None,
         )
     except UserError:
         raise
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        EOFError,
-        KeyError,
-        SafetensorError,
-        UnpicklingError,
-    ) as error:
-        first = (str(error).splitlines() or [""])[0]
+    except _LOADING_ERRORS as error:
+        first_line = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"cannot load the Llama in '{path}' ({type(error).__name__}: {first}); fetch it again"
+            f"cannot load the Llama in '{path}' ({type(error).__name__}: {first_line}); "
+            "fetch it again"
         ) from None
+
+    # Insist on every tensor.
     faults = [f"missing {key}" for key in info["missing_keys"]]
     faults += [f"{key} does not fit" for key in info["mismatched_keys"]]
     if faults:
         raise UserError(
-            f"the Llama in '{path}' is not whole: {'; '.join(faults[:3])}; fetch it again"
+            f"the Llama in '{path}' is not complete: {'; '.join(faults[:3])}; fetch it again"
         )
-    left_over, number = len(info["unexpected_keys"]), len(model.state_dict())
     log.info(
-        "model.language_model.path: %d tensors from '%s'; %d left over", number, path, left_over
+        "model.language_model.path: %d tensors from '%s'; %d left over",
+        len(model.state_dict()),
+        path,
+        len(info["unexpected_keys"]),
     )
-    return quantise(model, dtype)
+    return quantize(model, dtype)
 
 
 def random_llama(config: LlamaConfig, dtype: str) -> LlamaForCausalLM:
-    """A Llama of random weights on torch's default device, made in its dtype: nothing is ever held in float32."""
-    before = torch.get_default_dtype()
+    """Make a Llama of random weights on torch's default device.
+
+    It is made in its own dtype, so that it never takes the memory of float32.
+
+    Args:
+        config: its sizes.
+        dtype: float32, bfloat16, int8 or nf4. Any other makes bfloat16.
+
+    Returns:
+        The model.
+
+    Raises:
+        UserError: if bitsandbytes is needed and not installed.
+    """
+    previous = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES.get(dtype, torch.bfloat16))
     try:
         model = LlamaForCausalLM(config)
     finally:
-        torch.set_default_dtype(before)
-    return quantise(model, dtype)
+        torch.set_default_dtype(previous)
+    return quantize(model, dtype)
 
 
-def quantise(model: LlamaForCausalLM, dtype: str) -> LlamaForCausalLM:
-    """Put bitsandbytes' layers in place of the linear layers of every block, on torch's default device.
+def quantize(model: LlamaForCausalLM, dtype: str) -> LlamaForCausalLM:
+    """Put bitsandbytes' layers in place of the linear layers of every block.
 
-    int8 is LLM.int8() (NeurIPS 2022), nf4 is NF4 with double quantisation (QLoRA, NeurIPS 2023); other types leave the
-    model as it is. Embedding and head stay bfloat16.
+    int8 is LLM.int8() (NeurIPS 2022), nf4 is NF4 with double quantization (QLoRA, NeurIPS 2023).
+    Other types leave the model as it is. Embedding and head stay bfloat16.
+
+    Args:
+        model: changed in place.
+        dtype: setting of the language model.
+
+    Returns:
+        The model, on torch's default device if it was quantized.
 
     Raises:
-        UserError: if bitsandbytes is not installed.
+        UserError: if bitsandbytes is needed and not installed.
     """
-    if dtype not in QUANTISED:
+    if dtype not in QUANTIZED:
         return model
     try:
+        # Imported here, because the library is optional.
         import bitsandbytes as bnb
     except ImportError:
         raise UserError(
@@ -110,34 +149,45 @@ def quantise(model: LlamaForCausalLM, dtype: str) -> LlamaForCausalLM:
         ) from None
     device = torch.get_default_device()
 
-    def smaller(linear: nn.Linear) -> nn.Module:
-        shape, values = (linear.in_features, linear.out_features), linear.weight.data
-        if dtype == "int8":
-            layer = bnb.nn.Linear8bitLt(
-                *shape, bias=False, has_fp16_weights=False, threshold=6.0, device="meta"
-            )
-            layer.weight = bnb.nn.Int8Params(
-                values.cpu(), requires_grad=False, has_fp16_weights=False
-            )
-        else:
-            layer = bnb.nn.Linear4bit(
-                *shape, bias=False, compute_dtype=torch.bfloat16, device="meta"
-            )
-            layer.weight = bnb.nn.Params4bit(
-                values,
-                requires_grad=False,
-                compress_statistics=True,
-                quant_type="nf4",
-                module=layer,
-            )
-        return layer.to(device)  # this is where bitsandbytes quantises
+    def to_int8(linear: nn.Linear) -> nn.Module:
+        layer = bnb.nn.Linear8bitLt(
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            has_fp16_weights=False,
+            threshold=_INT8_OUTLIER_THRESHOLD,
+            device="meta",
+        )
+        layer.weight = bnb.nn.Int8Params(
+            linear.weight.data.cpu(), requires_grad=False, has_fp16_weights=False
+        )
+        return layer
 
+    def to_nf4(linear: nn.Linear) -> nn.Module:
+        layer = bnb.nn.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            compute_dtype=torch.bfloat16,
+            device="meta",
+        )
+        layer.weight = bnb.nn.Params4bit(
+            linear.weight.data,
+            requires_grad=False,
+            compress_statistics=True,
+            quant_type="nf4",
+            module=layer,
+        )
+        return layer
+
+    # Replace the layers one by one; bitsandbytes quantizes the weights as they move to the device.
+    convert = to_int8 if dtype == "int8" else to_nf4
     for block in model.model.layers:
         for name, module in list(block.named_modules()):
             if isinstance(module, nn.Linear):
-                block.set_submodule(name, smaller(module))
-    model.is_loaded_in_8bit, model.is_loaded_in_4bit = (
-        dtype == "int8",
-        dtype == "nf4",
-    )  # peft asks for these
+                block.set_submodule(name, convert(module).to(device))
+
+    # peft asks for these.
+    model.is_loaded_in_8bit = dtype == "int8"
+    model.is_loaded_in_4bit = dtype == "nf4"
     return model.to(device)

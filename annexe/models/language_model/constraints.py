@@ -1,20 +1,69 @@
-"""What generated answers have to name."""
+"""Constrained decoding: answers that name exactly the slots that were found.
+
+Legend: R responses, K slots, V words of the tokenizer.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from annexe.models.language_model.tokenizer import TextTokenizer
 
 
 @dataclass
 class DecodingConstraints:
-    """Constraints of greedy decoding: what responses have to name."""
+    """What greedy decoding lets each response say."""
 
-    silent: Tensor  # bool[R], no word is to be said
-    slots: (
-        Tensor | None
-    )  # bool[R, S], each is named once and no other; None leaves the responses free
-    refusals: tuple[
-        int, ...
-    ] = ()  # tokens that open a refusal, which no response that names a slot begins with
+    skip: Tensor  # bool[R], True = nothing is generated
+    slots: Tensor | None  # bool[R, K], the slots that a response names once each; None = any
+    # Tokens that open a refusal. A response that has to name a slot does not start with them.
+    forbidden_first_tokens: tuple[int, ...] = ()
+
+
+class SlotConstraint:
+    """Masks the logits of tokens that would contradict the slots that a response has to name.
+
+    As long as slots are left, a response can neither end nor open with a refusal. Placeholders are
+    allowed in ascending order only, each of them once.
+
+    Args:
+        tokenizer: knows the ids of the placeholders and of the tokens that end a sentence.
+        forbidden_first_tokens: as in `DecodingConstraints`.
+        device: where the logits are.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        forbidden_first_tokens: tuple[int, ...],
+        device: torch.device,
+    ) -> None:
+        num_tokens = tokenizer.vocab_size + tokenizer.num_slots
+        self.slot_ids = torch.arange(tokenizer.vocab_size, num_tokens, device=device)
+        self.is_end = torch.zeros(num_tokens, dtype=torch.bool, device=device)
+        self.is_end[[tokenizer.eos_id, tokenizer.full_stop_id]] = True
+        self.is_forbidden_first = torch.zeros(num_tokens, dtype=torch.bool, device=device)
+        self.is_forbidden_first[list(forbidden_first_tokens)] = True
+
+    def __call__(self, logits: Tensor, slots_left: Tensor, num_generated: Tensor) -> Tensor:
+        """Set the logits of tokens that are not allowed to minus infinity.
+
+        Args:
+            logits: float[R, V + K].
+            slots_left: bool[R, K], slots that still have to be named.
+            num_generated: int64[1], tokens of each response so far.
+
+        Returns:
+            float[R, V + K].
+        """
+        # A response that still has to name a slot must not end or refuse.
+        forbidden = self.is_end | (self.is_forbidden_first & (num_generated == 0))  # [V + K]
+        forbidden = slots_left.any(1, keepdim=True) & forbidden  # [R, V + K]
+
+        # Of the placeholders only the first one that is left is allowed.
+        is_next = slots_left & (slots_left.cumsum(1) == 1)  # [R, K]
+        forbidden[:, self.slot_ids] = ~is_next
+        return logits.masked_fill(forbidden, -torch.inf)

@@ -1,8 +1,15 @@
-"""Frozen linear layers whose matrix products run in float8, for Ada, Hopper and later GPUs (arXiv 2209.05433).
+"""Frozen linear layers whose matrix products run in float8 (arXiv 2209.05433).
 
-Both factors are e4m3 numbers with a scale for every row: those of the weight once and for all, those of what comes in,
-and of its gradient in the backward pass, as it comes. Products are bfloat16. What is a row to the one product is a
-column to the other, so the weight is kept twice, a byte each: as much memory as in bfloat16.
+They are for Ada, Hopper and later GPUs. Both factors of a product are e4m3 numbers with a scale for
+every row. Those of the weight are computed once; those of the input, and of its gradient in the
+backward pass, are computed as they come. Products are bfloat16.
+
+The rows of one product are the columns of the other, so the weight is kept twice:
+
+    forward    input    [..., in]  @ weight.T    weight            [out, in], scales [out, 1]
+    backward   gradient [..., out] @ weight      transposed_weight [in, out], scales [in, 1]
+
+At a byte for each number of each copy, that is as much memory as bfloat16 takes.
 """
 
 from __future__ import annotations
@@ -14,86 +21,133 @@ from torch import Tensor, nn
 
 from annexe.errors import UserError
 
-_TYPE = torch.float8_e4m3fn
-_MULTIPLE = 16  # of both sides of a weight
+_DTYPE = torch.float8_e4m3fn
+# Both sides of a weight are multiples of this, as `torch._scaled_mm` wants them.
+_MULTIPLE = 16
+# Lower bound of a row's largest magnitude, so that the scale of a row of zeros is above 0.
+_MIN_MAGNITUDE = 1e-12
+# Compute capability of Ada, the first GPU that multiplies float8.
+_MIN_CAPABILITY = (8, 9)
 
 
-def by_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes e4m3[m, n] and scales float32[m, 1] of a matrix."""
-    scale = (
-        matrix.detach().abs().amax(1, keepdim=True).float().clamp(min=1e-12)
-        / torch.finfo(_TYPE).max
-    )
-    return (matrix.float() / scale).to(_TYPE), scale
+def quantize_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Round a matrix to float8 with a scale for every row.
 
+    Args:
+        matrix: float[m, n].
 
-def product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """``x`` [..., n] times a matrix given by the rows of its transpose, e4m3[m, n] -> bfloat16[..., m].
-
-    Kernels take m and n that are multiples of 16, and factors that lie row by row in memory.
+    Returns:
+        Codes e4m3[m, n] and scales float32[m, 1], whose product is the matrix but for rounding.
     """
-    own, scale = by_rows(x.flatten(0, -2).contiguous())
-    said = torch._scaled_mm(
-        own, codes.t(), scale_a=scale, scale_b=scales.t(), out_dtype=torch.bfloat16
+    magnitude = matrix.detach().abs().amax(1, keepdim=True).float()
+    scales = magnitude.clamp(min=_MIN_MAGNITUDE) / torch.finfo(_DTYPE).max
+    return (matrix.float() / scales).to(_DTYPE), scales
+
+
+def scaled_matmul(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """Multiply with the transpose of a float8 matrix.
+
+    Args:
+        x: float[..., n], quantized row by row on the way.
+        codes: e4m3[m, n], contiguous, as the kernels want it; m and n are multiples of 16.
+        scales: float32[m, 1].
+
+    Returns:
+        bfloat16[..., m].
+    """
+    x_codes, x_scales = quantize_rows(x.flatten(0, -2).contiguous())
+    output = torch._scaled_mm(
+        x_codes, codes.t(), scale_a=x_scales, scale_b=scales.t(), out_dtype=torch.bfloat16
     )
-    return said.unflatten(0, x.shape[:-1])
+    return output.unflatten(0, x.shape[:-1])
 
 
-class _Linear(torch.autograd.Function):
+class _Float8Matmul(torch.autograd.Function):
+    """``x`` times the transpose of a frozen weight; forward and backward pass in float8."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, turned: Tensor, turned_scales: Tensor
+        ctx: Any,
+        x: Tensor,
+        codes: Tensor,
+        scales: Tensor,
+        transposed_codes: Tensor,
+        transposed_scales: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(turned, turned_scales)
+        """Multiply float[..., in] to bfloat16[..., out]."""
+        ctx.save_for_backward(transposed_codes, transposed_scales)
         ctx.dtype = x.dtype
-        return product(x, codes, scales)
+        return scaled_matmul(x, codes, scales)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return product(gradient, *ctx.saved_tensors).to(ctx.dtype), None, None, None, None
+        """Gradient of ``x``, float[..., in] of its dtype, for bfloat16[..., out]."""
+        transposed_codes, transposed_scales = ctx.saved_tensors
+        input_gradient = scaled_matmul(gradient, transposed_codes, transposed_scales)
+        return input_gradient.to(ctx.dtype), None, None, None, None
 
 
 class Float8Linear(nn.Module):
-    """A frozen ``linear`` without bias, in float8: float[..., in] -> bfloat16[..., out]."""
+    """A frozen linear layer without bias, in float8.
+
+    Args:
+        linear: the layer; its weight is float[out, in].
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
-        codes, scales = by_rows(linear.weight)
-        turned_codes, turned_scales = by_rows(linear.weight.t())
-        # int8 on the outside, for what cannot send or count float8.
+        codes, scales = quantize_rows(linear.weight)
+        transposed_codes, transposed_scales = quantize_rows(linear.weight.t())
+
+        # They are int8 on the outside, for what cannot send or count float8.
         self.weight = nn.Parameter(codes.view(torch.int8), requires_grad=False)
-        others = {
-            "scales": scales,
-            "turned_weight": turned_codes.view(torch.int8),
-            "turned_scales": turned_scales,
-        }
-        for name, tensor in others.items():
-            self.register_buffer(name, tensor, persistent=False)
+        transposed_weight = transposed_codes.view(torch.int8)
+        self.register_buffer("scales", scales, persistent=False)
+        self.register_buffer("transposed_weight", transposed_weight, persistent=False)
+        self.register_buffer("transposed_scales", transposed_scales, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        codes, turned = self.weight.view(_TYPE), self.turned_weight.view(_TYPE)
-        return _Linear.apply(x, codes, self.scales, turned, self.turned_scales)
+        """Apply the layer.
+
+        Args:
+            x: float[..., in].
+
+        Returns:
+            bfloat16[..., out].
+        """
+        return _Float8Matmul.apply(
+            x,
+            self.weight.view(_DTYPE),
+            self.scales,
+            self.transposed_weight.view(_DTYPE),
+            self.transposed_scales,
+        )
 
 
 def to_float8(blocks: nn.ModuleList) -> None:
-    """Put `Float8Linear` in place of every frozen linear layer of ``blocks``, on torch's default device.
+    """Put `Float8Linear` in place of the frozen linear layers, on torch's default device.
+
+    Args:
+        blocks: blocks of Llama, changed in place.
 
     Raises:
-        UserError: for a GPU without float8, or widths that are no multiple of 16.
+        UserError: for a GPU without float8, or widths that are not multiples of 16.
     """
     device = torch.get_default_device()
-    if device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+    if device.type == "cuda" and torch.cuda.get_device_capability() < _MIN_CAPABILITY:
         raise UserError(
-            "model.language_model.dtype float8 needs an Ada or Hopper GPU or a later one, and this is "
-            f"{torch.cuda.get_device_name()}; set it to bfloat16"
+            "model.language_model.dtype float8 needs an Ada or Hopper GPU or a later one, and this "
+            f"is {torch.cuda.get_device_name()}; set it to bfloat16"
         )
     for block in blocks:
         for name, module in list(block.named_modules()):
-            if isinstance(module, nn.Linear) and not module.weight.requires_grad:
-                if any(side % _MULTIPLE for side in module.weight.shape):
-                    raise UserError(
-                        f"model.language_model.dtype float8 takes widths that are multiples of {_MULTIPLE}, and "
-                        f"'{name}' is {' x '.join(map(str, module.weight.shape))}; change hidden_size or mlp_dim"
-                    )
-                block.set_submodule(name, Float8Linear(module.to(device)))
+            if not isinstance(module, nn.Linear) or module.weight.requires_grad:
+                continue
+            if any(side % _MULTIPLE for side in module.weight.shape):
+                shape = " x ".join(map(str, module.weight.shape))
+                raise UserError(
+                    f"model.language_model.dtype float8 takes widths that are multiples of "
+                    f"{_MULTIPLE}, and '{name}' is {shape}; change hidden_size or mlp_dim"
+                )
+            block.set_submodule(name, Float8Linear(module.to(device)))

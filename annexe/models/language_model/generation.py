@@ -1,14 +1,23 @@
-"""Greedy decoding of many responses at once: state, one step, and the step as a CUDA graph.
+"""Greedy decoding of many responses at once, with steps that a GPU can replay as CUDA graphs.
 
-The images' prefixes are kept once; what is said about an image is a row each. A step is the same sequence of kernels
-whatever the tokens, so that a GPU can replay it; the host looks at the rows now and then and drops those that are done.
+All branches of all images are decoded together, each as a row of `DecodingState`; the prefix of an
+image is kept once (`annexe.models.language_model.kv_cache`). A step is the same sequence of kernels
+whatever the tokens are, so that a graph of it can be replayed. The host looks at the rows now and
+then, stops once all are finished, and drops the finished ones when they are at least half:
 
-Legend: R responses, S placeholders, D width, V words, M columns of a response, T tokens at most.
+    round        1        2        3
+    row 0     w w w w  w w .           .: finished          w: a token
+    row 1     w w .
+    row 2     w w w w  w w w w  w w w w
+    row 3     w .
+    rows         4        2        1   kept after the finished ones were dropped
+
+Legend: B images, R rows (responses), K slots, D width, V words, Lr columns of a response, T tokens
+that a response has at most.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -17,351 +26,476 @@ from torch import Tensor
 from torch.distributed import ReduceOp, all_reduce
 from torch.distributed.fsdp import FSDPModule
 
-from annexe.models.language_model.constraints import DecodingConstraints
-from annexe.models.language_model.kv_cache import DecodeIndex, Memory, Prefill, PrefillCache
+from annexe.models.language_model.constraints import DecodingConstraints, SlotConstraint
+from annexe.models.language_model.kv_cache import (
+    CachePool,
+    CacheShape,
+    DecodeIndex,
+    Prefill,
+    SharedPrefixCache,
+)
 from annexe.models.language_model.llama import Llama
-from annexe.structures.batch import PackedText, round_up
+from annexe.structures.batch import round_up
 
-# With CUDA graphs sizes are rounded up to multiples of these, so that batches have few different shapes.
-_ROWS, _COLUMNS, _PLACES = 16, 32, 16
-_MOST_GRAPHS = 64
+# With CUDA graphs sizes are rounded up to these multiples, so that few graphs serve all batches.
+_ROW_MULTIPLE = 16
+_COLUMN_MULTIPLE = 32
+_RESPONSE_MULTIPLE = 16  # responses of one image
+# Graphs that are kept; beyond that the oldest one goes.
+_MAX_GRAPHS = 64
+# Steps between two looks at the rows. On a GPU a look waits for all steps before it; on a CPU it
+# costs nothing.
+_GPU_STEPS_PER_LOOK = 8
+_CPU_STEPS_PER_LOOK = 1
+
+
+@dataclass
+class DecodingState:
+    """The responses that are being decoded, a row of every tensor each."""
+
+    response_index: Tensor  # int64[R], which response of the batch; -1 = padding row
+    image_index: Tensor  # int64[R], the image that it is about
+    index_in_image: Tensor  # int64[R], which one it is among the responses of its image
+    position: Tensor  # int64[R], rotary position of the next token
+    key_mask: Tensor  # bool[R, Lr], columns of its cache that hold a token
+    hidden: Tensor  # float[R, D], final hidden state of the last token
+    slots_left: Tensor  # bool[R, K], slots that it still has to name
+    finished: Tensor  # bool[R], it has ended
+    tokens: Tensor  # int64[R, T], generated tokens, then end of sequence
+    slot_states: Tensor  # float[R, K, D], hidden states of its placeholders, 0 = not named
+
+    def __len__(self) -> int:
+        return len(self.response_index)
+
+    def select(self, rows: Tensor) -> DecodingState:
+        """Copy some of the rows.
+
+        Args:
+            rows: int64[.], the rows in their new order. -1 makes a padding row, which is finished,
+                has no keys, and has an ``index_in_image`` that no real row has.
+
+        Returns:
+            The copies, as many as ``rows``.
+        """
+        copied = rows.clamp(min=0)
+        tensors = {field.name: getattr(self, field.name)[copied] for field in fields(self)}
+        selected = DecodingState(**tensors)
+
+        # Turn the rows that stand for padding, copies of row 0 so far, into padding.
+        is_real = rows >= 0
+        selected.response_index.masked_fill_(~is_real, -1)
+        selected.image_index.masked_fill_(~is_real, 0)
+        index_in_image = selected.index_in_image
+        unused_index = index_in_image.masked_fill(~is_real, -1).max() + 1
+        selected.index_in_image = torch.where(is_real, index_in_image, unused_index)
+        selected.key_mask &= is_real[:, None]
+        selected.finished |= ~is_real
+        return selected
 
 
 @dataclass
 class Responses:
-    """What was generated."""
+    """Generated responses, in the order of the branches of the prompts."""
 
-    tokens: list[list[int]]  # R rows, end of sequence left out
-    slot_states: Tensor  # float[R, S, D], states of the placeholders, 0 where a slot is not named
+    tokens: list[list[int]]  # of each response, without end of sequence
+    slot_states: Tensor  # float[R, K, D], hidden states of the placeholders, 0 = not named
 
+    def collect(self, state: DecodingState, eos_id: int) -> None:
+        """Take over the rows of ``state`` as they are now; padding rows are skipped."""
+        # Cut the tokens at the end of sequence.
+        response_indices = state.response_index.tolist()
+        for index, row in zip(response_indices, state.tokens.tolist(), strict=True):
+            if index >= 0:
+                self.tokens[index] = row[: row.index(eos_id)] if eos_id in row else row
 
-@dataclass
-class Rows:
-    """Responses on their way, a row of every tensor each."""
-
-    number: Tensor  # int64[R], which of all responses
-    image: Tensor  # int64[R]
-    place: Tensor  # int64[R], among those of its image
-    position: Tensor  # int64[R], of the next token
-    seen: Tensor  # bool[R, M], columns that hold a token
-    state: Tensor  # float[R, D], of the last token
-    left: Tensor  # bool[R, S], slots still to be named
-    finished: Tensor  # bool[R]
-    tokens: Tensor  # int64[R, T]
-    slot_states: Tensor  # float[R, S, D]
-
-    def select(self, chosen: Tensor) -> Rows:
-        """The ``chosen`` rows, int64[.]; where an index is -1, a row that is done, in a place that no real row has."""
-        real = chosen >= 0
-        rows = Rows(**{f.name: getattr(self, f.name)[chosen.clamp(min=0)] for f in fields(self)})
-        rows.number.masked_fill_(~real, -1)
-        rows.image.masked_fill_(~real, 0)
-        rows.place = torch.where(real, rows.place, rows.place.masked_fill(~real, -1).max() + 1)
-        rows.seen &= real[:, None]
-        rows.finished |= ~real
-        return rows
+        # Copy the states of the placeholders.
+        is_real = state.response_index >= 0
+        self.slot_states[state.response_index[is_real]] = state.slot_states[is_real]
 
 
-class Decoding:
-    """Some rows and the memory they read; a step says one token of each, and `advance` goes on to the next.
+class DecodeStep:
+    """One decoding step of all rows: `launch` generates a token of each, `advance` moves behind it.
 
-    Until `load` says where the rows stand, steps write where the last token of all would go, which nothing reads: so
-    a graph may be captured beside rows that are on their way.
+    Before `load` says where the rows stand, a step writes to the last column and the last token of
+    all, which nobody reads. A graph can therefore be captured while rows in the same cache wait.
 
     Args:
-        llama: the language model.
-        rows: changed in place.
-        memories: of every layer; their tensors for responses are changed in place.
-        most: rows of the image that has most.
-        binding: as of `GreedyDecoder.decode`; its tensors are not looked at.
+        language_model: predicts the tokens.
+        state: the rows; changed in place.
+        caches: keys and values, one for each layer; the responses' own ones are changed in place.
+        max_responses: responses of the image that has most.
+        constraints: of `GreedyDecoder.decode`. Only their kind matters here, not their tensors.
     """
 
     def __init__(
         self,
-        llama: Llama,
-        rows: Rows,
-        memories: list[Memory],
-        most: int,
-        binding: DecodingConstraints | None,
+        language_model: Llama,
+        state: DecodingState,
+        caches: list[SharedPrefixCache],
+        max_responses: int,
+        constraints: DecodingConstraints | None,
     ) -> None:
-        self.llama, self.rows, self.memories = llama, rows, memories
-        device, tokenizer = rows.number.device, llama.tokenizer
-        self.row = rows.number.new_full((len(memories[0].prefix_keys), most), -1)  # as in `Places`
-        self.column, self.said = (  # of the new token
-            torch.tensor([table.shape[1] - 1], device=device) for table in (rows.seen, rows.tokens)
-        )
-        words = tokenizer.vocab_size + tokenizer.num_slots
-        self.slot_ids = torch.arange(tokenizer.vocab_size, words, device=device)
-        self.bound = binding is not None and binding.slots is not None
-        self.ends, self.refusals = (
-            torch.zeros(words, dtype=torch.bool, device=device) for _ in range(2)
-        )
-        self.ends[[tokenizer.eos_id, tokenizer.full_stop_id]] = True
-        if self.bound:
-            self.refusals[list(binding.refusals)] = True
+        self.language_model = language_model
+        self.state = state
+        self.caches = caches
+        self.graph: torch.cuda.CUDAGraph | None = None
+        device = state.response_index.device
+        tokenizer = language_model.tokenizer
 
-    def load(self, rows: Rows, column: int, said: int) -> None:
-        """Go on with other ``rows`` of the same shapes, whose next token goes to ``column``, as number ``said``."""
-        for field in fields(rows):
-            getattr(self.rows, field.name).copy_(getattr(rows, field.name))
-        self.row.fill_(-1)
-        self.row[rows.image, rows.place] = torch.arange(len(rows.number), device=self.row.device)
+        # Where the next token goes: in the caches, and in `state.tokens`.
+        num_images = len(caches[0].prefix_keys)
+        self.row_index = state.response_index.new_full((num_images, max_responses), -1)
+        self.column = torch.tensor([state.key_mask.shape[1] - 1], device=device)
+        self.num_generated = torch.tensor([state.tokens.shape[1] - 1], device=device)
+
+        # What it may be.
+        num_tokens = tokenizer.vocab_size + tokenizer.num_slots
+        self.slot_ids = torch.arange(tokenizer.vocab_size, num_tokens, device=device)
+        self.slot_constraint: SlotConstraint | None = None
+        if constraints is not None and constraints.slots is not None:
+            forbidden_first_tokens = constraints.forbidden_first_tokens
+            self.slot_constraint = SlotConstraint(tokenizer, forbidden_first_tokens, device)
+
+    def load(self, state: DecodingState, column: int, num_generated: int) -> None:
+        """Continue with other rows of the same shapes.
+
+        Args:
+            state: the rows, which are copied.
+            column: where the caches get the next token.
+            num_generated: tokens that each row has so far.
+        """
+        for field in fields(state):
+            getattr(self.state, field.name).copy_(getattr(state, field.name))
+        rows = torch.arange(len(state), device=self.row_index.device)
+        self.row_index.fill_(-1)
+        self.row_index[state.image_index, state.index_in_image] = rows
         self.column.fill_(column)
-        self.said.fill_(said)
+        self.num_generated.fill_(num_generated)
 
-    @torch.no_grad()
-    def step(self) -> None:
-        """Generate one token of every response; repeated before `advance`, it generates the same one."""
-        rows, llama = self.rows, self.llama
-        logits = llama.logits(rows.state)  # [R, V + S]
-        if self.bound:
-            logits = self._bound(logits)
-        token = logits.argmax(-1).masked_fill(rows.finished, llama.tokenizer.eos_id)  # [R]
-        rows.tokens.index_copy_(1, self.said, token[:, None])
-        named = token[:, None] == self.slot_ids  # [R, S]
-        rows.finished |= token == llama.tokenizer.eos_id
-        if self.bound:
-            rows.left &= ~named
-            rows.finished |= named.any(1) & ~rows.left.any(
-                1
-            )  # the last placeholder ends the sentence
-        rows.seen.index_fill_(1, self.column, True)
-        places = DecodeIndex(rows.image, rows.place, self.row, rows.seen, self.column)
-        given = [{"memory": memory, "places": places} for memory in self.memories]
-        state = llama.run(llama.embed(token[:, None]), rows.position[:, None], given)[
-            :, -1
-        ]  # [R, D]
-        rows.state.copy_(state)
-        rows.slot_states.copy_(torch.where(named[..., None], state[:, None], rows.slot_states))
+    def launch(self) -> None:
+        """Generate one token of every row, by replaying the graph if there is one."""
+        if self.graph is None:
+            self.run()
+        else:
+            self.graph.replay()
 
     def advance(self) -> None:
-        """The token that was said is there; the next goes behind it."""
-        for counter in (self.rows.position, self.column, self.said):
-            counter += 1
+        """Move behind the token that was generated."""
+        self.state.position += 1
+        self.column += 1
+        self.num_generated += 1
 
-    def _bound(self, logits: Tensor) -> Tensor:
-        """``logits`` without what would contradict the slots left: they are named in order, then all is said."""
-        left = self.rows.left
-        due = left & (left.cumsum(1) == 1)  # the next slot of a row
-        barred = self.ends | (self.refusals & (self.said == 0))  # [V + S], while a slot is owed
-        barred = left.any(1, keepdim=True) & barred
-        barred[:, self.slot_ids] = ~due
-        return logits.masked_fill(barred, -torch.inf)
+    @torch.no_grad()
+    def run(self) -> None:
+        """Generate one token of every row and run the language model on it."""
+        state = self.state
+        eos_id = self.language_model.tokenizer.eos_id
+
+        # Choose the most likely token that is allowed; finished rows repeat the end of sequence.
+        logits = self.language_model.logits(state.hidden)  # [R, V + K]
+        if self.slot_constraint is not None:
+            logits = self.slot_constraint(logits, state.slots_left, self.num_generated)
+        token = logits.argmax(-1).masked_fill(state.finished, eos_id)  # [R]
+        state.tokens.index_copy_(1, self.num_generated, token[:, None])
+
+        # Finish rows at the end of sequence or, under constraints, with the last slot.
+        is_named = token[:, None] == self.slot_ids  # [R, K]
+        state.finished |= token == eos_id
+        if self.slot_constraint is not None:
+            state.slots_left &= ~is_named
+            state.finished |= is_named.any(1) & ~state.slots_left.any(1)
+
+        # Run the language model on the token.
+        state.key_mask.index_fill_(1, self.column, True)
+        index = DecodeIndex(
+            state.image_index, state.index_in_image, self.row_index, state.key_mask, self.column
+        )
+        attention_kwargs = [
+            {"shared_prefix_cache": cache, "decode_index": index} for cache in self.caches
+        ]
+        embeddings = self.language_model.embed(token[:, None])  # [R, 1, D]
+        hidden = self.language_model.run_layers(
+            embeddings, state.position[:, None], attention_kwargs
+        )[:, -1]  # [R, D]
+
+        # Keep its hidden state, also as that of the slot that it names.
+        state.hidden.copy_(hidden)
+        slot_states = torch.where(is_named[..., None], hidden[:, None], state.slot_states)
+        state.slot_states.copy_(slot_states)
 
 
 class GreedyDecoder:
-    """Decodes for a language model; what it needs for that stays from batch to batch until `release`."""
+    """Decodes for a language model.
 
-    def __init__(self, llama: Llama) -> None:
-        self.llama = llama
+    Caches and graphs stay from batch to batch, until `release`.
+
+    Args:
+        language_model: predicts the tokens.
+    """
+
+    def __init__(self, language_model: Llama) -> None:
+        self.language_model = language_model
         self.graphs = False  # replay steps as CUDA graphs
-        self.release()
+        self.cache_pool = CachePool()
+        self.captured_steps: dict[tuple, DecodeStep] = {}
 
     def release(self) -> None:
         """Give back the memory for keys and values, and the graphs that read it."""
-        self._cache_pool: list[
-            list[Tensor]
-        ] = []  # of every layer: prefix keys and values, own keys and values, all flat
-        self._captured: dict[tuple, tuple[Decoding, torch.cuda.CUDAGraph]] = {}
+        self.cache_pool.release()
+        self.captured_steps = {}
 
     def decode(
-        self, prefill: Prefill, max_new_tokens: int, binding: DecodingConstraints | None = None
-    ) -> Responses:
-        """Greedy responses to every branch, all branches as one batch; what ``prefill`` kept is used up.
-
-        Args:
-            binding: what responses have to name, where that is settled.
-        """
-        rows = self._first_rows(prefill, max_new_tokens, binding)
-        tokens: list[list[int]] = [[] for _ in rows.number]
-        slot_states = torch.zeros_like(rows.slot_states)
-
-        def collect(rows: Rows) -> None:
-            for number, row in zip(rows.number.tolist(), rows.tokens.tolist(), strict=True):
-                if number >= 0:
-                    eos = self.llama.tokenizer.eos_id
-                    tokens[number] = row[: row.index(eos)] if eos in row else row
-            real = rows.number >= 0
-            slot_states[rows.number[real]] = rows.slot_states[real]
-
-        sharded = isinstance(
-            self.llama.llama.model.layers[0], FSDPModule
-        )  # then all ranks take part in every step
-        at_once = (
-            8 if rows.number.is_cuda else 1
-        )  # steps between two looks at the rows, each of which waits for them
-        said, going, decoding, step = 0, len(rows.number), None, None
-        while said < max_new_tokens:
-            if not sharded:
-                going = int((~rows.finished).sum())
-                if going == 0:
-                    break
-            if decoding is None or 2 * self._rounded(going) <= len(rows.number):
-                collect(rows)
-                chosen = (rows.number >= 0 if sharded else ~rows.finished).nonzero()[:, 0]
-                decoding, step = self._start(prefill, rows, chosen, said, decoding, binding)
-                rows = decoding.rows
-            number = min(at_once, max_new_tokens - said)
-            for _ in range(number):
-                step()
-                decoding.advance()
-            said += number
-            if sharded and self._all(rows.finished):
-                break
-        collect(rows)
-        return Responses(tokens, slot_states)
-
-    def _rounded(self, rows: int) -> int:
-        return round_up(rows, _ROWS) if self.graphs else rows
-
-    def _first_rows(
-        self, prefill: Prefill, max_new_tokens: int, binding: DecodingConstraints | None
-    ) -> Rows:
-        """A row for every branch, at the end of its prompt."""
-        text, tokenizer = prefill.text, self.llama.tokenizer
-        image, length = text.branch_image_index, text.branch_length
-        number = torch.arange(len(image), device=image.device)
-        before = torch.bincount(image, minlength=len(prefill.hidden)).cumsum(
-            0
-        )  # rows up to and with an image's
-        first = torch.cat([before.new_zeros(1), before[:-1]])
-        columns = text.max_branch_length + max_new_tokens
-        columns = torch.arange(
-            round_up(columns, _COLUMNS) if self.graphs else columns, device=image.device
-        )
-        state = prefill.hidden[image, text.branch_start + length - 1]  # [R, D]
-        silent = torch.zeros_like(image, dtype=torch.bool)
-        left = silent[:, None].repeat(1, tokenizer.num_slots)
-        return Rows(
-            number=number,
-            image=image,
-            place=number - first[image],
-            position=text.prefix_length + length,
-            seen=columns < length[:, None],
-            state=state,
-            left=left if binding is None or binding.slots is None else binding.slots.clone(),
-            finished=silent if binding is None else binding.silent.clone(),
-            tokens=torch.full((len(image), max_new_tokens), tokenizer.eos_id, device=image.device),
-            slot_states=state.new_zeros(len(state), tokenizer.num_slots, state.shape[-1]),
-        )
-
-    def _start(
         self,
         prefill: Prefill,
-        rows: Rows,
-        chosen: Tensor,
-        said: int,
-        before: Decoding | None,
-        binding: DecodingConstraints | None,
-    ) -> tuple[Decoding, Callable[[], None]]:
-        """A decoding of the ``chosen`` rows alone, and what takes it one step further.
+        max_new_tokens: int,
+        constraints: DecodingConstraints | None = None,
+    ) -> Responses:
+        """Decode a response to every branch of the prompts, all of them as one batch.
 
         Args:
-            said: tokens of the response that are there.
-            before: the decoding that the rows come from; without one they come from ``prefill``.
+            prefill: the prompts; its caches are emptied.
+            max_new_tokens: tokens of a response at most.
+            constraints: what the responses have to name, where that is known.
+
+        Returns:
+            A response for every branch.
         """
-        spare = chosen.new_full((self._rounded(len(chosen)) - len(chosen),), -1)
-        chosen = torch.cat([chosen, spare])
-        rows = rows.select(chosen)
-        most, column = int(rows.place.max()) + 1, prefill.text.max_branch_length + said
-        # Under autocast keys are float32, of their rotation; values have the dtype that products are made in.
-        source = (
-            [kept.values for kept in prefill.kept]
-            if before is None
-            else [m.prefix_keys for m in before.memories]
-        )
-        memories = self._memories(source, prefill.text.prefix_length, rows)
+        eos_id = self.language_model.tokenizer.eos_id
+        on_gpu = prefill.hidden.is_cuda
+        steps_per_look = _GPU_STEPS_PER_LOOK if on_gpu else _CPU_STEPS_PER_LOOK
+
+        # Start rows: one for every branch, at the end of its prompt.
+        state = self.start_rows(prefill, max_new_tokens, constraints)
+        responses = Responses([[] for _ in range(len(state))], torch.zeros_like(state.slot_states))
+        step: DecodeStep | None = None
+        num_generated = 0
+
+        while num_generated < max_new_tokens:
+            # Stop?
+            num_running = self._count_running(state)
+            if num_running == 0:
+                break
+
+            # Compact: drop the finished rows once they are at least half.
+            if step is None or self._is_half_empty(state, num_running):
+                responses.collect(state, eos_id)
+                step = self._compact(prefill, state, step, num_generated, constraints)
+                state = step.state
+
+            # Run some steps.
+            num_steps = min(steps_per_look, max_new_tokens - num_generated)
+            for _ in range(num_steps):
+                step.launch()
+                step.advance()
+            num_generated += num_steps
+
+        # Collect what is left.
+        responses.collect(state, eos_id)
+        return responses
+
+    def start_rows(
+        self, prefill: Prefill, max_new_tokens: int, constraints: DecodingConstraints | None
+    ) -> DecodingState:
+        """Make a row for every branch, at the end of its prompt.
+
+        Args:
+            prefill: the prompts.
+            max_new_tokens: tokens of a response at most.
+            constraints: what the responses have to name, where that is known.
+
+        Returns:
+            The rows, in the order of the branches.
+        """
+        text = prefill.text
+        image_index = text.branch_image_index
+        prompt_length = text.branch_length
+        num_slots = self.language_model.tokenizer.num_slots
+        device = image_index.device
+
+        # Count the responses of each image from 0 on.
+        response_index = torch.arange(len(image_index), device=device)
+        responses_of_image = torch.bincount(image_index, minlength=len(prefill.hidden))
+        end_of_image = responses_of_image.cumsum(0)
+        start_of_image = torch.cat([end_of_image.new_zeros(1), end_of_image[:-1]])
+        index_in_image = response_index - start_of_image[image_index]
+
+        # Lay out the columns: the prompts, left aligned, then room for the generated tokens.
+        num_columns = text.max_branch_length + max_new_tokens
         if self.graphs:
-            decoding, step = self._graphed(rows, memories, round_up(most, _PLACES), binding)
-        else:
-            decoding = Decoding(self.llama, rows, memories, most, binding)
-            step = decoding.step
-        for layer, memory in enumerate(decoding.memories):
-            if before is None:
-                self._recall(prefill.kept[layer], prefill.text, rows, memory)
-            else:
-                old = before.memories[layer]
-                memory.own_keys.copy_(old.own_keys[chosen.clamp(min=0)])
-                memory.own_values.copy_(old.own_values[chosen.clamp(min=0)])
-        decoding.load(rows, column, said)
-        return decoding, step
+            num_columns = round_up(num_columns, _COLUMN_MULTIPLE)
+        columns = torch.arange(num_columns, device=device)
 
-    def _memories(self, like: list[Tensor], prefix_length: int, rows: Rows) -> list[Memory]:
-        """Room for the keys and values of every layer: ``like`` float[B, K, ., D] says how many images and of what."""
-        images, heads, _, width = like[0].shape
-        prefix, own = (
-            (images, heads, prefix_length, width),
-            (*rows.seen.shape[:1], heads, rows.seen.shape[1], width),
+        # Apply the constraints.
+        finished = torch.zeros_like(image_index, dtype=torch.bool)
+        slots_left = finished[:, None].repeat(1, num_slots)
+        if constraints is not None:
+            finished = constraints.skip.clone()
+            if constraints.slots is not None:
+                slots_left = constraints.slots.clone()
+
+        # Begin with the hidden state of the last prompt token.
+        last_column = text.branch_start + prompt_length - 1
+        hidden = prefill.hidden[image_index, last_column]  # [R, D]
+        return DecodingState(
+            response_index=response_index,
+            image_index=image_index,
+            index_in_image=index_in_image,
+            position=text.prefix_length + prompt_length,
+            key_mask=columns < prompt_length[:, None],
+            hidden=hidden,
+            slots_left=slots_left,
+            finished=finished,
+            tokens=torch.full(
+                (len(image_index), max_new_tokens),
+                self.language_model.tokenizer.eos_id,
+                device=device,
+            ),
+            slot_states=hidden.new_zeros(len(hidden), num_slots, hidden.shape[-1]),
         )
-        needed = [math.prod(shape) for shape in (prefix, prefix, own, own)]
-        if not self._cache_pool or any(
-            n > len(flat) for n, flat in zip(needed, self._cache_pool[0], strict=True)
-        ):
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether FSDP gathers weights in every step, so that all ranks take the same steps."""
+        return isinstance(self.language_model.llama.model.layers[0], FSDPModule)
+
+    def _count_running(self, state: DecodingState) -> int:
+        """Rows that are not finished; with sharded weights, on the rank that has most of them."""
+        num_running = (~state.finished).sum()
+        if self._is_sharded:
+            all_reduce(num_running, ReduceOp.MAX)
+        return int(num_running)
+
+    def _is_half_empty(self, state: DecodingState, num_running: int) -> bool:
+        """Whether half of the rows can be dropped; with sharded weights no rank drops any."""
+        return not self._is_sharded and 2 * self._rounded_rows(num_running) <= len(state)
+
+    def _rounded_rows(self, num_rows: int) -> int:
+        return round_up(num_rows, _ROW_MULTIPLE) if self.graphs else num_rows
+
+    def _compact(
+        self,
+        prefill: Prefill,
+        state: DecodingState,
+        previous: DecodeStep | None,
+        num_generated: int,
+        constraints: DecodingConstraints | None,
+    ) -> DecodeStep:
+        """Continue with the rows that are not finished.
+
+        Args:
+            prefill: the prompts.
+            state: the rows so far.
+            previous: the step that generated them; None = the caches are filled from ``prefill``.
+            num_generated: tokens that each row has so far.
+            constraints: what the responses have to name, where that is known.
+
+        Returns:
+            The step of the rows that were kept, ready to be launched.
+        """
+        # Select the rows and, for graphs, padding rows behind them.
+        keep_mask = state.response_index >= 0 if self._is_sharded else ~state.finished
+        rows = keep_mask.nonzero()[:, 0]
+        num_padding = self._rounded_rows(len(rows)) - len(rows)
+        rows = torch.cat([rows, rows.new_full((num_padding,), -1)])
+        state = state.select(rows)
+
+        # Make the step before filling its caches, because capturing a graph writes to them.
+        caches = self._take_caches(prefill, state, previous)
+        step = self._make_step(state, caches, constraints)
+
+        # Fill them from the prompts or from the previous step.
+        for layer, cache in enumerate(step.caches):
+            if previous is None:
+                branch = state.response_index.clamp(min=0)
+                prefill_cache = prefill.prefill_caches[layer]
+                cache.load_prefill(prefill_cache, prefill.text, branch, state.key_mask)
+            else:
+                cache.load_rows(previous.caches[layer], rows.clamp(min=0))
+        step.load(state, prefill.text.max_branch_length + num_generated, num_generated)
+        return step
+
+    def _take_caches(
+        self, prefill: Prefill, state: DecodingState, previous: DecodeStep | None
+    ) -> list[SharedPrefixCache]:
+        """Take caches for the rows out of the pool."""
+        prefix_length = prefill.text.prefix_length
+
+        # Fewer rows fit into the same memory, and the prefixes stay where they are.
+        if previous is not None:
+            prefix_keys = previous.caches[0].prefix_keys
+            shape = CacheShape.of(prefix_keys, prefix_length, state.key_mask)
+            return self.cache_pool.views(shape)
+
+        # New prompts may need a larger pool. The old one goes first, with the graphs that read it.
+        # Under autocast, rotation makes keys float32; values have the dtype of the products.
+        values = [prefill_cache.values for prefill_cache in prefill.prefill_caches]
+        shape = CacheShape.of(values[0], prefix_length, state.key_mask)
+        if not self.cache_pool.fits(shape):
             self.release()
-            # Not empty: what is not seen has weight 0, and 0 times what is no number is none either.
-            self._cache_pool = [[layer.new_zeros(number) for number in needed] for layer in like]
-        return [
-            Memory(
-                *(
-                    flat[:n].view(shape)
-                    for flat, n, shape in zip(room, needed, (prefix, prefix, own, own), strict=True)
-                )
-            )
-            for room in self._cache_pool
-        ]
+            self.cache_pool.allocate(shape, values)
+        return self.cache_pool.views(shape)
 
-    def _recall(self, kept: PrefillCache, text: PackedText, rows: Rows, memory: Memory) -> None:
-        """Bring what a packed sequence kept into ``memory``; it is dropped there."""
-        branch = rows.number.clamp(min=0)
-        offsets = torch.arange(text.max_branch_length, device=branch.device)
-        columns = torch.where(
-            rows.seen[:, : len(offsets)], text.branch_start[branch][:, None] + offsets, 0
-        )  # [R, L]
-        image = text.branch_image_index[branch][:, None]
-        memory.prefix_keys.copy_(kept.keys[:, :, : text.prefix_length])
-        memory.prefix_values.copy_(kept.values[:, :, : text.prefix_length])
-        memory.own_keys[:, :, : len(offsets)] = kept.keys[image, :, columns].transpose(1, 2)
-        memory.own_values[:, :, : len(offsets)] = kept.values[image, :, columns].transpose(1, 2)
-        kept.keys = kept.values = None
+    def _make_step(
+        self,
+        state: DecodingState,
+        caches: list[SharedPrefixCache],
+        constraints: DecodingConstraints | None,
+    ) -> DecodeStep:
+        """A step of the rows; with graphs a captured one, which is used again for equal shapes."""
+        max_responses = int(state.index_in_image.max()) + 1
+        if not self.graphs:
+            return DecodeStep(self.language_model, state, caches, max_responses, constraints)
 
-    def _graphed(
-        self, rows: Rows, memories: list[Memory], most: int, binding: DecodingConstraints | None
-    ) -> tuple[Decoding, Callable[[], None]]:
-        """A decoding whose step is a CUDA graph, captured where there is none of this shape yet."""
-        refusals = None if binding is None or binding.slots is None else binding.refusals
-        key = (len(memories[0].prefix_keys), *rows.seen.shape, rows.tokens.shape[1], most, refusals)
-        if key not in self._captured:
-            if len(self._captured) == _MOST_GRAPHS:
-                del self._captured[next(iter(self._captured))]  # the oldest
-            decoding = Decoding(
-                self.llama,
-                rows.select(torch.arange(len(rows.number), device=rows.number.device)),
-                memories,
-                most,
-                binding,
-            )
-            self._captured[key] = decoding, capture(decoding.step)
-        decoding, graph = self._captured[key]
-        return decoding, graph.replay
+        # Everything that a graph depends on.
+        max_responses = round_up(max_responses, _RESPONSE_MULTIPLE)
+        num_images = len(caches[0].prefix_keys)
+        forbidden_first_tokens = None
+        if constraints is not None and constraints.slots is not None:
+            forbidden_first_tokens = constraints.forbidden_first_tokens
+        max_new_tokens = state.tokens.shape[1]
+        key = (
+            num_images,
+            *state.key_mask.shape,
+            max_new_tokens,
+            max_responses,
+            forbidden_first_tokens,
+        )
 
-    def _all(self, finished: Tensor) -> bool:
-        """Whether every row is finished on every rank, for all have to take the same number of steps."""
-        done = finished.all().to(torch.uint8)
-        all_reduce(done, ReduceOp.MIN)
-        return bool(done)
+        # Capture a new graph with tensors of its own.
+        if key not in self.captured_steps:
+            if len(self.captured_steps) == _MAX_GRAPHS:
+                oldest = next(iter(self.captured_steps))
+                del self.captured_steps[oldest]
+            every_row = torch.arange(len(state), device=state.response_index.device)
+            own_state = state.select(every_row)
+            step = DecodeStep(self.language_model, own_state, caches, max_responses, constraints)
+            step.graph = capture_graph(step.run)
+            self.captured_steps[key] = step
+        return self.captured_steps[key]
 
 
-def capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of ``step``, which is run twice before."""
-    # Casts of weights that autocast keeps for its block alone would be gone when the graph is replayed behind it.
-    kind, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
-    with torch.autocast("cuda", dtype=kind, enabled=enabled, cache_enabled=False):
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+def capture_graph(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """Capture ``step`` as a CUDA graph, after two runs that warm it up.
+
+    Args:
+        step: launches kernels on tensors that stay where they are.
+
+    Returns:
+        The graph; replaying it does what ``step`` does.
+    """
+    # Casts of weights that autocast caches would be freed at the end of its block, before replays.
+    dtype = torch.get_autocast_dtype("cuda")
+    enabled = torch.is_autocast_enabled("cuda")
+    with torch.autocast("cuda", dtype=dtype, enabled=enabled, cache_enabled=False):
+        # Warm up on a stream of its own, as capturing asks for.
+        warm_up_stream = torch.cuda.Stream()
+        warm_up_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(warm_up_stream):
             for _ in range(2):
                 step()
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(warm_up_stream)
+
+        # Capture.
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             step()

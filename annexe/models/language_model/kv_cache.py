@@ -1,9 +1,42 @@
-"""Keys and values that generation keeps."""
+"""Key and value caches of generation, layer by layer.
+
+The prefill leaves the keys and values of an image's packed sequence in a `PrefillCache`. Decoding
+keeps the prefix once for each image and the rest once for each response, in a `SharedPrefixCache`:
+
+    PrefillCache: keys and values [B, Hk, N, Dh]
+
+      image 0  | prefix ............ | analysis 0 | query 1 | query 2 | padding
+      image 1  | prefix ............ | analysis 3 | query 4 | padding
+
+    SharedPrefixCache: prefix_keys [B, Hk, Lp, Dh]      own_keys [R, Hk, Lr, Dh]
+                                                            column of the next token
+      image 0  | prefix ............ | <--+                         v
+                                          +-- response 0  | a a a . g g _ _ _ _ |
+                                          +-- response 1  | q q . . g g _ _ _ _ |
+                                          +-- response 2  | q q q q g g _ _ _ _ |
+      image 1  | prefix ............ | <--+
+                                          +-- response 3  | a a . . g g _ _ _ _ |
+                                          +-- response 4  | q q q . g g _ _ _ _ |
+
+      a, q: prompt of an analysis or a query      g: generated      _: free
+      .: unused, because the generated tokens of all responses start in the same column
+      `key_mask` is True for a, q and g.
+
+    DecodeIndex: which response reads which prefix
+
+      row_index [B, max_responses]   0  1  2      image_index    [R]   0 0 0 1 1
+                                     3  4 -1      index_in_image [R]   0 1 2 0 1
+
+Legend: B images, N packed tokens, R responses, Lp prefix tokens, Lr columns of a response,
+Hk key heads, Dh width of a head, D width of the language model.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from annexe.structures.batch import PackedText
@@ -11,37 +44,151 @@ from annexe.structures.batch import PackedText
 
 @dataclass
 class PrefillCache:
-    """KV cache of one layer as the prefill leaves it: rotated, K x N x D for each image."""
+    """Rotated keys and values of one layer, as the prefill computes them: float[B, Hk, N, Dh]."""
 
     keys: Tensor | None = None
     values: Tensor | None = None
 
 
 @dataclass
-class Memory:
-    """KV cache of one layer while decoding: the prefix, shared by an image's responses, and their own tokens."""
+class Prefill:
+    """Packed prompts and what the language model made of them."""
 
-    prefix_keys: Tensor  # [B, K, P, D]
-    prefix_values: Tensor
-    own_keys: Tensor  # [R, K, M, D]
-    own_values: Tensor
+    text: PackedText
+    hidden: Tensor  # float[B, N, D], final hidden states
+    prefill_caches: list[PrefillCache]  # one for each layer; decoding empties them
 
 
 @dataclass
 class DecodeIndex:
-    """Where the responses that are being decoded belong, the same in all layers."""
+    """Which response reads which prefix, and which columns are filled; the same in all layers."""
 
-    image: Tensor  # int64[R]
-    place: Tensor  # int64[R], number of the response among those of its image
-    row: Tensor  # int64[B, most], which response is an image's first, second, ...; -1 = none
-    seen: Tensor  # bool[R, M], tokens of a response that are there, the new one included
-    column: Tensor  # int64[1], that of the new token
+    image_index: Tensor  # int64[R], whose prefix a response reads
+    index_in_image: Tensor  # int64[R], which one it is among the responses of its image
+    row_index: Tensor  # int64[B, max_responses], the responses of each image in order; -1 = none
+    key_mask: Tensor  # bool[R, Lr], columns that hold a token, the new one included
+    column: Tensor  # int64[1], where the new token is written
 
 
 @dataclass
-class Prefill:
-    """Prompts that were read."""
+class SharedPrefixCache:
+    """Rotated keys and values of one layer while decoding."""
 
-    text: PackedText
-    hidden: Tensor  # float[B, N, D]
-    kept: list[PrefillCache]  # of every layer
+    prefix_keys: Tensor  # float[B, Hk, Lp, Dh], shared by the responses of an image
+    prefix_values: Tensor  # float[B, Hk, Lp, Dh]
+    own_keys: Tensor  # float[R, Hk, Lr, Dh], prompt and generated tokens of each response
+    own_values: Tensor  # float[R, Hk, Lr, Dh]
+
+    def load_prefill(
+        self, prefill_cache: PrefillCache, text: PackedText, branch: Tensor, key_mask: Tensor
+    ) -> None:
+        """Copy prefixes and prompts out of ``prefill_cache``, which is emptied.
+
+        Args:
+            text: the packed prompts that ``prefill_cache`` holds.
+            branch: int64[R], the branch of ``text`` that each response continues.
+            key_mask: bool[R, Lr], the columns that its prompt fills.
+        """
+        # Find the packed column of every prompt token; unused columns copy column 0, masked.
+        prompt_length = text.max_branch_length
+        offsets = torch.arange(prompt_length, device=branch.device)
+        packed_columns = text.branch_start[branch][:, None] + offsets
+        packed_columns = torch.where(key_mask[:, :prompt_length], packed_columns, 0)
+        image_index = text.branch_image_index[branch][:, None]
+
+        # Two index tensors around a slice put their axes first: [R, prompt_length, Hk, Dh].
+        for packed, prefix, own in (
+            (prefill_cache.keys, self.prefix_keys, self.own_keys),
+            (prefill_cache.values, self.prefix_values, self.own_values),
+        ):
+            prefix.copy_(packed[:, :, : text.prefix_length])
+            own[:, :, :prompt_length] = packed[image_index, :, packed_columns].transpose(1, 2)
+
+        # Free the packed tensors before the next layer is copied.
+        prefill_cache.keys = None
+        prefill_cache.values = None
+
+    def load_rows(self, source: SharedPrefixCache, rows: Tensor) -> None:
+        """Copy the own keys and values of the ``rows``, int64[R], of another cache.
+
+        The prefixes are not copied. Both caches are views of one `CachePool`, where prefixes stay.
+        """
+        self.own_keys.copy_(source.own_keys[rows])
+        self.own_values.copy_(source.own_values[rows])
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """Sizes of a `SharedPrefixCache`, the same in all layers."""
+
+    num_images: int
+    num_responses: int
+    num_key_heads: int
+    prefix_length: int
+    num_columns: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, keys: Tensor, prefix_length: int, key_mask: Tensor) -> CacheShape:
+        """The sizes that prompts and rows ask for.
+
+        Args:
+            keys: float[B, Hk, ., Dh], keys or values of all images.
+            prefix_length: Lp.
+            key_mask: bool[R, Lr].
+        """
+        num_images, num_key_heads, _, head_dim = keys.shape
+        num_responses, num_columns = key_mask.shape
+        return cls(num_images, num_responses, num_key_heads, prefix_length, num_columns, head_dim)
+
+    @property
+    def tensor_shapes(self) -> list[tuple[int, int, int, int]]:
+        """Shapes of the prefix keys, prefix values, own keys and own values."""
+        prefix = (self.num_images, self.num_key_heads, self.prefix_length, self.head_dim)
+        own = (self.num_responses, self.num_key_heads, self.num_columns, self.head_dim)
+        return [prefix, prefix, own, own]
+
+
+@dataclass
+class CachePool:
+    """Memory for the caches of all layers, allocated once and used again by every batch that fits.
+
+    A cache is a view of the beginnings of four flat buffers. Caches of one shape therefore lie at
+    the same addresses in every batch, so that CUDA graphs can be replayed.
+    """
+
+    # For each layer the buffers of prefix keys, prefix values, own keys and own values.
+    buffers: list[list[Tensor]] = field(default_factory=list)
+
+    def fits(self, shape: CacheShape) -> bool:
+        """Whether caches of this shape fit into the buffers."""
+        if not self.buffers:
+            return False
+        first_layer = zip(self.buffers[0], shape.tensor_shapes, strict=True)
+        return all(len(buffer) >= math.prod(sizes) for buffer, sizes in first_layer)
+
+    def allocate(self, shape: CacheShape, like: list[Tensor]) -> None:
+        """Allocate buffers for caches of this shape.
+
+        Args:
+            like: a tensor of each layer, with the dtype and the device that its caches get.
+        """
+        self.buffers = []
+        # Zeros, not empty memory: a masked column has weight 0, and 0 times NaN is NaN.
+        for tensor in like:
+            layer = [tensor.new_zeros(math.prod(sizes)) for sizes in shape.tensor_shapes]
+            self.buffers.append(layer)
+
+    def views(self, shape: CacheShape) -> list[SharedPrefixCache]:
+        """A cache for each layer, in the buffers."""
+        caches = []
+        for layer in self.buffers:
+            tensors = []
+            for buffer, sizes in zip(layer, shape.tensor_shapes, strict=True):
+                tensors.append(buffer[: math.prod(sizes)].view(sizes))
+            caches.append(SharedPrefixCache(*tensors))
+        return caches
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self.buffers = []

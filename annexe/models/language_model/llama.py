@@ -1,11 +1,13 @@
-"""Llama with LoRA (transformers, peft): embedding and packed forward.
+"""Llama with LoRA (transformers, peft): embedding, packed forward pass, logits.
 
-Legend: B images, N packed tokens, M tokens of all images, D width, V words, S placeholders.
+Legend: B images, N packed tokens, M tokens of all images without padding, D width, V words,
+K slots.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -24,7 +27,7 @@ from annexe.models.language_model.attention import NAME, packed_attention_mask, 
 from annexe.models.language_model.base_model import (
     DTYPES,
     FLOAT8,
-    QUANTISED,
+    QUANTIZED,
     load_llama,
     random_llama,
 )
@@ -36,12 +39,27 @@ from annexe.structures.batch import PackedText
 
 log = logging.getLogger(__name__)
 
-_KEPT_BY_MERGING = 0.95
+_SETTINGS = "model.language_model"
+# Share of the adapters' update, 0 to 1, that has to survive rounding for them to be merged. Our own
+# choice: in bfloat16 trained adapters keep almost all of it, hardly trained ones lose most of it.
+_MIN_SURVIVING_SHARE = 0.95
+# Width of a head, in numbers, from which on FlexAttention's kernels take it.
+_MIN_FLEX_HEAD_DIM = 16
 
 
 @dataclass
 class Lora:
-    """Low-rank adapters; rank 0 trains the language model whole, for runs from scratch."""
+    """Low-rank adapters (arXiv 2106.09685); rank 0 trains all weights, for runs from scratch.
+
+    Args:
+        rank: width of the adapters.
+        alpha: their product is scaled by ``alpha / rank``.
+        dropout: probability that an input of an adapter is dropped in training.
+        targets: names of the layers that get one.
+
+    Raises:
+        UserError: for a negative rank or a dropout outside [0, 1).
+    """
 
     rank: int = 64
     alpha: float = 16
@@ -49,46 +67,62 @@ class Lora:
     targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
 
     def __post_init__(self) -> None:
+        where = f"{_SETTINGS}.lora"
         if self.rank < 0:
-            raise UserError(f"model.language_model.lora.rank is {self.rank}; it must be at least 0")
+            raise UserError(f"{where}.rank is {self.rank}; it must be at least 0")
         if not 0 <= self.dropout < 1:
-            raise UserError(
-                f"model.language_model.lora.dropout is {self.dropout}; it must be at least 0 and below 1"
-            )
+            raise UserError(f"{where}.dropout is {self.dropout}; it must be at least 0 and below 1")
 
 
-def _with_adapters(model: LlamaForCausalLM, lora: Lora) -> PeftModel:
+def add_adapters(model: LlamaForCausalLM, lora: Lora) -> PeftModel:
+    """Add adapters to the layers that ``lora.targets`` names, and freeze everything else.
+
+    Raises:
+        UserError: for a target that no layer is called.
+    """
+    # Check the targets, which peft would report without the choices.
     layers = [name for name, module in model.named_modules() if not any(module.children())]
     for target in lora.targets or [""]:
         if not any(f".{name}".endswith(f".{target}") for name in layers):
+            what = f"name of a layer in {_SETTINGS}.lora.targets"
             choices = {name.rpartition(".")[2] for name in layers}
-            raise unknown_name_error(
-                "name of a layer in model.language_model.lora.targets", target, choices
-            )
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=lora.targets,
-        ),
+            raise unknown_name_error(what, target, choices)
+
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
     )
+    return get_peft_model(model, config)
 
 
 @register("language_model", "llama")
 class Llama(nn.Module):
-    """Llama 2 with LoRA and ``num_slots`` mask placeholders of our own beside its tables.
+    """Llama 2 with LoRA, and ``num_slots`` mask placeholders of our own beside its tables.
 
     Args:
         tokenizer: its vocabulary sets the size of the tables.
-        path: Hugging Face folder, which brings the sizes and the tokenizer with it; the sizes below are for ``init``.
+        path: Hugging Face folder, which brings the sizes and the tokenizer with it. The sizes below
+            are for ``init``.
         init: ``random`` declares that the weights are meant to be random.
-        dtype: of the Llama itself: float32, bfloat16, int8 or nf4 for small cards (needs bitsandbytes and LoRA), or
-            float8 for speed (needs LoRA and a Hopper GPU or the like); adapters and placeholders stay float32.
-        vocab_size: rows of the tables where they are to have more than the tokenizer has words.
-        checkpointed_blocks: blocks, from the first on, that keep no activations but compute them again in the backward
-            pass (activation checkpointing): slower, smaller.
+        dtype: of Llama's own weights: float32 or bfloat16; int8 or nf4 for small cards (need
+            bitsandbytes and LoRA); float8 for speed (needs LoRA and an Ada or Hopper GPU or a later
+            one). Adapters and placeholders stay float32.
+        hidden_size: width D.
+        num_layers: number of blocks.
+        num_heads: attention heads of a block.
+        mlp_dim: width of the hidden layer of a block's MLP.
+        vocab_size: rows of the tables, where they have more than the tokenizer has words.
+        initializer_range: standard deviation of random weights, and of the placeholders'.
+        checkpointed_blocks: blocks, from the first on, that recompute their activations in the
+            backward pass instead of keeping them (activation checkpointing). This is slower and
+            takes less memory.
+        lora: the adapters.
+
+    Raises:
+        UserError: for a setting out of range or settings that exclude each other, a folder without
+            a complete Llama, or a tokenizer of another size.
     """
 
     def __init__(
@@ -108,31 +142,34 @@ class Llama(nn.Module):
         lora: Lora = Lora(),  # noqa: B008
     ) -> None:
         super().__init__()
-        require_source("model.language_model", "path", path, init)
-        if dtype not in (known := (*DTYPES, *QUANTISED, FLOAT8)):
-            raise unknown_name_error("setting model.language_model.dtype", dtype, known)
-        where = "model.language_model"
-        require_sizes(where, num_layers=num_layers, num_heads=num_heads, mlp_dim=mlp_dim)
-        require_multiple(
-            where,
-            "hidden_size",
-            hidden_size,
-            2 * num_heads,
-            f"rotary positions in {num_heads} heads",
-        )
-        if checkpointed_blocks < 0 or not initializer_range > 0:
+
+        # Check the settings.
+        require_source(_SETTINGS, "path", path, init)
+        known_dtypes = (*DTYPES, *QUANTIZED, FLOAT8)
+        if dtype not in known_dtypes:
+            raise unknown_name_error(f"setting {_SETTINGS}.dtype", dtype, known_dtypes)
+        require_sizes(_SETTINGS, num_layers=num_layers, num_heads=num_heads, mlp_dim=mlp_dim)
+        needed_by = f"rotary positions in {num_heads} heads"
+        require_multiple(_SETTINGS, "hidden_size", hidden_size, 2 * num_heads, needed_by)
+        if checkpointed_blocks < 0:
             raise UserError(
-                f"{where}: checkpointed_blocks {checkpointed_blocks} must be at least 0, initializer_range "
-                f"{initializer_range} above it"
+                f"{_SETTINGS}.checkpointed_blocks is {checkpointed_blocks}; it must be at least 0"
+            )
+        if not initializer_range > 0:
+            raise UserError(
+                f"{_SETTINGS}.initializer_range is {initializer_range}; it must be above 0"
             )
         if dtype not in DTYPES and lora.rank == 0:
             raise UserError(
-                f"model.language_model.dtype {dtype} cannot be trained whole; set lora.rank above 0"
+                f"{_SETTINGS}.dtype {dtype} can only be trained with adapters; "
+                "set lora.rank above 0"
             )
+
+        # Load the base, or make a random one.
         if path is not None:
             model = load_llama(path, dtype)
         else:
-            sizes = LlamaConfig(
+            config = LlamaConfig(
                 vocab_size=tokenizer.vocab_size,
                 hidden_size=hidden_size,
                 num_hidden_layers=num_layers,
@@ -143,138 +180,218 @@ class Llama(nn.Module):
                 bos_token_id=tokenizer.bos_id,
                 eos_token_id=tokenizer.eos_id,
             )
-            model = random_llama(sizes, dtype)
+            model = random_llama(config, dtype)
+        num_words = model.config.vocab_size
+        if num_words != tokenizer.vocab_size:
+            raise UserError(
+                f"the Llama in '{path}' has {num_words} words and its tokenizer "
+                f"{tokenizer.vocab_size}; take both from one folder"
+            )
+
+        # Recompute activations, as transformers does for all blocks alike.
         for block in model.model.layers[:checkpointed_blocks]:
             block.gradient_checkpointing = True
             block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-        if model.config.vocab_size != tokenizer.vocab_size:
-            raise UserError(
-                f"the Llama in '{path}' has {model.config.vocab_size} words and its tokenizer {tokenizer.vocab_size}; "
-                "take both from one folder"
-            )
-        self.tokenizer, self.hidden_size, self.dtype = tokenizer, model.config.hidden_size, dtype
-        self.compiled = False  # its blocks are
+
+        self.tokenizer = tokenizer
+        self.hidden_size = model.config.hidden_size
+        self.dtype = dtype
+        self.compiled = False  # `compile_blocks` sets it once the blocks run through torch.compile
+
+        # Add the adapters. Only what they leave frozen becomes float8.
         if lora.rank > 0:
-            model = _with_adapters(model, lora)
+            model = add_adapters(model, lora)
         self.model = model
         if dtype == FLOAT8:
             to_float8(self.llama.model.layers)
-        self.mask_embedding = nn.Embedding(tokenizer.num_slots, self.hidden_size)
-        self.mask_head = nn.Linear(self.hidden_size, tokenizer.num_slots, bias=False)
+
+        # Add the placeholders.
+        num_slots = tokenizer.num_slots
+        self.mask_embedding = nn.Embedding(num_slots, self.hidden_size)
+        self.mask_head = nn.Linear(self.hidden_size, num_slots, bias=False)
         for table in (self.mask_embedding, self.mask_head):
             nn.init.normal_(table.weight, std=initializer_range)
 
     @property
     def llama(self) -> LlamaForCausalLM:
-        """The Llama itself; its layers hold the adapters, so calling it runs them."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        """The Llama itself. Its layers hold the adapters, so calling it runs them, too."""
+        if isinstance(self.model, PeftModel):
+            return self.model.get_base_model()
+        return self.model
 
     @property
     def supports_cuda_graphs(self) -> bool:
-        """Whether a CUDA graph can hold it: int8 products have the host look for outliers on the way."""
+        """Whether a CUDA graph can hold it. In int8 products the host looks for outliers."""
         return self.dtype != "int8"
 
     @property
     def uses_flex_attention(self) -> bool:
-        """Whether attention skips blocks (FlexAttention): it takes compiled ones, a GPU and heads 16 wide or more."""
-        width = self.hidden_size // self.llama.config.num_attention_heads
-        return self.compiled and self.mask_head.weight.is_cuda and width >= 16
+        """Whether attention skips blocks (FlexAttention): compiled, on a GPU, with wide heads."""
+        head_dim = self.hidden_size // self.llama.config.num_attention_heads
+        on_gpu = self.mask_head.weight.is_cuda
+        return self.compiled and on_gpu and head_dim >= _MIN_FLEX_HEAD_DIM
 
     def embed(self, ids: Tensor) -> Tensor:
-        """int[B, N] -> float[B, N, D]; ids from ``vocab_size`` on are mask placeholders."""
+        """Embed token ids; ids from ``vocab_size`` on are mask placeholders.
+
+        Args:
+            ids: int[B, N].
+
+        Returns:
+            float[B, N, D].
+        """
         slot = ids - self.tokenizer.vocab_size
         words = self.llama.model.embed_tokens(ids.clamp(max=self.tokenizer.vocab_size - 1))
-        return torch.where(
-            (slot >= 0)[..., None], self.mask_embedding(slot.clamp(min=0)).to(words.dtype), words
-        )
+        placeholders = self.mask_embedding(slot.clamp(min=0)).to(words.dtype)
+        return torch.where((slot >= 0)[..., None], placeholders, words)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """float[..., D] -> float[..., V + S]."""
-        head = self.llama.lm_head
-        return torch.cat(
-            [head(hidden.to(head.weight.dtype)).to(hidden.dtype), self.mask_head(hidden)], dim=-1
-        )
+        """Logits of the next token.
 
-    def run(self, x: Tensor, position_ids: Tensor, given: list[dict[str, Any]]) -> Tensor:
-        """Hidden states float[B, N, D] of embeddings ``x``; ``given`` is what the attention of each block is told."""
+        Args:
+            hidden: float[..., D], final hidden states.
+
+        Returns:
+            float[..., V + K], words and then placeholders.
+        """
+        head = self.llama.lm_head
+        words = head(hidden.to(head.weight.dtype)).to(hidden.dtype)
+        return torch.cat([words, self.mask_head(hidden)], dim=-1)
+
+    def run_layers(
+        self, x: Tensor, position_ids: Tensor, attention_kwargs: list[dict[str, Any]]
+    ) -> Tensor:
+        """Run all blocks and the final norm.
+
+        Args:
+            x: float[B, N, D], embeddings.
+            position_ids: int[B, N].
+            attention_kwargs: for each block, arguments of `attend` in
+                `annexe.models.language_model.attention`.
+
+        Returns:
+            float[B, N, D], final hidden states.
+        """
         llama = self.llama.model
         rotation = llama.rotary_emb(x, position_ids=position_ids)
-        for block, told in zip(llama.layers, given, strict=True):
-            x = block(x, position_embeddings=rotation, **told)
+        for block, kwargs in zip(llama.layers, attention_kwargs, strict=True):
+            x = block(x, position_embeddings=rotation, **kwargs)
         return llama.norm(x).to(self.mask_head.weight.dtype)
 
     def forward(
-        self, embeddings: Tensor, text: PackedText, kept: list[PrefillCache] | None = None
+        self,
+        embeddings: Tensor,
+        text: PackedText,
+        prefill_caches: list[PrefillCache] | None = None,
     ) -> Tensor:
-        """Hidden states float[B, N, D] of packed ``embeddings`` float[B, N, D]; ``kept`` gets keys and values."""
-        layers = self.llama.model.layers
-        mask_of = packed_block_mask if self.uses_flex_attention else packed_attention_mask
-        if kept is not None or text.unpadded_indices is None:
-            mask = mask_of(text.segment_ids)
-            given = [{"attention_mask": mask, "kept": own} for own in kept or [None] * len(layers)]
-            return self.run(embeddings, text.position_ids, given)
+        """Run Llama over packed sequences.
+
+        Args:
+            embeddings: float[B, N, D].
+            text: their structure.
+            prefill_caches: one for each layer, which gets its keys and values.
+
+        Returns:
+            float[B, N, D], final hidden states.
+        """
+        make_mask = packed_block_mask if self.uses_flex_attention else packed_attention_mask
+        if prefill_caches is None and text.unpadded_indices is not None:
+            return self._forward_unpadded(embeddings, text, make_mask)
+
+        mask = make_mask(text.segment_ids)
+        num_layers = len(self.llama.model.layers)
+        attention_kwargs = [
+            {"attention_mask": mask, "prefill_cache": cache}
+            for cache in prefill_caches or [None] * num_layers
+        ]
+        return self.run_layers(embeddings, text.position_ids, attention_kwargs)
+
+    def _forward_unpadded(
+        self,
+        embeddings: Tensor,
+        text: PackedText,
+        make_mask: Callable[[Tensor, Tensor], Tensor | BlockMask],
+    ) -> Tensor:
+        """`forward` over one row of the tokens of all images; states of padding are 0."""
+        num_images, length = text.segment_ids.shape
 
         def unpad(x: Tensor) -> Tensor:
-            """[B, N, ...] -> [1, M, ...]; the spare ones are 0."""
-            return torch.cat([x.flatten(0, 1), x.new_zeros(1, *x.shape[2:])]).index_select(
-                0, text.unpadded_indices
-            )[None]
+            """[B, N, ...] -> [1, M, ...]; spare tokens at the end are 0."""
+            flat = torch.cat([x.flatten(0, 1), x.new_zeros(1, *x.shape[2:])])
+            return flat.index_select(0, text.unpadded_indices)[None]
 
-        images, length = text.segment_ids.shape
-        mask = mask_of(unpad(text.segment_ids), (text.unpadded_indices // length)[None])
-        given = [{"attention_mask": mask}] * len(layers)
-        hidden = self.run(unpad(embeddings), unpad(text.position_ids), given)[0]
-        rows = hidden.new_zeros(images * length + 1, self.hidden_size).index_copy(
-            0, text.unpadded_indices, hidden
-        )
-        return rows[:-1].view(images, length, -1)
+        # Run all images as one row.
+        image_index = (text.unpadded_indices // length)[None]
+        mask = make_mask(unpad(text.segment_ids), image_index)
+        attention_kwargs = [{"attention_mask": mask}] * len(self.llama.model.layers)
+        hidden = self.run_layers(unpad(embeddings), unpad(text.position_ids), attention_kwargs)[0]
+
+        # Put the states back into padded rows; those of spare tokens go to an extra one and away.
+        padded = hidden.new_zeros(num_images * length + 1, self.hidden_size)
+        padded = padded.index_copy(0, text.unpadded_indices, hidden)
+        return padded[:-1].view(num_images, length, -1)
 
     @torch.no_grad()
     def prefill(self, embeddings: Tensor, text: PackedText) -> Prefill:
-        """Read a packed batch of prompts, all branches of an image behind its one prefix."""
-        kept = [PrefillCache() for _ in self.llama.model.layers]
-        return Prefill(text, self(embeddings, text, kept), kept)
+        """Run Llama over packed prompts and keep its keys and values for decoding.
+
+        Args:
+            embeddings: float[B, N, D].
+            text: their structure.
+
+        Returns:
+            The prompts with hidden states and caches.
+        """
+        prefill_caches = [PrefillCache() for _ in self.llama.model.layers]
+        hidden = self(embeddings, text, prefill_caches)
+        return Prefill(text, hidden, prefill_caches)
 
     def save_extras(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         """Write the tokenizer and, with LoRA, the adapter as a plain peft folder.
 
         Args:
-            folder: of a checkpoint.
-            tensors: the trained ones of this component, by name.
+            folder: folder of a checkpoint.
+            tensors: the trained tensors of this component, by name.
         """
-        if self.model is not self.llama:
-            names = [name for name in tensors if name.startswith("model.")]
-            adapter = {name.removeprefix("model."): tensors[name] for name in names}
+        if isinstance(self.model, PeftModel):
+            adapter = {}
+            for name, tensor in tensors.items():
+                if name.startswith("model."):
+                    adapter[name.removeprefix("model.")] = tensor
             self.model.save_pretrained(folder / "adapter", state_dict=adapter)
         self.tokenizer.save(folder / "tokenizer")
 
-    def merge(self) -> None:
-        """Add the adapters to the weights that they adapt, for good: less work for each response.
+    def merge_adapters(self) -> None:
+        """Add the adapters to the weights that they adapt, for good; this saves work in generation.
 
-        They stay apart where the weights are too coarse for them: bfloat16 rounds a sum with something small to what it
-        was, so that much of an adapter that has hardly been trained would be lost.
+        They are not merged where the weights are too coarse. A sum in bfloat16 is rounded, which
+        would lose much of an adapter that has hardly been trained.
         """
-        if self.model is self.llama or self.dtype not in DTYPES:
+        if not isinstance(self.model, PeftModel) or self.dtype not in DTYPES:
             return
-        if (kept := self._kept_by_merging()) < _KEPT_BY_MERGING:
-            log.info(
-                "the LoRA adapters stay apart: merged into coarse weights %.0f %% of them would be kept",
-                100 * kept,
-            )
-        else:
+        share = self._surviving_share()
+        if share >= _MIN_SURVIVING_SHARE:
             self.model.merge_adapter()
+            return
+        log.info(
+            "the LoRA adapters are not merged: %.0f %% of their update would survive in %s",
+            100 * share,
+            self.dtype,
+        )
 
     @torch.no_grad()
-    def _kept_by_merging(self) -> float:
-        """How much of what the adapters add would be in the sums: 1 is all, but for noise of rounding."""
-        added, kept = 0.0, 0.0
+    def _surviving_share(self) -> float:
+        """Share of the adapters' update that the merged weights would hold: 1 but for rounding.
+
+        It is the projection of the rounded update onto the exact one, over all adapted weights.
+        """
+        exact = 0.0
+        surviving = 0.0
         for layer in self.model.modules():
             if isinstance(layer, LoraLayer):
-                weight, delta = (
-                    layer.get_base_layer().weight,
-                    layer.get_delta_weight("default").float(),
-                )
-                merged = (weight.float() + delta).to(weight.dtype).float()
-                kept += float(((merged - weight.float()) * delta).sum())
-                added += float(delta.square().sum())
-        return kept / added if added else 1.0
+                weight = layer.get_base_layer().weight
+                update = layer.get_delta_weight("default").float()
+                merged = (weight.float() + update).to(weight.dtype).float()
+                surviving += float(((merged - weight.float()) * update).sum())
+                exact += float(update.square().sum())
+        return surviving / exact if exact else 1.0

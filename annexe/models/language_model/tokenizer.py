@@ -1,4 +1,4 @@
-"""Text to ids and back, with the mask placeholders ``<MSK_k>`` as ids of our own behind the tokenizer's."""
+"""Text to ids and back; the mask placeholders ``<MSK_k>`` are ids behind the tokenizer's own."""
 
 from __future__ import annotations
 
@@ -13,50 +13,63 @@ from annexe import prompts
 from annexe.errors import UserError
 
 PLACEHOLDER = re.compile(r"<MSK_(\d+)>")
+# Words of a tokenizer that is trained here: the bytes, and what short prompts and answers repeat.
 BPE_VOCABULARY = 1024
+# Parts of MiniGPT-v2's prompt that are a token each in a tokenizer that is trained here.
 TEMPLATE_TOKENS = ("[INST]", "[/INST]", "<Img>", "</Img>", "[caption]", "[vqa]")
 
 
 class TextTokenizer:
     """A Hugging Face tokenizer plus ``num_slots`` mask placeholders.
 
-    Placeholder k has id ``vocab_size + k``: the base vocabulary, and with it the language model's tables, stay as they
-    are. ``vocab_size`` is for tables with more rows than the tokenizer has words. Text around placeholders is encoded
-    piece by piece, so that it decodes the same for every tokenizer.
+    Placeholder k has the id ``vocab_size + k``. The base vocabulary, and with it the tables of the
+    language model, stay as they are. Text around placeholders is encoded piece by piece, so that it
+    decodes the same for every tokenizer.
+
+    Args:
+        base: the tokenizer.
+        num_slots: number of placeholders.
+        vocab_size: rows of the language model's tables, where those exceed the words of ``base``.
     """
 
     def __init__(
         self, base: PreTrainedTokenizerBase, num_slots: int, vocab_size: int | None = None
     ) -> None:
-        self.base, self.num_slots, self.vocab_size = (
-            base,
-            num_slots,
-            max(len(base), vocab_size or 0),
-        )
-        self.bos_id, self.eos_id = base.bos_token_id, base.eos_token_id
+        self.base = base
+        self.num_slots = num_slots
+        self.vocab_size = max(len(base), vocab_size or 0)
+        self.bos_id = base.bos_token_id
+        self.eos_id = base.eos_token_id
         self.full_stop_id = self.encode(".")[0]  # as it stands behind a placeholder
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``, no special tokens added."""
+        """Ids of ``text``, without special tokens."""
         return self.encode_all([text])[0]
 
     def encode_all(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, by one call of the tokenizer."""
-        split = [PLACEHOLDER.split(text) for text in texts]  # text, k, text, k, ..., text
-        pieces = {
-            piece if len(parts) == 1 else piece.strip(): None
-            for parts in split
-            for piece in parts[::2]
-        }
-        known = [piece for piece in pieces if piece]
-        ids = (
-            dict(zip(known, self.base(known, add_special_tokens=False)["input_ids"], strict=True))
-            if known
-            else {}
-        )
-        return [self._joined(parts, ids) for parts in split]
+        """Ids of each text, without special tokens, by one call of the tokenizer.
 
-    def _joined(self, parts: list[str], ids: dict[str, list[int]]) -> list[int]:
+        A placeholder that is not one of ``num_slots`` is left out.
+        """
+        # Split at the placeholders, into text, k, text, k, ..., text.
+        split_texts = [PLACEHOLDER.split(text) for text in texts]
+        pieces: dict[str, None] = {}  # each once, in order
+        for parts in split_texts:
+            if len(parts) == 1:
+                pieces[parts[0]] = None
+            else:
+                pieces.update((part.strip(), None) for part in parts[::2])
+        pieces.pop("", None)
+
+        # Encode all pieces of text at once.
+        ids: dict[str, list[int]] = {}
+        if pieces:
+            encoded = self.base(list(pieces), add_special_tokens=False)["input_ids"]
+            ids = dict(zip(pieces, encoded, strict=True))
+        return [self._join(parts, ids) for parts in split_texts]
+
+    def _join(self, parts: list[str], ids: dict[str, list[int]]) -> list[int]:
+        """Ids of one text from its ``parts`` (text, k, text, ...) and the ids of every piece."""
         if len(parts) == 1:
             return list(ids.get(parts[0], ()))
         joined: list[int] = []
@@ -68,22 +81,25 @@ class TextTokenizer:
         return joined
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ``ids`` up to the first end-of-sequence."""
+        """Text of ``ids`` up to the first end of sequence, with placeholders as ``<MSK_k>``."""
         pieces: list[str] = []
-        run: list[int] = []
+        words: list[int] = []  # ids since the last placeholder
         for token in [*ids, self.eos_id]:
             if token == self.eos_id or token >= self.vocab_size:
-                pieces.append(self.base.decode(run, skip_special_tokens=True).strip())
-                run = []
+                pieces.append(self.base.decode(words, skip_special_tokens=True).strip())
+                words = []
             if token == self.eos_id:
                 break
             if token >= self.vocab_size:
                 pieces.append(f"<MSK_{token - self.vocab_size}>")
             else:
-                run.append(token)
+                words.append(token)
+
+        # Punctuation follows a placeholder without a space.
         return re.sub(r" ([.,;:?!])", r"\1", " ".join(filter(None, pieces)))
 
     def save(self, folder: Path) -> None:
+        """Write the tokenizer as a Hugging Face folder, without the placeholders."""
         self.base.save_pretrained(folder)
 
 
@@ -92,40 +108,59 @@ def load_tokenizer(
 ) -> TextTokenizer:
     """Load the tokenizer in a Hugging Face folder.
 
+    Args:
+        folder: the folder.
+        num_slots: number of placeholders.
+        vocab_size: as of `TextTokenizer`.
+
     Raises:
         UserError: if there is none.
     """
     if not Path(folder).is_dir():
         raise UserError(
-            f"no folder '{folder}' with a tokenizer; set model.language_model.path to Llama's folder"
+            f"no folder '{folder}' with a tokenizer; "
+            "set model.language_model.path to the folder of a Llama"
         )
-    for name in (
-        "tokenizer_config.json",
-        "tokenizer.json",
-    ):  # built from tokenizer.model alone, spaces merge otherwise
+    # From tokenizer.model alone transformers would build one that merges spaces differently.
+    for name in ("tokenizer_config.json", "tokenizer.json"):
         if not (Path(folder) / name).is_file():
             raise UserError(
-                f"no tokenizer in '{folder}' ({name} is missing); give a whole Hugging Face folder"
+                f"no tokenizer in '{folder}' ({name} is missing); "
+                "give a complete Hugging Face folder"
             )
     return TextTokenizer(AutoTokenizer.from_pretrained(str(folder)), num_slots, vocab_size)
 
 
 def train_tokenizer(texts: Iterable[str], num_slots: int) -> TextTokenizer:
-    """Train a small byte-level BPE on ``texts`` and those of the prompts, for runs that have no Llama tokenizer."""
+    """Train a small byte-level BPE, for runs that have no Llama tokenizer.
+
+    Args:
+        texts: texts to train on, besides those of the prompts. Their order does not matter.
+        num_slots: number of placeholders.
+
+    Returns:
+        The tokenizer.
+    """
+    # Set up the tokenizer; template tokens swallow the spaces around them.
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens(
-        [AddedToken(token, lstrip=True, rstrip=True, normalized=False) for token in TEMPLATE_TOKENS]
-    )
+    template_tokens = [
+        AddedToken(token, lstrip=True, rstrip=True, normalized=False) for token in TEMPLATE_TOKENS
+    ]
+    tokenizer.add_tokens(template_tokens)
+
+    # Train it on every text once, in an order that does not depend on the caller.
     trainer = trainers.BpeTrainer(
         vocab_size=BPE_VOCABULARY,
         special_tokens=["<unk>", "<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = sorted({*texts, *prompts.texts()})  # each once, in one order
-    tokenizer.train_from_iterator((PLACEHOLDER.sub("", text) for text in texts), trainer)
+    distinct_texts = sorted({*texts, *prompts.texts()})
+    tokenizer.train_from_iterator((PLACEHOLDER.sub("", text) for text in distinct_texts), trainer)
+
+    # Wrap it for transformers.
     base = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",
