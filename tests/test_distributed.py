@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from annexe.evaluator import evaluate
 from annexe.trainer import train
 from tests.conftest import ROOT, SMALLEST, TINY, assert_same_but_for_rounding
-from tests.test_training import FREE, gradients, log_of
+from tests.test_training import COMPARABLE, gradients_of_first_step, lines_of_log
 
 
 def in_process(rank: int, world_size: int, port: int, work, arguments: tuple) -> None:
@@ -44,14 +44,16 @@ def run_distributed(work, *arguments, world_size: int = 2) -> None:
 
 
 def save_gradients(config, path: Path) -> None:
-    taken = gradients(config)
+    taken = gradients_of_first_step(config)
     if os.environ["RANK"] == "0":
         torch.save(taken, path)
 
 
 def test_gradients_equal_those_of_one_process(make_config, tmp_path):
-    alone = gradients(make_config(*FREE, "run.batch_size=4", f"run.output_dir={tmp_path / 'one'}"))
-    config = make_config(*FREE, "run.batch_size=2", f"run.output_dir={tmp_path / 'two'}")
+    alone = gradients_of_first_step(
+        make_config(*COMPARABLE, "run.batch_size=4", f"run.output_dir={tmp_path / 'one'}")
+    )
+    config = make_config(*COMPARABLE, "run.batch_size=2", f"run.output_dir={tmp_path / 'two'}")
     run_distributed(save_gradients, config, tmp_path / "gradients.pt")
     assert_same_but_for_rounding(torch.load(tmp_path / "gradients.pt", weights_only=True), alone)
 
@@ -185,5 +187,5 @@ def test_a_killed_rank_ends_the_job_and_a_restart_goes_on(scenes, tmp_path):
     output = agent.communicate()[0].decode()
     assert agent.returncode == 0, output[-2000:]
     assert re.search(r"step (5|10|15|20|25) of 30", output), "it did not go on from a checkpoint"
-    losses = [[line["loss"] for line in log_of(folder)] for folder in (straight, broken)]
+    losses = [[line["loss"] for line in lines_of_log(folder)] for folder in (straight, broken)]
     assert len(losses[0]) == 30 and losses[1] == losses[0]
