@@ -1,7 +1,8 @@
-"""Synthetic scenes: same seed same bytes, the layout of Ego-IRGBench, and pairs that training never shows."""
+"""Synthetic scenes: same seed same bytes, the layout of Ego-IRGBench, held-out pairs, heights."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -13,47 +14,78 @@ import pytest
 from annexe.datasets.image_names import CATEGORIES, SPLITS
 from annexe.errors import UserError
 from annexe.prompts import NO_TARGET_ANSWER
-from annexe.synthetic.canvas import HEIGHT, WIDTH, Canvas, silhouette
+from annexe.synthetic.canvas import HEIGHT, Canvas, picture_width, silhouette
 from annexe.synthetic.generate import generate
 from annexe.synthetic.language import NUM_SLOTS, annotations, caption
 from annexe.synthetic.render import item_patches, render
 from annexe.synthetic.scene import (
-    COLOURS,
+    COLORS,
     HAND_IDS,
     NUM_VARIANTS,
     Item,
     Scene,
     draw_scene,
-    held_out_colour,
+    held_out_color,
 )
+from annexe.tools import synth
 
+SMALL = HEIGHT // 4  # what needs no full size is drawn at a quarter of it
 SETTINGS = {"num_images": 20, "seed": 3, "val_fraction": 0.25, "test_fraction": 0.25}
+FEW = {"num_images": 3, "seed": 3, "val_fraction": 0.0, "test_fraction": 0.4, "num_workers": 1}
 STEM = re.compile(r"ZY\d{11}_H\d_C\d\d_N\d\d_S\d{3}_s\d\d_T\d_\d{5}")
-HELD_OUT_NAMES = [f"{held_out_colour(number)} {noun}" for number, noun in CATEGORIES.items()]
+HELD_OUT_NAMES = [f"{held_out_color(index)} {noun}" for index, noun in CATEGORIES.items()]
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty small scenes."""
     out = tmp_path_factory.mktemp("synthetic") / "data"
-    generate(out, **SETTINGS, num_workers=1)
+    generate(out, **SETTINGS, height=SMALL, num_workers=1)
     return out
 
 
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few scenes of the usual height."""
+    out = tmp_path_factory.mktemp("full_size") / "data"
+    generate(out, **FEW)
+    return out
+
+
+@pytest.fixture(scope="module")
+def described() -> list[tuple[Scene, list[dict]]]:
+    """Four hundred scenes with what is said about them, without pictures."""
+    return [
+        (scene, annotations(scene, rng, allow_held_out=False)) for scene, rng in random_scenes(400)
+    ]
+
+
 def load(root: Path, split: str) -> dict[str, list[dict]]:
-    return {path.stem: json.loads(path.read_text()) for path in sorted((root / "dataset_split" / split).glob("*.json"))}
+    paths = sorted((root / "dataset_split" / split).glob("*.json"))
+    return {path.stem: json.loads(path.read_text()) for path in paths}
 
 
-def random_scenes(num: int, *, unseen_pair: bool = False) -> list[tuple[Scene, np.random.Generator]]:
+def files_of(root: Path) -> list[Path]:
+    return sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file())
+
+
+def read(root: Path, kind: str, stem: str) -> np.ndarray:
+    ending = "jpg" if kind == "RGB" else "png"
+    return cv2.imread(str(root / kind / f"{stem}.{ending}"), cv2.IMREAD_UNCHANGED)
+
+
+def random_scenes(
+    num: int, *, unseen_pair: bool = False
+) -> list[tuple[Scene, np.random.Generator]]:
     generators = [np.random.default_rng([11, index]) for index in range(num)]
     return [(draw_scene(rng, unseen_pair=unseen_pair), rng) for rng in generators]
 
 
 def test_bytes_do_not_depend_on_workers(root: Path, tmp_path: Path) -> None:
-    generate(tmp_path / "again", **SETTINGS, num_workers=2)
-    files = sorted(path.relative_to(root) for path in root.rglob("*") if path.is_file())
     again = tmp_path / "again"
-    assert files == sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
-    for name in files:
+    generate(again, **SETTINGS, height=SMALL, num_workers=2)
+    assert files_of(root) == files_of(again)
+    for name in files_of(root):
         assert (root / name).read_bytes() == (again / name).read_bytes(), name
 
 
@@ -62,22 +94,63 @@ def test_layout_on_disk(root: Path) -> None:
     assert [len(load(root, split)) for split in SPLITS] == [10, 5, 5]
     assert len({stem[-5:] for stem in stems}) == 20
     for stem in stems:
-        assert STEM.fullmatch(stem)
-        image = cv2.imread(str(root / "RGB" / f"{stem}.jpg"), cv2.IMREAD_UNCHANGED)
-        depth = cv2.imread(str(root / "depth" / f"{stem}.png"), cv2.IMREAD_UNCHANGED)
-        mask = cv2.imread(str(root / "mask" / f"{stem}.png"), cv2.IMREAD_UNCHANGED)
-        assert image.shape == (HEIGHT, WIDTH, 3)
-        assert (depth.shape, depth.dtype) == ((HEIGHT, WIDTH), np.uint16)
-        assert (mask.shape, mask.dtype) == ((HEIGHT, WIDTH), np.uint8)
-        assert (depth[:8] == 0).all() and 0.01 < (depth == 0).mean() < 0.15
-        assert depth[depth > 0].min() > 150 and depth.max() <= 1500
+        check_pictures(root, stem, SMALL)
+
+
+def test_pictures_are_of_full_size_unless_told_otherwise(full_size: Path) -> None:
+    for split in ("train", "test"):
+        for stem in load(full_size, split):
+            check_pictures(full_size, stem, 1080)
+
+
+def check_pictures(root: Path, stem: str, height: int) -> None:
+    assert STEM.fullmatch(stem)
+    depth = read(root, "depth", stem)
+    mask = read(root, "mask", stem)
+    size = (height, height * 16 // 9)
+    assert read(root, "RGB", stem).shape == (*size, 3)
+    assert (depth.shape, depth.dtype) == (size, np.uint16)
+    assert (mask.shape, mask.dtype) == (size, np.uint8)
+    assert (depth[: 8 * height // 1080] == 0).all()
+    assert 0.01 < (depth == 0).mean() < 0.15
+    assert depth[depth > 0].min() > 150
+    assert depth.max() <= 1500
+
+
+@pytest.mark.parametrize("height", [540, SMALL, 271])
+def test_smaller_pictures_show_the_same(full_size: Path, tmp_path: Path, height: int) -> None:
+    small = tmp_path / "small"
+    generate(small, **FEW, height=height)
+    width = picture_width(height)
+    assert width == round(height * 16 / 9)
+    names = set(files_of(full_size))
+    assert names == set(files_of(small))
+    for name in names - {Path("synthetic.json")}:
+        if name.suffix in (".json", ".txt"):
+            assert (small / name).read_bytes() == (full_size / name).read_bytes()
+            continue
+        pixels = cv2.imread(str(small / name), cv2.IMREAD_UNCHANGED)
+        full = cv2.imread(str(full_size / name), cv2.IMREAD_UNCHANGED)
+        assert pixels.shape[:2] == (height, width)
+        shrunk = cv2.resize(full, (width, height), interpolation=cv2.INTER_NEAREST)
+        if name.parent.name == "mask":
+            assert set(np.unique(pixels)) == set(np.unique(full))
+            assert (pixels == shrunk).mean() > 0.97
+        elif name.parent.name == "depth":
+            distances = np.abs(pixels.astype(float) - shrunk)[(pixels > 0) & (shrunk > 0)]
+            assert np.mean(distances < 5) > 0.97
+            assert abs((pixels == 0).mean() - (full == 0).mean()) < 0.01
+        else:
+            shrunk = cv2.resize(full, (width, height), interpolation=cv2.INTER_AREA)
+            assert np.abs(shrunk.astype(float) - pixels).mean() < 10
+            assert abs(shrunk.mean() - pixels.mean()) < 2
 
 
 def test_annotations_fit_the_mask(root: Path) -> None:
     for split in SPLITS:
         for stem, records in load(root, split).items():
-            mask = cv2.imread(str(root / "mask" / f"{stem}.png"), cv2.IMREAD_UNCHANGED)
-            sizes = np.bincount(mask.ravel(), minlength=8)
+            mask = read(root, "mask", stem)
+            shares = np.bincount(mask.ravel(), minlength=8) / mask.size
             assert len({record["caption"] for record in records}) == 1
             questions = [question for record in records for question in record["questions"]]
             assert [question["id"] for question in questions] == list(range(len(questions)))
@@ -85,7 +158,8 @@ def test_annotations_fit_the_mask(root: Path) -> None:
             for record in records:
                 check_record(record)
                 for identity in filter(None, record["masks_idx"]):
-                    assert sizes[identity] > (20_000 if identity in HAND_IDS.values() else 60_000)
+                    min_pixels = 20_000 if identity in HAND_IDS.values() else 60_000
+                    assert shares[identity] > min_pixels / (1080 * 1920)
 
 
 def check_record(record: dict) -> None:
@@ -93,7 +167,8 @@ def check_record(record: dict) -> None:
     assert len(record["masks_idx"]) == len(record["tokens"]) == NUM_SLOTS
     assert record["masks_idx"][: len(used)] == used
     assert record["with_mask"] == int(bool(used))
-    assert re.findall(r"<MSK_(\d)>", record["answer"]) == [str(slot) for slot in range(len(used))]
+    slots = [str(slot) for slot in range(len(used))]
+    assert re.findall(r"<MSK_(\d)>", record["answer"]) == slots
     assert 5 <= len(record["questions"]) <= 10
     assert {question["is_sentence"] for question in record["questions"]} <= {0, 1}
     assert all(token == "" for token in record["tokens"][max(len(used), 1) :])
@@ -102,18 +177,21 @@ def check_record(record: dict) -> None:
         assert record["tokens"][0] == "none"
         return
     assert used == sorted(used, key=[2, 3, 1, 4].index)
+    answer = record["answer"].replace("The mask", "the mask")
     for slot, (identity, token) in enumerate(zip(used, record["tokens"], strict=False)):
-        assert f"the mask of {token} is <MSK_{slot}>" in record["answer"].replace("The mask", "the mask")
+        assert f"the mask of {token} is <MSK_{slot}>" in answer
         assert (token == "the right hand") == (identity == 2)
         assert (token == "the left hand") == (identity == 3)
 
 
-def test_training_never_meets_a_held_out_pair(root: Path) -> None:
+def test_training_never_meets_a_held_out_pair(
+    root: Path, described: list[tuple[Scene, list[dict]]]
+) -> None:
     texts = json.dumps(load(root, "train"))
-    for scene, rng in random_scenes(400):
-        items = [*(act.item for act in scene.interactions), *scene.distractors]
-        assert all(item.colour != held_out_colour(item.category) for item in items)
-        texts += json.dumps(annotations(scene, rng, allow_held_out=False))
+    for scene, records in described:
+        for item in (*scene.active_items, *scene.distractors):
+            assert item.color != held_out_color(item.category)
+        texts += json.dumps(records)
     assert not [name for name in HELD_OUT_NAMES if name in texts]
 
 
@@ -126,8 +204,8 @@ def test_unseen_pairs_are_listed(root: Path) -> None:
             assert shown == (stem in listed)
 
 
-def test_share_of_questions() -> None:
-    images = [annotations(scene, rng, allow_held_out=False) for scene, rng in random_scenes(400)]
+def test_share_of_questions(described: list[tuple[Scene, list[dict]]]) -> None:
+    images = [records for _, records in described]
     records = [record for image in images for record in image]
     num_queries = sum(len(record["questions"]) for record in records)
     assert 0.30 < np.mean([not record["with_mask"] for record in records]) < 0.38
@@ -141,24 +219,28 @@ def test_caption_follows_from_the_scene() -> None:
     for scene, _ in random_scenes(100):
         sentence = caption(scene)
         for act in scene.interactions:
-            assert f"{act.verb}ing" in sentence and act.item.name in sentence
+            assert f"{act.verb}ing" in sentence
+            assert act.item.name in sentence
         assert not [item for item in scene.distractors if item.name in sentence]
 
 
-def test_every_category_is_drawn_in_every_colour() -> None:
+def test_every_category_is_drawn_in_every_color() -> None:
     shapes: dict[tuple[int, int], np.ndarray] = {}
     for category in CATEGORIES:
         for variant in range(NUM_VARIANTS):
             means = []
-            for colour in COLOURS:
-                patches = item_patches(Item(category, colour, variant), centre=(400, 400), area=2e5, longest=640)
-                canvas = Canvas(np.full((HEIGHT, WIDTH, 3), 140, np.uint8), np.zeros((HEIGHT, WIDTH)))
+            for color in COLORS:
+                item = Item(category, color, variant)
+                patches = item_patches(item, center=(400, 400), area=2e5, max_side=640)
+                size = (SMALL, picture_width(SMALL))
+                canvas = Canvas(np.full((*size, 3), 140, np.uint8), np.zeros(size, np.float32))
                 canvas.paint(patches, identity=1, near=500)
                 seen = canvas.ids == 1
                 means.append(canvas.image[seen].mean(axis=0))
             assert seen.mean() > 0.04
-            distances = np.linalg.norm(np.subtract.outer(means, means).diagonal(axis1=1, axis2=3), axis=-1)
-            assert distances[~np.eye(len(COLOURS), dtype=bool)].min() > 25
+            differences = np.asarray(means)[:, None] - np.asarray(means)
+            distances = np.linalg.norm(differences, axis=-1)
+            assert distances[~np.eye(len(COLORS), dtype=bool)].min() > 25
             shapes[category, variant] = silhouette(patches)[::4, ::4]
     for first, shape in shapes.items():
         for second, other in shapes.items():
@@ -168,20 +250,21 @@ def test_every_category_is_drawn_in_every_colour() -> None:
 
 def test_hands_hide_little_of_an_object() -> None:
     for scene, rng in random_scenes(12, unseen_pair=True):
-        ids = render(scene, rng).ids
+        ids = render(scene, rng, SMALL).ids
         for act in scene.interactions:
             rows, columns = np.nonzero(ids == act.identity)
-            assert len(rows) > 0.04 * HEIGHT * WIDTH
-            assert max(np.ptp(rows), np.ptp(columns)) > 300
-        assert {HAND_IDS[side] for side in scene.visible_sides} == set(np.unique(ids)) & {2, 3}
+            assert len(rows) > 0.04 * ids.size
+            assert max(np.ptp(rows), np.ptp(columns)) > 300 * SMALL / HEIGHT
+        visible = {HAND_IDS[side] for side in scene.visible_sides}
+        assert visible == set(np.unique(ids)) & {2, 3}
 
 
 def test_finished_folder_is_reused_and_others_are_refused(root: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
-    generate(root, **SETTINGS)
+    generate(root, **SETTINGS, height=SMALL)
     assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     with pytest.raises(UserError, match="other settings"):
-        generate(root, **(SETTINGS | {"seed": 4}))
+        generate(root, **(SETTINGS | {"seed": 4}), height=SMALL)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty"):
         generate(tmp_path, **SETTINGS)
@@ -193,13 +276,42 @@ def test_finished_folder_is_reused_and_others_are_refused(root: Path, tmp_path: 
         generate(tmp_path / "new", num_images=4, seed=0, val_fraction=0.8, test_fraction=0.8)
 
 
-def test_interrupted_run_is_redone(root: Path, tmp_path: Path) -> None:
-    settings = {"num_images": 2, "seed": 0, "val_fraction": 0.0, "test_fraction": 0.0, "num_workers": 1}
-    generate(tmp_path, **settings)
+def test_a_folder_of_another_height_is_refused(root: Path, full_size: Path) -> None:
+    with pytest.raises(UserError, match=rf"\(height is {SMALL}, not 1080\)"):
+        generate(root, **SETTINGS)
+    with pytest.raises(UserError, match=r"\(height is 1080, not 540\)") as error:
+        generate(full_size, **FEW, height=540)
+    assert "\n" not in str(error.value)
+    # a folder of full size records no height, as before there was a choice
+    assert json.loads((root / "synthetic.json").read_text())["height"] == SMALL
+    assert "height" not in json.loads((full_size / "synthetic.json").read_text())
+
+
+@pytest.mark.parametrize("height", [0, 89, 1081])
+def test_impossible_heights_are_refused(tmp_path: Path, height: int) -> None:
+    with pytest.raises(UserError, match=f"{height} rows: give a height from 90 to 1080"):
+        generate(tmp_path / "new", **FEW, height=height)
+    assert not (tmp_path / "new").exists()
+
+
+def test_command_draws_at_a_height(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    synth.add_arguments(parser)
+    options = ["--images", "1", "--seed", "0", "--val", "0", "--test", "0", "--workers", "1"]
+    synth.run(parser.parse_args([str(tmp_path / "small"), *options, "--height", "90"]))
+    (stem,) = load(tmp_path / "small", "train")
+    check_pictures(tmp_path / "small", stem, 90)
+    assert parser.parse_args([str(tmp_path), *options]).height == 1080
+
+
+def test_interrupted_run_is_redone(tmp_path: Path) -> None:
+    settings = {"num_images": 2, "seed": 0, "val_fraction": 0.0, "test_fraction": 0.0}
+    generate(tmp_path, **settings, height=SMALL, num_workers=1)
     photo = next((tmp_path / "RGB").iterdir())
-    whole = photo.read_bytes()
-    photo.write_bytes(whole[:100])
+    content = photo.read_bytes()
+    photo.write_bytes(content[:100])
     (tmp_path / "synthetic.json").rename(tmp_path / "synthetic.unfinished.json")
-    generate(tmp_path, **settings)
-    assert photo.read_bytes() == whole
-    assert (tmp_path / "synthetic.json").exists() and not (tmp_path / "synthetic.unfinished.json").exists()
+    generate(tmp_path, **settings, height=SMALL, num_workers=1)
+    assert photo.read_bytes() == content
+    assert (tmp_path / "synthetic.json").exists()
+    assert not (tmp_path / "synthetic.unfinished.json").exists()

@@ -1,1 +1,1 @@
-"""Synthetic egocentric scenes: what is in them, how they are drawn, and what is asked about them."""
+"""Synthetic egocentric scenes: what is in them, how they are drawn, what is asked about them."""

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from annexe.synthetic.canvas import BGR, Patch, mix
-from annexe.synthetic.geometry import arc, stroke
+from annexe.synthetic.geometry import Points, arc, stroke
 
 
 class Pose(NamedTuple):
-    """How the fingers lie. Lengths are in palm widths, from index to little finger; angles in degrees."""
+    """How the fingers lie.
+
+    Attributes:
+        fingers: lengths in palm widths, from index to little finger.
+        spread: angle between two fingers, degrees.
+        thumb_angle: angle between thumb and palm, degrees.
+        thumb_length: in palm widths.
+    """
 
     fingers: tuple[float, float, float, float]
     spread: float
@@ -27,9 +33,12 @@ POSES = {
     "touch": Pose((1.35, 0.32, 0.3, 0.26), 0, 20, 0.4),
     "rest": Pose((0.98, 1.1, 1.02, 0.78), 13, 62, 0.72),
 }
-INDEX_REACH = POSES["touch"].fingers[0] + 0.46  # from the palm's centre to the tip of the index finger
+# From the palm's center to the tip of the index finger, in palm widths.
+INDEX_REACH = POSES["touch"].fingers[0] + 0.46
 _FINGER_BASES = (-0.36, -0.12, 0.12, 0.35)
+_FINGER_TURNS = (-1.5, -0.5, 0.5, 1.5)  # angles of the fingers, in spreads
 _FINGER_ROOT = -0.36
+_THUMB_BASE = (-0.36, 0.22)
 _SLEEVE_START = 0.5  # share of the forearm that is bare
 
 SKIN_TONES: tuple[BGR, ...] = (
@@ -40,12 +49,42 @@ SKIN_TONES: tuple[BGR, ...] = (
     (60, 86, 138),
     (44, 62, 102),
 )
-SLEEVES: tuple[BGR, ...] = ((150, 70, 110), (160, 140, 60), (150, 110, 215), (80, 100, 110), (60, 110, 225))
+SLEEVES: tuple[BGR, ...] = (
+    (150, 70, 110),
+    (160, 140, 60),
+    (150, 110, 215),
+    (80, 100, 110),
+    (60, 110, 225),
+)
 
 
 def human_look(human: int) -> tuple[BGR, BGR]:
-    """Skin and sleeve colour of person number `human`."""
-    return SKIN_TONES[human % len(SKIN_TONES)], SLEEVES[(human * 2 + human // 3) % len(SLEEVES)]
+    """Skin and sleeve color of the person with an index."""
+    skin = SKIN_TONES[human % len(SKIN_TONES)]
+    sleeve = SLEEVES[(human * 2 + human // 3) % len(SLEEVES)]
+    return skin, sleeve
+
+
+class _Frame(NamedTuple):
+    """Where a palm lies and how it is turned.
+
+    Attributes:
+        palm: its center in pixels, float [2].
+        across: direction of the little finger's side, of length 1.
+        forward: direction of the fingers, of length 1.
+        size: width of the palm in pixels.
+    """
+
+    palm: np.ndarray
+    across: np.ndarray
+    forward: np.ndarray
+    size: float
+
+    def to_pixels(self, points: Points) -> np.ndarray:
+        """Points in palm widths about the palm (x across, y backward) in pixels, float [N, 2]."""
+        points = np.asarray(points, dtype=np.float64)
+        offset = points[:, :1] * self.across - points[:, 1:] * self.forward
+        return self.palm + self.size * offset
 
 
 def hand_patches(
@@ -63,7 +102,7 @@ def hand_patches(
     Args:
         pose: the fingers.
         side: "right" or "left".
-        palm: centre of the palm in pixels, float [2].
+        palm: center of the palm in pixels, float [2].
         direction: where the fingers point, float [2], of any length.
         entry: where the middle of the forearm leaves the picture, float [2].
         size: width of the palm in pixels.
@@ -72,59 +111,83 @@ def hand_patches(
     skin, sleeve = human_look(human)
     forward = direction / np.linalg.norm(direction)
     across = np.array([-forward[1], forward[0]]) * (1 if side == "right" else -1)
+    frame = _Frame(palm, across, forward, size)
 
-    def place(points: np.ndarray) -> np.ndarray:
-        points = np.asarray(points, dtype=np.float64)
-        return palm + size * (points[:, :1] * across - points[:, 1:] * forward)
+    # palm
+    index_knuckle = arc(-0.3, -0.26, 0.2, 0.22, 180, 270, 6)
+    little_knuckle = arc(0.3, -0.26, 0.2, 0.22, -90, 0, 6)
+    heel = [(0.48, 0.1), (0.34, 0.62), (-0.34, 0.62), (-0.5, 0.16)]
+    outline = np.concatenate([little_knuckle, heel, index_knuckle])
 
-    outline = np.concatenate(
-        [
-            arc(0.3, -0.26, 0.2, 0.22, -90, 0, 6),
-            [(0.48, 0.1), (0.34, 0.62), (-0.34, 0.62), (-0.5, 0.16)],
-            arc(-0.3, -0.26, 0.2, 0.22, 180, 270, 6),
-        ]
-    )
-    wrist = place(np.array([(0, 0.55)]))[0]
+    # forearm
+    wrist = frame.to_pixels([(0, 0.55)])[0]
     elbow_side = entry - wrist
-    arm = stroke([wrist, wrist + 0.5 * elbow_side, entry], [0.66 * size, 0.8 * size, 0.92 * size])
-    cuff = wrist + _SLEEVE_START * elbow_side
-    cloth = stroke([cuff, (cuff + entry) / 2, entry], [1.02 * size, 1.1 * size, 1.2 * size])
-    band = cuff + np.array([[-1], [1]]) * 0.44 * size * np.array([-elbow_side[1], elbow_side[0]]) / np.linalg.norm(
-        elbow_side
-    )
+    middle = wrist + 0.5 * elbow_side
+    arm = stroke([wrist, middle, entry], [0.66 * size, 0.8 * size, 0.92 * size])
 
-    patches = [Patch(skin, [arm]), Patch(skin, [place(outline)])]
-    for base, length, turn in zip(_FINGER_BASES, pose.fingers, (-1.5, -0.5, 0.5, 1.5), strict=True):
-        angle = np.radians(pose.spread * turn)
-        heading = np.array([np.sin(angle), -np.cos(angle)])
-        patches += _finger(place, np.array([base, _FINGER_ROOT]), heading, length, skin)
-    angle = np.radians(-pose.thumb_angle)
-    heading = np.array([np.sin(angle), -np.cos(angle)])
-    patches += _finger(place, np.array([-0.36, 0.22]), heading, pose.thumb_length, skin, width=0.27)
+    # sleeve, with a band where it begins
+    cuff = wrist + _SLEEVE_START * elbow_side
+    cloth_path = [cuff, (cuff + entry) / 2, entry]
+    cloth = stroke(cloth_path, [1.02 * size, 1.1 * size, 1.2 * size])
+    normal = np.array([-elbow_side[1], elbow_side[0]])
+    half_band = np.array([[-1], [1]]) * 0.44 * size * normal / np.linalg.norm(elbow_side)
+    band = cuff + half_band
+
+    # The order is what `without_arm` cuts by; the last two of skin hide edges within the hand.
+    smooth_palm = frame.to_pixels(outline * 0.93 + (0, 0.03))
+    smooth_wrist = stroke([wrist, wrist + 0.3 * elbow_side], [0.64 * size, 0.74 * size])
     return [
-        *patches,
-        Patch(skin, [place(outline * 0.93 + (0, 0.03))], edge=False),
-        Patch(skin, [stroke([wrist, wrist + 0.3 * elbow_side], [0.64 * size, 0.74 * size])], edge=False),
+        Patch(skin, [arm]),
+        Patch(skin, [frame.to_pixels(outline)]),
+        *_fingers(frame, pose, skin),
+        Patch(skin, [smooth_palm], edge=False),
+        Patch(skin, [smooth_wrist], edge=False),
         Patch(sleeve, [cloth]),
         Patch(mix(sleeve, (0, 0, 0), 0.25), [stroke(band, 0.2 * size)]),
     ]
 
 
 def without_arm(patches: list[Patch]) -> list[Patch]:
-    """Palm and fingers of what `hand_patches` returns: it starts with the arm and ends with wrist and sleeve."""
+    """Palm and fingers of what `hand_patches` returns.
+
+    That starts with the arm and ends with wrist and sleeve.
+    """
     return patches[1:-3]
 
 
+def arm_of(patches: list[Patch]) -> list[Patch]:
+    """Forearm, wrist and sleeve: what `without_arm` leaves out."""
+    return [patches[0], *patches[-3:]]
+
+
+def _fingers(frame: _Frame, pose: Pose, skin: BGR) -> list[Patch]:
+    """Four fingers, then the thumb."""
+    patches = []
+    fingers = zip(_FINGER_BASES, pose.fingers, _FINGER_TURNS, strict=True)
+    for base, length, turn in fingers:
+        root = np.array([base, _FINGER_ROOT])
+        patches += _finger(frame, root, pose.spread * turn, length, skin)
+    thumb_root = np.array(_THUMB_BASE)
+    thumb = _finger(frame, thumb_root, -pose.thumb_angle, pose.thumb_length, skin, width=0.27)
+    return patches + thumb
+
+
 def _finger(
-    place: Callable[[np.ndarray], np.ndarray],
+    frame: _Frame,
     root: np.ndarray,
-    heading: np.ndarray,
+    angle: float,
     length: float,
     skin: BGR,
     width: float = 0.235,
 ) -> list[Patch]:
-    """One finger with its nail."""
+    """One finger with its nail; lengths in palm widths, the angle in degrees from the palm's."""
+    radians = np.radians(angle)
+    heading = np.array([np.sin(radians), -np.cos(radians)])
     tip = root + length * heading
     bone = stroke([root, root + 0.5 * length * heading, tip], [width, width, width * 0.86])
     nail = stroke([tip - 0.04 * heading, tip + 0.04 * heading], width * 0.5)
-    return [Patch(skin, [place(bone)]), Patch(mix(skin, (235, 235, 255), 0.45), [place(nail)], edge=False)]
+    nail_color = mix(skin, (235, 235, 255), 0.45)
+    return [
+        Patch(skin, [frame.to_pixels(bone)]),
+        Patch(nail_color, [frame.to_pixels(nail)], edge=False),
+    ]

@@ -9,13 +9,16 @@ import numpy as np
 
 from annexe.datasets.image_names import CATEGORIES
 
-COLOURS = ("red", "blue", "green", "yellow", "white", "black")
+COLORS = ("red", "blue", "green", "yellow", "white", "black")
 NUM_VARIANTS = 2
 VERBS = ("hold", "lift", "push", "touch")
 SIDES = ("right", "left")
 
-RIGHT_HAND, LEFT_HAND = 2, 3
-FIRST_OBJECT, SECOND_OBJECT = 1, 4
+# Ids in the id map; distractors take FIRST_DISTRACTOR and up.
+FIRST_OBJECT = 1
+RIGHT_HAND = 2
+LEFT_HAND = 3
+SECOND_OBJECT = 4
 FIRST_DISTRACTOR = 5
 HAND_IDS = {"right": RIGHT_HAND, "left": LEFT_HAND}
 
@@ -26,10 +29,10 @@ NUM_HUMANS = 8
 
 
 class Item(NamedTuple):
-    """One object: HOI4D category number, colour word, shape variant."""
+    """One object: index of its HOI4D category, color word, shape variant."""
 
     category: int
-    colour: str
+    color: str
     variant: int
 
     @property
@@ -38,11 +41,12 @@ class Item(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.colour} {self.noun}"
+        return f"{self.color} {self.noun}"
 
     @property
     def instance(self) -> int:
-        return self.variant * len(COLOURS) + COLOURS.index(self.colour) + 1
+        """HOI4D's index of an object within its category, from 1 on."""
+        return self.variant * len(COLORS) + COLORS.index(self.color) + 1
 
 
 @dataclass(frozen=True)
@@ -68,35 +72,47 @@ class Scene:
 
     @property
     def active_sides(self) -> tuple[str, ...]:
-        busy = {side for interaction in self.interactions for side in interaction.sides}
+        busy = {side for act in self.interactions for side in act.sides}
         return tuple(side for side in SIDES if side in busy)
 
     @property
     def visible_sides(self) -> tuple[str, ...]:
-        return tuple(side for side in SIDES if side in self.active_sides or side in self.idle_sides)
+        visible = self.active_sides + self.idle_sides
+        return tuple(side for side in SIDES if side in visible)
+
+    @property
+    def active_items(self) -> tuple[Item, ...]:
+        return tuple(act.item for act in self.interactions)
 
     def interaction_of(self, side: str) -> Interaction | None:
         return next((act for act in self.interactions if side in act.sides), None)
 
 
-def held_out_colour(category: int) -> str:
-    """The colour in which training never shows or names this category."""
-    return COLOURS[list(CATEGORIES).index(category) % len(COLOURS)]
+def held_out_color(category: int) -> str:
+    """The color in which training never shows or names this category."""
+    return COLORS[list(CATEGORIES).index(category) % len(COLORS)]
 
 
-def is_held_out(category: int, colour: str) -> bool:
-    return colour == held_out_colour(category)
+def is_held_out(category: int, color: str) -> bool:
+    return color == held_out_color(category)
 
 
 def draw_scene(rng: np.random.Generator, *, unseen_pair: bool) -> Scene:
-    """Draws one scene; with `unseen_pair` its first active object, and nothing else, is a held-out pair."""
+    """Draws one scene.
+
+    Args:
+        rng: settles what is in it.
+        unseen_pair: whether its first active object, and nothing else, is a held-out pair.
+    """
     kind = str(rng.choice(KINDS, p=_KIND_SHARES))
     side = str(rng.choice(SIDES))
     other = SIDES[1 - SIDES.index(side)]
     first = draw_item(rng)
     if unseen_pair:
-        first = first._replace(colour=held_out_colour(first.category))
+        first = first._replace(color=held_out_color(first.category))
 
+    # who does what
+    interactions: tuple[Interaction, ...]
     if kind == "both_hands":
         verb = str(rng.choice(["hold", "lift", "push"]))
         interactions = (Interaction(verb, SIDES, first, FIRST_OBJECT),)
@@ -108,7 +124,8 @@ def draw_scene(rng: np.random.Generator, *, unseen_pair: bool) -> Scene:
             Interaction(verbs[1], ("left",), second, SECOND_OBJECT),
         )
     else:
-        interactions = (Interaction(str(rng.choice(VERBS)), (side,), first, FIRST_OBJECT),)
+        verb = str(rng.choice(VERBS))
+        interactions = (Interaction(verb, (side,), first, FIRST_OBJECT),)
 
     return Scene(
         kind=kind,
@@ -125,36 +142,40 @@ def draw_item(
     *,
     avoid: tuple[Item, ...] = (),
     category: int | None = None,
-    colour: str | None = None,
+    color: str | None = None,
 ) -> Item:
-    """An item of an ordinary pair that differs from all of `avoid`, of this category or colour while one is left."""
+    """Draws an item of an ordinary pair of category and color.
+
+    Args:
+        rng: settles pair and variant.
+        avoid: items whose pairs are taken.
+        category: wanted category, while a pair of it is left.
+        color: wanted color, while a pair of it is left.
+    """
     taken = {item[:2] for item in avoid}
-    pairs = [
-        (number, word)
-        for number in CATEGORIES
-        for word in COLOURS
-        if category in (None, number)
-        and colour in (None, word)
-        and not is_held_out(number, word)
-        and (number, word) not in taken
-    ]
+    categories = [category] if category is not None else list(CATEGORIES)
+    colors = [color] if color is not None else list(COLORS)
+    pairs = []
+    for kind in categories:
+        for word in colors:
+            if not is_held_out(kind, word) and (kind, word) not in taken:
+                pairs.append((kind, word))
     if not pairs:
         return draw_item(rng, avoid=avoid)
     return Item(*pairs[rng.integers(len(pairs))], variant=int(rng.integers(NUM_VARIANTS)))
 
 
 def _draw_distractors(rng: np.random.Generator, active: tuple[Item, ...]) -> tuple[Item, ...]:
-    """One or two items that share a category or a colour with an active one, or neither."""
+    """One or two items that share a category or a color with an active one, or neither."""
     distractors: list[Item] = []
     for _ in range(int(rng.integers(1, 3))):
         model = active[rng.integers(len(active))]
-        shared = rng.choice(["category", "colour", "nothing"])
-        distractors.append(
-            draw_item(
-                rng,
-                avoid=(*active, *distractors),
-                category=model.category if shared == "category" else None,
-                colour=model.colour if shared == "colour" else None,
-            )
+        shared = rng.choice(["category", "color", "nothing"])
+        item = draw_item(
+            rng,
+            avoid=(*active, *distractors),
+            category=model.category if shared == "category" else None,
+            color=model.color if shared == "color" else None,
         )
+        distractors.append(item)
     return tuple(distractors)

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from annexe.datasets.image_names import SPLITS
 from annexe.errors import UserError
+from annexe.synthetic.canvas import HEIGHT
 from annexe.synthetic.generate import generate
 
 log = logging.getLogger(__name__)
@@ -19,52 +20,57 @@ HELP = "draw synthetic scenes in the layout of Ego-IRGBench"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out", type=Path, help="folder to make")
-    parser.add_argument(
-        "--images", type=int, required=True, help="images in train, val and test together"
-    )
-    parser.add_argument(
-        "--seed", type=int, required=True, help="the same seed gives the same bytes"
-    )
+    add = parser.add_argument
+    add("out", type=Path, help="folder to make")
+
+    # how many images, and of what
+    in_all = "images in train, val and test together"
+    add("--images", type=int, required=True, help=in_all)
+    add("--seed", type=int, required=True, help="the same seed gives the same bytes")
     share = "share of the images in {}, or from 1 on their number (default %(default)s)"
-    parser.add_argument("--val", type=float, default=0.05, help=share.format("val"))
-    parser.add_argument("--test", type=float, default=0.15, help=share.format("test"))
-    parser.add_argument(
-        "--hard",
-        action="store_true",
-        help="look-alikes, hidden parts, and questions that tell apart",
-    )
-    parser.add_argument("--workers", type=int, help="processes (default: all cores)")
+    add("--val", type=float, default=0.05, help=share.format("val"))
+    add("--test", type=float, default=0.15, help=share.format("test"))
+    hard = "look-alikes, hidden parts, and questions that tell apart"
+    add("--hard", action="store_true", help=hard)
+
+    # how they are drawn
+    height = "rows of a picture, 16:9: the same scenes in less time (default %(default)s)"
+    add("--height", type=int, default=HEIGHT, help=height)
+    add("--workers", type=int, help="processes (default: all cores)")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    there, images = arguments.out.exists(), max(arguments.images, 1)
-    if not all(0 <= given < math.inf for given in (arguments.val, arguments.test)):  # nor NaN
+    """Draws the data set and prints how many images each split holds."""
+    out = arguments.out
+    existed = out.exists()
+    shares = (arguments.val, arguments.test)
+    if not all(0 <= share < math.inf for share in shares):  # nor NaN
         raise UserError(
             f"--val {arguments.val} --test {arguments.test}: give shares or numbers from 0 on"
         )
-    val, test = (
-        given if given < 1 else given / images for given in (arguments.val, arguments.test)
-    )
+    num_images = max(arguments.images, 1)
+    val, test = (share if share < 1 else share / num_images for share in shares)
     generate(
-        arguments.out,
+        out,
         num_images=arguments.images,
         seed=arguments.seed,
         val_fraction=val,
         test_fraction=test,
         hard=arguments.hard,
+        height=arguments.height,
         num_workers=arguments.workers,
     )
-    sizes = {
-        split: len(list((arguments.out / "dataset_split" / split).iterdir())) for split in SPLITS
-    }
-    counted = ", ".join(f"{number:,} {split}" for split, number in sizes.items())
-    Console(soft_wrap=True).print(
-        f"images in '{arguments.out}'{', some or all there before' * there}: {counted}",
-        markup=False,
-        highlight=False,
-    )
+
+    # what is there now
+    sizes = {}
+    for split in SPLITS:
+        sizes[split] = len(list((out / "dataset_split" / split).iterdir()))
+    counts = ", ".join(f"{size:,} {split}" for split, size in sizes.items())
+    note = ", some or all there before" if existed else ""
+    message = f"images in '{out}'{note}: {counts}"
+    Console(soft_wrap=True).print(message, markup=False, highlight=False)
     if not all(sizes.values()):
         log.warning(
-            "a split is empty: ask for more images, or larger --val and --test, to train with validation"
+            "a split is empty: ask for more images, or larger --val and --test, "
+            "to train with validation"
         )
