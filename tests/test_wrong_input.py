@@ -22,10 +22,11 @@ from annexe.checkpoints import training_state as checkpoint
 from annexe.checkpoints.run_folder import MANIFEST, find_checkpoint
 from annexe.config import Config
 from annexe.datasets.ego_irgbench import EgoIRGBench
+from annexe.datasets.pixels import PIXEL_FILES
 from annexe.errors import UserError
 from annexe.evaluator import evaluate
 from annexe.files import require_writable, write_json, write_text
-from annexe.trainer import Trainer, train
+from annexe.trainer import set_up, train
 from tests.conftest import ROOT, SMALLEST, TINY
 
 MakeConfig = Callable[..., Config]
@@ -141,13 +142,9 @@ def root(scenes: Path, tmp_path: Path) -> Path:
     """A data root that a test may spoil: the first two train scenes."""
     out = tmp_path / "root"
     for path in sorted((scenes / "dataset_split" / "train").glob("*.json"))[:2]:
-        for file in (
-            path,
-            *(
-                scenes / f / f"{path.stem}.{e}"
-                for f, e in (("RGB", "jpg"), ("depth", "png"), ("mask", "png"))
-            ),
-        ):
+        files = [path]
+        files += [scenes / folder / f"{path.stem}{ending}" for folder, ending in PIXEL_FILES]
+        for file in files:
             copy = out / file.relative_to(scenes)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
@@ -156,12 +153,11 @@ def root(scenes: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def read(make_config: MakeConfig, root: Path) -> Callable[..., None]:
-    """Opens the spoilt root and reads every image of it."""
+    """Opens the damaged root and reads every image of it."""
 
     def run(*options: str, split: str = "train") -> None:
-        dataset = build_dataset(
-            make_config(f"datasets.ego_irgbench.data_root={root}", *options), split
-        )
+        config = make_config(f"datasets.ego_irgbench.data_root={root}", *options)
+        dataset = build_dataset(config, split)
         for index in range(len(dataset)):
             dataset[0, index]
 
@@ -169,7 +165,7 @@ def read(make_config: MakeConfig, root: Path) -> Callable[..., None]:
 
 
 def first(root: Path, folder: str) -> Path:
-    return sorted((root / folder).iterdir())[0]
+    return min((root / folder).iterdir())
 
 
 def edit_annotation(root: Path, change: Callable[[dict], object]) -> None:
@@ -223,18 +219,14 @@ def test_missing_field(field: str, read: Callable[..., None], root: Path) -> Non
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *(
-            ("answer", 5),
-            ("masks_idx", ["two"]),
-            ("tokens", None),
-            ("questions", []),
-            ("questions", [5]),
-        ),
-        *(
-            ("masks_idx", [float("inf")]),
-            ("answer", "half a pair: \ud800"),
-            ("questions", [{"query": "\ud800", "id": 0}]),
-        ),
+        ("answer", 5),
+        ("masks_idx", ["two"]),
+        ("tokens", None),
+        ("questions", []),
+        ("questions", [5]),
+        ("masks_idx", [float("inf")]),
+        ("answer", "half a pair: \ud800"),
+        ("questions", [{"query": "\ud800", "id": 0}]),
     ],
 )
 def test_wrong_field(field: str, value: object, read: Callable[..., None], root: Path) -> None:
@@ -276,16 +268,20 @@ def test_mask_id_that_is_not_in_the_png(warm: bool, read: Callable[..., None], r
 
 def test_mask_of_another_size(read: Callable[..., None], root: Path) -> None:
     path = first(root, "mask")
-    Image.open(path).resize((960, 540), Image.Resampling.NEAREST).save(path)
+    ids = Image.open(path)
+    half = ids.resize((ids.width // 2, ids.height // 2), Image.Resampling.NEAREST)
+    half.save(path)
     with pytest.raises(UserError) as caught:
         read()
-    one_line(caught, str(path), "960 x 540", "1920 x 1080")
+    sizes = [f"{image.width} x {image.height}" for image in (half, ids)]
+    one_line(caught, str(path), *sizes)
 
 
 @pytest.mark.parametrize("folder", ["depth", "mask"])
 def test_png_with_several_channels(folder: str, read: Callable[..., None], root: Path) -> None:
     path = first(root, folder)
-    Image.fromarray(np.zeros((1080, 1920, 3), np.uint8)).save(path)
+    width, height = Image.open(path).size
+    Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(path)
     with pytest.raises(UserError) as caught:
         read()
     one_line(caught, str(path), "one")
@@ -294,12 +290,11 @@ def test_png_with_several_channels(folder: str, read: Callable[..., None], root:
 def test_error_in_a_loader_worker_is_one_line(make_config: MakeConfig, root: Path) -> None:
     for path in (root / "RGB").iterdir():
         path.write_bytes(path.read_bytes()[:5000])
+    config = make_config(
+        "run.num_workers=1", "run.max_steps=2", f"datasets.ego_irgbench.data_root={root}"
+    )
     with pytest.raises(UserError) as caught:
-        train(
-            make_config(
-                "run.num_workers=1", "run.max_steps=2", f"datasets.ego_irgbench.data_root={root}"
-            )
-        )
+        train(config)
     one_line(caught, "cannot read image", str(root / "RGB"), "restore it")
 
 
@@ -397,7 +392,7 @@ def test_evaluation_needs_a_checkpoint(make_config: MakeConfig, tmp_path: Path) 
 )
 def test_sizes_of_a_model(option: str, part: str, make_config: MakeConfig) -> None:
     with pytest.raises(UserError) as caught:
-        Trainer(make_config(option))
+        set_up(make_config(option))
     one_line(caught, part)
 
 
@@ -458,7 +453,7 @@ def test_a_disk_that_is_full_leaves_no_half_checkpoint(
 def test_weights_that_are_not_finite_are_not_saved(
     run_folder: Path, make_config: MakeConfig
 ) -> None:
-    trainer = Trainer(make_config("run.max_steps=3", "run.resume=auto"))
+    trainer = set_up(make_config("run.max_steps=3", "run.resume=auto"))
     trainer.progress.step = 3
     trainer.model.projector.linear.bias.data[0] = float("nan")
     with pytest.raises(UserError) as caught:
@@ -470,7 +465,7 @@ def test_weights_that_are_not_finite_are_not_saved(
 def test_a_run_to_start_from_brings_its_words(
     run_folder: Path, make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    started = Trainer(
+    started = set_up(
         make_config(
             "model.init=null",
             f"model.init_from={run_folder}",
@@ -549,13 +544,15 @@ def test_a_file_that_fails_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_scoring_goes_without_a_train_split_that_can_be_read(scenes: Path, root: Path) -> None:
-    whole = EgoIRGBench("train", 1, 0, None, data_root=str(root)).annotations_of("train")
-    assert len(whole) == 2
+    def annotations_of_train(split: str) -> int:
+        return len(EgoIRGBench(split, 1, 0, None, data_root=str(root)).annotations_of("train"))
+
+    assert annotations_of_train("train") == 2
     first(root, "dataset_split/train").write_text("[" * 100_000)
     shutil.copytree(scenes / "dataset_split" / "test", root / "dataset_split" / "test")
     for folder in ("RGB", "depth", "mask"):
         shutil.copytree(scenes / folder, root / folder, dirs_exist_ok=True)
-    assert len(EgoIRGBench("test", 1, 0, None, data_root=str(root)).annotations_of("train")) == 1
+    assert annotations_of_train("test") == 1
     with pytest.raises(UserError, match="is not JSON"):
         EgoIRGBench("train", 1, 0, None, data_root=str(root))
 
