@@ -83,7 +83,7 @@ def polygons_of(
     """
     contours = contours_of(patches)
     points = (np.concatenate(contours) + shift - offset) * (scale * 2**SUBPIXEL_BITS)
-    return _split(np.rint(points).astype(np.int32), patches)
+    return split_points(np.rint(points).astype(np.int32), patches)
 
 
 def contours_of(patches: list[Patch]) -> list[np.ndarray]:
@@ -94,7 +94,7 @@ def contours_of(patches: list[Patch]) -> list[np.ndarray]:
     return contours
 
 
-def _split(points: np.ndarray, patches: list[Patch]) -> list[list[np.ndarray]]:
+def split_points(points: np.ndarray, patches: list[Patch]) -> list[list[np.ndarray]]:
     """Points [N, 2] of the concatenated contours of patches, as one array per contour.
 
     Most contours have so few points that calls cost more than what they compute: all contours of
@@ -121,7 +121,7 @@ def transformed(
     """Patches enlarged about the origin, then moved to the right and down by `shift`."""
     points = np.concatenate(contours_of(patches)) * scale + shift
     result = []
-    for patch, contours in zip(patches, _split(points, patches), strict=True):
+    for patch, contours in zip(patches, split_points(points, patches), strict=True):
         result.append(Patch(patch.color, contours, patch.edge))
     return result
 

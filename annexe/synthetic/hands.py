@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 
-from annexe.synthetic.canvas import BGR, Patch, mix
-from annexe.synthetic.geometry import Points, arc, stroke
+from annexe.synthetic.canvas import BGR, Patch, contours_of, mix, split_points
+from annexe.synthetic.geometry import arc, stroke
 
 
 class Pose(NamedTuple):
@@ -65,28 +66,6 @@ def human_look(human: int) -> tuple[BGR, BGR]:
     return skin, sleeve
 
 
-class _Frame(NamedTuple):
-    """Where a palm lies and how it is turned.
-
-    Attributes:
-        palm: its center in pixels, float [2].
-        across: direction of the little finger's side, of length 1.
-        forward: direction of the fingers, of length 1.
-        size: width of the palm in pixels.
-    """
-
-    palm: np.ndarray
-    across: np.ndarray
-    forward: np.ndarray
-    size: float
-
-    def to_pixels(self, points: Points) -> np.ndarray:
-        """Points in palm widths about the palm (x across, y backward) in pixels, float [N, 2]."""
-        points = np.asarray(points, dtype=np.float64)
-        offset = points[:, :1] * self.across - points[:, 1:] * self.forward
-        return self.palm + self.size * offset
-
-
 def hand_patches(
     pose: Pose,
     *,
@@ -111,16 +90,19 @@ def hand_patches(
     skin, sleeve = human_look(human)
     forward = direction / np.linalg.norm(direction)
     across = np.array([-forward[1], forward[0]]) * (1 if side == "right" else -1)
-    frame = _Frame(palm, across, forward, size)
 
-    # palm
-    index_knuckle = arc(-0.3, -0.26, 0.2, 0.22, 180, 270, 6)
-    little_knuckle = arc(0.3, -0.26, 0.2, 0.22, -90, 0, 6)
-    heel = [(0.48, 0.1), (0.34, 0.62), (-0.34, 0.62), (-0.5, 0.16)]
-    outline = np.concatenate([little_knuckle, heel, index_knuckle])
+    def to_pixels(points: np.ndarray) -> np.ndarray:
+        return palm + size * (points[:, :1] * across - points[:, 1:] * forward)
+
+    # palm and fingers
+    drawn = _palm_and_fingers(pose, human)
+    contours = split_points(to_pixels(np.concatenate(contours_of(drawn))), drawn)
+    fist = []
+    for patch, moved in zip(drawn, contours, strict=True):
+        fist.append(patch._replace(contours=moved))
 
     # forearm
-    wrist = frame.to_pixels([(0, 0.55)])[0]
+    wrist = to_pixels(np.array([(0, 0.55)]))[0]
     elbow_side = entry - wrist
     middle = wrist + 0.5 * elbow_side
     arm = stroke([wrist, middle, entry], [0.66 * size, 0.8 * size, 0.92 * size])
@@ -133,15 +115,12 @@ def hand_patches(
     half_band = np.array([[-1], [1]]) * 0.44 * size * normal / np.linalg.norm(elbow_side)
     band = cuff + half_band
 
-    # The order is what `without_arm` cuts by; the last two of skin hide edges within the hand.
-    smooth_palm = frame.to_pixels(outline * 0.93 + (0, 0.03))
-    smooth_wrist = stroke([wrist, wrist + 0.3 * elbow_side], [0.64 * size, 0.74 * size])
+    # `without_arm` goes by this order; a strip of skin hides the edge between hand and arm
+    strip = stroke([wrist, wrist + 0.3 * elbow_side], [0.64 * size, 0.74 * size])
     return [
         Patch(skin, [arm]),
-        Patch(skin, [frame.to_pixels(outline)]),
-        *_fingers(frame, pose, skin),
-        Patch(skin, [smooth_palm], edge=False),
-        Patch(skin, [smooth_wrist], edge=False),
+        *fist,
+        Patch(skin, [strip], edge=False),
         Patch(sleeve, [cloth]),
         Patch(mix(sleeve, (0, 0, 0), 0.25), [stroke(band, 0.2 * size)]),
     ]
@@ -160,25 +139,36 @@ def arm_of(patches: list[Patch]) -> list[Patch]:
     return [patches[0], *patches[-3:]]
 
 
-def _fingers(frame: _Frame, pose: Pose, skin: BGR) -> list[Patch]:
-    """Four fingers, then the thumb."""
-    patches = []
+@cache
+def _palm_and_fingers(pose: Pose, human: int) -> list[Patch]:
+    """A hand without its arm about the center of its palm.
+
+    Contours are in palm widths: x towards the little finger, y towards the wrist.
+    """
+    skin, _ = human_look(human)
+
+    # palm
+    index_knuckle = arc(-0.3, -0.26, 0.2, 0.22, 180, 270, 6)
+    little_knuckle = arc(0.3, -0.26, 0.2, 0.22, -90, 0, 6)
+    heel = [(0.48, 0.1), (0.34, 0.62), (-0.34, 0.62), (-0.5, 0.16)]
+    outline = np.concatenate([little_knuckle, heel, index_knuckle])
+    patches = [Patch(skin, [outline])]
+
+    # four fingers, then the thumb
     fingers = zip(_FINGER_BASES, pose.fingers, _FINGER_TURNS, strict=True)
     for base, length, turn in fingers:
         root = np.array([base, _FINGER_ROOT])
-        patches += _finger(frame, root, pose.spread * turn, length, skin)
-    thumb_root = np.array(_THUMB_BASE)
-    thumb = _finger(frame, thumb_root, -pose.thumb_angle, pose.thumb_length, skin, width=0.27)
-    return patches + thumb
+        patches += _finger(root, pose.spread * turn, length, skin)
+    root = np.array(_THUMB_BASE)
+    patches += _finger(root, -pose.thumb_angle, pose.thumb_length, skin, width=0.27)
+
+    # skin that hides the edges between them
+    patches.append(Patch(skin, [outline * 0.93 + (0, 0.03)], edge=False))
+    return patches
 
 
 def _finger(
-    frame: _Frame,
-    root: np.ndarray,
-    angle: float,
-    length: float,
-    skin: BGR,
-    width: float = 0.235,
+    root: np.ndarray, angle: float, length: float, skin: BGR, width: float = 0.235
 ) -> list[Patch]:
     """One finger with its nail; lengths in palm widths, the angle in degrees from the palm's."""
     radians = np.radians(angle)
@@ -187,7 +177,4 @@ def _finger(
     bone = stroke([root, root + 0.5 * length * heading, tip], [width, width, width * 0.86])
     nail = stroke([tip - 0.04 * heading, tip + 0.04 * heading], width * 0.5)
     nail_color = mix(skin, (235, 235, 255), 0.45)
-    return [
-        Patch(skin, [frame.to_pixels(bone)]),
-        Patch(nail_color, [frame.to_pixels(nail)], edge=False),
-    ]
+    return [Patch(skin, [bone]), Patch(nail_color, [nail], edge=False)]
