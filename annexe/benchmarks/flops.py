@@ -1,11 +1,13 @@
-"""Floating-point operations of a training pass, by part of the model: a product and its sum are two.
+"""Floating-point operations of a training pass, by part of the model.
 
-Formulas of matrix and attention products; norms, activations and losses are left out. Packed tokens count once, and
-attention counts where its mask lets a token see, whatever a kernel computes beside it. What is computed again for
-activation checkpointing is not counted. The pixel decoder, and parts that are no EvaViT, DepthAnythingV2 or Llama, are
-run on tensors without storage under PyTorch's counter.
+A product and its sum are two. There are formulas of matrix and attention products; norms,
+activations and losses are left out. Packed tokens count once, and attention counts where its mask
+lets a token see, whatever a kernel computes beside it. What is computed again for activation
+checkpointing is not counted. The pixel decoder, and parts that are no EvaViT, DepthAnythingV2 or
+Llama, run on tensors without storage under PyTorch's counter.
 
-Legend: B images, S image side, G patches a side, D width, N tokens, Q queries, K slots, L prompt tokens.
+Legend: B images, S image side, G patches a side, D width, N tokens, Q queries, K slots, L prompt
+tokens.
 """
 
 from __future__ import annotations
@@ -33,9 +35,13 @@ from annexe.structures.batch import Batch, PackedText, QueryIndex
 class Flops:
     """Operations of the forward and the backward pass.
 
-    A backward pass takes as many as the forward pass for the gradient of a trained weight, and as many again for that
-    of the input, where something trained lies before it: 2 times the forward pass for what is trained, once for what
-    is frozen but passed through, none for a frozen part with nothing trained before it.
+    A backward pass takes as many as the forward pass for the gradient of a trained weight, and as
+    many again for that of the input, where something trained lies before it: 2 times the forward
+    pass for what is trained, once for what is frozen but passed through, none for a frozen part
+    with nothing trained before it.
+
+    The methods that add a layer are told whether its input has a gradient, ``input_grad``, and
+    return whether its output has one.
     """
 
     forward: float = 0
@@ -45,176 +51,237 @@ class Flops:
     def total(self) -> float:
         return self.forward + self.backward
 
-    def linear(self, layers: Iterable[nn.Module], rows: float, reached: bool) -> bool:
-        """Linear layers on ``rows`` vectors each; gives whether what comes out has a gradient.
-
-        Args:
-            reached: whether what goes in has one.
-        """
-        trained = False
+    def add_linear(self, layers: Iterable[nn.Module], num_vectors: float, input_grad: bool) -> bool:
+        """Linear layers on the same number of vectors each."""
+        output_grad = input_grad
         for layer in layers:
-            self._weight(layer, 2 * rows * layer.in_features * layer.out_features, reached)
-            trained |= layer.weight.requires_grad
-        return trained or reached
+            operations = 2 * num_vectors * layer.in_features * layer.out_features
+            self._add_weight(layer, operations, input_grad)
+            output_grad |= layer.weight.requires_grad
+        return output_grad
 
-    def convolution(self, layer: nn.Module, side: int, number: int, reached: bool) -> bool:
-        """A convolution that gives (a transposed one: takes) maps of ``side`` x ``side``, of ``number`` images."""
-        self._weight(layer, 2 * number * side**2 * layer.weight.numel(), reached)
-        return layer.weight.requires_grad or reached
+    def add_convolution(
+        self, layer: nn.Module, side: int, num_images: int, input_grad: bool
+    ) -> bool:
+        """A convolution that gives (a transposed one: takes) maps of ``side`` x ``side``."""
+        operations = 2 * num_images * side**2 * layer.weight.numel()
+        self._add_weight(layer, operations, input_grad)
+        return layer.weight.requires_grad or input_grad
 
-    def attention(self, pairs: float, width: int, reached: bool) -> None:
-        """Scores and weighted sums of ``pairs`` of tokens; both factors of these products have gradients."""
-        self.forward += 4 * pairs * width
-        self.backward += 8 * pairs * width * reached
+    def add_attention(self, num_pairs: float, width: int, input_grad: bool) -> None:
+        """Scores and weighted sums of pairs of tokens; both factors of each have gradients."""
+        self.forward += 4 * num_pairs * width
+        self.backward += 8 * num_pairs * width * input_grad
 
-    def _weight(self, layer: nn.Module, operations: float, reached: bool) -> None:
+    def _add_weight(self, layer: nn.Module, operations: float, input_grad: bool) -> None:
         self.forward += operations
-        self.backward += operations * (layer.weight.requires_grad + reached)
+        self.backward += operations * (layer.weight.requires_grad + input_grad)
 
 
-def work_of_batch(model: Annexe, batch: Batch) -> dict[str, Flops]:
-    """Operations of one training pass over ``batch``, by part."""
-    number, text, images = len(batch.images), batch.text, batch.images.to("meta").float()
-    rgb, depth, language = model.rgb_encoder, model.depth_branch, model.language_model
-    assert isinstance(language, Llama)
-    side, patches_trained = images.shape[-1], any(p.requires_grad for p in rgb.parameters())
-    projected = Flops()
-    projected.linear([model.projector.linear], number * model.num_image_tokens, patches_trained)
-    named = number * model.num_image_tokens if model.image_token_head else 0
-    encoded = 0 if batch.patches is not None else number  # stored patches take no work
+def flops_of_batch(model: Annexe, batch: Batch) -> dict[str, Flops]:
+    """Operations of one training pass over ``batch``, by part of the model."""
+    num_images = len(batch.images)
+    num_image_tokens = num_images * model.num_image_tokens
+    images = batch.images.to("meta").float()
+
+    # RGB encoder, which stored patches leave out
+    rgb_encoder = model.rgb_encoder
+    num_encoded = 0 if batch.patches is not None else num_images
+    if isinstance(rgb_encoder, EvaViT):
+        rgb_flops = flops_of_vit(rgb_encoder, num_encoded)
+    else:
+        rgb_flops = flops_by_counter(rgb_encoder, images[:num_encoded])
+
+    # Depth branch
+    depth_branch = model.depth_branch
+    if isinstance(depth_branch, DepthAnythingV2):
+        depth_flops = flops_of_depth_branch(depth_branch, images.shape[-1], num_images)
+    else:
+        depth_flops = flops_by_counter(depth_branch, images)
+
+    # Projector
+    projector_flops = Flops()
+    projector = [model.projector.linear]
+    projector_flops.add_linear(projector, num_image_tokens, _is_trained(rgb_encoder))
+
+    # Language model: logits of the labels, and of image tokens where they are named
+    language_model = model.language_model
+    assert isinstance(language_model, Llama)
+    num_logits = int((batch.text.labels >= 0).sum())
+    if model.image_token_head:
+        num_logits += num_image_tokens
+
     return {
-        "rgb_encoder": flops_of_vit(rgb, encoded)
-        if isinstance(rgb, EvaViT)
-        else counted(rgb, images[:encoded]),
-        "depth_branch": of_depth(depth, side, number)
-        if isinstance(depth, DepthAnythingV2)
-        else counted(depth, images),
-        "projector": projected,
-        "language_model": of_llama(
-            language, text, num_logits=int((text.labels >= 0).sum()) + named
-        ),
-        "pixel_decoder": of_decoder(model, batch),
+        "rgb_encoder": rgb_flops,
+        "depth_branch": depth_flops,
+        "projector": projector_flops,
+        "language_model": flops_of_llama(language_model, batch.text, num_logits),
+        "pixel_decoder": flops_of_decoder(model, batch),
     }
 
 
-def flops_of_vit(encoder: EvaViT, number: int) -> Flops:
-    """The RGB encoder on ``number`` images."""
-    work = Flops()
-    _vit(work, encoder.vit.patch_embed.proj, encoder.vit.blocks, encoder.grid, number)
-    return work
+def flops_of_vit(encoder: EvaViT, num_images: int) -> Flops:
+    """The RGB encoder."""
+    flops = Flops()
+    patch_embedding = encoder.vit.patch_embed.proj
+    _add_vit(flops, patch_embedding, encoder.vit.blocks, encoder.grid, num_images)
+    return flops
 
 
-def _vit(
-    work: Flops, patches: nn.Module, blocks: Iterable[nn.Module], grid: int, number: int
+def _add_vit(
+    flops: Flops,
+    patch_embedding: nn.Module,
+    blocks: Iterable[nn.Module],
+    grid: int,
+    num_images: int,
 ) -> bool:
     """A plain ViT on G * G patches and CLS; gives whether its output has a gradient."""
-    tokens, width = grid**2 + 1, patches.out_channels
-    reached = work.convolution(patches, grid, number, False)
+    num_tokens = grid**2 + 1
+    width = patch_embedding.out_channels
+    has_grad = flops.add_convolution(patch_embedding, grid, num_images, False)
     for block in blocks:
-        reached = work.linear(_linear(block), number * tokens, reached)
-        work.attention(number * tokens**2, width, reached)
-    return reached
+        has_grad = flops.add_linear(_linear_layers(block), num_images * num_tokens, has_grad)
+        flops.add_attention(num_images * num_tokens**2, width, has_grad)
+    return has_grad
 
 
-def of_depth(branch: DepthAnythingV2, image_size: int, number: int) -> Flops:
-    """DINOv2 and the DPT (neck: one map of each tapped block, fused from coarse to fine; head at full size)."""
-    work, grid, network = Flops(), branch.grid, branch.model
-    backbone, neck, head = network.backbone, network.neck, network.head
-    tapped = _vit(
-        work, backbone.embeddings.patch_embeddings.projection, backbone.encoder.layer, grid, number
-    )
-    sides, maps = [4 * grid, 2 * grid, grid, -(-grid // 2)], []
-    for level, into, side in zip(neck.reassemble_stage.layers, neck.convs, sides, strict=True):
-        reached = work.convolution(level.projection, grid, number, tapped)
-        if not isinstance(level.resize, nn.Identity):
-            resized = grid if isinstance(level.resize, nn.ConvTranspose2d) else side
-            reached = work.convolution(level.resize, resized, number, reached)
-        maps.append(work.convolution(into, side, number, reached))
+def flops_of_depth_branch(branch: DepthAnythingV2, image_size: int, num_images: int) -> Flops:
+    """DINOv2 and the DPT.
 
-    def unit(layer: nn.Module, side: int, reached: bool) -> bool:
-        reached = work.convolution(layer.convolution1, side, number, reached)
-        return work.convolution(layer.convolution2, side, number, reached)
+    The neck makes one map of each tapped block and fuses them from coarse to fine; the head works
+    at full size.
+    """
+    flops = Flops()
+    grid = branch.grid
+    backbone = branch.model.backbone
+    neck = branch.model.neck
+    head = branch.model.head
 
-    fused = maps[-1]
+    # Backbone
+    patch_embedding = backbone.embeddings.patch_embeddings.projection
+    blocks = backbone.encoder.layer
+    tapped_grad = _add_vit(flops, patch_embedding, blocks, grid, num_images)
+
+    # One map of each tapped block, from fine to coarse
+    sides = [4 * grid, 2 * grid, grid, -(-grid // 2)]
+    map_grads = []
+    stages = zip(neck.reassemble_stage.layers, neck.convs, sides, strict=True)
+    for reassemble, convolution, side in stages:
+        has_grad = flops.add_convolution(reassemble.projection, grid, num_images, tapped_grad)
+        resize = reassemble.resize
+        if not isinstance(resize, nn.Identity):
+            counted_side = grid if isinstance(resize, nn.ConvTranspose2d) else side
+            has_grad = flops.add_convolution(resize, counted_side, num_images, has_grad)
+        map_grads.append(flops.add_convolution(convolution, side, num_images, has_grad))
+
+    def add_residual_unit(unit: nn.Module, side: int, input_grad: bool) -> bool:
+        has_grad = flops.add_convolution(unit.convolution1, side, num_images, input_grad)
+        return flops.add_convolution(unit.convolution2, side, num_images, has_grad)
+
+    # Fusion from coarse to fine; the coarsest has nothing to be added to
+    fused_grad = map_grads[-1]
     for level, layer in zip(reversed(range(4)), neck.fusion_stage.layers, strict=True):
-        if level < 3:  # the coarsest has nothing to be added to
-            fused |= unit(layer.residual_layer1, sides[level], maps[level])
-        fused = unit(layer.residual_layer2, sides[level], fused)
-        fused = work.convolution(layer.projection, sides[level], number, fused)
-    fused = work.convolution(head.conv1, 8 * grid, number, fused)
-    fused = work.convolution(head.conv2, image_size, number, fused)
-    work.convolution(head.conv3, image_size, number, fused)
-    return work
+        side = sides[level]
+        if level < 3:
+            fused_grad |= add_residual_unit(layer.residual_layer1, side, map_grads[level])
+        fused_grad = add_residual_unit(layer.residual_layer2, side, fused_grad)
+        fused_grad = flops.add_convolution(layer.projection, side, num_images, fused_grad)
+
+    # Head
+    has_grad = flops.add_convolution(head.conv1, 8 * grid, num_images, fused_grad)
+    has_grad = flops.add_convolution(head.conv2, image_size, num_images, has_grad)
+    flops.add_convolution(head.conv3, image_size, num_images, has_grad)
+    return flops
 
 
-def of_llama(language: Llama, text: PackedText, num_logits: int) -> Flops:
-    """The language model on all packed tokens of a batch; the projector before it is always trained."""
-    work, llama = Flops(), language.llama
-    tokens, pairs = int((text.segment_ids >= 0).sum()), num_pairs(text.segment_ids)
-    work.linear(_linear(llama.model.layers), tokens, True)
-    work.attention(pairs * len(llama.model.layers), llama.config.hidden_size, True)
-    work.linear([llama.lm_head, language.mask_head], num_logits, True)
-    return work
+def flops_of_llama(language_model: Llama, text: PackedText, num_logits: int) -> Flops:
+    """The language model on all packed tokens of a batch.
+
+    The projector before it is always trained, so its input has a gradient.
+    """
+    flops = Flops()
+    llama = language_model.llama
+    layers = llama.model.layers
+    num_tokens = int((text.segment_ids >= 0).sum())
+    num_pairs = num_attended_pairs(text.segment_ids)
+    flops.add_linear(_linear_layers(layers), num_tokens, True)
+    flops.add_attention(num_pairs * len(layers), llama.config.hidden_size, True)
+    flops.add_linear([llama.lm_head, language_model.mask_head], num_logits, True)
+    return flops
 
 
-def num_pairs(segment_ids: Tensor) -> int:
-    """Pairs of tokens of which one sees the other: the prefix and each branch causally, branches the prefix too.
+def num_attended_pairs(segment_ids: Tensor) -> int:
+    """Pairs of tokens of which one sees the other.
+
+    The prefix and each branch see themselves causally, branches the prefix too.
 
     Args:
-        segment: int[B, N], as in `PackedText`.
+        segment_ids: int64[B, N], as in `PackedText`.
     """
-    pairs = 0
+    num_pairs = 0
     for row in segment_ids:
         prefix, *branches = torch.bincount(row[row >= 0]).tolist()
-        pairs += prefix * (prefix + 1) // 2 + sum(n * prefix + n * (n + 1) // 2 for n in branches)
-    return pairs
+        num_pairs += prefix * (prefix + 1) // 2
+        for length in branches:
+            num_pairs += length * prefix + length * (length + 1) // 2
+    return num_pairs
 
 
-def of_decoder(model: Annexe, batch: Batch) -> Flops:
+def flops_of_decoder(model: Annexe, batch: Batch) -> Flops:
     """The pixel decoder on a batch, counted while it runs without storage."""
-    queries, decoder, grid = batch.queries, model.pixel_decoder, model.rgb_encoder.grid
-    number, num_queries = len(batch.images), len(queries.image_index)
-    length = batch.text.max_branch_length if decoder.conditioning == "prompt" else decoder.num_slots
+    decoder = model.pixel_decoder
+    grid = model.rgb_encoder.grid
+    num_images = len(batch.images)
+    num_queries = len(batch.queries.image_index)
+    reads_prompt = decoder.conditioning == "prompt"
+    num_states = batch.text.max_branch_length if reads_prompt else decoder.num_slots
     meta = torch.device("meta")
 
-    def of_shape(*shape: int, trained: bool) -> Tensor:
-        return torch.zeros(shape, device=meta, requires_grad=trained)
-
-    rgb_trained, depth_trained = (
-        any(p.requires_grad for p in part.parameters())
-        for part in (model.rgb_encoder, model.depth_branch)
+    # What the decoder takes of the language model and of the encoders
+    width = model.language_model.hidden_size
+    states = torch.zeros(num_queries, num_states, width, device=meta, requires_grad=True)
+    mask = torch.ones(num_queries, num_states, dtype=torch.bool, device=meta)
+    patches = torch.zeros(num_images, grid**2, model.rgb_encoder.embed_dim, device=meta)
+    patches.requires_grad_(_is_trained(model.rgb_encoder))
+    maps = []
+    for side in (grid, 2 * grid, 4 * grid, 8 * grid):
+        depth_map = torch.zeros(
+            num_images, model.depth_branch.num_channels, side, side, device=meta
+        )
+        maps.append(depth_map.requires_grad_(_is_trained(model.depth_branch)))
+    queries = QueryIndex(
+        image_index=batch.queries.image_index.to(meta),
+        index_in_image=batch.queries.index_in_image.to(meta),
+        max_queries=batch.queries.max_queries,
     )
-    return counted(
-        decoder,
-        of_shape(num_queries, length, model.language_model.hidden_size, trained=True),
-        torch.ones(num_queries, length, dtype=torch.bool, device=meta),
-        of_shape(number, grid**2, model.rgb_encoder.embed_dim, trained=rgb_trained),
-        [
-            of_shape(number, model.depth_branch.num_channels, side, side, trained=depth_trained)
-            for side in (grid, 2 * grid, 4 * grid, 8 * grid)
-        ],
-        QueryIndex(
-            queries.image_index.to(meta), queries.index_in_image.to(meta), queries.max_queries
-        ),
-    )
+    return flops_by_counter(decoder, states, mask, patches, maps, queries)
 
 
-def counted(module: nn.Module, *inputs: Any) -> Flops:
-    """What PyTorch's counter sees of a forward and backward pass of a copy of ``module`` without storage."""
+def flops_by_counter(module: nn.Module, *inputs: Any) -> Flops:
+    """What PyTorch's counter sees of a forward and backward pass of a copy without storage."""
+    # A copy on the meta device; a compiled forward would run the module it was made for
     module = copy.deepcopy(module).to("meta").float()
     for part in module.modules():
-        part.__dict__.pop("forward", None)  # a compiled one would run the module it was made for
+        part.__dict__.pop("forward", None)
     inputs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), inputs)
+
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         outputs = module(*inputs)
         forward = counter.get_total_flops()
         outputs = tree_leaves(vars(outputs) if is_dataclass(outputs) else outputs)
-        leaves = [leaf for leaf in outputs if isinstance(leaf, Tensor) and leaf.requires_grad]
-        if leaves:
-            sum(leaf.float().sum() for leaf in leaves).backward()
+        losses = []
+        for output in outputs:
+            if isinstance(output, Tensor) and output.requires_grad:
+                losses.append(output.float().sum())
+        if losses:
+            sum(losses).backward()
         return Flops(forward, counter.get_total_flops() - forward)
 
 
-def _linear(module: nn.Module) -> list[nn.Module]:
-    """All linear layers in ``module``, adapters and quantised ones included."""
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _linear_layers(module: nn.Module) -> list[nn.Module]:
+    """All linear layers in ``module``, adapters and quantized ones included."""
     return [layer for layer in module.modules() if isinstance(layer, nn.Linear | Float8Linear)]

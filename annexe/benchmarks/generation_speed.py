@@ -1,137 +1,168 @@
-"""How fast a model generates."""
+"""Measures generation: answers with their masks, from in-memory batches of random prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from rich.progress import track
 
-from annexe.benchmarks.random_batch import nominal_branches, prompts_alone, random_batch
-from annexe.benchmarks.random_model import _tokenizer, never_end, require_llama, with_random_weights
+from annexe import terminal
+from annexe.benchmarks.random_batch import nominal_branches, random_batch, without_responses
+from annexe.benchmarks.random_model import (
+    never_end,
+    require_llama,
+    tokenizer_of_size,
+    with_random_weights,
+)
 from annexe.benchmarks.timing import (
-    Record,
     Timeline,
-    in_sections,
     peak_memory,
     percentiles,
     reset_peak,
+    time_by_section,
 )
+from annexe.benchmarks.units import Record
 from annexe.build import build_model, prepare_for_inference
 from annexe.config import Config, device_settings
 from annexe.distributed import make_accelerator
 from annexe.models.annexe import Annexe
-from annexe.models.language_model.generation import Prefill, Responses
 from annexe.models.mask_postprocessing import postprocess
+from annexe.structures.batch import Batch
 from annexe.structures.prediction import RawResponse
 from annexe.workers import in_threads
 
 
 @dataclass(frozen=True)
-class Generation:
+class GenerationSettings:
     """Which batches of prompts are answered, and how many."""
 
     num_queries: int  # of an image
     num_new_tokens: int  # of every response
-    batches: int
-    warmup: int
-    size: tuple[int, int]  # height, width that masks are brought to
+    num_batches: int
+    num_warmup_batches: int
+    batch_size: int | None  # images; None for run.batch_size
+    mask_size: tuple[int, int]  # height, width that masks are brought to
     real: bool  # the configured weights in place of random ones
 
 
-def measure_generation(config: Config, work: Generation) -> tuple[Record, list[str]]:
-    """Time `Annexe.draft` on made-up prompts, with masks brought to full size and encoded as an evaluation does it."""
+def measure_generation(config: Config, settings: GenerationSettings) -> tuple[Record, list[str]]:
+    """Time `Annexe.generate_raw` on random prompts, with masks finished as an evaluation does it.
+
+    Returns:
+        The record, and notes on how it came about.
+
+    Raises:
+        UserError: for a configuration without a Llama.
+    """
+    # Model and batch
     require_llama(config)
-    if work.real:
+    if settings.real:
         notes = ["weights are the configured ones"]
     else:
         config, notes = with_random_weights(config)
     notes.append(
-        "every response is forced to its full length: no end of sequence, model.constrain_answers=false"
+        "every response is forced to its full length: no end of sequence, "
+        "model.constrain_answers=false"
     )
-    run, accelerator = config.run, make_accelerator(**device_settings(config.run))
-    model = _answering(config, accelerator)
-    branches = prompts_alone(nominal_branches(run.batch_size, work.num_queries))
-    size, slots = model.rgb_encoder.image_size, model.pixel_decoder.num_slots
-    batch = random_batch(
-        branches, size, model.num_image_tokens, slots, model.language_model.tokenizer.vocab_size
-    )
-    for sample in batch.samples:
-        sample.original_size = work.size
+    if settings.batch_size is not None:
+        config = replace(config, run=replace(config.run, batch_size=settings.batch_size))
+    run = config.run
+    accelerator = make_accelerator(**device_settings(run))
+    model = _model_without_end(config, accelerator)
+    batch = _prompts(model, run.batch_size, settings)
     if accelerator.device.type == "cuda":
         batch = batch.pin_memory()
     reset_peak(accelerator.device)
 
-    def finish(draft: RawResponse) -> int:
-        return len(postprocess(draft).targets)
+    def num_targets(raw: RawResponse) -> int:
+        return len(postprocess(raw).targets)
 
-    def drafts(number: int, timeline: Timeline) -> Iterator[list[RawResponse]]:
-        for _ in range(number):
+    def raw_responses(num_batches: int, timeline: Timeline) -> Iterator[list[RawResponse]]:
+        for _ in range(num_batches):
             timeline.enter("encoders")
             with accelerator.autocast():
-                drafted = model.generate_raw(batch.to(accelerator.device), work.num_new_tokens)
+                on_device = batch.to(accelerator.device)
+                responses = model.generate_raw(on_device, settings.num_new_tokens)
             timeline.enter("waiting for masks and run lengths")
-            yield drafted
+            yield responses
 
-    list(in_threads(finish, drafts(work.warmup, Timeline(accelerator.device)), run.num_workers))
+    # Warm-up, then the batches that count
+    warmup = raw_responses(settings.num_warmup_batches, Timeline(accelerator.device))
+    list(in_threads(num_targets, warmup, run.num_workers))
     timeline = Timeline(accelerator.device)
-    with _watched_generation(model, timeline) as lengths:
-        shown = track(
-            drafts(work.batches, timeline), "generating", total=work.batches, transient=True
+    num_masks = 0
+    with _timing_generation(model, timeline) as response_lengths:
+        measured = terminal.track(
+            raw_responses(settings.num_batches, timeline),
+            "generating",
+            settings.num_batches,
+            transient=True,
         )
-        masks = sum(map(sum, in_threads(finish, shown, run.num_workers)))
+        for counts in in_threads(num_targets, measured, run.num_workers):
+            num_masks += sum(counts)
     timeline.enter("end")
+
     seconds = timeline.laps("encoders")
-    images, queries = len(branches) / sum(seconds) * work.batches, len(batch.queries.image_index)
+    images_per_second = run.batch_size * settings.num_batches / sum(seconds)
+    num_answers = len(batch.queries.image_index) * settings.num_batches
     return {
         "images_per_batch": run.batch_size,
-        "queries_per_image": work.num_queries,
-        "tokens_per_response": sum(lengths) / len(lengths),
-        "masks_per_query": masks / queries / work.batches,
-        "images_per_second": images,
-        "answers_per_second": images * work.num_queries,
+        "queries_per_image": settings.num_queries,
+        "tokens_per_response": sum(response_lengths) / len(response_lengths),
+        "masks_per_query": num_masks / num_answers,
+        "images_per_second": images_per_second,
+        "answers_per_second": images_per_second * settings.num_queries,
         "batch_ms": percentiles(seconds),
         "peak_memory_gb": peak_memory(accelerator.device),
-        "parts_of_batch": in_sections(timeline, work.batches),
+        "parts_of_batch": time_by_section(timeline, settings.num_batches),
     }, notes
 
 
-def _answering(config: Config, accelerator: Accelerator) -> Annexe:
+def _model_without_end(config: Config, accelerator: Accelerator) -> Annexe:
     """The model as an evaluation has it, but for answers, which never end by themselves."""
     set_seed(config.run.seed)
     bf16 = accelerator.mixed_precision == "bf16"
-    model = build_model(config.model, _tokenizer(config), accelerator.device, bf16=bf16)
+    model = build_model(config.model, tokenizer_of_size(config), accelerator.device, bf16=bf16)
     model.constrain_answers = False
     never_end(model.language_model)
     return prepare_for_inference(model, config.run, accelerator)
 
 
+def _prompts(model: Annexe, num_images: int, settings: GenerationSettings) -> Batch:
+    """A batch of random images and prompts; images have the size that masks are brought to."""
+    batch = random_batch(
+        without_responses(nominal_branches(num_images, settings.num_queries)),
+        model.rgb_encoder.image_size,
+        model.num_image_tokens,
+        model.pixel_decoder.num_slots,
+        model.language_model.tokenizer.vocab_size,
+    )
+    for sample in batch.samples:
+        sample.original_size = settings.mask_size
+    return batch
+
+
 @contextmanager
-def _watched_generation(model: Annexe, timeline: Timeline) -> Iterator[list[int]]:
-    """Have prefill and decoding say when they begin and end; gives the lengths of all responses."""
+def _timing_generation(model: Annexe, timeline: Timeline) -> Iterator[list[int]]:
+    """Let prefill and decoding enter sections; gives a list of the lengths of all responses."""
     lengths: list[int] = []
-    language_model, text_decoder = model.language_model, model.text_decoder
-    prefill, decode = language_model.prefill, text_decoder.decode
 
-    def timed_prefill(*arguments: Any, **options: Any) -> Prefill:
-        timeline.enter("prefill")
-        read = prefill(*arguments, **options)
-        timeline.enter("pixel_decoder")
-        return read
-
-    def timed_decode(*arguments: Any, **options: Any) -> Responses:
-        timeline.enter("decoding")
-        responses = decode(*arguments, **options)
-        timeline.enter("words, and masks to the host")
+    def add_lengths(responses: Any) -> None:
         lengths.extend(map(len, responses.tokens))
-        return responses
 
-    language_model.prefill, text_decoder.decode = timed_prefill, timed_decode
-    try:
+    prefill = timeline.timing_method(
+        model.language_model, "prefill", during="prefill", after="pixel_decoder"
+    )
+    decode = timeline.timing_method(
+        model.text_decoder,
+        "decode",
+        during="decoding",
+        after="words, and masks to the host",
+        on_result=add_lengths,
+    )
+    with prefill, decode:
         yield lengths
-    finally:
-        del language_model.prefill, text_decoder.decode

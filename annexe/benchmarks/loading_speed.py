@@ -1,19 +1,24 @@
-"""How fast data are read."""
+"""Measures data loading: the training loader with an empty and with a filled cache of pixels."""
 
 from __future__ import annotations
 
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import torch
-from rich.progress import track
 from torch.utils.data import DataLoader
 
-from annexe.benchmarks.random_model import image_tokens, require_llama, with_random_weights
-from annexe.benchmarks.timing import Record, memory_of
+from annexe import terminal
+from annexe.benchmarks.machine import scratch_folder
+from annexe.benchmarks.random_model import (
+    count_image_tokens,
+    require_llama,
+    with_random_weights,
+)
+from annexe.benchmarks.timing import memory_of
+from annexe.benchmarks.units import Record
 from annexe.build import build_dataset, build_tokenizer
 from annexe.config import Config
 from annexe.datasets.collate import Collator
@@ -24,56 +29,58 @@ from annexe.trainer import training_loader
 from annexe.training.cuda_graphs import PAD_TO_MULTIPLE_OF
 from annexe.workers import num_cores
 
-_QUERIES_OF_SCENE = 60  # of a drawn image, at least
-
 
 def measure_loading(
     config: Config, workers: list[int] | None, num_images: int
 ) -> dict[str, Record]:
-    """Time the training loader for each number of ``workers``, each with a cache of its own, empty at first."""
+    """Time the training loader, with a cache of its own for each number of workers.
+
+    Args:
+        workers: numbers of worker processes (default: ``run.num_workers``).
+        num_images: images to read at most; an epoch is never exceeded.
+
+    Returns:
+        A record for each number of workers.
+
+    Raises:
+        UserError: for a configuration without a Llama, or without data.
+    """
     require_llama(config)
     dataset = build_dataset(config, "train", cached=False)
-    tokenizer = _tokenizer(config, dataset)
-    num_image_tokens = image_tokens(with_random_weights(config)[0])
-    device = torch.device(
-        "cuda" if torch.cuda.is_available() and config.run.device != "cpu" else "cpu"
-    )
-    graphed = config.run.cuda_graphs and device.type == "cuda"
-    pad_to_multiple_of = PAD_TO_MULTIPLE_OF if graphed else 1
+    use_cuda = torch.cuda.is_available() and config.run.device != "cpu"
+    device = torch.device("cuda" if use_cuda else "cpu")
+    random_config, _ = with_random_weights(config)
     collate = Collator(
-        tokenizer,
-        num_image_tokens,
+        _tokenizer(config, dataset),
+        count_image_tokens(random_config),
         config.model["pixel_decoder"]["num_slots"],
-        pad_to_multiple_of=pad_to_multiple_of,
+        pad_to_multiple_of=PAD_TO_MULTIPLE_OF if config.run.cuda_graphs and use_cuda else 1,
         keep_samples=False,
     )
-    number = max(1, min(num_images, len(dataset)) // config.run.batch_size)
+    batch_size = config.run.batch_size
+    num_batches = max(1, min(num_images, len(dataset)) // batch_size)
+
     records = {}
-    for count in workers or [config.run.num_workers]:
-        with tempfile.TemporaryDirectory(
-            prefix="annexe-bench-", ignore_cleanup_errors=True
-        ) as folder:
-            own = {
-                "output_dir": folder,
-                "num_workers": count,
-                "max_steps": number,
-                "warmup_steps": 0,
-            }
-            run = replace(config.run, **own, gradient_accumulation=1)
+    for num_workers in workers or [config.run.num_workers]:
+        record: Record = {"images": num_batches * batch_size}
+        with scratch_folder(with_index_cache=False) as folder:
+            run = replace(config.run, output_dir=str(folder), num_workers=num_workers)
             train_set = build_dataset(replace(config, run=run), "train")
-            order = MicroBatches(
-                len(train_set), seed=run.seed, batch_size=run.batch_size, num_batches=number
+            batches = MicroBatches(
+                len(train_set), seed=run.seed, batch_size=batch_size, num_batches=num_batches
             )
-            record: Record = {"images": number * run.batch_size}
             for state in ("cold", "warm"):
-                loader = training_loader(train_set, order, collate, run, device)
-                record[state] = _time_loader(loader, run.batch_size, f"{state}, {count} workers")
-            records[str(count)] = record
+                loader = training_loader(
+                    train_set, batches, collate, num_workers, device
+                )
+                title = f"{state}, {num_workers} workers"
+                record[state] = _time_loader(loader, batch_size, title)
+        records[str(num_workers)] = record
     return records
 
 
 def _tokenizer(config: Config, dataset: EgoIRGBench) -> TextTokenizer:
-    """The Llama's, or where it is not at hand one that is trained on the data, as for a run from scratch."""
+    """The Llama's, or where it is not there one that is trained on the data."""
     path = config.model["language_model"]["path"]
     if path is not None and (Path(path) / "tokenizer.json").is_file():
         return build_tokenizer(config, Path(path))
@@ -81,21 +88,31 @@ def _tokenizer(config: Config, dataset: EgoIRGBench) -> TextTokenizer:
 
 
 def _time_loader(loader: DataLoader, batch_size: int, title: str) -> Record:
-    """Speed over all batches; the first of every worker, which waits for it to start, counts as start-up."""
-    number, workers = len(loader), loader.num_workers
-    others, arrivals = set(psutil.Process().children()), [time.perf_counter()]
-    first = workers if number > 2 * workers else 0
+    """Speed over all batches.
+
+    The first batch of every worker, which waits for it to start, counts as start-up where there are
+    enough others.
+    """
+    num_batches = len(loader)
+    num_workers = loader.num_workers
+    first = num_workers if num_batches > 2 * num_workers else 0
+    other_children = set(psutil.Process().children())
     memory: list[float] = []
+    arrivals = [time.perf_counter()]
     batches = iter(loader)
-    for place in track(range(number), title, transient=True):
-        if place == number - 1:  # after the last one they are gone
-            memory = [memory_of(child) for child in set(psutil.Process().children()) - others]
+    for index in terminal.track(range(num_batches), title, transient=True):
+        # Workers end with the last batch
+        if index == num_batches - 1:
+            children = set(psutil.Process().children()) - other_children
+            memory = [memory_of(child) for child in children]
         next(batches)
         arrivals.append(time.perf_counter())
-    speed = (number - first) * batch_size / (arrivals[-1] - arrivals[first])
+
+    images_per_second = (num_batches - first) * batch_size / (arrivals[-1] - arrivals[first])
+    used_cores = min(max(1, num_workers), num_cores())
     return {
-        "images_per_second": speed,
-        "ms_per_image_and_core": min(max(1, workers), num_cores()) * 1000 / speed,
+        "images_per_second": images_per_second,
+        "ms_per_image_and_core": used_cores * 1000 / images_per_second,
         "seconds_to_first_batch": arrivals[1] - arrivals[0],
         "memory_per_worker_gb": sum(memory) / len(memory) if memory else None,
     }

@@ -1,95 +1,167 @@
-"""Models with random weights."""
+"""Configurations and models with random weights, for measurements without files."""
 
 from __future__ import annotations
 
-import gc
+import copy
+import json
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
 
-from annexe.benchmarks.memory import without_files
-from annexe.build import build_component, build_tokenizer
-from annexe.config import Config
+from annexe.build import build_component, build_dataset, build_tokenizer
+from annexe.config import PARTS, Config
 from annexe.errors import UserError
 from annexe.models.language_model.llama import Llama
-from annexe.models.language_model.tokenizer import TextTokenizer, train_tokenizer
+from annexe.models.language_model.tokenizer import BPE_VOCABULARY, TextTokenizer, train_tokenizer
+
+_LLAMA_VOCABULARY = 32000  # words of Llama 2
+
+# Settings of our language model, and what a Llama's config.json calls them
+_LLAMA_SIZES = {
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "mlp_dim": "intermediate_size",
+    "vocab_size": "vocab_size",
+}
 
 
-@contextmanager
-def scratch(*, own_cache: bool) -> Iterator[Path]:
-    """A folder that goes away with its content; ``own_cache``: indexes of data sets made meanwhile lie there too."""
-    before = os.environ.get("ANNEXE_CACHE")
-    with tempfile.TemporaryDirectory(prefix="annexe-bench-", ignore_cleanup_errors=True) as folder:
-        if own_cache:
-            os.environ["ANNEXE_CACHE"] = str(Path(folder) / "cache")
-        try:
-            yield Path(folder)
-        finally:
-            os.environ.pop("ANNEXE_CACHE", None)
-            os.environ.update({} if before is None else {"ANNEXE_CACHE": before})
+def require_llama(config: Config) -> None:
+    """Check that a configuration has a model that can be measured.
+
+    Raises:
+        UserError: for a configuration without a model, or with another language model.
+    """
+    if config.model is None:
+        raise UserError(
+            "the configuration has no model block; take one from train_configs/, such as "
+            "annexe_tiny.yaml"
+        )
+    if config.model["language_model"]["type"] != "llama":
+        raise UserError(
+            "annexe bench knows language models of type llama alone; "
+            "set model.language_model.type=llama"
+        )
 
 
-def free() -> None:
-    """Let go of what a measurement left, so that the next one begins alike."""
-    AcceleratorState._reset_state(
-        reset_partial_state=True
-    )  # or the next could choose no other precision or device
-    torch._dynamo.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def data_root(config: Config) -> Path | None:
+    """The folder of the data set, or None where there is none."""
+    ((_, dataset),) = config.datasets.items()
+    folder = Path(dataset["data_root"])
+    return folder if folder.is_dir() else None
+
+
+def without_files(config: Config) -> tuple[Config, Any, list[str]]:
+    """The configuration with random weights in place of every file.
+
+    Of the Llama's folder config.json and the tokenizer are read where they exist.
+
+    Returns:
+        The configuration; a tokenizer, or what has all that `build_model` reads of one but no
+        ``encode``; notes on what was assumed.
+
+    Raises:
+        UserError: for a config.json that is no Llama's.
+    """
+    config = copy.deepcopy(config)
+    model = config.model
+    tokenizer, num_words, notes = _vocabulary(config)
+
+    # Random weights in place of files
+    blocks = [(model, "init_from"), (model["language_model"], "path")]
+    blocks += [(model[part], "weights") for part in PARTS]
+    for block, setting in blocks:
+        if setting in block:
+            block.update({setting: None, "init": "random"})
+
+    if tokenizer is None:
+        num_slots = model["pixel_decoder"]["num_slots"]
+        tokenizer = SimpleNamespace(vocab_size=num_words, num_slots=num_slots, bos_id=1, eos_id=2)
+    return config, tokenizer, notes
+
+
+def _vocabulary(config: Config) -> tuple[TextTokenizer | None, int, list[str]]:
+    """The tokenizer if there is one, the size of its vocabulary, and notes.
+
+    A Llama that is there sets the sizes of ``config``.
+    """
+    language_model = config.model["language_model"]
+    num_words = language_model["vocab_size"] or BPE_VOCABULARY
+    path = language_model.get("path")
+
+    # The configured Llama
+    if path is not None and (Path(path) / "config.json").is_file():
+        sizes = _llama_sizes(Path(path) / "config.json")
+        num_words = sizes.pop("vocab_size")
+        language_model.update(sizes)
+        names = ("tokenizer.json", "tokenizer_config.json")
+        has_tokenizer = all((Path(path) / name).is_file() for name in names)
+        return build_tokenizer(config, Path(path)) if has_tokenizer else None, num_words, []
+
+    # A Llama that is not there
+    if path is not None:
+        sizes = f"{language_model['num_layers']} blocks of width {language_model['hidden_size']}"
+        note = f"no Llama in '{path}': {sizes} and {_LLAMA_VOCABULARY} words assumed"
+        return None, _LLAMA_VOCABULARY, [note]
+
+    # A tokenizer of its own, for a run from scratch
+    if data_root(config) is not None:
+        texts = build_dataset(config, "train", cached=False).texts()
+        num_slots = config.model["pixel_decoder"]["num_slots"]
+        trained = train_tokenizer(texts, num_slots)
+        tokenizer = TextTokenizer(trained.base, num_slots, language_model["vocab_size"])
+        return tokenizer, num_words, []
+    return None, num_words, [f"no data to train a tokenizer on: {num_words} words assumed"]
+
+
+def _llama_sizes(path: Path) -> dict[str, int]:
+    """Our settings of sizes, from a Llama's config.json."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return {setting: int(stored[key]) for setting, key in _LLAMA_SIZES.items()}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"'{path}' is no Llama's ({error!r}); give its Hugging Face folder"
+        ) from None
 
 
 def with_random_weights(config: Config) -> tuple[Config, list[str]]:
-    """The configuration with random weights of the configured sizes, for no file and no data, and notes."""
-    config = replace(
-        config, datasets={"ego_irgbench": {"data_root": os.devnull, "queries_per_image": 1}}
-    )
-    config, tokenizer, notes = without_files(config)
+    """The configuration with random weights of the configured sizes, for no file and no data.
+
+    Returns:
+        The configuration, and notes on what was assumed.
+
+    Raises:
+        UserError: for a config.json that is no Llama's.
+    """
+    no_data = {"ego_irgbench": {"data_root": os.devnull, "queries_per_image": 1}}
+    config, tokenizer, notes = without_files(replace(config, datasets=no_data))
     config.model["language_model"]["vocab_size"] = tokenizer.vocab_size
     return config, ["weights are random", *notes]
 
 
-def image_tokens(config: Config) -> int:
-    """Image tokens of the prefix; ``config`` is of `with_random_weights`."""
+def count_image_tokens(config: Config) -> int:
+    """Image tokens of the prefix; ``config`` is that of `with_random_weights`."""
     with torch.device("meta"):
-        return (
-            build_component("rgb_encoder", config.model["rgb_encoder"]).grid ** 2
-            // config.model["patches_per_token"]
-        )
+        rgb_encoder = build_component("rgb_encoder", config.model["rgb_encoder"])
+    return rgb_encoder.grid**2 // config.model["patches_per_token"]
 
 
-def require_llama(config: Config) -> None:
-    """Raises: UserError for a configuration without a model, or with another language model."""
-    if config.model is None:
-        raise UserError(
-            "the configuration has no model block; take one from train_configs/, such as annexe_tiny.yaml"
-        )
-    if config.model["language_model"]["type"] != "llama":
-        raise UserError(
-            "annexe bench knows language models of type llama alone; set model.language_model.type=llama"
-        )
-
-
-def _tokenizer(config: Config) -> TextTokenizer:
-    """The configured Llama's, or a small one of as many words as the configured tables have rows."""
+def tokenizer_of_size(config: Config) -> TextTokenizer:
+    """The configured Llama's, or a small one that counts as many words as the tables have rows."""
     path = config.model["language_model"]["path"]
     if path is not None:
         return build_tokenizer(config, Path(path))
-    slots, num_words = (
-        config.model["pixel_decoder"]["num_slots"],
-        config.model["language_model"]["vocab_size"],
-    )
-    return TextTokenizer(train_tokenizer((), slots).base, slots, num_words)
+    num_slots = config.model["pixel_decoder"]["num_slots"]
+    num_words = config.model["language_model"]["vocab_size"]
+    return TextTokenizer(train_tokenizer((), num_slots).base, num_slots, num_words)
 
 
-def never_end(language: Llama) -> None:
-    """Let the end of sequence have the logit 0, which is never the highest of all words."""
+def never_end(language_model: Llama) -> None:
+    """Give the end of sequence the logit 0, which is never the highest of all words."""
     with torch.no_grad():
-        language.llama.lm_head.weight[language.tokenizer.eos_id] = 0
+        language_model.llama.lm_head.weight[language_model.tokenizer.eos_id] = 0

@@ -1,6 +1,7 @@
-"""Speed and memory of the real training step and of real generation, and which part takes the time.
+"""Measures training: `Trainer.train_step` on in-memory batches or its own data, and its parts.
 
-Made-up work takes neither data nor weights: random weights of the configured sizes, batches of random pixels and words.
+In-memory batches take neither data nor weights: weights are random and of the configured sizes,
+batches of random pixels and words.
 """
 
 from __future__ import annotations
@@ -15,51 +16,56 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor
 
-from annexe.benchmarks.flops import work_of_batch
+from annexe import terminal
+from annexe.benchmarks.flops import flops_of_batch
+from annexe.benchmarks.machine import release_memory, scratch_folder
 from annexe.benchmarks.random_batch import even_branches, random_batch, tokens_of_branches
 from annexe.benchmarks.random_model import (
-    free,
-    image_tokens,
+    count_image_tokens,
     require_llama,
-    scratch,
     with_random_weights,
 )
 from annexe.benchmarks.timing import (
-    Record,
     Timeline,
     ceiling,
-    in_sections,
     peak_memory,
     percentiles,
     reset_peak,
+    time_by_section,
 )
+from annexe.benchmarks.units import TERA, Record
 from annexe.config import PARTS, Config, WandbConfig
 from annexe.models.language_model.llama import Llama
 from annexe.structures.batch import Batch
 from annexe.synthetic.generate import generate
-from annexe.trainer import Trainer, seen_in
+from annexe.trainer import Trainer, count_samples, set_up
 from annexe.training.cuda_graphs import PAD_TO_MULTIPLE_OF
 
-_KINDS = ("forward", "backward", "total")  # of `flops.Work`
+DEFAULT_TOKENS = "430 with one question, 963 with eight"  # of an image
+_PASSES = ("forward", "backward", "total")  # of `Flops`
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingSettings:
     """Which training steps are measured, and how many."""
 
     num_queries: int  # of an image
-    num_tokens: int  # of an image, prefix included
-    steps: int
-    warmup: int
-    real: bool  # the configured data and weights in place of made-up ones
+    num_tokens: int | None  # of an image, prefix included; None for `DEFAULT_TOKENS`
+    num_steps: int
+    num_warmup_steps: int
+    real: bool  # the configured data and weights in place of random ones
     stored: bool  # patches of the RGB encoder come with the batch, as with run.store_patches
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Packed tokens of an image, prefix included."""
+        return self.num_tokens or 430 + round((self.num_queries - 1) * 533 / 7)
 
 
 def measure_training(
-    config: Config, work: Training, since_start: float
+    config: Config, settings: TrainingSettings, since_start: float
 ) -> tuple[Record, list[str]]:
     """Time `Trainer.train_step`, then once more with a look at its parts.
 
@@ -68,193 +74,232 @@ def measure_training(
 
     Returns:
         The record, and notes on how it came about.
+
+    Raises:
+        UserError: for a configuration without a Llama, or too few tokens for its branches.
     """
     require_llama(config)
-    with scratch(own_cache=not work.real) as folder:
-        config, notes = (_on_real_data if work.real else _on_made_up_data)(config, folder, work)
+    with scratch_folder(with_index_cache=not settings.real) as folder:
+        prepare = _on_real_data if settings.real else _on_random_data
+        config, notes = prepare(config, folder, settings)
+
+        # Whole steps, with the first one apart
         began = time.perf_counter()
-        trainer = Trainer(config)
+        trainer = set_up(config)
         device = trainer.accelerator.device
         reset_peak(device)
-        with closing(_micro_batches(trainer, work)) as batches:
+        with closing(_micro_batches(trainer, settings)) as batches:
             _step(trainer, batches)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             first_step = since_start + time.perf_counter() - began
-            record = _time_steps(trainer, batches, work) | {"seconds_to_first_step": first_step}
-        images = int(trainer.seen[0])
-        if trainer.graphed:
+            record = _time_steps(trainer, batches, settings)
+            record["seconds_to_first_step"] = first_step
+
+        # Parts of steps, on the photos that come next
+        num_images = int(trainer.seen[0])
+        if trainer.uses_cuda_graphs:
             notes.append("parts were timed without CUDA graphs: hooks do not fire inside a replay")
             del trainer
-            free()
-            trainer = Trainer(replace(config, run=replace(config.run, cuda_graphs=False)))
-        trainer.progress.images = images  # go on with the photos that come next
-        with closing(_micro_batches(trainer, work)) as batches:
-            return record | {"parts_of_step": _time_parts(trainer, batches, work)}, notes
+            release_memory()
+            trainer = set_up(replace(config, run=replace(config.run, cuda_graphs=False)))
+        trainer.progress.images = num_images
+        with closing(_micro_batches(trainer, settings)) as batches:
+            record["parts_of_step"] = _time_parts(trainer, batches, settings)
+        return record, notes
 
 
-def _time_steps(trainer: Trainer, batches: Iterator[Batch], work: Training) -> Record:
+def _time_steps(trainer: Trainer, batches: Iterator[Batch], settings: TrainingSettings) -> Record:
     """Time of whole steps, the most memory until then, and how much the device computed."""
-    device, run = trainer.accelerator.device, trainer.run
-    timeline, taken = Timeline(device), []
-    for number in track(range(work.warmup + work.steps), "training", transient=True):
-        if number >= work.warmup:
+    device = trainer.accelerator.device
+    run = trainer.run
+
+    # Steps; those of the warm-up are not counted
+    timeline = Timeline(device)
+    taken: list[Batch] = []
+    num_steps = settings.num_warmup_steps + settings.num_steps
+    for step in terminal.track(range(num_steps), "training", transient=True):
+        is_counted = step >= settings.num_warmup_steps
+        if is_counted:
             timeline.enter("step")
-        own = _step(trainer, batches)
-        taken += own if number >= work.warmup else []
+        micro_batches = _step(trainer, batches)
+        if is_counted:
+            taken += micro_batches
     timeline.enter("end")
-    seconds, seen = timeline.laps("step"), seen_in(taken)
-    _, queries, tokens = (seen / seen[0]).tolist()  # of an image
-    images = float(seen[0]) / sum(seconds)
+    seconds = timeline.laps("step")
     memory = peak_memory(device)
-    flop, most = _tflop_per_image(trainer, taken), ceiling(device)
-    done = flop["all"]["total"] * images
+
+    # Images, queries and tokens
+    seen = count_samples(taken)
+    images_per_second = float(seen[0]) / sum(seconds)
+    _, queries_per_image, tokens_per_image = (seen / seen[0]).tolist()
+
+    # Operations
+    tflop_per_image = _tflop_per_image(trainer, taken)
+    tflop_per_second = tflop_per_image["all"]["total"] * images_per_second
+    device_ceiling = ceiling(device)
     return {
         "images_per_step": run.batch_size * run.gradient_accumulation,
-        "queries_per_image": queries,
-        "tokens_per_image": tokens,
-        "images_per_second": images,
-        "queries_per_second": queries * images,
-        "tokens_per_second": tokens * images,
+        "queries_per_image": queries_per_image,
+        "tokens_per_image": tokens_per_image,
+        "images_per_second": images_per_second,
+        "queries_per_second": queries_per_image * images_per_second,
+        "tokens_per_second": tokens_per_image * images_per_second,
         "step_ms": percentiles(seconds),
         "peak_memory_gb": memory,
-        "tflop_per_image": flop,
-        "tflop_per_second": done,
-        "ceiling_tflop_per_second": most,
-        "share_of_ceiling": done / most,
+        "tflop_per_image": tflop_per_image,
+        "tflop_per_second": tflop_per_second,
+        "ceiling_tflop_per_second": device_ceiling,
+        "share_of_ceiling": tflop_per_second / device_ceiling,
     }
 
 
 def _step(trainer: Trainer, batches: Iterator[Batch]) -> list[Batch]:
     """One optimizer step; gives its micro-batches."""
-    own = [next(batches) for _ in range(trainer.run.gradient_accumulation)]
-    trainer.train_step(own)
-    return own
+    micro_batches = [next(batches) for _ in range(trainer.run.gradient_accumulation)]
+    trainer.train_step(micro_batches)
+    return micro_batches
 
 
-def _on_made_up_data(config: Config, folder: Path, work: Training) -> tuple[Config, list[str]]:
-    """Random weights, and one drawn scene, which the trainer asks for and the batches do not come from."""
+def _on_random_data(
+    config: Config, folder: Path, settings: TrainingSettings
+) -> tuple[Config, list[str]]:
+    """Random weights, and a drawn scene, which the trainer needs but the batches do not."""
     config, notes = with_random_weights(config)
-    tokens_of_branches(
-        work.num_tokens, image_tokens(config), work.num_queries
-    )  # too few are told before all else
+    # Too few tokens are refused before all else
+    tokens_of_branches(settings.tokens_per_image, count_image_tokens(config), settings.num_queries)
     generate(folder / "data", num_images=1, seed=0, val_fraction=0, test_fraction=0, num_workers=1)
     config.datasets["ego_irgbench"]["data_root"] = str(folder / "data")
-    return _into(config, folder, work), ["batches are made up", *notes]
+    notes = ["batches are random and in memory", *notes]
+    return _run_in(folder, config, settings), notes
 
 
-def _on_real_data(config: Config, folder: Path, work: Training) -> tuple[Config, list[str]]:
+def _on_real_data(
+    config: Config, folder: Path, settings: TrainingSettings
+) -> tuple[Config, list[str]]:
     """The configuration as it is, with the resized pixels that its runs have left."""
     cache = Path(config.run.output_dir) / "cache"
     if not cache.is_dir():
-        return _into(config, folder, work), [
-            f"no '{cache}': photos are decoded, as in a first epoch"
-        ]
+        note = f"no '{cache}': photos are decoded, as in a first epoch"
+        return _run_in(folder, config, settings), [note]
     (folder / "run").mkdir()
     (folder / "run" / "cache").symlink_to(cache.resolve())
-    return _into(config, folder, work), [f"resized pixels are read from '{cache}', and added to it"]
+    note = f"resized pixels are read from '{cache}', and added to it"
+    return _run_in(folder, config, settings), [note]
 
 
-def _into(config: Config, folder: Path, work: Training) -> Config:
-    """The configuration of a run in ``folder`` that has steps enough and does nothing beside them."""
-    enough = max(config.run.max_steps, 3 * (work.warmup + work.steps))
-    own = {
-        "output_dir": str(folder / "run"),
-        "max_steps": enough,
-        "validate_every": 0,
-        "resume": None,
-    }
-    return replace(copy.deepcopy(config), run=replace(config.run, **own, wandb=WandbConfig()))
+def _run_in(folder: Path, config: Config, settings: TrainingSettings) -> Config:
+    """The configuration of a run in ``folder`` with steps enough, and nothing beside them."""
+    num_steps = 3 * (settings.num_warmup_steps + settings.num_steps)
+    run = replace(
+        config.run,
+        output_dir=str(folder / "run"),
+        max_steps=max(config.run.max_steps, num_steps),
+        validate_every=0,
+        resume=None,
+        wandb=WandbConfig(),
+    )
+    return replace(copy.deepcopy(config), run=run)
 
 
-def _micro_batches(trainer: Trainer, work: Training) -> Generator[Batch, None, None]:
-    """Those of the trainer's own loader, or a made-up one again and again, as its loader would hand it over."""
-    if work.real:
-        yield from trainer._loader()
+def _micro_batches(trainer: Trainer, settings: TrainingSettings) -> Generator[Batch, None, None]:
+    """Those of the trainer's own loader, or a random one again and again, as it would come."""
+    if settings.real:
+        yield from trainer.batches(trainer.progress)
+
     model = trainer.model
-    left = tokens_of_branches(work.num_tokens, model.num_image_tokens, work.num_queries)
+    num_tokens = tokens_of_branches(
+        settings.tokens_per_image, model.num_image_tokens, settings.num_queries
+    )
     batch = random_batch(
-        even_branches(trainer.run.batch_size, work.num_queries, left),
+        even_branches(trainer.run.batch_size, settings.num_queries, num_tokens),
         model.rgb_encoder.image_size,
         model.num_image_tokens,
         model.pixel_decoder.num_slots,
-        trainer.tokenizer.vocab_size,
-        pad_to_multiple_of=PAD_TO_MULTIPLE_OF if trainer.graphed else 1,
+        trainer.model.language_model.tokenizer.vocab_size,
+        pad_to_multiple_of=PAD_TO_MULTIPLE_OF if trainer.uses_cuda_graphs else 1,
         unpad=model.language_model.uses_flex_attention,
     )
-    if work.stored:
-        shape = len(batch.images), model.rgb_encoder.grid**2, model.rgb_encoder.embed_dim
-        batch = replace(
-            batch, patches=torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
-        )
     batch = replace(batch, samples=[])
-    yield from repeat(batch.pin_memory() if trainer.accelerator.device.type == "cuda" else batch)
+    if settings.stored:
+        shape = (len(batch.images), model.rgb_encoder.grid**2, model.rgb_encoder.embed_dim)
+        patches = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        batch = replace(batch, patches=patches.bfloat16())
+    if trainer.accelerator.device.type == "cuda":
+        batch = batch.pin_memory()
+    yield from repeat(batch)
 
 
 def _tflop_per_image(trainer: Trainer, batches: list[Batch]) -> Record:
-    """Work on an image by part, forward and backward, over all ``batches``."""
-    different = {id(batch): batch for batch in batches}  # a made-up batch is there many times
-    works = {key: work_of_batch(trainer.model, batch) for key, batch in different.items()}
-    unit = 1e12 * sum(len(batch.images) for batch in batches)
-    flop: Record = {part: dict.fromkeys(_KINDS, 0.0) for part in (*works[id(batches[0])], "all")}
+    """TFLOP of an image by part, forward and backward, over all ``batches``."""
+    # A random batch is there many times
+    distinct = {id(batch): batch for batch in batches}
+    flops = {key: flops_of_batch(trainer.model, batch) for key, batch in distinct.items()}
+
+    unit = TERA * sum(len(batch.images) for batch in batches)
+    parts = (*flops[id(batches[0])], "all")
+    record: Record = {part: dict.fromkeys(_PASSES, 0.0) for part in parts}
     for batch in batches:
-        for part, own in works[id(batch)].items():
-            for row in (flop[part], flop["all"]):
-                row.update({kind: row[kind] + getattr(own, kind) / unit for kind in _KINDS})
-    return flop
+        for part, flops_of_part in flops[id(batch)].items():
+            for name in _PASSES:
+                tflop = getattr(flops_of_part, name) / unit
+                record[part][name] += tflop
+                record["all"][name] += tflop
+    return record
 
 
-def _time_parts(trainer: Trainer, batches: Iterator[Batch], work: Training) -> Record:
-    """Time of the parts of a step, which hooks tell."""
-    timeline = Timeline(trainer.accelerator.device)
-    for _ in range(work.warmup):
+def _time_parts(trainer: Trainer, batches: Iterator[Batch], settings: TrainingSettings) -> Record:
+    """Time of the parts of a step, as hooks tell it."""
+    for _ in range(settings.num_warmup_steps):
         _step(trainer, batches)
-    with _watched_training(trainer, timeline):
-        for _ in track(range(work.steps), "timing parts", transient=True):
+    timeline = Timeline(trainer.accelerator.device)
+    with _timing_parts(trainer, timeline):
+        steps = range(settings.num_steps)
+        for _ in terminal.track(steps, "timing parts", transient=True):
             timeline.enter("waiting for data")
-            own = [next(batches) for _ in range(trainer.run.gradient_accumulation)]
+            micro_batches = [next(batches) for _ in range(trainer.run.gradient_accumulation)]
             timeline.enter("start of step")
-            trainer.train_step(own)
+            trainer.train_step(micro_batches)
     timeline.enter("end")
-    return in_sections(timeline, work.steps)
+    return time_by_section(timeline, settings.num_steps)
 
 
 @contextmanager
-def _watched_training(trainer: Trainer, timeline: Timeline) -> Iterator[None]:
-    """Have the parts of a step say when they begin."""
-    model, backward = trainer.model, trainer.accelerator.backward
+def _timing_parts(trainer: Trainer, timeline: Timeline) -> Iterator[None]:
+    """Let the parts of a step enter sections."""
+    model = trainer.model
 
     def entering(section: str) -> Callable[..., None]:
         return lambda *_: timeline.enter(section)
 
-    def language_begins(_: Llama, inputs: tuple) -> None:
-        inputs[0].register_hook(
-            entering("rest of backward")
-        )  # the gradient is through with the language model
+    # The backward pass of the language model begins with the gradient of its output, and ends with
+    # that of its input
+    def hook_input(_: Llama, inputs: tuple) -> None:
+        inputs[0].register_hook(entering("rest of backward"))
 
-    def language_ends(_: Llama, __: tuple, hidden: Tensor) -> None:
+    def hook_output(_: Llama, __: tuple, hidden: Tensor) -> None:
         hidden.register_hook(entering("language_model, backward"))
 
-    def timed_backward(*arguments: Any, **options: Any) -> None:
-        timeline.enter("losses and pixel_decoder, backward")
-        backward(*arguments, **options)
-        timeline.enter("clipping and optimizer")
-
-    hooks = [
+    hooks: list[Any] = [
         model.register_forward_pre_hook(entering("rest of forward")),
         model.register_forward_hook(entering("losses")),
-        model.language_model.register_forward_pre_hook(language_begins),
-        model.language_model.register_forward_hook(language_ends),
+        model.language_model.register_forward_pre_hook(hook_input),
+        model.language_model.register_forward_hook(hook_output),
         trainer.optimizer.register_step_post_hook(entering("end of step")),
     ]
     for part in (*PARTS, "projector"):
         module = getattr(model, part)
         hooks.append(module.register_forward_pre_hook(entering(f"{part}, forward")))
         hooks.append(module.register_forward_hook(entering("rest of forward")))
-    trainer.accelerator.backward = timed_backward
+    backward = timeline.timing_method(
+        trainer.accelerator,
+        "backward",
+        during="losses and pixel_decoder, backward",
+        after="clipping and optimizer",
+    )
     try:
-        yield
+        with backward:
+            yield
     finally:
-        del trainer.accelerator.backward
         for hook in hooks:
             hook.remove()

@@ -1,7 +1,8 @@
-"""`annexe ablate`: train and evaluate every row of an ablation, and put all of them into one table.
+"""`annexe ablate`: train and evaluate every row of an ablation, and put all into one table.
 
-A file of rows names a recipe and what each row changes of it. Every (row, seed) is a run of its own folder,
-``OUT/ROW/seed-S``, with its evaluation in ``eval/``. All work is done by the two torchrun scripts, as child processes.
+A file of rows names a recipe and what each row changes of it. Every (row, seed) is a run with a
+folder of its own, ``OUT/ROW/seed-S``, and its evaluation in ``eval/``. The two torchrun scripts do
+all work, as child processes.
 """
 
 from __future__ import annotations
@@ -9,12 +10,20 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-
-from annexe.ablation.queue import devices, work_off
-from annexe.ablation.rows import EVALUATE, TRAIN, Run, read_ablation, require_data, runs_of
+from annexe import terminal
+from annexe.ablation.queue import devices, jobs_of, run_all
+from annexe.ablation.rows import (
+    EVALUATE,
+    TRAIN,
+    Ablation,
+    Run,
+    read_ablation,
+    require_data,
+    runs_of,
+)
 from annexe.ablation.table import markdown, summary
 from annexe.errors import UserError, unknown_name_error
 from annexe.files import write_json, write_text
@@ -56,54 +65,63 @@ def run(arguments: argparse.Namespace) -> None:
             f"{TRAIN} and {EVALUATE} are not here; change to the top folder of a checkout of annexe"
         )
     ablation = read_ablation(arguments.file, arguments.options, arguments.evaluation_options)
-    names, seeds, out = set(arguments.rows or ablation.rows), arguments.seeds, arguments.out
+    names = set(arguments.rows or ablation.rows)
+    seeds = arguments.seeds
     for name in names - ablation.rows.keys():
         raise unknown_name_error("row", name, ablation.rows)
     if min(seeds) < 0 or arguments.jobs_per_gpu < 1:
         raise UserError("--seeds takes numbers from 0 on, --jobs-per-gpu from 1 on")
-    known = []  # the runs that are asked for, and those of earlier calls
-    for name in ablation.rows:
-        earlier = [path.name.removeprefix("seed-") for path in (out / name).glob("seed-*")]
-        own = {
-            *(seeds if name in names else ()),
-            *(int(seed) for seed in earlier if seed.isdigit()),
-        }
-        try:
-            known += runs_of(ablation, out, name, sorted(own)) if own else []
-        except UserError as error:
-            raise UserError(f"row '{name}': {error}") from None
+
+    # A first seed of every row comes before a second one of any
+    known = _known_runs(ablation, arguments.out, names, seeds)
     chosen = [each for each in known if each.row in names and each.seed in seeds]
-    chosen.sort(
-        key=lambda each: seeds.index(each.seed)
-    )  # a first seed of every row before a second one of any
-    groups: dict[Path, list[Run]] = {}
-    for each in chosen:
-        groups.setdefault(each.training.folder, []).append(each)
-    console = Console(soft_wrap=True, markup=False, highlight=False)
+    chosen.sort(key=lambda each: seeds.index(each.seed))
+    jobs = jobs_of(chosen)
     if arguments.dry_run:
-        for group in groups.values():
-            for stage in (group[0].training, *(each.evaluation for each in group)):
-                console.print(shlex.join(stage.command))
+        for job in jobs:
+            terminal.say(shlex.join(job[0].training.command))
+            for each in job:
+                terminal.say(shlex.join(each.evaluation.command))
         return
+
+    # Everything is checked before the first run starts
     slots = devices(arguments.gpus) * arguments.jobs_per_gpu
     require_data({each.data_root for each in chosen}, ablation.metrics)
     for each in known:
         each.training.require_unchanged()
         each.evaluation.require_unchanged()
 
-    def write_table() -> None:
-        record = summary(ablation, known)
-        write_json(out / "table.json", record)
-        write_text(out / "table.md", markdown(record))
-
-    (out / "cache").mkdir(parents=True, exist_ok=True)
+    (arguments.out / "cache").mkdir(parents=True, exist_ok=True)
+    write_table = partial(_write_table, ablation, known, arguments.out)
     write_table()
     try:
-        failed = work_off(list(groups.values()), slots, console, write_table)
+        failed = run_all(jobs, slots, write_table)
     except KeyboardInterrupt:
-        console.print("stopped; the same command goes on")
+        terminal.say("stopped; the same command goes on")
         sys.exit(130)
-    console.print(f"table: '{out / 'table.md'}'")
+    terminal.say(f"table: '{arguments.out / 'table.md'}'")
     if failed:
-        console.print(f"failed: {'; '.join(failed)}; the same command tries them again")
+        terminal.say(f"failed: {'; '.join(failed)}; the same command tries them again")
         sys.exit(1)
+
+
+def _known_runs(ablation: Ablation, out: Path, names: set[str], seeds: list[int]) -> list[Run]:
+    """The runs that are asked for, and those of earlier calls, row by row."""
+    known: list[Run] = []
+    for name in ablation.rows:
+        earlier = [path.name.removeprefix("seed-") for path in (out / name).glob("seed-*")]
+        seeds_of_row = {int(seed) for seed in earlier if seed.isdigit()}
+        if name in names:
+            seeds_of_row.update(seeds)
+        if seeds_of_row:
+            try:
+                known += runs_of(ablation, out, name, sorted(seeds_of_row))
+            except UserError as error:
+                raise UserError(f"row '{name}': {error}") from None
+    return known
+
+
+def _write_table(ablation: Ablation, runs: list[Run], out: Path) -> None:
+    record = summary(ablation, runs)
+    write_json(out / "table.json", record)
+    write_text(out / "table.md", markdown(record))
