@@ -1,0 +1,82 @@
+"""What commands print: lines of text, tables, and bars of progress."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+from rich import get_console, progress
+from rich.console import Console
+from rich.table import Column, Table
+
+Item = TypeVar("Item")
+
+_STDERR = Console(stderr=True)
+
+
+def say(text: str, *, style: str | None = None, stderr: bool = False) -> None:
+    """Print text as it is: brackets are no markup, numbers get no color, lines are not wrapped.
+
+    Args:
+        style: of the text, such as ``bold`` or ``red``.
+        stderr: print to standard error.
+    """
+    _console(stderr).print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def table(
+    headers: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    title: str | None = None,
+    has_total: bool = False,
+) -> None:
+    """Print a table. Names in its first column are wrapped where they are too long, never cut.
+
+    Args:
+        headers: one for each column.
+        rows: a text for each column.
+        title: stands above the table in one line.
+        has_total: the last row is the sum of the others.
+    """
+    first, *others = headers
+    printed = Table(Column(first, overflow="fold"), *others, title=title)
+    for row in rows:
+        printed.add_row(*row)
+    if has_total:
+        printed.rows[-1].style = "bold"
+    _console(stderr=False).print(printed, soft_wrap=True)
+
+
+def track(
+    items: Iterable[Item],
+    description: str,
+    total: float | None = None,
+    *,
+    transient: bool = False,
+    disable: bool = False,
+    stderr: bool = False,
+) -> Iterable[Item]:
+    """Give the items one by one, and show how many are done.
+
+    Args:
+        description: stands before the bar.
+        total: number of items, for those that do not know it.
+        transient: the bar goes away at the end.
+        disable: show nothing.
+        stderr: show the bar on standard error, and only if that is a terminal.
+    """
+    console = _console(stderr)
+    return progress.track(
+        items,
+        description,
+        total,
+        console=console,
+        transient=transient,
+        disable=disable or (stderr and not console.is_terminal),
+    )
+
+
+def _console(stderr: bool) -> Console:
+    """Standard output as log lines have it too, so that they stand above a bar; or errors."""
+    return _STDERR if stderr else get_console()
