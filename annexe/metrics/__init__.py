@@ -1,7 +1,7 @@
-"""Metrics of text, masks and depth: objects that take samples one by one, then `merge` and `compute`.
+"""Metrics of text, masks and depth: objects that take samples one by one, `merge` and `compute`.
 
-They keep raw integers or per-sample terms and divide last, so merged parts equal the whole exactly, in any
-order. The released scores alone depend on the order, as they did.
+They keep raw integers or terms of single samples and divide last, so merged parts equal the whole
+exactly, in any order. Only the scores of earlier publications depend on the order, as they did.
 """
 
 from __future__ import annotations

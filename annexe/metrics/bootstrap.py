@@ -1,6 +1,8 @@
-"""Confidence intervals and paired tests by bootstrap over whole videos: frames of one are no independent samples.
+"""Confidence intervals and paired tests by bootstrap over whole videos.
 
-Legend: C clusters, M metrics, R resamples.
+The frames of a video are no independent samples, so videos are drawn, not frames.
+
+Legend: C clusters (videos), M metrics, R resamples.
 """
 
 from __future__ import annotations
@@ -27,16 +29,16 @@ NUM_RESAMPLES = 1000
 SEED = 0
 LEVEL = 0.95
 
-Ratio = tuple[float, float]
+Ratio = tuple[float, float]  # numerator, denominator
 
 
 class Difference(NamedTuple):
-    """A metric of two systems on the same queries: `low` to `high` holds `second - first` with 95 % confidence."""
+    """A metric of two systems on the same queries."""
 
     first: float
     second: float
-    difference: float
-    low: float | None
+    difference: float  # second - first
+    low: float | None  # the 95 % confidence interval of the difference
     high: float | None
     p: float | None
 
@@ -45,6 +47,7 @@ class ClusterBootstrap:
     """Ratios of sums, resampled by cluster; every query belongs to one."""
 
     def __init__(self) -> None:
+        # Cluster -> what each of its queries adds to every metric
         self.rows: dict[str, list[list[Ratio]]] = {}
 
     def update(self, cluster: str, query: QueryResult, is_exact: bool) -> None:
@@ -57,7 +60,10 @@ class ClusterBootstrap:
             self.rows.setdefault(cluster, []).extend(rows)
 
     def compute(self) -> dict[str, list[float]]:
-        """Gives the 95 % interval of every metric that can be had, [low, high]; nothing from a single cluster."""
+        """Returns the 95 % interval of every metric that is defined, [low, high].
+
+        Nothing from a single cluster.
+        """
         if len(self.rows) < 2:
             return {}
         sums = self.sums()
@@ -69,21 +75,18 @@ class ClusterBootstrap:
         return intervals
 
     def sums(self) -> np.ndarray:
-        """Numerators and denominators by cluster, float64[C, M, 2]; clusters by name, sums in no order of queries."""
-        return np.array(
-            [
-                [
-                    [math.fsum(side) for side in zip(*ratios, strict=True)]
-                    for ratios in zip(*rows, strict=True)
-                ]
-                for _, rows in sorted(self.rows.items())
-            ]
-        )
+        """Returns numerators and denominators by cluster, float64[C, M, 2].
+
+        Clusters are in the order of their names. Sums do not depend on the order of queries.
+        """
+        return np.array([_sums(rows) for _, rows in sorted(self.rows.items())])
 
 
 def ratios_of(query: QueryResult, is_exact: bool) -> list[Ratio]:
-    """What a query adds to numerator and denominator of each of `METRICS`."""
-    has_target, rejected, overlap = query.has_target, query.rejected, query.overlap
+    """Returns what a query adds to numerator and denominator of each of `METRICS`."""
+    has_target = query.has_target
+    rejected = query.rejected
+    overlap = query.overlap
     return [
         (overlap.intersection, overlap.union),
         (overlap.iou, 1),
@@ -100,41 +103,54 @@ def ratios_of(query: QueryResult, is_exact: bool) -> list[Ratio]:
 def differences(first: ClusterBootstrap, second: ClusterBootstrap) -> dict[str, Difference]:
     """Compares two systems on the same queries by a paired bootstrap: both are resampled together.
 
-    p is two-sided: twice the share of resamples in which the difference is not on the side where it was measured, the
-    measurement itself counted as one more resample. A single cluster gives neither interval nor p.
+    p is two-sided: twice the share of resamples in which the difference is not on the side where it
+    was measured, the measurement itself counted as one more resample. A single cluster gives
+    neither interval nor p.
+
+    Returns:
+        Metric -> difference, of every metric that is defined for both.
     """
     assert first.rows.keys() == second.rows.keys(), "not the same queries"
     sums = np.stack([first.sums(), second.sums()])  # [2, C, M, 2]
+    num_clusters = sums.shape[1]
     totals = _ratios(sums.sum(1))  # [2, M]
-    resampled = _ratios(np.einsum("rc,scmx->srmx", _weights(sums.shape[1]), sums))  # [2, R, M]
+    resampled = _ratios(np.einsum("rc,scmx->srmx", _weights(num_clusters), sums))  # [2, R, M]
     compared = {}
-    for number, name in enumerate(METRICS):
-        if not np.isnan(totals[:, number]).any():
-            a, b = totals[:, number].tolist()
-            low = high = p = None
-            if sums.shape[1] > 1:
-                values = resampled[1, :, number] - resampled[0, :, number]
-                low, high = _interval(values)
-                p = _two_sided_p(values[~np.isnan(values)])
-            compared[name] = Difference(a, b, b - a, low, high, p)
+    for index, name in enumerate(METRICS):
+        if np.isnan(totals[:, index]).any():
+            continue
+        low = high = p = None
+        if num_clusters > 1:
+            values = resampled[1, :, index] - resampled[0, :, index]
+            low, high = _interval(values)
+            p = _two_sided_p(values[~np.isnan(values)])
+        value, other = totals[:, index].tolist()
+        compared[name] = Difference(value, other, other - value, low, high, p)
     return compared
+
+
+def _sums(rows: list[list[Ratio]]) -> list[list[float]]:
+    """Numerator and denominator of every metric, summed over the queries of one cluster."""
+    sums = []
+    for ratios in zip(*rows, strict=True):
+        numerators, denominators = zip(*ratios, strict=True)
+        sums.append([math.fsum(numerators), math.fsum(denominators)])
+    return sums
 
 
 def _weights(num_clusters: int) -> np.ndarray:
     """How often each cluster is drawn, float64[R, C]; the same for every system and metric."""
     shares = np.full(num_clusters, 1 / num_clusters)
-    return (
-        np.random.default_rng(SEED)
-        .multinomial(num_clusters, shares, size=NUM_RESAMPLES)
-        .astype(np.float64)
-    )
+    random = np.random.default_rng(SEED)
+    return random.multinomial(num_clusters, shares, size=NUM_RESAMPLES).astype(np.float64)
 
 
 def _ratios(sums: np.ndarray) -> np.ndarray:
-    """Numerator over denominator in the last axis; not a number where there is nothing to divide by."""
-    return np.divide(
-        sums[..., 0], sums[..., 1], out=np.full(sums.shape[:-1], np.nan), where=sums[..., 1] > 0
-    )
+    """Numerator over denominator in the last axis; NaN where there is nothing to divide by."""
+    numerators = sums[..., 0]
+    denominators = sums[..., 1]
+    undefined = np.full(denominators.shape, np.nan)
+    return np.divide(numerators, denominators, out=undefined, where=denominators > 0)
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:

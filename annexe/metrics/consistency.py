@@ -1,4 +1,7 @@
-"""Whether a system agrees with itself: over the wordings of one question, and between a hand and what it holds."""
+"""Whether a system agrees with itself.
+
+Over the wordings of one question, between answer and masks, and between a hand and what it holds.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ class Agreement(NamedTuple):
     """Means over all pairs of wordings of one question."""
 
     iou: float
-    equal_answers: float
+    equal_answers: float  # share of the pairs
 
 
 def agreement(masks: list[list[Rle]], answers: list[str]) -> Agreement:
@@ -32,26 +35,26 @@ def agreement(masks: list[list[Rle]], answers: list[str]) -> Agreement:
         masks: Predicted masks of each wording; their union counts.
         answers: Predicted answer of each wording.
     """
-    unions = [coco_mask.merge(own) for own in masks]
-    areas = [area(own) for own in masks]
-    ious, equal = [], []
+    unions = [coco_mask.merge(predicted) for predicted in masks]
+    areas = [area(predicted) for predicted in masks]
+    ious = []
+    equal = []
     for first, second in combinations(range(len(answers)), 2):
+        # Pixels of either wording: most pairs need no merging, for they are equal or one is empty
         both = areas[first] + areas[second]
-        same = areas[first] == areas[second] and (not both or unions[first] == unions[second])
-        union = (
-            areas[first]
-            if same
-            else area([unions[first], unions[second]])
-            if areas[first] and areas[second]
-            else both
-        )
+        if not areas[first] or not areas[second]:
+            union = both
+        elif areas[first] == areas[second] and unions[first] == unions[second]:
+            union = areas[first]
+        else:
+            union = area([unions[first], unions[second]])
         ious.append(Overlap(both - union, union).iou)
         equal.append(normalize(answers[first]) == normalize(answers[second]))
     return Agreement(math.fsum(ious) / len(ious), sum(equal) / len(equal))
 
 
 class ParaphraseAgreement:
-    """Agreement over the wordings of a question; every question with two or more counts the same."""
+    """Agreement over the wordings of a question; every question with several counts the same."""
 
     def __init__(self) -> None:
         self.questions: list[Agreement] = []
@@ -65,37 +68,39 @@ class ParaphraseAgreement:
         self.questions.extend(other.questions)
 
     def compute(self, prefix: str = "paraphrase") -> dict[str, float]:
-        """Gives `iou`, `equal_answers` and `num_questions`; nothing without a question of two wordings."""
+        """Returns `iou`, `equal_answers` and `num_questions`, if any question has two wordings."""
         if not self.questions:
             return {}
-        number = len(self.questions)
+        num_questions = len(self.questions)
+        iou = math.fsum(question.iou for question in self.questions)
+        equal_answers = math.fsum(question.equal_answers for question in self.questions)
         return {
-            f"{prefix}/iou": math.fsum(question.iou for question in self.questions) / number,
-            f"{prefix}/equal_answers": math.fsum(
-                question.equal_answers for question in self.questions
-            )
-            / number,
-            f"{prefix}/num_questions": number,
+            f"{prefix}/iou": iou / num_questions,
+            f"{prefix}/equal_answers": equal_answers / num_questions,
+            f"{prefix}/num_questions": num_questions,
         }
 
 
 class AnswerContradictions:
     """How often the answer and the masks say different things.
 
-    An answer with placeholders names their slots; one without names some slot unless it is a refusal. It contradicts
-    the masks where other slots than the named ones have a mask, or where only one of the two refuses.
+    An answer with placeholders names their slots. One without placeholders names some slot, unless
+    it is a refusal. An answer contradicts the masks where other slots than those it names have a
+    mask, or where only one of the two refuses.
     """
 
     def __init__(self) -> None:
-        self.num_queries = self.num_contradictions = 0
+        self.num_queries = 0
+        self.num_contradictions = 0
 
     def add(self, query: QueryResult, answer: str) -> None:
         """Adds one query and its predicted answer."""
         predicted = {mask.slot for mask in query.masks}
         named = {int(slot or 0) for slot in PLACEHOLDER.findall(answer)}
         is_refusal = normalize(answer) in {normalize(text) for text in NO_TARGET.values()}
+        contradicts = predicted != named if named else bool(predicted) == is_refusal
         self.num_queries += 1
-        self.num_contradictions += predicted != named if named else bool(predicted) == is_refusal
+        self.num_contradictions += contradicts
 
     def merge(self, other: AnswerContradictions) -> None:
         """Adds all queries of `other`."""
@@ -103,26 +108,25 @@ class AnswerContradictions:
         self.num_contradictions += other.num_contradictions
 
     def compute(self, prefix: str = "consistency") -> dict[str, float]:
-        """Gives `contradictions`, a share of all queries; nothing without a query."""
-        return (
-            {f"{prefix}/contradictions": self.num_contradictions / self.num_queries}
-            if self.num_queries
-            else {}
-        )
+        """Returns `contradictions`, a share of all queries; nothing without a query."""
+        if not self.num_queries:
+            return {}
+        return {f"{prefix}/contradictions": self.num_contradictions / self.num_queries}
 
 
 class ObjectWithoutHand:
-    """How often a query for a hand together with its object gets the object's mask and none of the hand.
+    """How often a query for a hand and its object gets the object's mask and none of the hand.
 
-    Of the queries whose targets hold a hand and something else, those count where the slot of such an object has a
-    mask and no slot of a hand has one.
+    Of the queries whose targets are a hand and something else, those count where the slot of such
+    an object has a mask and no slot of a hand has one.
     """
 
     def __init__(self) -> None:
-        self.num_queries = self.num_without_hand = 0
+        self.num_queries = 0
+        self.num_without_hand = 0
 
     def add(self, query: QueryResult) -> None:
-        """Adds one query; what its targets are is told by their labels."""
+        """Adds one query; the labels of its targets say which are hands."""
         hands = {target.slot for target in query.targets if target.label in HANDS}
         objects = {target.slot for target in query.targets} - hands
         if hands and objects:
@@ -136,7 +140,7 @@ class ObjectWithoutHand:
         self.num_without_hand += other.num_without_hand
 
     def compute(self, prefix: str = "consistency") -> dict[str, float]:
-        """Gives `object_without_hand` and `num_hand_and_object_queries`; nothing without such a query."""
+        """Returns `object_without_hand` and `num_hand_and_object_queries`, if any such query."""
         if not self.num_queries:
             return {}
         return {

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-# A predicted distance reaches at most this many times the largest true one, however far the fit extrapolates.
+# The fit may extrapolate far: a predicted distance is at most this often the largest true one
 MAX_DISTANCE_FACTOR = 10
 DELTA1_RATIO = 1.25
 
@@ -14,17 +14,19 @@ DELTA1_RATIO = 1.25
 def depth_errors(disparity: np.ndarray, distance: np.ndarray) -> dict[str, float] | None:
     """Returns the error sums of one image, plain numbers for `DepthMetrics.update`.
 
-    The disparity is fitted to the inverse distance by least squares (scale and shift, as in MiDaS, Ranftl et
-    al. 2020), then turned into distance. A constant disparity is scored like any other: it fits the mean.
+    The disparity is fitted to the inverse distance by least squares (scale and shift, as in MiDaS,
+    Ranftl et al. 2020), then turned into distance. A constant disparity is scored as any other: it
+    fits the mean.
 
     Args:
         disparity: float[H, W], large = near, any scale and shift.
         distance: float[H, W], any unit; 0 where the sensor saw nothing.
 
     Returns:
-        `num_valid`, `sum_absolute_normalised` (both maps scaled to 0..1 over the valid pixels),
-        `sum_absolute_relative`, `sum_squared` (unit of distance, squared) and `num_delta1`; None if
-        fewer than two pixels are valid or all have the same distance.
+        The keys of `annexe.evaluation.records.DepthSums`: `num_valid`, `sum_absolute_normalised`
+        (both maps scaled to 0..1 over the valid pixels), `sum_absolute_relative`, `sum_squared`
+        (unit of distance, squared) and `num_delta1`. None if fewer than two pixels are valid, or
+        if all have the same distance.
     """
     valid = distance > 0
     true = distance[valid].astype(np.float64)  # [num_valid]
@@ -57,7 +59,7 @@ class DepthMetrics:
         self.images.extend(other.images)
 
     def compute(self, prefix: str = "depth") -> dict[str, float]:
-        """Gives `mae` (of maps scaled to 0..1), `abs_rel`, `rmse` and `delta1`; nothing without images."""
+        """Returns `mae` (of maps scaled to 0..1), `abs_rel`, `rmse` and `delta1`, if any image."""
         if not self.images:
             return {}
         num_valid = self._total("num_valid")
@@ -69,20 +71,19 @@ class DepthMetrics:
         }
 
     def _total(self, name: str) -> float:
-        # fsum rounds once, so the order of the images does not matter.
+        # fsum rounds once, so the order of the images does not matter
         return math.fsum(image[name] for image in self.images)
 
 
 def _fit(disparity: np.ndarray, inverse_distance: np.ndarray) -> np.ndarray:
     """Returns scale * disparity + shift closest to the inverse distance; all float64[num_valid]."""
-    centred = disparity - disparity.mean()
-    variance = np.square(centred).sum()
-    scale = (
-        (centred * (inverse_distance - inverse_distance.mean())).sum() / variance
-        if variance > 0
-        else 0.0
-    )
-    return scale * centred + inverse_distance.mean()
+    centered = disparity - disparity.mean()
+    mean = inverse_distance.mean()
+    variance = np.square(centered).sum()
+    scale = 0.0
+    if variance > 0:
+        scale = (centered * (inverse_distance - mean)).sum() / variance
+    return scale * centered + mean
 
 
 def _min_max(values: np.ndarray) -> np.ndarray:

@@ -6,7 +6,6 @@ A mask is a COCO compressed RLE: `{"size": [H, W], "counts": str or bytes}`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from annexe.errors import UserError
@@ -27,7 +26,10 @@ class Overlap(NamedTuple):
         return self.intersection / self.union if self.union else 1.0
 
     def reaches(self, tenths: int) -> bool:
-        """Whether the IoU is at least `tenths` / 10: integers compare exactly where 0.7 has no exact float."""
+        """Whether the IoU is at least `tenths` / 10.
+
+        Integers compare exactly, where 0.7 has no exact float.
+        """
         return 10 * self.intersection >= tenths * self.union
 
 
@@ -40,20 +42,21 @@ class TargetResult(NamedTuple):
 
 
 class MaskResult(NamedTuple):
-    """One predicted mask that has a pixel, against the target of its slot, with the score it was given, if any."""
+    """One predicted mask that has a pixel, against the target of its slot."""
 
     slot: int
     overlap: Overlap
-    score: float | None
+    score: float | None  # the system's confidence in the mask, if it gave one
 
 
 class QueryResult(NamedTuple):
     """One query, measured: all its predicted against all its true pixels, and slot by slot.
 
-    A query has a target if its true masks have a pixel, and is rejected if its predicted masks have none.
+    A query has a target if its true masks have a pixel. It is rejected if its predicted masks have
+    none.
     """
 
-    overlap: Overlap
+    overlap: Overlap  # of the union of the predicted masks with the union of the true ones
     num_true_pixels: int
     targets: tuple[TargetResult, ...]
     masks: tuple[MaskResult, ...]
@@ -77,38 +80,45 @@ def measure(
 
     Args:
         predicted: Slot -> predicted mask.
-        targets: Slot -> true mask, used slots only; empty for a no-target query.
-        labels: Slot -> group in which the target's IoU is also reported, such as `right_hand` or `mug`.
+        targets: Slot -> true mask, of the slots in use; empty for a query without a target.
+        labels: Slot -> group in which the target's IoU is also reported, such as `right_hand` or
+            `mug`.
         scores: Slot -> confidence in the predicted mask.
 
     Raises:
         UserError: The masks differ in size or are not compressed RLEs.
     """
     _check([*predicted.values(), *targets.values()])
-    # What has no pixel is no prediction and cannot be hit.
-    predicted_areas, true_areas = _areas(predicted), _areas(targets)
+    scores = scores or {}
+
+    # A mask without a pixel is no prediction, and a target without one cannot be hit
+    predicted_areas = _areas(predicted)
+    true_areas = _areas(targets)
     predicted = {slot: predicted[slot] for slot in predicted_areas}
     targets = {slot: targets[slot] for slot in true_areas}
+
+    # All slots together: |P and G| = |P| + |G| - |P or G| needs no case for an empty side
     num_true = area(targets.values())
     union = area([*predicted.values(), *targets.values()])
-    # |P and G| = |P| + |G| - |P or G|: needs no case for an empty side.
     overlap = Overlap(area(predicted.values()) + num_true - union, union)
-    by_slot = {
-        slot: Overlap(0, num_pixels) for slot, num_pixels in (true_areas | predicted_areas).items()
-    }
+
+    # Slot by slot
+    by_slot = {}
+    for slot, num_pixels in (true_areas | predicted_areas).items():
+        by_slot[slot] = Overlap(0, num_pixels)
     for slot in predicted_areas.keys() & true_areas.keys():
         union = area([predicted[slot], targets[slot]])
         by_slot[slot] = Overlap(predicted_areas[slot] + true_areas[slot] - union, union)
     return QueryResult(
-        overlap,
-        num_true,
-        tuple(TargetResult(slot, by_slot[slot], labels.get(slot)) for slot in targets),
-        tuple(MaskResult(slot, by_slot[slot], (scores or {}).get(slot)) for slot in predicted),
+        overlap=overlap,
+        num_true_pixels=num_true,
+        targets=tuple(TargetResult(slot, by_slot[slot], labels.get(slot)) for slot in targets),
+        masks=tuple(MaskResult(slot, by_slot[slot], scores.get(slot)) for slot in predicted),
     )
 
 
 class GroundingMetrics:
-    """cIoU, gIoU, N-acc, T-acc and precision over queries, the same over single targets, accuracy of presence."""
+    """cIoU, gIoU, N-acc, T-acc, precision over queries and over single targets, presence."""
 
     def __init__(self) -> None:
         self.queries: list[QueryResult] = []
@@ -116,7 +126,14 @@ class GroundingMetrics:
     def update(
         self, predicted: dict[int, Rle], targets: dict[int, Rle], labels: dict[int, str]
     ) -> None:
-        """Measures and adds one query; the arguments are those of `measure`."""
+        """Measures and adds one query.
+
+        Args:
+            predicted: See `measure`; so are the others.
+
+        Raises:
+            UserError: The masks differ in size or are not compressed RLEs.
+        """
         self.add(measure(predicted, targets, labels))
 
     def add(self, query: QueryResult) -> None:
@@ -131,18 +148,21 @@ class GroundingMetrics:
         """Returns the metrics under `prefix/` and `presence/accuracy`; no denominator, no entry."""
         with_target = [query for query in self.queries if query.has_target]
         without_target = [query for query in self.queries if not query.has_target]
-        targets = [target for query in self.queries for target in query.targets]
         overlaps = [query.overlap for query in self.queries]
+        targets: list[TargetResult] = []
+        for query in self.queries:
+            targets += query.targets
         target_overlaps = [target.overlap for target in targets]
+
+        # Numerator and denominator of each metric
+        num_rejected = sum(query.rejected for query in without_target)
+        num_answered = sum(not query.rejected for query in with_target)
         ratios = {
             f"{prefix}/ciou": _cumulative_ratio(overlaps),
             f"{prefix}/giou": _iou_ratio(overlaps),
             f"{prefix}/miou": _iou_ratio(target_overlaps),
-            f"{prefix}/n_acc": (
-                sum(query.rejected for query in without_target),
-                len(without_target),
-            ),
-            f"{prefix}/t_acc": (sum(not query.rejected for query in with_target), len(with_target)),
+            f"{prefix}/n_acc": (num_rejected, len(without_target)),
+            f"{prefix}/t_acc": (num_answered, len(with_target)),
             f"{prefix}/slot_ciou": _cumulative_ratio(target_overlaps),
         }
         for tenths in PRECISION_TENTHS:
@@ -151,15 +171,15 @@ class GroundingMetrics:
             num_precise = sum(overlap.reaches(tenths) for overlap in target_overlaps)
             ratios[f"{prefix}/slot_precision@0.{tenths}"] = (num_precise, len(targets))
         for label in sorted({target.label for target in targets if target.label is not None}):
-            ratios[f"{prefix}/miou/{label}"] = _iou_ratio(
-                t.overlap for t in targets if t.label == label
-            )
+            labeled = [target.overlap for target in targets if target.label == label]
+            ratios[f"{prefix}/miou/{label}"] = _iou_ratio(labeled)
         num_agreeing = sum(query.rejected != query.has_target for query in self.queries)
         ratios["presence/accuracy"] = (num_agreeing, len(self.queries))
-        return {name: numerator / count for name, (numerator, count) in ratios.items() if count} | {
-            f"{prefix}/num_target_queries": len(with_target),
-            f"{prefix}/num_no_target_queries": len(without_target),
-        }
+
+        metrics = {name: total / count for name, (total, count) in ratios.items() if count}
+        metrics[f"{prefix}/num_target_queries"] = len(with_target)
+        metrics[f"{prefix}/num_no_target_queries"] = len(without_target)
+        return metrics
 
 
 def _areas(masks: dict[int, Rle]) -> dict[int, int]:
@@ -169,25 +189,27 @@ def _areas(masks: dict[int, Rle]) -> dict[int, int]:
 
 
 def _cumulative_ratio(overlaps: list[Overlap]) -> tuple[int, int]:
-    return sum(overlap.intersection for overlap in overlaps), sum(
-        overlap.union for overlap in overlaps
-    )
+    """Returns the sums of intersections and of unions."""
+    intersection = sum(overlap.intersection for overlap in overlaps)
+    union = sum(overlap.union for overlap in overlaps)
+    return intersection, union
 
 
-def _iou_ratio(overlaps: Iterable[Overlap]) -> tuple[float, int]:
-    """Returns the sum of the IoU, exactly rounded and so independent of the order, and their number."""
+def _iou_ratio(overlaps: list[Overlap]) -> tuple[float, int]:
+    """Returns the sum of the IoU, rounded once and so independent of their order, and the count."""
     ious = [overlap.iou for overlap in overlaps]
     return math.fsum(ious), len(ious)
 
 
 def _check(masks: list[Rle]) -> None:
+    """Refuses masks that are no compressed codes of one size."""
     if any(isinstance(mask["counts"], list) for mask in masks):
         raise UserError(
             "mask with uncompressed RLE counts; convert it with pycocotools.mask.frPyObjects"
         )
     sizes = sorted({tuple(mask["size"]) for mask in masks})
     if len(sizes) > 1:
-        # pycocotools would silently merge them to nothing.
+        # pycocotools would silently merge them to nothing
         raise UserError(
             f"masks of one query have sizes (H, W) {sizes}; give all at the size of the image"
         )

@@ -1,4 +1,7 @@
-"""The scores of earlier publications, formula by formula. They are not the standard ones and have other names."""
+"""The scores of earlier publications, formula by formula.
+
+They do not compare with the standard scores, and have other names.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,10 @@ NUM_CLASSES = 4  # 0 is the background, k + 1 is slot k
 
 
 class AnnexeRelease:
-    """The scoring of the released ANNEXE code (CVPR 2025): means over batches of ten, text with swapped sides.
+    """The scoring of the released ANNEXE code (CVPR 2025).
 
-    The order in which samples are added settles the batches. The last one may be short and counts as the others do.
+    Means over batches of ten, text with swapped sides. Samples form batches in the order in which
+    they are added. The last batch may be short, and counts as much as the others.
     """
 
     def __init__(self) -> None:
@@ -43,24 +47,24 @@ class AnnexeRelease:
         self.class_pixels.extend(other.class_pixels)
 
     def compute(self) -> dict[str, float]:
-        """Gives METEOR and CIDEr of either text, and `grounding/batch_class_iou`."""
+        """Returns METEOR and CIDEr of either text, and `grounding/batch_class_iou`."""
         metrics: dict[str, float] = {}
         for part, pairs in (("analysis", self.analyses), ("answer", self.answers)):
             if pairs:
                 metrics[f"{part}/{meteor_name()}_swapped"] = _mean_over_batches(pairs, meteor)
                 metrics[f"{part}/cider_swapped"] = _mean_over_batches(pairs, cider)
         if self.class_pixels:
-            metrics["grounding/batch_class_iou"] = _mean_over_batches(
-                self.class_pixels, mean_class_iou
-            )
-        return metrics | {"num_batches": math.ceil(len(self.class_pixels) / BATCH_SIZE)}
+            iou = _mean_over_batches(self.class_pixels, mean_class_iou)
+            metrics["grounding/batch_class_iou"] = iou
+        metrics["num_batches"] = math.ceil(len(self.class_pixels) / BATCH_SIZE)
+        return metrics
 
 
 class EarlRelease:
-    """The scoring of EARL's script (2026): per query the mean IoU over its targets, then the mean over queries.
+    """The scoring of EARL's script (2026).
 
-    The targets of a query are the slots that the truth or the prediction fills. Where neither fills any, both are
-    empty, and the query counts 1.
+    Per query the mean IoU over its targets, then the mean over queries. The targets of a query are
+    the slots that the truth or the prediction fills. Where neither fills any, the query counts 1.
     """
 
     def __init__(self) -> None:
@@ -78,21 +82,27 @@ class EarlRelease:
         self.queries.extend(other.queries)
 
     def compute(self) -> dict[str, float]:
-        """Gives `grounding/mean_target_iou`."""
+        """Returns `grounding/mean_target_iou`; nothing without queries."""
         if not self.queries:
             return {}
         return {"grounding/mean_target_iou": math.fsum(self.queries) / len(self.queries)}
 
 
 def class_pixels(query: QueryResult, num_pixels: int) -> np.ndarray:
-    """Returns intersection, union and presence in the truth (above 0) of every class, int64[NUM_CLASSES, 3].
+    """Returns intersection and union of every class, and whether the truth has it (above 0).
 
     A pixel in the masks of several slots counts for each of them.
+
+    Returns:
+        int64[NUM_CLASSES, 3].
     """
     pixels = np.zeros((NUM_CLASSES, 3), np.int64)
-    # Background is what no mask holds, of whatever slot.
+
+    # Background is what no mask holds, of whatever slot
     intersection, union = query.overlap
     pixels[0] = num_pixels - union, num_pixels - intersection, num_pixels - query.num_true_pixels
+
+    # Slots that the truth fills, and those that the prediction alone fills
     true_slots = {target.slot for target in query.targets}
     for part in (*query.targets, *(mask for mask in query.masks if mask.slot not in true_slots)):
         if part.slot + 1 < NUM_CLASSES:
@@ -101,14 +111,21 @@ def class_pixels(query: QueryResult, num_pixels: int) -> np.ndarray:
 
 
 def mean_class_iou(batch: list[np.ndarray]) -> float:
-    """Mean IoU of the classes on a whole batch; one that its truth lacks repeats the value before it, the first 0."""
+    """Returns the mean IoU of the classes on a whole batch.
+
+    A class that its truth lacks repeats the value of the class before it; the first one counts 0.
+    """
     ious: list[float] = []
+    previous = 0.0
     for intersection, union, is_true in np.sum(batch, axis=0).tolist():
-        ious.append(intersection / union if is_true else ious[-1] if ious else 0.0)
+        if is_true:
+            previous = intersection / union
+        ious.append(previous)
     return sum(ious) / len(ious)
 
 
 def _swapped(prediction: str, reference: str) -> TextPair:
+    """A pair of texts in which the prediction takes the part of the reference."""
     return TextPair(normalize(reference), normalize(prediction), None)
 
 

@@ -25,20 +25,20 @@ logger = logging.getLogger(__name__)
 
 DEBIAN_WORDNET = Path("/usr/share/wordnet")
 
-# The lexicographer files of WordNet in their numeric order, from the man page lexnames(5WN). Debian ships the
-# data base without this list, and nltk cannot read it without.
+# The lexicographer files of WordNet in their numeric order, from the man page lexnames(5WN).
+# Debian ships the data base without this list, and nltk cannot read it without.
 LEXICOGRAPHER_FILES = """
     adj.all adj.pert adv.all
-    noun.Tops noun.act noun.animal noun.artifact noun.attribute noun.body noun.cognition noun.communication
-    noun.event noun.feeling noun.food noun.group noun.location noun.motive noun.object noun.person
-    noun.phenomenon noun.plant noun.possession noun.process noun.quantity noun.relation noun.shape noun.state
-    noun.substance noun.time
-    verb.body verb.change verb.cognition verb.communication verb.competition verb.consumption verb.contact
-    verb.creation verb.emotion verb.motion verb.perception verb.possession verb.social verb.stative
-    verb.weather
+    noun.Tops noun.act noun.animal noun.artifact noun.attribute noun.body noun.cognition
+    noun.communication noun.event noun.feeling noun.food noun.group noun.location noun.motive
+    noun.object noun.person noun.phenomenon noun.plant noun.possession noun.process noun.quantity
+    noun.relation noun.shape noun.state noun.substance noun.time
+    verb.body verb.change verb.cognition verb.communication verb.competition verb.consumption
+    verb.contact verb.creation verb.emotion verb.motion verb.perception verb.possession verb.social
+    verb.stative verb.weather
     adj.ppl
 """
-PART_OF_SPEECH_NUMBERS = {"noun": 1, "verb": 2, "adj": 3, "adv": 4}
+PART_OF_SPEECH_CODES = {"noun": 1, "verb": 2, "adj": 3, "adv": 4}
 
 _PLACEHOLDER = re.compile(r"<msk(_\d+)?>")
 _APOSTROPHE = re.compile("['\u2019]")
@@ -46,7 +46,7 @@ _PUNCTUATION = re.compile(r"[^\w\s]|_")
 
 
 class TextPair(NamedTuple):
-    """One scored answer or analysis, both sides normalised."""
+    """One scored answer or analysis, both sides normalized."""
 
     prediction: str
     reference: str
@@ -68,7 +68,8 @@ class TextMetrics:
             key: Names the pair; it also fixes the order in which CIDEr sees the corpus.
             prediction: Generated text.
             reference: True text.
-            has_target: Whether the query has a target. Pairs without it do not count for exact match.
+            has_target: Whether the query has a target. Pairs without it do not count for exact
+                match.
 
         Raises:
             UserError: The key was added before.
@@ -87,9 +88,9 @@ class TextMetrics:
     def compute(self, prefix: str) -> dict[str, float]:
         """Returns the metrics, each under `prefix/`; a metric without any pair is absent.
 
-        `meteor` needs WordNet. Where it is missing, `meteor_without_synonyms` stands in its place: the two
-        differ and never share a name. `exact_match_targets` leaves out the queries without a target, which a
-        constant answer gets right.
+        `meteor` needs WordNet. Where it is missing, `meteor_without_synonyms` stands in its place:
+        the two differ and never share a name. `exact_match_targets` leaves out the queries without
+        a target, which a constant answer gets right.
         """
         if not self.pairs:
             return {}
@@ -111,7 +112,7 @@ class TextMetrics:
 
 @functools.lru_cache(maxsize=2**16)
 def normalize(text: str) -> str:
-    """Lower-cases and removes mask placeholders and punctuation; words stay apart by one space.
+    """Lower-cases a text and removes mask placeholders and punctuation; one space separates words.
 
     Punctuation separates words (`hand-held` is two), apostrophes do not (`person's` is one).
     """
@@ -122,7 +123,7 @@ def normalize(text: str) -> str:
 
 @functools.cache
 def load_wordnet() -> object | None:
-    """Returns nltk's WordNet reader, or None, with a warning, where the data base is not installed.
+    """Returns nltk's WordNet reader, or None, with a warning, where it is not installed.
 
     Probed once per process, because `meteor_score` does not always notice that WordNet is missing.
     """
@@ -132,8 +133,9 @@ def load_wordnet() -> object | None:
     except LookupError:
         if not DEBIAN_WORDNET.is_dir():
             logger.warning(
-                "WordNet is not installed, so METEOR goes without synonyms, as meteor_without_synonyms; "
-                "get WordNet by `apt-get install wordnet-base` or nltk.download('wordnet')"
+                "WordNet is not installed, so METEOR is computed without synonyms, as "
+                "meteor_without_synonyms; get WordNet by `apt-get install wordnet-base` "
+                "or nltk.download('wordnet')"
             )
             return None
     nltk.data.path.insert(0, _copy_debian_wordnet())
@@ -142,9 +144,10 @@ def load_wordnet() -> object | None:
 
 
 def _copy_debian_wordnet() -> str:
-    """Returns an nltk data folder with a copy of Debian's WordNet; it is removed when the process exits.
+    """Returns an nltk data folder with a copy of Debian's WordNet.
 
-    nltk refuses links that leave its data folder, hence a copy (28 MB).
+    nltk refuses links that leave its data folder, hence a copy (28 MB). It is removed when the
+    process exits.
     """
     data_folder = tempfile.TemporaryDirectory(prefix="annexe_nltk_data_")
     atexit.register(data_folder.cleanup)
@@ -152,17 +155,18 @@ def _copy_debian_wordnet() -> str:
     shutil.copytree(DEBIAN_WORDNET, corpus)
     if not (corpus / "lexnames").exists():
         (corpus / "lexnames").write_text(_lexnames())
-    # In Debian's wordnet-sense-index, not in wordnet-base. nltk opens it at once, but uses it only for other
-    # languages, so an empty one will do.
+    # Debian has this file in another package, wordnet-sense-index. nltk opens it at once, but reads
+    # it only for other languages, so an empty one will do
     (corpus / "index.sense").touch()
     return data_folder.name
 
 
 def _lexnames() -> str:
+    """The file lexnames that Debian leaves out."""
     lines = []
-    for number, name in enumerate(LEXICOGRAPHER_FILES.split()):
+    for index, name in enumerate(LEXICOGRAPHER_FILES.split()):
         part_of_speech = name.split(".")[0]
-        lines.append(f"{number:02d}\t{name}\t{PART_OF_SPEECH_NUMBERS[part_of_speech]}\n")
+        lines.append(f"{index:02d}\t{name}\t{PART_OF_SPEECH_CODES[part_of_speech]}\n")
     return "".join(lines)
 
 
@@ -174,16 +178,15 @@ class _NoSynonyms:
 
 
 def meteor_name() -> str:
-    """What METEOR is called here: it counts synonyms only where WordNet is installed."""
+    """Name of METEOR as this machine computes it: synonyms count only where WordNet is."""
     return "meteor" if load_wordnet() is not None else "meteor_without_synonyms"
 
 
 def meteor(pairs: list[TextPair]) -> float:
     """Mean METEOR as nltk computes it."""
     has_synonyms = load_wordnet() is not None
-    return math.fsum(
-        _meteor_of(pair.prediction, pair.reference, has_synonyms) for pair in pairs
-    ) / len(pairs)
+    scores = [_meteor_of(pair.prediction, pair.reference, has_synonyms) for pair in pairs]
+    return math.fsum(scores) / len(scores)
 
 
 @functools.lru_cache(maxsize=2**18)
@@ -195,19 +198,24 @@ def _meteor_of(prediction: str, reference: str, has_synonyms: bool) -> float:
 def cider(pairs: list[TextPair]) -> float:
     """CIDEr-D as pycocoevalcap computes it over the corpus of the pairs, bit for bit.
 
-    Its `Cider` scores every pair; here those that are equal, of which answers have many, are scored once.
+    Its `Cider` scores every pair. Here equal pairs, of which answers have many, are scored once,
+    by writing the distinct ones into a scorer of the library.
     """
+    # How many references of the whole corpus have each group of words
     scorer = CiderScorer()
-    for reference, number in Counter(pair.reference for pair in pairs).items():
+    for reference, count in Counter(pair.reference for pair in pairs).items():
         for ngram in cook_test(reference):
-            scorer.document_frequency[ngram] += number
+            scorer.document_frequency[ngram] += count
+
+    # Distinct pairs. The scorer stops where the tests end, but takes the size of the corpus from
+    # the number of references: hence the empty ones
     sides = [(pair.prediction, pair.reference) for pair in pairs]
     distinct = list(dict.fromkeys(sides))
     scorer.ctest = [cook_test(prediction) for prediction, _ in distinct]
-    # The scorer takes the size of the corpus from the length of this list, and stops where the tests end.
-    scorer.crefs = [cook_refs([reference]) for _, reference in distinct] + [[]] * (
-        len(pairs) - len(distinct)
-    )
+    scorer.crefs = [cook_refs([reference]) for _, reference in distinct]
+    scorer.crefs += [[]] * (len(pairs) - len(distinct))
+
+    # Every pair counts in the mean
     scores = dict(zip(distinct, scorer.compute_cider(), strict=True))
     return float(np.mean(np.array([scores[side] for side in sides])))
 
