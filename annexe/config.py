@@ -122,6 +122,7 @@ class RunConfig:
     split: str = "test"
     queries_per_annotation: int | str = 1  # or all
     max_new_tokens: int = 50
+    report: bool = True  # draw report.html after an evaluation
 
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):

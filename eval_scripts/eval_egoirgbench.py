@@ -1,13 +1,13 @@
-"""Evaluate a checkpoint on Ego-IRGBench: text and mask metrics, predictions and a report under run.output_dir.
+"""Evaluate a checkpoint on Ego-IRGBench: text and mask metrics, predictions and a report.
 
-torchrun eval_scripts/eval_egoirgbench.py --cfg-path eval_configs/annexe_tiny.yaml --dataset ego_irgbench
+torchrun eval_scripts/eval_egoirgbench.py --cfg-path eval_configs/annexe_tiny.yaml
+    --dataset ego_irgbench
 """
 
 from __future__ import annotations
 
-if (
-    __name__ == "__main__"
-):  # the processes that score and draw read this file too, and need nothing of it
+if __name__ == "__main__":
+    # Here, because the processes that score and draw read this file too, and need nothing of it
     from annexe.cli import run_script
     from annexe.evaluator import evaluate
 

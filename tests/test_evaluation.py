@@ -1,4 +1,4 @@
-"""Evaluation end to end: files, metrics, baselines, subsets, kills, locks, threads, moved weights, real photos."""
+"""Evaluation end to end: files, metrics, kills, locks, threads, moved weights, real photos."""
 
 from __future__ import annotations
 
@@ -18,17 +18,27 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from annexe import evaluator
+from annexe import build, evaluator
 from annexe.build import build_dataset, load_config
 from annexe.errors import UserError
+from annexe.evaluation.records import (
+    ImageRecord,
+    PredictedMask,
+    QueryRecord,
+    Record,
+    read_predictions,
+    split_kinds,
+)
 from annexe.evaluation.scoring import constant_baselines, score, score_all
 from annexe.evaluation.truth import Truth
 from annexe.evaluator import evaluate
 from annexe.models.mask_postprocessing import encode_columns
 from annexe.rle import encode, is_empty
-from annexe.trainer import Trainer, train
+from annexe.trainer import set_up, train
 from annexe.workers import in_threads
-from tests.conftest import ROOT, SHARED, SMALLEST
+from tests.conftest import ROOT, SHARED, SMALLEST, TINY
+
+NO_REPORT = "run.report=false"
 
 KEYS = [
     "analysis/cider",
@@ -52,33 +62,42 @@ KEYS = [
 ]
 
 
-@pytest.fixture
-def trained(make_config, tmp_path) -> Path:
-    train(
-        make_config(
-            "run.max_steps=1", "run.warmup_steps=0", f"run.output_dir={tmp_path / 'trained'}"
-        )
-    )
-    return tmp_path / "trained"
+@pytest.fixture(scope="module")
+def trained(scenes, tmp_path_factory) -> Path:
+    """A run of one step."""
+    folder = tmp_path_factory.mktemp("trained")
+    options = [
+        *SMALLEST,
+        f"datasets.ego_irgbench.data_root={scenes}",
+        f"run.output_dir={folder}",
+        "run.max_steps=1",
+        "run.warmup_steps=0",
+    ]
+    train(load_config(TINY, options))
+    return folder
 
 
-def perfect_records(truth: Truth) -> list[dict]:
+def perfect_records(truth: Truth) -> list[Record]:
     """What a system that knows everything would write."""
-    records = []
+    records: list[Record] = []
     for stem, image in zip(truth.dataset.stems, truth.dataset.annotations, strict=True):
-        records.append(
-            {"kind": "image", "image": stem, "analysis": image[0].caption, "depth": None}
-        )
-        for number, annotation in enumerate(image):
-            masks = [
-                {"slot": k, "phrase": "", "score": 1.0, "rle": truth.masks(stem)[i]}
-                for k, i in annotation.slots.items()
-            ]
+        records.append(ImageRecord(image=stem, analysis=image[0].caption))
+        for index, annotation in enumerate(image):
+            masks = []
+            for slot, mask_id in annotation.slots.items():
+                rle = truth.masks(stem)[mask_id]
+                masks.append(PredictedMask(slot=slot, phrase="", score=1.0, rle=rle))
             question = annotation.questions[0]
-            records.append(
-                {"kind": "query", "image": stem, "annotation": number, "query_id": question["id"],
-                 "query": question["query"], "answer": annotation.answer, "presence": 1.0, "masks": masks}
-            )  # fmt: skip
+            record = QueryRecord(
+                image=stem,
+                annotation=index,
+                query_id=question["id"],
+                query=question["query"],
+                answer=annotation.answer,
+                presence=1.0,
+                masks=masks,
+            )
+            records.append(record)
     return records
 
 
@@ -87,63 +106,49 @@ def test_perfect_predictions_score_perfectly(make_config):
     metrics = score(perfect_records(truth), truth)
     for key in ("ciou", "giou", "miou", "n_acc", "t_acc", "precision@0.9"):
         assert metrics[f"grounding/{key}"] == 1.0
-    assert (
-        metrics["answer/exact_match"]
-        == metrics["answer/exact_match_targets"]
-        == metrics["presence/accuracy"]
-        == 1.0
-    )
+    for key in ("answer/exact_match", "answer/exact_match_targets", "presence/accuracy"):
+        assert metrics[key] == 1.0
     assert metrics["analysis/cider"] > 5
     assert {"grounding/miou/right_hand", "grounding/miou/left_hand"} <= set(metrics)
 
 
 def test_constant_baselines_are_what_they_say(make_config):
     truth = Truth(build_dataset(make_config(), "test"))
-    records = perfect_records(truth)
-    baselines = constant_baselines(records, truth)
-    rejecting, constant = score(baselines["reject"], truth), score(baselines["constant"], truth)
-    assert (
-        rejecting["grounding/n_acc"] == 1.0
-        and rejecting["grounding/t_acc"] == rejecting["grounding/ciou"] == 0.0
-    )
+    baselines = constant_baselines(perfect_records(truth), truth)
+    rejecting = score(baselines["reject"], truth)
+    constant = score(baselines["constant"], truth)
+    assert rejecting["grounding/n_acc"] == 1.0
+    assert rejecting["grounding/t_acc"] == rejecting["grounding/ciou"] == 0.0
     assert rejecting["answer/exact_match_targets"] == 0.0
     assert constant["grounding/t_acc"] == 1.0 and constant["grounding/n_acc"] == 0.0
     assert 0 < constant["grounding/ciou"] < 1
     stem = truth.dataset.stems[0]
-    union = next(r for r in baselines["constant"] if r["kind"] == "query" and r["image"] == stem)[
-        "masks"
-    ][0]["rle"]
-    own = list(truth.masks(stem).values())
-    assert coco_mask.area(union) == sum(coco_mask.area(m) for m in own)  # id maps do not overlap
+    images, queries = split_kinds(baselines["constant"])
+    union = next(query for query in queries if query.image == stem).masks[0].rle
+    true_masks = list(truth.masks(stem).values())
+    # id maps do not overlap
+    assert coco_mask.area(union) == sum(coco_mask.area(mask) for mask in true_masks)
     captions = {a[0].caption for a in build_dataset(make_config(), "train").annotations}
-    assert baselines["constant"][0]["analysis"] in captions
+    assert images[0].analysis in captions
 
 
 def test_evaluation_writes_predictions_metrics_and_report(trained, make_config, tmp_path):
-    metrics = evaluate(
-        make_config(f"run.checkpoint={trained}", f"run.output_dir={tmp_path / 'eval'}")
-    )
-    written = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    output = tmp_path / "eval"
+    options = (f"run.checkpoint={trained}", f"run.output_dir={output}", "run.report=true")
+    metrics = evaluate(make_config(*options))
+    written = json.loads((output / "metrics.json").read_text())
     assert written == metrics
-    assert set(KEYS) <= set(written["standard"]) and set(written["baselines"]) == {
-        "constant",
-        "reject",
-    }
+    assert set(KEYS) <= set(written["standard"])
+    assert set(written["baselines"]) == {"constant", "reject"}
     assert any(key.startswith("analysis/meteor") for key in written["standard"])
     assert written["subsets"]["unseen_pairs"]["num_images"] == 1
     assert written["meta"]["queries_per_annotation"] == 1 and written["meta"]["step"] == 1
-    records = [
-        json.loads(line)
-        for line in (tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()
-    ]
+    lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
     dataset = build_dataset(make_config(), "test")
-    queries = [r for r in records if r["kind"] == "query"]
-    assert (
-        len(queries)
-        == sum(len(a) for a in dataset.annotations)
-        == written["standard"]["num_queries"]
-    )
-    keys = {
+    queries = [line for line in lines if line["kind"] == "query"]
+    num_annotations = sum(map(len, dataset.annotations))
+    assert len(queries) == num_annotations == written["standard"]["num_queries"]
+    assert list(queries[0]) == [
         "kind",
         "image",
         "annotation",
@@ -153,70 +158,74 @@ def test_evaluation_writes_predictions_metrics_and_report(trained, make_config, 
         "presence",
         "slot_scores",
         "masks",
-    }
-    assert set(queries[0]) == keys
-    assert score_all(records, Truth(dataset))["standard"] == written["standard"]
-    assert "<html" in (tmp_path / "eval" / "report.html").read_text()
+    ]
+    records = read_predictions(output / "predictions.jsonl", Truth(dataset))
+    assert score_all(records, Truth(dataset)).metrics["standard"] == written["standard"]
+    assert "<html" in (output / "report.html").read_text()
+    assert (output / "report" / "queries.html").is_file()
+
+
+def test_without_a_report_all_else_is_the_same(trained, make_config, tmp_path):
+    for name, has_report in (("with", True), ("without", False)):
+        options = (f"run.output_dir={tmp_path / name}", f"run.report={has_report}")
+        evaluate(make_config(f"run.checkpoint={trained}", *options))
+    same_files(tmp_path / "with", tmp_path / "without")
+    names = {path.name for path in (tmp_path / "without").iterdir()}
+    assert names == {".lock", "predictions.jsonl", "metrics.json"}
 
 
 def test_the_evaluated_model_is_the_trained_one_down_to_its_frozen_random_weights(
     make_config, tmp_path, monkeypatch
 ):
     options = ("model.language_model.lora.rank=4", "model.rgb_encoder.frozen=true", "run.seed=5")
-    trainer = Trainer(make_config(*options, "run.max_steps=1", "run.warmup_steps=0"))
+    trainer = set_up(make_config(*options, "run.max_steps=1", "run.warmup_steps=0"))
     trainer.train()
-    load, seen = evaluator.load_weights, {}
+    load = build.load_weights
+    restored = {}
 
-    def kept(folder, model):  # before adapters are merged into what they adapt
+    def load_and_copy(folder, model):  # before adapters are merged into what they adapt
         load(folder, model)
-        seen.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        restored.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
 
-    monkeypatch.setattr(evaluator, "load_weights", kept)
-    evaluate(
-        make_config(
-            f"run.checkpoint={tmp_path / 'run'}",
-            f"run.output_dir={tmp_path / 'eval'}",
-            *options[:2],
-        )
-    )
+    monkeypatch.setattr(build, "load_weights", load_and_copy)
+    folders = (f"run.checkpoint={tmp_path / 'run'}", f"run.output_dir={tmp_path / 'eval'}")
+    evaluate(make_config(*folders, *options[:2], NO_REPORT))
     trained = trainer.model.state_dict()
-    assert trained.keys() == seen.keys()
+    assert trained.keys() == restored.keys()
     for name, tensor in trained.items():
-        assert torch.equal(seen[name], tensor), name
+        assert torch.equal(restored[name], tensor), name
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_was(
     trained, make_config, tmp_path, monkeypatch
 ):
     def config(name):
-        return make_config(f"run.checkpoint={trained}", f"run.output_dir={tmp_path / name}")
+        folders = (f"run.checkpoint={trained}", f"run.output_dir={tmp_path / name}")
+        return make_config(*folders, NO_REPORT)
 
-    evaluate(config("whole"))
-    write, done = evaluator.write_records, []
+    evaluate(config("straight"))
+    write = evaluator.write_records
+    first_run = []
+    second_run = []
 
-    def interrupted(path, records):
-        if done:
+    def write_one(path, records):
+        if first_run:
             raise KeyboardInterrupt
-        done.append(path.name)
+        first_run.append(path.name)
         write(path, records)
 
-    monkeypatch.setattr(evaluator, "write_records", interrupted)
+    def write_and_note(path, records):
+        second_run.append(path.name)
+        write(path, records)
+
+    monkeypatch.setattr(evaluator, "write_records", write_one)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(config("broken"))
-    again = []
-    monkeypatch.setattr(
-        evaluator,
-        "write_records",
-        lambda path, records: (again.append(path.name), write(path, records)),
-    )
-    evaluate(config("broken"))
-    assert done == ["batch-000000.jsonl"] and again == [
-        "batch-000001.jsonl",
-        "batch-000002.jsonl",
-        "predictions.jsonl",
-    ]
-    for name in ("predictions.jsonl", "metrics.json"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
+        evaluate(config("interrupted"))
+    monkeypatch.setattr(evaluator, "write_records", write_and_note)
+    evaluate(config("interrupted"))
+    assert first_run == ["batch-000000.jsonl"]
+    assert second_run == ["batch-000001.jsonl", "batch-000002.jsonl", "predictions.jsonl"]
+    same_files(tmp_path / "straight", tmp_path / "interrupted")
 
 
 def same_files(one: Path, other: Path) -> None:
@@ -227,26 +236,25 @@ def same_files(one: Path, other: Path) -> None:
 def evaluation_options(scenes: Path, trained: Path, output: Path) -> list[str]:
     return [
         *(option for option in SMALLEST if option.startswith("run.")),
-        f"datasets.ego_irgbench.data_root={scenes}", f"run.checkpoint={trained}", f"run.output_dir={output}",
-        "run.split=test", "run.batch_size=1",
-    ]  # fmt: skip
+        f"datasets.ego_irgbench.data_root={scenes}",
+        f"run.checkpoint={trained}",
+        f"run.output_dir={output}",
+        "run.split=test",
+        "run.batch_size=1",
+        NO_REPORT,
+    ]
 
 
 def test_killed_three_times_it_gives_the_same_files(trained, scenes, tmp_path):
     """At random moments, found by how many of the five batches are done."""
     settings = ROOT / "eval_configs" / "annexe_tiny.yaml"
     masks = "model.presence_threshold=0"  # else a model that is hardly trained gives none
-    options = [*evaluation_options(scenes, trained, tmp_path / "whole"), masks]
+    options = [*evaluation_options(scenes, trained, tmp_path / "straight"), masks]
     metrics = evaluate(load_config(settings, options, onto_checkpoint=True))
     assert metrics["standard"]["grounding/t_acc"] > 0.5
     broken = tmp_path / "broken"
-    command = [
-        sys.executable,
-        ROOT / "eval_scripts" / "eval_egoirgbench.py",
-        "--cfg-path",
-        settings,
-        "--options",
-    ]
+    script = ROOT / "eval_scripts" / "eval_egoirgbench.py"
+    command = [sys.executable, script, "--cfg-path", settings, "--options"]
     command += [*evaluation_options(scenes, trained, broken), masks]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -269,7 +277,7 @@ def test_killed_three_times_it_gives_the_same_files(trained, scenes, tmp_path):
         )
         assert not (broken / "metrics.json").exists() and done() >= before >= kill
     subprocess.run(command, env=environment, check=True, capture_output=True)
-    same_files(tmp_path / "whole", broken)
+    same_files(tmp_path / "straight", broken)
 
 
 def test_two_evaluations_of_one_folder_refuse_each_other_and_a_killed_one_does_not(
@@ -282,7 +290,8 @@ def test_two_evaluations_of_one_folder_refuse_each_other_and_a_killed_one_does_n
         [sys.executable, "-c", hold, folder], stdout=subprocess.PIPE, cwd=ROOT
     )
     assert holder.stdout.readline() == b"held\n"
-    config = make_config(f"run.checkpoint={trained}", f"run.output_dir={folder}")
+    folders = (f"run.checkpoint={trained}", f"run.output_dir={folder}")
+    config = make_config(*folders, NO_REPORT)
     try:
         with pytest.raises(UserError) as caught:
             evaluate(config)
@@ -290,21 +299,16 @@ def test_two_evaluations_of_one_folder_refuse_each_other_and_a_killed_one_does_n
         holder.kill()
         holder.communicate()
     message = str(caught.value)
-    assert (
-        str(folder) in message
-        and f"process {holder.pid} " in message
-        and "run.output_dir" in message
-    )
+    for part in (str(folder), f"process {holder.pid} ", "run.output_dir"):
+        assert part in message
     assert [path.name for path in folder.iterdir()] == [".lock"]
     evaluate(config)
-    there = (folder / "predictions.jsonl").read_bytes()
+    predictions = (folder / "predictions.jsonl").read_bytes()
     with pytest.raises(UserError, match=r"holds the results of another evaluation \(split test;"):
-        evaluate(
-            make_config(f"run.checkpoint={trained}", f"run.output_dir={folder}", "run.split=val")
-        )
-    assert (folder / "predictions.jsonl").read_bytes() == there
+        evaluate(make_config(*folders, "run.split=val"))
+    assert (folder / "predictions.jsonl").read_bytes() == predictions
     evaluate(config)
-    assert (folder / "predictions.jsonl").read_bytes() == there
+    assert (folder / "predictions.jsonl").read_bytes() == predictions
     for broken in ("{", "[]", "{}"):
         (folder / "metrics.json").write_text(broken)
         with pytest.raises(UserError, match=r"metrics\.json' is no result of an evaluation"):
@@ -314,102 +318,113 @@ def test_two_evaluations_of_one_folder_refuse_each_other_and_a_killed_one_does_n
 def test_threads_behind_the_model_change_nothing(trained, make_config, tmp_path):
     for name, workers in (("plain", 0), ("threads", 2)):
         options = (
+            f"run.checkpoint={trained}",
             f"run.output_dir={tmp_path / name}",
             f"run.num_workers={workers}",
             "run.batch_size=1",
+            "model.presence_threshold=0",
+            NO_REPORT,
         )
-        evaluate(make_config(f"run.checkpoint={trained}", "model.presence_threshold=0", *options))
+        evaluate(make_config(*options))
     same_files(tmp_path / "plain", tmp_path / "threads")
 
 
 def test_masks_are_encoded_as_pycocotools_does():
     random_values = np.random.default_rng(0)
     for shape in ((1, 1), (5, 7), (1080, 1920)):
-        for mask in (
-            np.zeros(shape, bool),
-            np.ones(shape, bool),
-            random_values.random(shape) > 0.5,
-        ):
+        scattered = random_values.random(shape) > 0.5
+        for mask in (np.zeros(shape, bool), np.ones(shape, bool), scattered):
             expected = coco_mask.encode(np.asfortranarray(mask, np.uint8))
             expected = {"size": list(shape), "counts": expected["counts"].decode()}
             assert encode(mask) == expected
             assert is_empty(expected) == (not mask.any())
-            assert encode_columns(torch.from_numpy(np.stack([mask, ~mask, mask])).mT)[::2] == [
-                expected,
-                expected,
-            ]
+            columns = torch.from_numpy(np.stack([mask, ~mask, mask])).mT
+            assert encode_columns(columns)[::2] == [expected, expected]
 
 
 def test_threads_keep_order_and_a_bounded_number_of_items():
     drawn, finished = [], []
 
     def items():
-        for number in range(30):
-            drawn.append(number)
+        for value in range(30):
+            drawn.append(value)
             assert len(drawn) - len(finished) <= 2 * 3 + 2
-            yield [number, -number]
+            yield [value, -value]
 
-    def work(number: int) -> int:
+    def work(value: int) -> int:
         time.sleep(random.random() / 200)
-        return number
+        return value
 
     for result, negative in in_threads(work, items(), 3):
         finished.append(result)
         assert negative == -result
     assert finished == drawn == list(range(30))
     with pytest.raises(ZeroDivisionError):
-        list(in_threads(lambda number: 1 // number, [[1, 0], [1]], 2))
+        list(in_threads(lambda value: 1 // value, [[1, 0], [1]], 2))
 
 
-@pytest.mark.parametrize("number", [1, 3, "all"])
-def test_one_some_or_all_wordings_are_asked(trained, make_config, tmp_path, number):
-    output = (
+@pytest.mark.parametrize("num_wordings", [1, 3, "all"])
+def test_one_some_or_all_wordings_are_asked(trained, make_config, tmp_path, num_wordings):
+    options = (
+        f"run.checkpoint={trained}",
         f"run.output_dir={tmp_path / 'eval'}",
-        f"run.queries_per_annotation={number}",
+        f"run.queries_per_annotation={num_wordings}",
         "run.max_new_tokens=1",
+        NO_REPORT,
     )
-    metrics = evaluate(make_config(f"run.checkpoint={trained}", *output))
-    annotations = [a for image in build_dataset(make_config(), "test").annotations for a in image]
-    wordings = [len(a.questions) for a in annotations]
-    expected = sum(wordings) if number == "all" else sum(min(number, most) for most in wordings)
+    metrics = evaluate(make_config(*options))
+    counts = []  # wordings of each annotation
+    for image in build_dataset(make_config(), "test").annotations:
+        counts += [len(annotation.questions) for annotation in image]
+    expected = sum(counts)
+    if num_wordings != "all":
+        expected = sum(min(num_wordings, count) for count in counts)
     assert metrics["meta"]["num_queries"] == metrics["standard"]["num_queries"] == expected
-    assert metrics["meta"]["num_annotations"] == len(annotations)
-    assert metrics["meta"]["queries_per_annotation"] == number
+    assert metrics["meta"]["num_annotations"] == len(counts)
+    assert metrics["meta"]["queries_per_annotation"] == num_wordings
 
 
-@pytest.mark.parametrize("number", ["0", "some", "1.5", "null"])
-def test_another_number_of_wordings_is_refused(make_config, number):
+@pytest.mark.parametrize("value", ["0", "some", "1.5", "null"])
+def test_another_number_of_wordings_is_refused(make_config, value):
     with pytest.raises(UserError, match=r"run\.queries_per_annotation"):
-        make_config(f"run.queries_per_annotation={number}")
+        make_config(f"run.queries_per_annotation={value}")
 
 
 def test_answers_of_another_format_are_pointed_out(trained, make_config, tmp_path, caplog):
     for form, warned in (("sentence", False), ("phrases", True)):
         caplog.clear()
         options = (
+            f"run.checkpoint={trained}",
             f"datasets.ego_irgbench.answer_format={form}",
             f"run.output_dir={tmp_path / form}",
+            "run.max_new_tokens=1",
+            NO_REPORT,
         )
         with caplog.at_level(logging.WARNING, "annexe"):
-            evaluate(make_config(f"run.checkpoint={trained}", *options, "run.max_new_tokens=1"))
+            evaluate(make_config(*options))
         assert ("answer_format=sentence" in caplog.text) == warned
 
 
 def test_weights_that_training_started_from_may_move_or_go(
     make_parts, make_config, scenes, tmp_path
 ):
-    """Frozen ones are asked for by the name of their setting, those that were trained are not missed."""
+    """A frozen file that is missing is named by its setting; a trained one is not needed."""
     model, _, _ = make_parts()
-    encoder, depth, moved, first = (
-        tmp_path / name for name in ("eva.pth", "depth.pth", "moved.pth", "first")
-    )
+    encoder = tmp_path / "eva.pth"
+    depth = tmp_path / "depth.pth"
+    moved = tmp_path / "moved.pth"
+    first = tmp_path / "first"
     torch.save(model.rgb_encoder.vit.state_dict(), encoder)
     torch.save(model.depth_branch.model.state_dict(), depth)
     sources = (
-        "run.max_steps=1", "run.warmup_steps=0", "model.rgb_encoder.frozen=true",
-        f"model.rgb_encoder.weights={encoder}", "model.rgb_encoder.init=null",
-        f"model.depth_branch.weights={depth}", "model.depth_branch.init=null",
-    )  # fmt: skip
+        "run.max_steps=1",
+        "run.warmup_steps=0",
+        "model.rgb_encoder.frozen=true",
+        f"model.rgb_encoder.weights={encoder}",
+        "model.rgb_encoder.init=null",
+        f"model.depth_branch.weights={depth}",
+        "model.depth_branch.init=null",
+    )
     train(make_config(*sources, f"run.output_dir={first}"))
     started = (
         f"model.init_from={first}",
@@ -419,9 +434,9 @@ def test_weights_that_training_started_from_may_move_or_go(
     train(make_config(*sources, *started))
 
     def config(name, *options):
-        own = evaluation_options(scenes, tmp_path / "second", tmp_path / name)
+        base = evaluation_options(scenes, tmp_path / "second", tmp_path / name)
         settings = ROOT / "eval_configs" / "annexe_tiny.yaml"
-        return load_config(settings, [*own, "run.batch_size=2", *options], onto_checkpoint=True)
+        return load_config(settings, [*base, "run.batch_size=2", *options], onto_checkpoint=True)
 
     evaluate(config("before"))
     depth.unlink()
@@ -429,9 +444,8 @@ def test_weights_that_training_started_from_may_move_or_go(
     encoder.rename(moved)
     with pytest.raises(UserError) as caught:
         evaluate(config("after"))
-    assert str(encoder) in str(caught.value) and "--options model.rgb_encoder.weights=PATH" in str(
-        caught.value
-    )
+    assert str(encoder) in str(caught.value)
+    assert "--options model.rgb_encoder.weights=PATH" in str(caught.value)
     evaluate(config("after", f"model.rgb_encoder.weights={moved}"))
     same_files(tmp_path / "before", tmp_path / "after")
     torch.save({key: value + 1 for key, value in torch.load(moved).items()}, encoder)
@@ -441,37 +455,31 @@ def test_weights_that_training_started_from_may_move_or_go(
 
 def test_a_file_s_model_settings_stand_over_those_of_the_checkpoint(trained, scenes, tmp_path):
     settings = ROOT / "eval_configs" / "annexe_tiny.yaml"
-    own = evaluation_options(scenes, trained, tmp_path / "eval")
+    base = evaluation_options(scenes, trained, tmp_path / "eval")
     saved = load_config(trained / "config.yaml").model
-    assert (
-        load_config(settings, own, onto_checkpoint=True).model is None
-    )  # evaluation takes the saved ones
-    changed = load_config(
-        settings, [*own, "model.presence_threshold=0.25"], onto_checkpoint=True
-    ).model
+
+    def model_with(*options):
+        return load_config(settings, [*base, *options], onto_checkpoint=True).model
+
+    assert model_with() is None  # evaluation takes the saved ones
+    changed = model_with("model.presence_threshold=0.25")
     assert changed == saved | {"presence_threshold": 0.25}
-    other = load_config(
-        settings, [*own, "model.pixel_decoder.type=deconv"], onto_checkpoint=True
-    ).model
-    assert other["pixel_decoder"]["type"] == "deconv" and "num_layers" not in other["pixel_decoder"]
+    other = model_with("model.pixel_decoder.type=deconv")["pixel_decoder"]
+    assert other["type"] == "deconv" and "num_layers" not in other
     with pytest.raises(UserError, match="no complete checkpoint"):
-        load_config(
-            settings, ["run.checkpoint=nowhere", "model.patches_per_token=2"], onto_checkpoint=True
-        )
+        model_with("run.checkpoint=nowhere", "model.patches_per_token=2")
 
 
 @pytest.mark.skipif(
     not (SHARED / "real_samples").is_dir(), reason="no ../shared/real_samples on this machine"
 )
 def test_real_photos_run_to_the_end(trained, make_config, tmp_path):
-    root = SHARED / "real_samples"
-    metrics = evaluate(
-        make_config(
-            f"run.checkpoint={trained}",
-            f"run.output_dir={tmp_path / 'real'}",
-            f"datasets.ego_irgbench.data_root={root}",
-        )
+    options = (
+        f"run.checkpoint={trained}",
+        f"run.output_dir={tmp_path / 'real'}",
+        f"datasets.ego_irgbench.data_root={SHARED / 'real_samples'}",
     )
+    metrics = evaluate(make_config(*options))
     assert metrics["standard"]["num_images"] == 2 and metrics["standard"]["num_queries"] == 4
     assert "depth/mae" not in metrics["standard"]  # all depth there is invalid
     assert (tmp_path / "real" / "report.html").is_file()

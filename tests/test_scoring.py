@@ -1,4 +1,4 @@
-"""Scoring a predictions file: the command, its errors, the protocols, and what is written down about all of it."""
+"""Scoring a predictions file: the command, its errors, the protocols, and the page about it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -21,18 +24,22 @@ from annexe import cli
 from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.errors import UserError
 from annexe.evaluation.records import (
-    SCHEMA,
+    ImageRecord,
+    PredictedMask,
+    QueryRecord,
     Record,
     read_predictions,
     read_records,
     require_complete,
+    split_kinds,
+    write_records,
 )
 from annexe.evaluation.scoring import PROTOCOLS, bootstrap, query_scores, score, score_all
 from annexe.evaluation.truth import Truth
 from annexe.metrics import GroundingMetrics
 from annexe.metrics.grounding import measure
 from annexe.prompts import NO_TARGET_ANSWER
-from annexe.rle import decode, encode
+from annexe.rle import Rle, decode, encode
 from tests.conftest import ROOT, SHARED
 
 PAGE = ROOT / "docs" / "evaluation.md"
@@ -48,40 +55,39 @@ def truth(scenes: Path) -> Truth:
 
 
 def flawed_records(truth: Truth) -> list[Record]:
-    """Every query of every annotation, answered with one flaw or another; presence and scores are random."""
+    """Every query, answered with one flaw or another; presence and scores are random."""
     rng = np.random.default_rng(0)
     records: list[Record] = []
     for stem in truth.dataset.stems:
-        entries = truth.annotations(stem)
-        records.append(
-            {"kind": "image", "image": stem, "analysis": entries[0].caption, "depth": None}
-        )
+        annotations = truth.annotations(stem)
+        records.append(ImageRecord(image=stem, analysis=annotations[0].caption))
         true_masks = truth.masks(stem)
-        moved = {i: encode(np.roll(decode(rle), (9, 30), (0, 1))) for i, rle in true_masks.items()}
-        for number, annotation in enumerate(entries):
+        moved = {}
+        for mask_id, rle in true_masks.items():
+            moved[mask_id] = encode(np.roll(decode(rle), (9, 30), (0, 1)))
+        for index, annotation in enumerate(annotations):
             for question in annotation.questions:
                 flaw = rng.choice(["none", "moved", "refused", "second slot", "answer"])
                 slots = {} if flaw == "refused" else annotation.slots
                 if flaw == "second slot" and slots:
                     slots = {max(slots): slots[max(slots)]}
-                masks = [
-                    {"slot": slot, "score": round(float(rng.random()), 6), "rle": source[i]}
-                    for slot, i in slots.items()
-                    for source in ([moved] if flaw == "moved" else [true_masks])
-                ]
+                source = moved if flaw == "moved" else true_masks
+                masks = []
+                for slot, mask_id in slots.items():
+                    confidence = round(float(rng.random()), 6)
+                    masks.append(PredictedMask(slot=slot, score=confidence, rle=source[mask_id]))
                 if flaw == "moved" and not masks:
-                    masks = [{"slot": 0, "score": 0.5, "rle": next(iter(moved.values()))}]
-                records.append(
-                    {
-                        "kind": "query",
-                        "image": stem,
-                        "annotation": number,
-                        "query_id": question["id"],
-                        "answer": "a mug" if flaw == "answer" else annotation.answer,
-                        "presence": round(float(rng.random()), 2),
-                        "masks": masks,
-                    }
+                    rle = next(iter(moved.values()))
+                    masks = [PredictedMask(slot=0, score=0.5, rle=rle)]
+                record = QueryRecord(
+                    image=stem,
+                    annotation=index,
+                    query_id=question["id"],
+                    answer="a mug" if flaw == "answer" else annotation.answer,
+                    presence=round(float(rng.random()), 2),
+                    masks=masks,
                 )
+                records.append(record)
     return records
 
 
@@ -90,8 +96,18 @@ def records(truth: Truth) -> list[Record]:
     return flawed_records(truth)
 
 
+@pytest.fixture(scope="module")
+def queries(records: list[Record]) -> list[QueryRecord]:
+    return split_kinds(records)[1]
+
+
 def write(path: Path, records: list[Record]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_records(path, records)
+    return path
+
+
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
 
@@ -99,7 +115,10 @@ def write(path: Path, records: list[Record]) -> Path:
 def annexe(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., str]:
-    """Runs the `annexe` command in this process; returns what it prints, or the one line of its error."""
+    """Runs the `annexe` command in this process.
+
+    Returns what it prints, or the one line of its error.
+    """
 
     def run(*words: object) -> str:
         monkeypatch.setattr(sys, "argv", ["annexe", *map(str, words)])
@@ -119,19 +138,17 @@ def annexe(
 
 
 def test_score_command_writes_the_metrics_and_any_number_of_workers_the_same(
-    annexe, scenes, records, tmp_path
+    annexe, scenes, records, queries, tmp_path
 ):
     file = write(tmp_path / "predictions.jsonl", records)
-    given = ("score", file, "--data-root", scenes, "--split", "test", "--complete")
-    printed = annexe(*given, "--workers", 1, "--out", tmp_path / "one" / "metrics.json")
-    annexe(*given, "--workers", 2, "--out", tmp_path / "two.json")
+    words = ("score", file, "--data-root", scenes, "--split", "test", "--complete")
+    printed = annexe(*words, "--workers", 1, "--out", tmp_path / "one" / "metrics.json")
+    annexe(*words, "--workers", 2, "--out", tmp_path / "two.json")
     assert (tmp_path / "one" / "metrics.json").read_bytes() == (tmp_path / "two.json").read_bytes()
     metrics = json.loads((tmp_path / "two.json").read_text())
     blocks = {*PROTOCOLS, "intervals", "breakdowns", "baselines", "subsets", "meta"}
     assert set(metrics) == blocks and metrics["meta"]["split"] == "test"
-    assert metrics["standard"]["num_queries"] == sum(
-        record["kind"] == "query" for record in records
-    )
+    assert metrics["standard"]["num_queries"] == len(queries)
     assert "grounding/ciou" in printed and "annexe_release" in printed
 
 
@@ -139,16 +156,18 @@ def test_score_command_writes_the_metrics_and_any_number_of_workers_the_same(
 def test_a_protocol_alone_gives_what_it_gives_among_all(
     protocol: str, truth: Truth, records: list[Record]
 ):
-    alone = score_all(records, truth, protocols=(protocol,))
+    alone = score_all(records, truth, protocols=(protocol,)).metrics
     assert set(PROTOCOLS) & set(alone) == {protocol}
-    assert alone[protocol] == score_all(records, truth)[protocol]
+    assert alone[protocol] == score_all(records, truth).metrics[protocol]
 
 
 def test_shuffled_lines_change_the_batches_of_annexe_release_alone(
     truth: Truth, records: list[Record]
 ):
-    shuffled = [records[number] for number in np.random.default_rng(1).permutation(len(records))]
-    before, after = score_all(records, truth), score_all(shuffled, truth)
+    order = np.random.default_rng(1).permutation(len(records))
+    shuffled = [records[index] for index in order]
+    before = score_all(records, truth).metrics
+    after = score_all(shuffled, truth).metrics
     assert before.pop("annexe_release") != after.pop("annexe_release")
     assert before == after
 
@@ -159,57 +178,45 @@ def test_shuffled_lines_change_the_batches_of_annexe_release_alone(
 def test_score_command_on_real_photos(annexe, tmp_path):
     root = SHARED / "real_samples"
     truth = truth_of(root)
-    perfect = [record for record in flawed_records(truth) if record["kind"] == "image"]
+    perfect: list[Record] = list(split_kinds(flawed_records(truth))[0])
     for stem in truth.dataset.stems:
-        for number, annotation in enumerate(truth.annotations(stem)):
-            masks = [
-                {"slot": slot, "rle": truth.masks(stem)[i]} for slot, i in annotation.slots.items()
-            ]
-            record = {
-                "kind": "query",
-                "image": stem,
-                "annotation": number,
-                "answer": annotation.answer,
-                "masks": masks,
-            }
-            perfect.append({**record, "query_id": annotation.questions[0]["id"]})
+        for index, annotation in enumerate(truth.annotations(stem)):
+            masks = []
+            for slot, mask_id in annotation.slots.items():
+                masks.append(PredictedMask(slot=slot, rle=truth.masks(stem)[mask_id]))
+            record = QueryRecord(
+                image=stem,
+                annotation=index,
+                query_id=annotation.questions[0]["id"],
+                answer=annotation.answer,
+                masks=masks,
+            )
+            perfect.append(record)
     file = write(tmp_path / "predictions.jsonl", perfect)
-    annexe(
-        "score",
-        file,
-        "--data-root",
-        root,
-        "--split",
-        "test",
-        "--complete",
-        "--out",
-        tmp_path / "metrics.json",
-    )
+    data = ("--data-root", root, "--split", "test", "--workers", 1)
+    annexe("score", file, *data, "--complete", "--out", tmp_path / "metrics.json")
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     for name in ("ciou", "giou", "miou", "n_acc", "t_acc", "precision@0.9"):
         assert metrics["standard"][f"grounding/{name}"] == 1
-    assert (
-        metrics["standard"]["answer/exact_match"]
-        == metrics["earl_release"]["grounding/mean_target_iou"]
-        == 1
-    )
+    assert metrics["standard"]["answer/exact_match"] == 1
+    assert metrics["earl_release"]["grounding/mean_target_iou"] == 1
     assert set(metrics["breakdowns"]["wording"]) == {"phrase", "sentence"}
 
 
 # What is wrong with a file
 
 
-def changed(record: Record, path: tuple, value: object) -> Record:
+def changed(line: dict[str, Any], path: tuple, value: object) -> dict[str, Any]:
     """A copy with the value at a path of keys replaced, or taken out for `...`."""
-    record = copy.deepcopy(record)
-    inner = record
+    line = copy.deepcopy(line)
+    inner = line
     for key in path[:-1]:
         inner = inner[key]
     if value is ...:
         del inner[path[-1]]
     else:
         inner[path[-1]] = value
-    return record
+    return line
 
 
 RLE = ("masks", 0, "rle")
@@ -219,21 +226,27 @@ ROW = [  # a change to a query line with two masks, and what the message must sa
     (("answer",), ..., "answer is missing"),
     (("masks",), ..., "masks is missing"),
     (("query_id",), ..., "query_id is missing"),
-    (("answer",), 5, "answer is int, must be string"),
-    (("annotation",), "0", "annotation is str, must be integer"),
-    (("annotation",), True, "annotation is bool, must be integer"),
-    (("query_id",), 0.5, "query_id is float, must be integer or string"),
-    (("query_id",), None, "query_id is NoneType"),
-    (("masks",), {}, "masks is dict, must be array (empty = refused)"),
-    (("masks", 1), [], "masks[1] is list, must be object"),
+    (("answer",), 5, "answer is 5, expected str, got int"),
+    (("annotation",), "0", "annotation is '0', expected int, got str (the index in the JSON list"),
+    (("annotation",), True, "annotation is True, expected int, got bool"),
+    (("annotation",), 0.0, "annotation is 0.0, expected int, got float"),
+    (("query_id",), 0.5, "query_id is 0.5, expected int | str, got float"),
+    (("query_id",), True, "query_id is True, expected int | str, got bool"),
+    (("query_id",), None, "query_id is None, expected int | str, got null"),
+    (("masks",), {}, "masks is {}, expected array, got object (an empty list is a refusal)"),
+    (("masks", 1), [], "masks[1] is [], expected object, got array"),
     (("masks", 0, "slot"), ..., "masks[0].slot is missing"),
-    (("masks", 0, "slot"), -1, "masks[0].slot is -1, must be at least 0"),
-    (("masks", 0, "score"), 1.5, "masks[0].score is 1.5, must be at least 0 and at most 1"),
+    (("masks", 0, "slot"), -1, "masks[0].slot is -1, expected int >= 0"),
+    (("masks", 0, "score"), 1.5, "masks[0].score is 1.5, expected float <= 1.0"),
+    (("masks", 0, "score"), -0.5, "masks[0].score is -0.5, expected float >= 0.0"),
     (("masks", 0, "score"), float("nan"), "masks[0].score is nan"),
+    (("slot_scores",), [0.5, 2], "slot_scores[1] is 2, expected float <= 1.0"),
     (("presence",), -0.1, "presence is -0.1"),
     ((*RLE, "counts"), ..., "masks[0].rle.counts is missing"),
+    ((*RLE, "counts"), [5, 9], "masks[0].rle.counts is [5, 9], expected str, got array"),
     ((*RLE, "counts"), [5, 9], "frPyObjects"),
-    ((*RLE, "size"), [1080], "masks[0].rle.size has 1 entries, must have 2"),
+    ((*RLE, "size"), [1080], "size [1080], its photo [1080, 1920] (height, width)"),
+    ((*RLE, "size"), [1080, 1920.5], "masks[0].rle.size[1] is 1920.5, expected int, got float"),
     ((*RLE, "size"), [1920, 1080], "size [1920, 1080], its photo [1080, 1920]"),
     ((*RLE, "counts"), "0", "does not add up to 1080 x 1920"),
     ((*RLE, "counts"), "no code!", "is no COCO run-length code"),
@@ -249,13 +262,30 @@ ROW = [  # a change to a query line with two masks, and what the message must sa
 
 
 @pytest.mark.parametrize(("path", "value", "part"), ROW)
-def test_a_bad_line_is_named_with_what_is_wrong(path, value, part, truth, records, tmp_path):
-    good = next(record for record in records if len(record.get("masks", ())) == 2)
-    file = write(tmp_path / "predictions.jsonl", [records[0], changed(good, path, value)])
+def test_a_bad_line_is_named_with_what_is_wrong(
+    path, value, part, truth, records, queries, tmp_path
+):
+    good = next(query for query in queries if len(query.masks) == 2)
+    first, second = (msgspec.to_builtins(record) for record in (records[0], good))
+    file = write_lines(tmp_path / "predictions.jsonl", [first, changed(second, path, value)])
     with pytest.raises(UserError) as caught:
         read_predictions(file, truth)
     assert "line 2" in str(caught.value) and part in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -1.0])
+def test_sums_of_depth_errors_have_to_be_finite(value, truth, records, tmp_path):
+    line = msgspec.to_builtins(records[0]) | {"depth": DEPTH | {"sum_squared": value}}
+    with pytest.raises(UserError, match=rf"line 1: depth\.sum_squared is {value}, expected float"):
+        read_predictions(write_lines(tmp_path / "predictions.jsonl", [line]), truth)
+
+
+def test_other_keys_are_ignored_and_optional_ones_may_be_null(truth, records, queries, tmp_path):
+    line = msgspec.to_builtins(queries[0])
+    line |= {"presence": None, "query": None, "slot_scores": None, "time": {"seconds": 3}}
+    file = write_lines(tmp_path / "predictions.jsonl", [line])
+    assert read_predictions(file, truth) == [replace(queries[0], presence=None)]
 
 
 @pytest.mark.parametrize(
@@ -279,67 +309,65 @@ def test_a_line_that_is_no_object(line: str, part: str, truth, records, tmp_path
     assert part in str(caught.value)
 
 
-@pytest.mark.parametrize("place", [0, 1], ids=["image", "query"])
-def test_a_line_that_stands_twice(place: int, truth, records, tmp_path):
-    file = write(tmp_path / "predictions.jsonl", [*records[:5], records[place]])
-    with pytest.raises(UserError, match=f"line 6: .* stands twice, first in line {place + 1}"):
+@pytest.mark.parametrize("index", [0, 1], ids=["image", "query"])
+def test_a_line_that_stands_twice(index: int, truth, records, tmp_path):
+    file = write(tmp_path / "predictions.jsonl", [*records[:5], records[index]])
+    with pytest.raises(UserError, match=f"line 6: .* stands twice, first in line {index + 1}"):
         read_predictions(file, truth)
 
 
 def test_errors_of_the_command(annexe, scenes, records, tmp_path):
-    given = ("--data-root", scenes, "--split", "test")
+    data = ("--data-root", scenes, "--split", "test")
     file = write(tmp_path / "predictions.jsonl", records)
-    assert "no predictions" in annexe("score", tmp_path / "absent.jsonl", *given)
-    assert "holds no predictions" in annexe("score", write(tmp_path / "empty.jsonl", []), *given)
+    assert "no predictions" in annexe("score", tmp_path / "absent.jsonl", *data)
+    assert "holds no predictions" in annexe("score", write(tmp_path / "empty.jsonl", []), *data)
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe")
-    assert "cannot read predictions" in annexe("score", tmp_path / "bytes.jsonl", *given)
-    assert "split 'tset' has no files" in annexe(
-        "score", file, "--data-root", scenes, "--split", "tset"
-    )
-    assert "is not in split 'val'" in annexe("score", file, "--data-root", scenes, "--split", "val")
-    assert "--workers 0" in annexe("score", file, *given, "--workers", 0)
-    (tmp_path / "folder").mkdir()
-    assert "folder' (a folder)" in annexe("score", file, *given, "--out", tmp_path / "folder")
-    assert "folder' (a folder)" in annexe(
-        "compare", file, file, *given, "--json", tmp_path / "folder"
-    )
+    assert "cannot read predictions" in annexe("score", tmp_path / "bytes.jsonl", *data)
+    other = ("--data-root", scenes, "--split")
+    assert "split 'tset' has no files" in annexe("score", file, *other, "tset")
+    assert "is not in split 'val'" in annexe("score", file, *other, "val")
+    assert "--workers 0" in annexe("score", file, *data, "--workers", 0)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    assert "folder' (a folder)" in annexe("score", file, *data, "--out", folder)
+    assert "folder' (a folder)" in annexe("compare", file, file, *data, "--json", folder)
 
 
 def test_lists_that_an_evaluation_had_are_there_for_scoring_too(annexe, scenes, records, tmp_path):
     lists = tmp_path / "lists"
     lists.mkdir()
-    stems = sorted({record["image"] for record in records})
+    stems = sorted({record.image for record in records})
     (lists / "mine.txt").write_text("\n".join(stems))
     (tmp_path / "left_out.txt").write_text(f"{stems[0]}\n")
-    file = write(
-        tmp_path / "p.jsonl", [record for record in records if record["image"] != stems[0]]
-    )
+    others = [record for record in records if record.image != stems[0]]
+    file = write(tmp_path / "p.jsonl", others)
     chosen = ("--split-dir", lists, "--exclude", tmp_path / "left_out.txt")
-    given = ("--data-root", scenes, "--split", "mine", *chosen)
-    annexe("score", file, *given, "--complete", "--out", tmp_path / "m.json")
+    data = ("--data-root", scenes, "--split", "mine", *chosen, "--workers", 1)
+    annexe("score", file, *data, "--complete", "--out", tmp_path / "m.json")
     meta = json.loads((tmp_path / "m.json").read_text())["meta"]
     assert meta["split_dir"] == str(lists) and meta["exclude"] == str(tmp_path / "left_out.txt")
-    assert "B - A" in annexe("compare", file, file, *given)
-    whole = write(tmp_path / "whole.jsonl", records)
-    assert "is not in split 'mine'" in annexe("score", whole, *given)
+    assert "B - A" in annexe("compare", file, file, *data)
+    everything = write(tmp_path / "everything.jsonl", records)
+    assert "is not in split 'mine'" in annexe("score", everything, *data)
 
 
-def test_what_is_wrong_with_the_truth_is_told_of_the_truth(annexe, scenes, records, tmp_path):
+def test_faults_of_the_truth_are_reported_as_such(annexe, scenes, records, queries, tmp_path):
     root = tmp_path / "root"
     shutil.copytree(scenes, root)
-    given = ("score", write(tmp_path / "p.jsonl", records), "--data-root", root, "--split", "test")
-    named = next(record["image"] for record in records if record.get("masks"))
+    file = write(tmp_path / "p.jsonl", records)
+    words = ("score", file, "--data-root", root, "--split", "test", "--workers", 1)
+    stem = next(query.image for query in queries if query.masks)
     (root / "subsets").mkdir(exist_ok=True)
     (root / "subsets" / "bytes.txt").write_bytes(b"\xff")
-    assert "bytes.txt' is no list of stems" in annexe(*given)
-    (root / "subsets" / "bytes.txt").write_text(f"{named}\nno such image\n")
-    annexe(*given, "--out", tmp_path / "m.json")
+    assert "bytes.txt' is no list of stems" in annexe(*words)
+    (root / "subsets" / "bytes.txt").write_text(f"{stem}\nno such image\n")
+    annexe(*words, "--out", tmp_path / "m.json")
     assert set(json.loads((tmp_path / "m.json").read_text())["subsets"]) >= {"bytes"}
-    path = root / "mask" / f"{named}.png"
+    path = root / "mask" / f"{stem}.png"
     Image.fromarray(np.zeros_like(Image.open(path))).save(path)
-    assert f"are not in '{path}'; mend masks_idx" in annexe(*given)
+    assert f"are not in '{path}'; fix masks_idx" in annexe(*words)
     path.write_bytes(path.read_bytes()[:20])
-    assert f"cannot read image '{path}'" in annexe(*given)
+    assert f"cannot read image '{path}'" in annexe(*words)
 
 
 def test_wordings_of_one_id_and_ids_that_look_alike(scenes, tmp_path):
@@ -347,76 +375,74 @@ def test_wordings_of_one_id_and_ids_that_look_alike(scenes, tmp_path):
     shutil.copytree(scenes, root)
     path = sorted((root / "dataset_split" / "test").iterdir())[0]
     entries = json.loads(path.read_text())[:1]
-    entries[0]["questions"] = [
-        {"query": text, "id": i} for text, i in (("a", 0), ("b", "0"), ("c", 0))
-    ]
+    wordings = [{"query": "a", "id": 0}, {"query": "b", "id": "0"}, {"query": "c", "id": 0}]
+    entries[0]["questions"] = wordings
     path.write_text(json.dumps(entries))
     truth = truth_of(root)
     turns = truth.dataset.evaluation_sample(0, "all").turns
     assert sorted((turn.query, turn.query_id) for turn in turns) == [("a", 0), ("b", "0")]
-    common = {"kind": "query", "image": path.stem, "annotation": 0, "answer": "none", "masks": []}
-    metrics = score_all([{**common, "query_id": turn.query_id} for turn in turns], truth)
-    assert metrics["standard"]["num_queries"] == 2
+    common = {"image": path.stem, "annotation": 0, "answer": "none", "masks": []}
+    wordings_asked = [QueryRecord(query_id=turn.query_id, **common) for turn in turns]
+    assert score_all(wordings_asked, truth).metrics["standard"]["num_queries"] == 2
 
 
 def test_what_refuses_phrases_is_what_the_data_says(scenes):
-    truth = Truth(
-        EgoIRGBench("test", 1, 0, None, data_root=str(scenes), answer_format="phrases", cache=False)
+    dataset = EgoIRGBench(
+        "test", 1, 0, None, data_root=str(scenes), answer_format="phrases", cache=False
     )
-    asked = [
-        {
-            "kind": "query",
-            "image": stem,
-            "annotation": n,
-            "query_id": a.questions[0]["id"],
-            "answer": "",
-            "masks": [],
-        }
-        for stem in truth.dataset.stems
-        for n, a in enumerate(truth.annotations(stem))
-    ]
-    without = sum(
-        not truth.annotations(query["image"])[query["annotation"]].slots for query in asked
-    )
-    assert 0 < without < len(asked)
-    reject = score_all(asked, truth)["baselines"]["reject"]
-    assert reject["answer/exact_match"] == pytest.approx(without / len(asked))
+    truth = Truth(dataset)
+    refusals = []
+    num_without_target = 0
+    for stem in dataset.stems:
+        for index, annotation in enumerate(truth.annotations(stem)):
+            query_id = annotation.questions[0]["id"]
+            query = QueryRecord(
+                image=stem, annotation=index, query_id=query_id, answer="", masks=[]
+            )
+            refusals.append(query)
+            num_without_target += not annotation.slots
+    assert 0 < num_without_target < len(refusals)
+    reject = score_all(refusals, truth).metrics["baselines"]["reject"]
+    assert reject["answer/exact_match"] == pytest.approx(num_without_target / len(refusals))
 
 
-def test_complete_demands_every_annotation(truth: Truth, records: list[Record]):
+def test_complete_demands_every_annotation(truth, records, queries):
     require_complete(records, truth)
-    first = next(record for record in records if record["kind"] == "query")
-    short = [
-        record
-        for record in records
-        if record["kind"] == "image"
-        or (record["image"], record["annotation"]) != (first["image"], first["annotation"])
-    ]
-    with pytest.raises(
-        UserError, match=f"1 of .* have no prediction, first annotation 0 of '{first['image']}'"
-    ):
-        require_complete(short, truth)
+    first = queries[0]
+    others = [query for query in queries if query.key[:2] != first.key[:2]]
+    message = f"1 of .* have no prediction, first annotation 0 of '{first.image}'"
+    with pytest.raises(UserError, match=message):
+        require_complete([*split_kinds(records)[0], *others], truth)
 
 
 # Records
 
 
 def test_what_is_read_back_is_what_was_written(truth: Truth, records: list[Record], tmp_path: Path):
-    assert read_predictions(write(tmp_path / "predictions.jsonl", records), truth) == records
+    file = write(tmp_path / "predictions.jsonl", records)
+    assert read_predictions(file, truth) == read_records(file) == records
+    write(tmp_path / "again.jsonl", read_records(file))
+    assert (tmp_path / "again.jsonl").read_bytes() == file.read_bytes()
 
 
-def test_query_scores_tell_what_the_metrics_sum(truth: Truth, records: list[Record]):
-    scores, standard = query_scores(records, truth), score(records, truth)
-    assert [(s.image, s.annotation, s.query_id) for s in scores] == [
-        (r["image"], r["annotation"], r["query_id"]) for r in records if r["kind"] == "query"
-    ]
-    assert standard["grounding/ciou"] == sum(s.intersection for s in scores) / sum(
-        s.union for s in scores
-    )
+def test_a_line_that_is_no_record_is_named_by_its_number(records, tmp_path):
+    file = write(tmp_path / "predictions.jsonl", records[:2])
+    file.write_text(file.read_text() + '{"kind": "query"')
+    with pytest.raises(UserError, match="line 3: not JSON"):
+        read_records(file)
+
+
+def test_query_scores_tell_what_the_metrics_sum(truth, records, queries):
+    scores = query_scores(records, truth)
+    standard = score(records, truth)
+    assert score_all(records, truth).queries == scores
+    assert [(s.image, s.annotation, s.query_id) for s in scores] == [q.key for q in queries]
+    intersection = sum(s.intersection for s in scores)
+    assert standard["grounding/ciou"] == intersection / sum(s.union for s in scores)
     assert standard["grounding/giou"] == pytest.approx(np.mean([s.iou for s in scores]))
     assert standard["answer/exact_match"] == np.mean([s.answer_matches for s in scores])
-    none = [s for s in scores if s.target_kind == "none"]
-    assert standard["grounding/n_acc"] == np.mean([s.rejected for s in none])
+    without_target = [s for s in scores if s.target_kind == "none"]
+    assert standard["grounding/n_acc"] == np.mean([s.rejected for s in without_target])
     assert {s.target_kind for s in scores} == {"single", "multi", "none"}
     for s in scores:
         annotation = truth.annotations(s.image)[s.annotation]
@@ -429,12 +455,26 @@ def test_query_scores_tell_what_the_metrics_sum(truth: Truth, records: list[Reco
         assert s.groups == tuple(dict.fromkeys(expected))
 
 
-def test_frames_of_one_video_are_one_cluster(truth: Truth, records: list[Record]):
-    scores = query_scores(records[:5], truth)
+def test_the_iou_of_every_mask_is_that_of_pycocotools(truth, queries):
+    num_masks = 0
+    for query, s in zip(queries, query_scores(queries, truth), strict=True):
+        slots = truth.annotations(query.image)[query.annotation].slots
+        expected = {}
+        for mask in query.masks:
+            if mask.slot in slots:
+                target = truth.masks(query.image)[slots[mask.slot]]
+                expected[mask.slot] = coco_mask.iou([mask.rle], [target], [0])[0, 0]
+        assert s.mask_ious == expected
+        num_masks += len(expected)
+    assert num_masks > 100
+
+
+def test_frames_of_one_video_are_one_cluster(truth, queries):
+    scores = query_scores(queries[:4], truth)
     names = ["A_H1_T1_00001", "A_H1_T1_00104", "A_H1_T2_00001", "photo"]
-    renamed = [
-        dataclasses.replace(score, image=name) for score, name in zip(scores, names, strict=True)
-    ]
+    renamed = []
+    for query_score, name in zip(scores, names, strict=True):
+        renamed.append(dataclasses.replace(query_score, image=name))
     clusters = bootstrap(renamed, [measure({}, {}, {})] * len(scores))
     assert {cluster: len(rows) for cluster, rows in clusters.rows.items()} == {
         "A_H1_T1": 2,
@@ -443,20 +483,16 @@ def test_frames_of_one_video_are_one_cluster(truth: Truth, records: list[Record]
     }
 
 
-def test_presence_that_is_not_given_follows_the_masks(truth: Truth, records: list[Record]):
-    bare = [
-        {key: value for key, value in record.items() if key != "presence"} for record in records
-    ]
+def test_without_presence_it_follows_the_masks(truth, queries):
+    bare = [replace(query, presence=None) for query in queries]
     assert {s.presence == (not s.rejected) for s in query_scores(bare, truth)} == {True}
-    assert not [
-        key
-        for key in score(bare, truth)
-        if key.startswith("presence/") and key != "presence/accuracy"
-    ]
+    presence = {key for key in score(bare, truth) if key.startswith("presence/")}
+    assert presence == {"presence/accuracy"}
 
 
 def test_breakdowns_are_the_scores_of_their_queries(truth: Truth, records: list[Record]):
-    parts, scores = score_all(records, truth)["breakdowns"], query_scores(records, truth)
+    metrics, scores = score_all(records, truth)
+    parts = metrics["breakdowns"]
     members = {
         "target_kind": lambda s: [s.target_kind],
         "wording": lambda s: ["sentence" if s.is_sentence else "phrase"],
@@ -464,36 +500,38 @@ def test_breakdowns_are_the_scores_of_their_queries(truth: Truth, records: list[
     }
     assert set(parts) == set(members)
     for name, values_of in members.items():
-        assert set(parts[name]) == {value for s in scores for value in values_of(s)}
-        for value, metrics in parts[name].items():
-            own = [s for s in scores if value in values_of(s)]
-            assert metrics["num_queries"] == len(own)
-            assert metrics["grounding/giou"] == pytest.approx(np.mean([s.iou for s in own]))
-            assert metrics["answer/exact_match"] == np.mean([s.answer_matches for s in own])
-            if sum(s.union for s in own):
-                assert metrics["grounding/ciou"] == sum(s.intersection for s in own) / sum(
-                    s.union for s in own
-                )
+        values = set()
+        for s in scores:
+            values.update(values_of(s))
+        assert set(parts[name]) == values
+        for value, part in parts[name].items():
+            of_part = [s for s in scores if value in values_of(s)]
+            assert part["num_queries"] == len(of_part)
+            assert part["grounding/giou"] == pytest.approx(np.mean([s.iou for s in of_part]))
+            assert part["answer/exact_match"] == np.mean([s.answer_matches for s in of_part])
+            union = sum(s.union for s in of_part)
+            if union:
+                intersection = sum(s.intersection for s in of_part)
+                assert part["grounding/ciou"] == intersection / union
 
 
 def test_wordings_and_hands_are_scored(truth: Truth, records: list[Record]):
-    """Paraphrase agreement pixel by pixel on one image; the flaw "second slot" leaves the hand out."""
+    """Paraphrase agreement pixel by pixel on one image; "second slot" leaves the hand out."""
     stem = truth.dataset.stems[0]
-    own = [r for r in records if r["image"] == stem]
+    of_image = [record for record in records if record.image == stem]
     ious = []
-    for number in range(len(truth.annotations(stem))):
-        unions = [
-            np.any(
-                [decode(m["rle"]) for m in r["masks"]] or [np.zeros(truth.size(stem), bool)], axis=0
-            )
-            for r in own
-            if r["kind"] == "query" and r["annotation"] == number
-        ]
-        pairs = [(a & b, a | b) for n, a in enumerate(unions) for b in unions[n + 1 :]]
-        ious.append(
-            np.mean([both.sum() / either.sum() if either.any() else 1 for both, either in pairs])
-        )
-    metrics = score(own, truth)
+    for annotation in range(len(truth.annotations(stem))):
+        unions = []
+        for query in split_kinds(of_image)[1]:
+            if query.annotation == annotation:
+                masks = [decode(mask.rle) for mask in query.masks]
+                unions.append(np.any([np.zeros(truth.size(stem), bool), *masks], axis=0))
+        pair_ious = []
+        for index, a in enumerate(unions):
+            for b in unions[index + 1 :]:
+                pair_ious.append((a & b).sum() / (a | b).sum() if (a | b).any() else 1)
+        ious.append(np.mean(pair_ious))
+    metrics = score(of_image, truth)
     assert metrics["paraphrase/iou"] == pytest.approx(np.mean(ious))
     assert metrics["paraphrase/num_questions"] == len(ious)
     assert 0 < score(records, truth)["consistency/object_without_hand"] < 0.5
@@ -510,7 +548,7 @@ def rows(heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
 
 
-def rectangle(top: int, left: int, bottom: int, right: int) -> dict:
+def rectangle(top: int, left: int, bottom: int, right: int) -> Rle:
     mask = np.zeros((6, 10), bool)
     mask[top:bottom, left:right] = True
     return encode(mask)
@@ -524,21 +562,27 @@ PREDICTIONS = {
     "anything": {0: ELSEWHERE},
     "equal to G": {0: TARGET},
     "overlapping G": {0: OVERLAPPING},
+    "beside G": {0: ELSEWHERE},
 }
-PREDICTIONS["beside G"] = {0: ELSEWHERE}
 
 
 def test_the_edge_table_of_the_page_holds():
     table = rows(
         "| question | prediction | adds to cIoU's I / U | IoU in gIoU | N-acc | T-acc | P@x |"
     )
-    assert [row[:2] for row in table] == [["no target", name] for name in ("empty", "anything")] + [
-        ["target", name] for name in ("empty", "equal to G", "overlapping G", "beside G")
+    assert [row[:2] for row in table] == [
+        ["no target", "empty"],
+        ["no target", "anything"],
+        ["target", "empty"],
+        ["target", "equal to G"],
+        ["target", "overlapping G"],
+        ["target", "beside G"],
     ]
     for question, prediction, ciou, giou, n_acc, t_acc, precision in table:
-        targets, predicted = {0: TARGET} if question == "target" else {}, PREDICTIONS[prediction]
+        targets = {0: TARGET} if question == "target" else {}
+        predicted = PREDICTIONS[prediction]
         p, g = (
-            np.any([decode(m) for m in side.values()] or [np.zeros((6, 10))], 0)
+            np.any([np.zeros((6, 10)), *map(decode, side.values())], axis=0)
             for side in (predicted, targets)
         )
         sums = {
@@ -558,10 +602,8 @@ def test_the_edge_table_of_the_page_holds():
         iou = expected_i / expected_u if giou == "overlap / union" else float(giou)
         assert metrics["grounding/giou"] == iou
         for cell, name in ((n_acc, "n_acc"), (t_acc, "t_acc")):
-            assert metrics.get(f"grounding/{name}") == {"right": 1, "wrong": 0, "": None}[cell], (
-                name,
-                prediction,
-            )
+            expected = {"right": 1, "wrong": 0, "": None}[cell]
+            assert metrics.get(f"grounding/{name}") == expected, (name, prediction)
         for tenths in range(5, 10):
             hit = {"miss": 0, "hit at every x": 1, "hit if IoU >= x": iou >= tenths / 10, "": None}[
                 precision
@@ -570,12 +612,13 @@ def test_the_edge_table_of_the_page_holds():
 
 
 def test_the_page_names_every_score(truth: Truth, records: list[Record]):
-    page, metrics = PAGE.read_text(), score_all(records, truth)
-    with_depth = [{**r, "depth": DEPTH} if r["kind"] == "image" else r for r in records]
-    names = {*score(with_depth, truth), *metrics["annexe_release"], *metrics["earl_release"]}
-    names = {
-        name.replace("_without_synonyms", "") for name in names
-    }  # the name where WordNet is missing
+    page = PAGE.read_text()
+    metrics = score_all(records, truth).metrics
+    images, queries = split_kinds(records)
+    with_depth = [replace(image, depth=DEPTH) for image in images]
+    standard = score([*with_depth, *queries], truth)
+    names = {*standard, *metrics["annexe_release"], *metrics["earl_release"]}
+    names = {name.replace("_without_synonyms", "") for name in names}  # where WordNet is missing
     names = {re.sub(r"@[\d.]+$", "@", name) for name in names if name.count("/") < 2}
     named = {re.sub(r"@[\d.C]+$", "@", name) for name in re.findall(r"`([\w/@.]+)`", page)}
     assert sorted(names - named) == []
@@ -591,18 +634,21 @@ DEPTH = {
 }
 
 
-def test_the_page_and_the_schema_have_the_same_keys():
+def test_the_page_names_every_key_of_a_record():
     text = PAGE.read_text().split("## predictions.jsonl")[1].split("\n## ")[0]
-    for kind, form in SCHEMA["$defs"].items():
-        named = set(re.findall(r"`(\w+)`", text))
-        assert form["properties"].keys() <= named, kind
-        assert set(form["required"]) <= form["properties"].keys()
+    named = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", text))))
+    definitions = msgspec.json.schema(Record)["$defs"]
+    assert definitions.keys() == {
+        "DepthSums", "ImageRecord", "PredictedMask", "QueryRecord", "Rle"
+    }  # fmt: skip
+    for name, definition in definitions.items():
+        assert definition["properties"].keys() <= named, name
 
 
 def test_the_example_of_the_page_runs(
     annexe, truth: Truth, scenes: Path, tmp_path: Path, monkeypatch
 ):
-    """Masks as images and a table, made as the page says, score as the records that they stand for."""
+    """Masks as images and a table, made as the page says, score as the records they stand for."""
     page = PAGE.read_text().split("## Scoring another system's predictions")[1]
     (block,) = re.findall(
         r"```bash\n(.*?)```", page.split("### From mask images")[1].split("\n## ")[0], re.S
@@ -611,41 +657,41 @@ def test_the_example_of_the_page_runs(
     header = table.splitlines()[0].split("\t")
     monkeypatch.chdir(tmp_path)
     shutil.copytree(scenes, "data/synthetic", copy_function=os.link)
-    stem, wanted = truth.dataset.stems[0], []
+    stem = truth.dataset.stems[0]
+    expected = []
     lines = ["\t".join(header)]
-    for number, annotation in enumerate(truth.annotations(stem)):
-        question, masks = annotation.questions[-1], []
+    for index, annotation in enumerate(truth.annotations(stem)):
+        question = annotation.questions[-1]
+        masks = []
         for slot, mask_id in annotation.slots.items():
             rle = truth.masks(stem)[mask_id]
-            path = Path("masks") / stem / f"{number}_{question['id']}_{slot}.png"
+            path = Path("masks") / stem / f"{index}_{question['id']}_{slot}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             pixels = coco_mask.decode(rle) * 255
-            shaped = {0: pixels, 1: np.stack([pixels] * 3, 2)}[
-                slot % 2
-            ]  # grey or colour, both are masks
-            Image.fromarray(shaped).save(path)
+            if slot % 2:  # gray or color, both are masks
+                pixels = np.stack([pixels] * 3, 2)
+            Image.fromarray(pixels).save(path)
             masks.append({"slot": slot, "rle": rle})
         values = {
             "image": stem,
-            "annotation": number,
+            "annotation": index,
             "query_id": question["id"],
             "answer": annotation.answer,
         }
         values |= {"presence": 0.75, "analysis": "a hand"}
         lines.append("\t".join(str(values[name]) for name in header))
         query = {key: value for key, value in values.items() if key in header and key != "analysis"}
-        wanted.append({"kind": "query", **query, "masks": masks})
+        expected.append({"kind": "query", **query, "masks": masks})
     Path("answers.tsv").write_text("\n".join(lines) + "\n")
     commands = [line.split() for line in block.replace("\\\n", " ").splitlines() if line.strip()]
     assert [words[1] for words in commands] == ["convert-predictions", "score"]
     for words in commands:
         assert "error" not in annexe(*words[1:])
-    made = [json.loads(line) for line in Path("predictions.jsonl").read_text().splitlines()]
-    assert [record for record in made if record["kind"] == "query"] == wanted
+    written = [json.loads(line) for line in Path("predictions.jsonl").read_text().splitlines()]
+    assert [line for line in written if line["kind"] == "query"] == expected
     metrics = json.loads(Path("metrics.json").read_text())["standard"]
-    assert metrics["grounding/ciou"] == metrics["answer/exact_match"] == 1 and metrics[
-        "num_queries"
-    ] == len(wanted)
+    assert metrics["grounding/ciou"] == metrics["answer/exact_match"] == 1
+    assert metrics["num_queries"] == len(expected)
 
 
 # Converting
@@ -670,29 +716,25 @@ def test_the_example_of_the_page_runs(
 def test_tables_that_cannot_be_converted(answers: str, part: str, annexe, tmp_path):
     (tmp_path / "masks" / "A").mkdir(parents=True)
     Image.new("L", (4, 3)).save(tmp_path / "masks" / "A" / "0_0_0.png")
-    (tmp_path / "answers.tsv").write_text(answers)
-    given = (
-        "convert-predictions",
-        tmp_path / "masks",
-        tmp_path / "answers.tsv",
-        tmp_path / "out.jsonl",
-    )
-    assert part in annexe(*given) and not (tmp_path / "out.jsonl").exists()
+    table = tmp_path / "answers.tsv"
+    table.write_text(answers)
+    out = tmp_path / "out.jsonl"
+    assert part in annexe("convert-predictions", tmp_path / "masks", table, out)
+    assert not out.exists()
 
 
 def test_masks_that_cannot_be_converted(annexe, tmp_path):
     (tmp_path / "masks").mkdir()
     answers = tmp_path / "answers.jsonl"
+    out = tmp_path / "out.jsonl"
     answers.write_text('{"image": "A", "annotation": 0, "query_id": "q-7", "answer": ""}\n')
-    given = ("convert-predictions", tmp_path / "masks", answers, tmp_path / "out.jsonl")
-    annexe(*given)
-    (line,) = (tmp_path / "out.jsonl").read_text().splitlines()
+    words = ("convert-predictions", tmp_path / "masks", answers, out)
+    annexe(*words)
+    (line,) = out.read_text().splitlines()
     assert json.loads(line)["query_id"] == "q-7" and json.loads(line)["masks"] == []
     Image.new("L", (4, 3)).save(tmp_path / "masks" / "stray.png")
-    assert "stray.png' is not named" in annexe(*given)
-    assert "no folder" in annexe(
-        "convert-predictions", tmp_path / "none", answers, tmp_path / "out.jsonl"
-    )
+    assert "stray.png' is not named" in annexe(*words)
+    assert "no folder" in annexe("convert-predictions", tmp_path / "none", answers, out)
     (tmp_path / "masks" / "stray.png").unlink()
     row = {"image": "A", "annotation": 0, "query_id": 0, "answer": "x"}
     for text, part in (
@@ -701,11 +743,11 @@ def test_masks_that_cannot_be_converted(annexe, tmp_path):
         (json.dumps(row | {"answer": "\ud800"}), "surrogates not allowed"),
     ):
         answers.write_text(f"{text}\n")
-        assert part in annexe(*given)
+        assert part in annexe(*words)
 
 
 def test_odd_tables_and_masks_that_are_converted(annexe, tmp_path):
-    """A mark of the byte order, line separators within a text, long answers, and masks with an alpha channel."""
+    """A mark of the byte order, line separators in a text, long answers, masks with alpha."""
     folder = tmp_path / "masks" / "A"
     folder.mkdir(parents=True)
     inside = np.zeros((6, 8, 2), np.uint8)
@@ -714,28 +756,21 @@ def test_odd_tables_and_masks_that_are_converted(annexe, tmp_path):
     Image.fromarray(inside, "LA").save(folder / "0_0_0.png")
     answer = "a\u2028b\x85c" + "x" * 200_000
     table = f"image\tannotation\tquery_id\tanswer\nA\t0\t0\t{answer}\n"
-    (tmp_path / "answers.tsv").write_bytes(b"\xef\xbb\xbf" + table.encode())
-    annexe(
-        "convert-predictions",
-        tmp_path / "masks",
-        tmp_path / "answers.tsv",
-        tmp_path / "new" / "out.jsonl",
-    )
-    (line,) = read_records(tmp_path / "new" / "out.jsonl")
-    assert (
-        line["answer"] == answer
-        and (decode(line["masks"][0]["rle"]) == inside[..., 0] // 255).all()
-    )
+    answers = tmp_path / "answers.tsv"
+    answers.write_bytes(b"\xef\xbb\xbf" + table.encode())
+    out = tmp_path / "new" / "out.jsonl"
+    annexe("convert-predictions", tmp_path / "masks", answers, out)
+    (query,) = read_records(out)
+    assert query.answer == answer
+    assert (decode(query.masks[0].rle) == inside[..., 0] // 255).all()
 
 
 def test_nothing_predicted_is_refused_everywhere(truth: Truth, records: list[Record]):
-    refusing = [
-        {**r, "masks": [], "answer": NO_TARGET_ANSWER, "presence": 0.0}
-        if r["kind"] == "query"
-        else r
-        for r in records
-    ]
-    metrics = score_all(refusing, truth)
+    images, queries = split_kinds(records)
+    refusals = []
+    for query in queries:
+        refusals.append(replace(query, masks=[], answer=NO_TARGET_ANSWER, presence=0.0))
+    metrics = score_all([*images, *refusals], truth).metrics
     reject = metrics["baselines"]["reject"]
     for name, value in metrics["standard"].items():
         if name.split("/")[0] in ("grounding", "answer", "presence"):

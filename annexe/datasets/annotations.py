@@ -10,10 +10,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from annexe.errors import UserError
-from annexe.rle import Rle
 
 _BARE_PLACEHOLDER = re.compile(r"<MSK>")
 
@@ -37,16 +36,6 @@ class Annotation:
     def phrase(self, slot: int) -> str:
         """What the target in ``slot`` is called; empty where the annotation does not say."""
         return self.tokens[slot] if slot < len(self.tokens) else ""
-
-
-class GroundTruth(Protocol):
-    """What a data set needs of the truth to score predictions itself."""
-
-    def annotations(self, stem: str) -> list[Annotation]:
-        """Annotations of an image."""
-
-    def masks(self, stem: str) -> dict[int, Rle]:
-        """Mask id -> RLE at the original size, for every id that an annotation names."""
 
 
 def _text(value: Any) -> str:

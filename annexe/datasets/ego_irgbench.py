@@ -20,7 +20,7 @@ import numpy as np
 
 from annexe import prompts
 from annexe.datasets.annotation_index import Annotations, ImageRow, open_index
-from annexe.datasets.annotations import Annotation, GroundTruth, read_annotations
+from annexe.datasets.annotations import Annotation, read_annotations
 from annexe.datasets.image_names import (
     CATEGORIES,
     annotation_folders,
@@ -267,9 +267,7 @@ class EgoIRGBench:
         named = [name for name in CATEGORIES.values() if name in words]
         return (named or [category(stem)])[0].replace(" ", "_")
 
-    def extra_scores(
-        self, records: Iterable[dict[str, Any]], truth: GroundTruth
-    ) -> dict[str, float]:
+    def extra_scores(self, overlaps: Iterable[tuple[int, int, int]]) -> dict[str, float]:
         """No scores beside those that every data set gets."""
         return {}
 

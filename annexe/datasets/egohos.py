@@ -16,11 +16,10 @@ import numpy as np
 from PIL import Image
 
 from annexe import prompts
-from annexe.datasets.annotations import Annotation, GroundTruth
+from annexe.datasets.annotations import Annotation
 from annexe.datasets.pixels import read_id_map, read_image
 from annexe.errors import UserError, unknown_name_error
 from annexe.registry import register
-from annexe.rle import area
 from annexe.structures.sample import Sample, Turn
 
 SPLITS = ("train", "val", "test_indomain", "test_outdomain")
@@ -168,14 +167,12 @@ class EgoHOS:
         """Name of the category that answers call ``phrase``."""
         return next(category.name for category in CATEGORIES.values() if category.phrase == phrase)
 
-    def extra_scores(
-        self, records: Iterable[dict[str, Any]], truth: GroundTruth
-    ) -> dict[str, float]:
+    def extra_scores(self, overlaps: Iterable[tuple[int, int, int]]) -> dict[str, float]:
         """IoU of every category, as published: summed intersection over summed union.
 
         Args:
-            records: lines of a predictions file; those of images are skipped.
-            truth: annotations and true masks of this data set.
+            overlaps: of every query the index of its category, and intersection and union of its
+                predicted and true masks, in pixels.
 
         Returns:
             ``egohos/iou_CATEGORY`` in [0, 1], without the categories that are neither there nor
@@ -183,18 +180,9 @@ class EgoHOS:
         """
         intersections = [0] * len(CATEGORIES)  # pixels
         unions = [0] * len(CATEGORIES)
-        for record in records:
-            if record["kind"] != "query":
-                continue
-            stem = record["image"]
-            category = record["annotation"]
-            masks = truth.masks(stem)
-            slots = truth.annotations(stem)[category].slots
-            true_masks = [masks[mask_id] for mask_id in slots.values()]
-            predicted = list({mask["slot"]: mask["rle"] for mask in record["masks"]}.values())
-            union = area([*predicted, *true_masks])
-            intersections[category] += area(predicted) + area(true_masks) - union
-            unions[category] += union
+        for index, intersection, union in overlaps:
+            intersections[index] += intersection
+            unions[index] += union
 
         scores = {}
         for category, intersection, union in zip(

@@ -1,19 +1,16 @@
-"""Model to records of predictions."""
+"""From a model to the records of its predictions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain, islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from annexe.datasets.collate import Collator
-from annexe.datasets.ego_irgbench import EgoIRGBench
-from annexe.datasets.egohos import EgoHOS
-from annexe.datasets.photos import Photos
-from annexe.evaluation.records import Record
+from annexe.evaluation.records import ImageRecord, PredictedMask, QueryRecord, Record
 from annexe.metrics import depth_errors
 from annexe.models.annexe import Annexe
 from annexe.models.mask_postprocessing import postprocess
@@ -22,13 +19,22 @@ from annexe.structures.sample import Sample
 from annexe.workers import in_threads
 
 
+class Questions(Protocol):
+    """A data set with questions to ask of its images."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def evaluation_sample(self, index: int, queries_per_annotation: int | str) -> Sample:
+        """An image with its questions."""
+
+
 class EvaluationSet(Dataset):
     """The images of a data set as evaluation samples."""
 
-    def __init__(
-        self, dataset: EgoIRGBench | EgoHOS | Photos, queries_per_annotation: int | str
-    ) -> None:
-        self.dataset, self.queries_per_annotation = dataset, queries_per_annotation
+    def __init__(self, dataset: Questions, queries_per_annotation: int | str) -> None:
+        self.dataset = dataset
+        self.queries_per_annotation = queries_per_annotation
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -38,16 +44,20 @@ class EvaluationSet(Dataset):
 
 
 def plan_batches(num_images: int, batch_size: int) -> list[list[int]]:
-    """All batches of an evaluation in one fixed order; ranks take whole ones, so nothing is padded or repeated."""
-    return [
-        list(range(first, min(first + batch_size, num_images)))
-        for first in range(0, num_images, batch_size)
-    ]
+    """All batches of an evaluation in one fixed order.
+
+    Ranks take whole ones, so nothing is padded or repeated.
+    """
+    batches = []
+    for first in range(0, num_images, batch_size):
+        end = min(first + batch_size, num_images)
+        batches.append(list(range(first, end)))
+    return batches
 
 
 def predict(
     model: Annexe,
-    dataset: EgoIRGBench | EgoHOS | Photos,
+    dataset: Questions,
     batches: list[list[int]],
     *,
     queries_per_annotation: int | str,
@@ -56,14 +66,28 @@ def predict(
     device: torch.device,
     autocast: Any,
 ) -> Iterator[list[Record]]:
-    """Records of each batch in turn: an image line an image, a query line a query.
+    """Predict batch by batch.
 
-    ``num_workers`` processes load the batches ahead of the device, and as many threads make records of those behind it,
-    off a GPU with masks brought to full size; with 0 the main thread does both.
+    Args:
+        model: in training or evaluation mode, which it has again at the end.
+        dataset: where the images and their questions come from.
+        batches: indices of the images of each batch.
+        queries_per_annotation: wordings to ask of each annotation, or ``all``.
+        max_new_tokens: of each answer.
+        num_workers: this many processes load batches ahead of the device, and as many threads
+            make records of those behind it: off a GPU they also bring masks to full size. With 0
+            the main thread does both.
+        device: of the model.
+        autocast: context manager under which the model runs.
+
+    Yields:
+        The records of each batch: for every image its own, then those of its questions.
     """
-    tokenizer = model.language_model.tokenizer
     collate = Collator(
-        tokenizer, model.num_image_tokens, model.pixel_decoder.num_slots, responses=False
+        model.language_model.tokenizer,
+        model.num_image_tokens,
+        model.pixel_decoder.num_slots,
+        responses=False,
     )
     loader = DataLoader(
         EvaluationSet(dataset, queries_per_annotation),
@@ -74,46 +98,49 @@ def predict(
         generator=torch.Generator(),
     )
 
-    def drafts() -> Iterator[list[tuple[Sample, list[RawResponse]]]]:
+    def raw_responses() -> Iterator[list[tuple[Sample, list[RawResponse]]]]:
+        """Every sample of a batch with the responses to its questions."""
         for batch in loader:
             with autocast():
-                drafted = iter(model.generate_raw(batch.to(device), max_new_tokens))
-            yield [(sample, list(islice(drafted, len(sample.turns)))) for sample in batch.samples]
+                responses = iter(model.generate_raw(batch.to(device), max_new_tokens))
+            yield [(sample, list(islice(responses, len(sample.turns)))) for sample in batch.samples]
 
     training = model.training
     model.eval()
-    for records in in_threads(records_of, drafts(), num_workers):
+    for records in in_threads(_records_of_image, raw_responses(), num_workers):
         yield list(chain.from_iterable(records))
     model.train(training)
     model.text_decoder.release()
 
 
-def records_of(drafted: tuple[Sample, list[RawResponse]]) -> list[Record]:
-    """The lines of ``predictions.jsonl`` for one image."""
-    sample, drafts = drafted
-    depth = depth_errors(drafts[0].depth, sample.depth)
+def _records_of_image(predicted: tuple[Sample, list[RawResponse]]) -> list[Record]:
+    """The records of one image: its own, then those of its questions."""
+    sample, raw_responses = predicted
+    first = raw_responses[0]
+    depth = depth_errors(first.depth, sample.depth)
     records: list[Record] = [
-        {"kind": "image", "image": sample.stem, "analysis": drafts[0].analysis, "depth": depth},
+        ImageRecord(image=sample.stem, analysis=first.analysis, depth=depth),
     ]
-    for turn, draft in zip(sample.turns, drafts, strict=True):
-        response = postprocess(draft)
-        masks = [
-            {"slot": t.slot, "phrase": t.phrase, "score": round(t.score, 6), "rle": t.rle}
-            for t in response.targets
-        ]
+    for turn, raw in zip(sample.turns, raw_responses, strict=True):
+        response = postprocess(raw)
+        masks = []
+        for target in response.targets:
+            score = round(target.score, 6)
+            mask = PredictedMask(
+                slot=target.slot, phrase=target.phrase, score=score, rle=target.rle
+            )
+            masks.append(mask)
         records.append(
-            {
-                "kind": "query",
-                "image": sample.stem,
-                "annotation": turn.annotation,
-                "query_id": turn.query_id,
-                "query": turn.query,
-                "answer": response.answer,
-                "presence": round(response.presence, 6),
-                "slot_scores": [
-                    round(score, 12) for score in draft.scores
-                ],  # thresholds are set by them
-                "masks": masks,
-            }
+            QueryRecord(
+                image=sample.stem,
+                annotation=turn.annotation,
+                query_id=turn.query_id,
+                query=turn.query,
+                answer=response.answer,
+                presence=round(response.presence, 6),
+                # Thresholds are calibrated on these, hence more digits
+                slot_scores=[round(score, 12) for score in raw.scores],
+                masks=masks,
+            )
         )
     return records

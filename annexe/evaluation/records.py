@@ -1,65 +1,154 @@
-"""Measure predicted masks against the truth, image by image, in one process or several.
+"""The lines of ``predictions.jsonl``: what they hold, and how they are written, read and checked.
 
-What is measured once of a query serves every score, subset and interval; nothing here needs a model.
+The types are the form of a line: a line is checked against them when it is read. Keys that they do
+not name are ignored. `read_predictions` also checks what has to fit the data.
 """
 
 from __future__ import annotations
 
 import json
-import math
+import re
+import reprlib
+import sys
 from collections.abc import Iterable
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
+
+import msgspec
+from msgspec import Meta, Struct
 
 from annexe.errors import UserError
 from annexe.evaluation.truth import Truth
 from annexe.files import write_text
-from annexe.rle import fault_of
+from annexe.rle import Rle, validate
 
-Record = dict[str, Any]
+_Count = Annotated[int, Meta(ge=0)]
+_Sum = Annotated[float, Meta(ge=0, le=sys.float_info.max)]  # finite
+_Share = Annotated[float, Meta(ge=0, le=1)]
 
-SCHEMA: dict[str, Any] = json.loads(
-    (files("annexe") / "predictions.schema.json").read_text(encoding="utf-8")
-)
-_TYPES = {
-    "object": dict,
-    "array": list,
-    "string": str,
-    "integer": int,
-    "number": (int, float),
-    "null": type(None),
+
+class DepthSums(TypedDict):
+    """Sums of the depth errors of one photo, as `annexe.metrics.depth_errors` returns them."""
+
+    num_valid: Annotated[int, Meta(ge=1)]
+    sum_absolute_normalised: _Sum
+    sum_absolute_relative: _Sum
+    sum_squared: _Sum
+    num_delta1: _Count
+
+
+class PredictedMask(Struct, kw_only=True, omit_defaults=True):
+    """The mask in one slot of an answer."""
+
+    slot: _Count
+    phrase: str | None = None
+    score: _Share | None = None  # confidence in the mask
+    rle: Rle  # at the size of the photo
+
+
+class ImageRecord(Struct, kw_only=True, tag_field="kind", tag="image"):
+    """What was predicted for one photo."""
+
+    image: str  # stem of the photo
+    analysis: str
+    depth: DepthSums | None = None
+
+
+class QueryRecord(Struct, kw_only=True, omit_defaults=True, tag_field="kind", tag="query"):
+    """The answer to one question."""
+
+    image: str  # stem of the photo
+    annotation: _Count  # index in the JSON list of the photo
+    query_id: int | str  # id of the wording
+    query: str | None = None
+    answer: str
+    presence: _Share | None = None  # how sure the system is that there is a target
+    slot_scores: list[_Share] | None = None  # presence of every slot, with or without a mask
+    masks: list[PredictedMask]  # empty = refused
+
+    @property
+    def key(self) -> tuple[str, int, int | str]:
+        """Image, annotation and wording: no other record has the same."""
+        return self.image, self.annotation, self.query_id
+
+
+Record = ImageRecord | QueryRecord
+
+# What helps a reader of a message about a field
+_HINTS = {
+    "annotation": "the index in the JSON list of the photo",
+    "counts": "pycocotools.mask.frPyObjects compresses a list",
+    "image": "the stem of the photo",
+    "masks": "an empty list is a refusal",
+    "query_id": "the id of the wording",
+    "size": "height and width",
 }
 
 
-class BadValue(ValueError):
+class BadLine(ValueError):
     """What is wrong with a line, without saying which one it is."""
 
 
-def read_predictions(path: Path, truth: Truth) -> list[Record]:
-    """Read and check all lines.
+def split_kinds(records: Iterable[Record]) -> tuple[list[ImageRecord], list[QueryRecord]]:
+    """The records of photos and those of questions."""
+    images: list[ImageRecord] = []
+    queries: list[QueryRecord] = []
+    for record in records:
+        if isinstance(record, ImageRecord):
+            images.append(record)
+        else:
+            queries.append(record)
+    return images, queries
+
+
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Write JSON lines, all of them or nothing."""
+    lines = []
+    for record in records:
+        lines.append(json.dumps(msgspec.to_builtins(record), ensure_ascii=False) + "\n")
+    write_text(path, "".join(lines))
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read a predictions file.
 
     Raises:
-        UserError: naming the first bad line by its number: no JSON, not of the schema, unknown to the data, there
-            before, or with a mask that is no mask of the photo.
+        UserError: naming the first line that is no record.
+    """
+    records = []
+    with path.open(encoding="utf-8") as lines:  # `str.splitlines` also cuts inside of texts
+        for line_number, line in enumerate(lines, start=1):
+            try:
+                records.append(parse(line))
+            except BadLine as error:
+                raise UserError(f"'{path}', line {line_number}: {error}") from None
+    return records
+
+
+def read_predictions(path: Path, truth: Truth) -> list[Record]:
+    """Read a predictions file of any system and check it against the data.
+
+    Raises:
+        UserError: naming the first bad line: it is no record, the data does not have what it is
+            about, an earlier line is about the same, or a mask is no mask of the photo.
     """
     records: list[Record] = []
-    seen: dict[tuple, int] = {}
+    first_lines: dict[tuple, int] = {}
     try:
         with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
+            for line_number, line in enumerate(lines, start=1):
                 try:
-                    record = _parsed(line)
-                    key = _known_key(record, truth)
-                    if key in seen:
-                        raise BadValue(
-                            f"{_named(key)} stands twice, first in line {seen[key]}; keep one"
+                    record = parse(line)
+                    key = _check_known(record, truth)
+                    if key in first_lines:
+                        raise BadLine(
+                            f"{_name(key)} stands twice, first in line {first_lines[key]}; keep one"
                         )
-                    if record["kind"] == "query":
+                    if isinstance(record, QueryRecord):
                         _check_masks(record, truth)
-                except BadValue as error:
-                    raise UserError(f"'{path}', line {number}: {error}") from None
-                seen[key] = number
+                except BadLine as error:
+                    raise UserError(f"'{path}', line {line_number}: {error}") from None
+                first_lines[key] = line_number
                 records.append(record)
     except FileNotFoundError:
         raise UserError(
@@ -67,7 +156,8 @@ def read_predictions(path: Path, truth: Truth) -> list[Record]:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"cannot read predictions '{path}' ({error}); give a text file with a JSON object per line"
+            f"cannot read predictions '{path}' ({error}); "
+            "give a text file with a JSON object per line"
         ) from None
     if not records:
         raise UserError(f"'{path}' holds no predictions; give a file with one JSON object per line")
@@ -75,133 +165,121 @@ def read_predictions(path: Path, truth: Truth) -> list[Record]:
 
 
 def require_complete(records: list[Record], truth: Truth) -> None:
-    """Refuse records that leave out an annotation of the split."""
-    asked = {
-        (record["image"], record["annotation"]) for record in records if record["kind"] == "query"
-    }
-    wanted = [
-        (stem, number)
-        for stem in truth.dataset.stems
-        for number in range(len(truth.annotations(stem)))
-    ]
-    absent = [pair for pair in wanted if pair not in asked]
-    if absent:
-        stem, number = absent[0]
+    """Refuse records that leave out an annotation of the split.
+
+    Raises:
+        UserError: naming the first annotation without a prediction.
+    """
+    _, queries = split_kinds(records)
+    predicted = {(query.image, query.annotation) for query in queries}
+    num_annotations = 0
+    missing: list[tuple[str, int]] = []
+    for stem in truth.dataset.stems:
+        for index in range(len(truth.annotations(stem))):
+            num_annotations += 1
+            if (stem, index) not in predicted:
+                missing.append((stem, index))
+    if missing:
+        stem, index = missing[0]
         raise UserError(
-            f"{len(absent)} of {len(wanted)} annotations of split '{truth.dataset.split}' have no prediction, first "
-            f"annotation {number} of '{stem}'; add a query line for each, or leave --complete out"
+            f"{len(missing)} of {num_annotations} annotations of split '{truth.dataset.split}' "
+            f"have no prediction, first annotation {index} of '{stem}'; "
+            "add a query line for each, or leave --complete out"
         )
 
 
-def _parsed(line: str) -> Record:
+def parse(line: str) -> Record:
+    """The record in a line of JSON.
+
+    Raises:
+        BadLine: it is no JSON, or not of the form of a record.
+    """
     try:
-        record = json.loads(line)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # numbers of thousands of digits, thousands of brackets
-        raise BadValue(f"not JSON ({error}); remove or mend it") from None
-    kinds = SCHEMA["$defs"]
-    kind = record.get("kind") if isinstance(record, dict) else None
-    if not isinstance(kind, str) or kind not in kinds:
-        raise BadValue(f"must be an object whose 'kind' is one of {sorted(kinds)}")
-    _check_form(record, kinds[kind], "")
-    return record
-
-
-def _check_form(value: Any, schema: dict[str, Any], where: str) -> None:
-    """Check against the part of JSON Schema that the schema file uses."""
-    if "const" in schema:
-        return  # settled by the choice of the schema
-    types = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
-    is_bool = isinstance(value, bool)  # Python counts it among the integers
-    if is_bool or not any(isinstance(value, _TYPES[name]) for name in types):
-        note = f" ({schema['description']})" if "description" in schema else ""
-        raise BadValue(f"{where} is {type(value).__name__}, must be {' or '.join(types)}{note}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise BadValue(f"{where} is {value}, must be finite")
-    if isinstance(value, (int, float)):
-        low, high = schema.get("minimum", value), schema.get("maximum", value)
-        if not low <= value <= high:
-            raise BadValue(
-                f"{where} is {value}, must be at least {low}"
-                + (f" and at most {high}" if high != value else "")
-            )
-    elif isinstance(value, list):
-        if not schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)):
-            raise BadValue(f"{where} has {len(value)} entries, must have {schema['minItems']}")
-        for number, item in enumerate(value):
-            _check_form(item, schema["items"], f"{where}[{number}]")
-    elif isinstance(value, dict):
-        for name in schema["required"]:
-            if name not in value:
-                raise BadValue(f"{f'{where}.{name}'.lstrip('.')} is missing")
-        for name, part in schema["properties"].items():
-            if name in value:
-                _check_form(value[name], part, f"{where}.{name}".lstrip("."))
-
-
-def _known_key(record: Record, truth: Truth) -> tuple:
-    """(image,) or (image, annotation, query id), all of which the data knows."""
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:  # also for thousands of digits or brackets
+        raise BadLine(f"not JSON ({error}); remove or fix it") from None
+    kind = value.get("kind") if isinstance(value, dict) else None
+    if kind not in ("image", "query"):
+        raise BadLine("must be an object whose 'kind' is one of ['image', 'query']")
     try:
-        annotations = truth.annotations(record["image"])
+        return msgspec.convert(value, Record)
+    except msgspec.ValidationError as error:
+        raise BadLine(_explain(str(error), value)) from None
+
+
+def _explain(message: str, line: dict[str, Any]) -> str:
+    """A message of msgspec about a line, with the value that it is about.
+
+    "Expected `int` >= 0 - at `$.masks[0].slot`" becomes "masks[0].slot is -1, expected int >= 0".
+    """
+    problem, _, path = message.replace("`", "").partition(" - at $")
+    missing = re.fullmatch(r"Object missing required field (\w+)", problem)
+    if missing:
+        return f"{path}.{missing[1]} is missing".removeprefix(".")
+
+    # Follow the path to the value
+    value: Any = line
+    name = ""
+    for key, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):
+        value = value[key or int(index)]
+        name = key or name
+    hint = f" ({_HINTS[name]})" if name in _HINTS else ""
+    expected = problem[0].lower() + problem[1:]
+    return f"{path.removeprefix('.')} is {reprlib.repr(value)}, {expected}{hint}"
+
+
+def _check_known(record: Record, truth: Truth) -> tuple:
+    """Check that the data has what a record is about.
+
+    Returns:
+        (image,) or (image, annotation, query id): what no other record may have.
+
+    Raises:
+        BadLine: naming what the data does not have.
+    """
+    try:
+        annotations = truth.annotations(record.image)
     except UserError as error:
-        raise BadValue(str(error)) from None
-    if record["kind"] == "image":
-        return (record["image"],)
-    stem, number, query_id = key = (record["image"], record["annotation"], record["query_id"])
-    if number >= len(annotations):
-        raise BadValue(f"image '{stem}' has no annotation {number}, it has {len(annotations)}")
-    known = [question["id"] for question in annotations[number].questions]
-    if query_id not in known:
-        raise BadValue(
-            f"annotation {number} of image '{stem}' has no query {query_id!r}, only {known}"
+        raise BadLine(str(error)) from None
+    if isinstance(record, ImageRecord):
+        return (record.image,)
+    stem, index, query_id = record.key
+    if index >= len(annotations):
+        raise BadLine(f"image '{stem}' has no annotation {index}, it has {len(annotations)}")
+    known_ids = [question["id"] for question in annotations[index].questions]
+    if query_id not in known_ids:
+        raise BadLine(
+            f"annotation {index} of image '{stem}' has no query {query_id!r}, only {known_ids}"
         )
-    return key
+    return record.key
 
 
-def _named(key: tuple) -> str:
-    return (
-        f"image '{key[0]}'"
-        if len(key) == 1
-        else f"query {key[2]!r} of annotation {key[1]} of image '{key[0]}'"
-    )
+def _name(key: tuple) -> str:
+    """What a key of `_check_known` stands for."""
+    if len(key) == 1:
+        return f"image '{key[0]}'"
+    stem, index, query_id = key
+    return f"query {query_id!r} of annotation {index} of image '{stem}'"
 
 
-def _check_masks(record: Record, truth: Truth) -> None:
-    """Every slot once, every mask a run-length code at the size of the photo."""
+def _check_masks(record: QueryRecord, truth: Truth) -> None:
+    """Check that every slot has one mask, and every mask is a code of the photo's size.
+
+    Raises:
+        BadLine: naming the first slot with another one.
+    """
     slots: set[int] = set()
-    for mask in record["masks"]:
-        slot, rle = mask["slot"], mask["rle"]
-        if slot in slots:
-            raise BadValue(f"slot {slot} has two masks; give one, with the pixels of both")
-        slots.add(slot)
-        height, width = truth.size(record["image"])
-        if rle["size"] != [height, width]:
-            raise BadValue(
-                f"mask of slot {slot} has size {rle['size']}, its photo {[height, width]} (height, width)"
+    size = list(truth.size(record.image)) if record.masks else []
+    for mask in record.masks:
+        if mask.slot in slots:
+            raise BadLine(f"slot {mask.slot} has two masks; give one, with the pixels of both")
+        slots.add(mask.slot)
+        if mask.rle["size"] != size:
+            raise BadLine(
+                f"mask of slot {mask.slot} has size {mask.rle['size']}, "
+                f"its photo {size} (height, width)"
             )
-        fault = fault_of(rle)
-        if fault:
-            raise BadValue(f"mask of slot {slot}: the run-length code {fault}")
-
-
-def write_records(path: Path, records: Iterable[Record]) -> None:
-    """Write JSON lines, whole or not at all."""
-    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-
-
-def read_records(path: Path) -> list[Record]:
-    """Read a predictions file; a line that is not JSON is named by its number."""
-    records = []
-    with path.open(
-        encoding="utf-8"
-    ) as lines:  # `str.splitlines` would also cut at line separators inside of a text
-        for number, line in enumerate(lines, start=1):
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"'{path}', line {number} is not JSON ({error}); remove or mend it"
-                ) from None
-    return records
+        try:
+            validate(mask.rle)
+        except ValueError as error:
+            raise BadLine(f"mask of slot {mask.slot}: the run-length code {error}") from None

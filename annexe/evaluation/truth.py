@@ -2,49 +2,122 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from annexe.datasets.annotations import Annotation
-from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.datasets.pixels import image_size, read_id_map, require_ids
 from annexe.errors import UserError
 from annexe.rle import Rle, area, encode_ids
+from annexe.structures.sample import Sample
+
+
+class ImageFiles(Protocol):
+    """Where the files of an image are."""
+
+    def files(self, stem: str) -> tuple[Path, Path | None, Path]:
+        """Photo, depth map if there is one, and id map."""
+
+
+class LabeledDataset(Protocol):
+    """One split of a data set, as evaluation and scoring use it.
+
+    Attributes:
+        root: the data root.
+        split: name of the split.
+        stems: names of its images.
+        has_text: whether analyses and answers are scored.
+        answer_format: ``sentence`` or ``phrases``, or None where answers are not scored.
+    """
+
+    root: Path
+    split: str
+    stems: list[str]
+    has_text: bool
+    answer_format: str | None
+
+    @property
+    def annotations(self) -> Sequence[list[Annotation]]:
+        """Annotations of every image, in the order of the stems."""
+
+    @property
+    def pixels(self) -> ImageFiles:
+        """Where the files of an image are."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def evaluation_sample(self, index: int, queries_per_annotation: int | str) -> Sample:
+        """An image with its questions."""
+
+    def annotations_of(self, split: str) -> Sequence[list[Annotation]]:
+        """Annotations of another split; none where it has no texts."""
+
+    def reference(self, annotation: Annotation) -> str:
+        """The true answer."""
+
+    def label(self, stem: str, phrase: str) -> str:
+        """Group of the target that is called ``phrase``."""
+
+    def extra_scores(self, overlaps: Iterable[tuple[int, int, int]]) -> dict[str, float]:
+        """Scores of this data set alone.
+
+        Args:
+            overlaps: of every query the index of its annotation, and intersection and union of its
+                predicted and true masks, in pixels.
+        """
+
+    def fingerprint(self) -> str:
+        """Hash of the names and sizes of all files."""
 
 
 class Truth:
-    """What a data set says is right, by stem and annotation number; masks as RLE at the original size."""
+    """Annotations and true masks by stem; masks as RLE at the size of the photo.
 
-    def __init__(self, dataset: EgoIRGBench) -> None:
+    Attributes:
+        dataset: the data set.
+        mask_cache: stem -> masks by id, of the images that were read before.
+    """
+
+    def __init__(self, dataset: LabeledDataset) -> None:
         self.dataset = dataset
-        self._index = {stem: number for number, stem in enumerate(dataset.stems)}
-        self.known: dict[str, dict[int, Rle]] = {}  # stem -> masks that were read before
+        self.mask_cache: dict[str, dict[int, Rle]] = {}
+        self._index = {stem: index for index, stem in enumerate(dataset.stems)}
         self._sizes: dict[str, tuple[int, int]] = {}
 
     def annotations(self, stem: str) -> list[Annotation]:
-        """Annotations of an image of the split."""
+        """Annotations of an image.
+
+        Raises:
+            UserError: the split does not have the image.
+        """
         if stem not in self._index:
             raise UserError(
-                f"predicted image '{stem}' is not in split '{self.dataset.split}'; choose the right split and data root"
+                f"predicted image '{stem}' is not in split '{self.dataset.split}'; "
+                "choose the right split and data root"
             )
         return self.dataset.annotations[self._index[stem]]
 
     def masks(self, stem: str) -> dict[int, Rle]:
-        """Mask id -> RLE, for every id that an annotation of the image names."""
-        if stem not in self.known:
-            self.known[stem] = _true_masks(self.id_map(stem), self.named(stem))
-        return self.known[stem]
+        """Mask id -> RLE, of every id that an annotation of the image names.
 
-    def named(self, stem: str) -> list[int]:
-        """Ids that an annotation of the image names."""
-        return sorted(
-            {
-                mask_id
-                for annotation in self.annotations(stem)
-                for mask_id in annotation.slots.values()
-            }
-        )
+        Raises:
+            UserError: the id map cannot be read, or lacks one of them.
+        """
+        if stem not in self.mask_cache:
+            self.mask_cache[stem] = read_true_masks(self.id_map(stem), self.named_ids(stem))
+        return self.mask_cache[stem]
+
+    def named_ids(self, stem: str) -> list[int]:
+        """Ids that an annotation of the image names, in ascending order."""
+        named: set[int] = set()
+        for annotation in self.annotations(stem):
+            named.update(annotation.slots.values())
+        return sorted(named)
 
     def id_map(self, stem: str) -> Path:
+        """The image file with the ids of all objects."""
         return self.dataset.pixels.files(stem)[2]
 
     def size(self, stem: str) -> tuple[int, int]:
@@ -54,8 +127,12 @@ class Truth:
         return self._sizes[stem]
 
 
-def _true_masks(id_map: Path, named: list[int]) -> dict[int, Rle]:
-    """Mask id -> RLE; every id that an annotation names has to be in the map, as for training."""
-    masks = encode_ids(read_id_map(id_map), named)
+def read_true_masks(id_map: Path, ids: list[int]) -> dict[int, Rle]:
+    """Mask id -> RLE.
+
+    Raises:
+        UserError: the id map cannot be read, or an id has no pixel in it, as in training.
+    """
+    masks = encode_ids(read_id_map(id_map), ids)
     require_ids({mask_id for mask_id, rle in masks.items() if not area([rle])}, id_map)
     return masks

@@ -1,13 +1,12 @@
-"""The report of a run: a page with metrics beside baselines and curves, and a browser of every query.
+"""The report of a run: a page with metrics beside baselines and curves, and a browser of queries.
 
-``report.html`` is the page; the folder ``report`` beside it holds the browser, its data and small pictures. Both work
-from disk and from any web server.
+``report.html`` is the page. The folder ``report`` beside it holds the browser of every query, its
+data and small pictures. Both work from disk and from any web server.
 """
 
 from __future__ import annotations
 
 import datetime
-import shutil
 from collections import Counter
 from importlib import resources
 from pathlib import Path
@@ -16,8 +15,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from annexe.evaluation.records import Record
+from annexe.evaluation.scoring import Scores
 from annexe.evaluation.truth import Truth
-from annexe.files import write_text
+from annexe.files import remove, replaced, write_text
 from annexe.report.breakdowns import COLUMNS as BREAKDOWN_COLUMNS
 from annexe.report.breakdowns import breakdowns
 from annexe.report.browser import DETAILS_PER_FILE, Browser, choose_pictured, judge_all
@@ -38,7 +38,7 @@ def write_report(
     path: Path,
     *,
     title: str,
-    metrics: dict[str, Any],
+    scores: Scores,
     records: list[Record],
     truth: Truth,
     log: Path | None,
@@ -47,43 +47,52 @@ def write_report(
 ) -> None:
     """Write the page and, beside it, the folder of the same name without ``.html``.
 
-    Both are made under other names and renamed when whole; an older report is replaced as a whole. The page comes
-    last: where it is, its folder is too.
+    Both are made under other names and renamed at the end, so that an older report is replaced as
+    a whole. The page comes last: where it is, its folder is too.
 
     Args:
         path: the HTML file; its folder exists.
         title: heading of the pages.
-        metrics: the content of ``metrics.json``: ``standard`` and, if there, ``baselines``, ``subsets``, ``meta`` and
-            the scores by other protocols. Of ``meta``, ``step`` and ``date`` stand at the top, all of it at the bottom.
+        scores: of the records, query by query, and the content of ``metrics.json``: ``standard``
+            and, if there, ``baselines``, ``subsets``, ``meta`` and the scores by other protocols.
+            Of ``meta``, ``step`` and ``date`` stand at the top, all of it at the bottom.
         records: lines of ``predictions.jsonl``.
         truth: the data set that was predicted.
         log: ``log.jsonl`` of the training run; without one the page has no curves.
-        max_pictures: queries that get pictures; the others are listed without. It bounds time and size.
+        max_pictures: queries that get pictures; the others are listed without. It bounds the time
+            that drawing takes, and the size of the folder.
         num_workers: processes; all cores if None.
 
     Raises:
         UserError: the records do not fit the truth, or a photo cannot be read.
     """
     folder = path.with_suffix("")
-    part, old = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old")
-    for left_over in (part, old):
-        _remove(left_over)
-    part.mkdir()
+    remove(folder.with_name(f"{folder.name}.old"))  # which a kill may have left
     num_workers = num_workers or num_cores()
-    examples = judge_all(records, truth, num_workers)
-    browser = Browser(part, examples, choose_pictured(examples, max_pictures), truth, records)
-    files = browser.write(num_workers)
-    shared = {
-        "title": title,
-        "report_name": path.name,
-        "folder": folder.name,
-        "verdicts": _verdicts(browser),
-        "picture_note": _picture_note(browser),
-    }
-    for name, text in _browser_files(files, shared).items():
-        (part / name).write_text(text, encoding="utf-8")
-    page = _page(metrics, log, browser, shared)
-    _replace(path, page, folder, part, old)
+    with replaced(folder) as part:
+        # The browser's data and pictures
+        part.mkdir()
+        examples = judge_all(records, scores.queries, truth, num_workers)
+        browser = Browser(part, examples, choose_pictured(examples, max_pictures), truth, records)
+        num_files = browser.write(num_workers)
+
+        # The pages
+        shared = {
+            "title": title,
+            "report_name": path.name,
+            "folder": folder.name,
+            "verdicts": _verdicts(browser),
+            "picture_note": _picture_note(browser),
+        }
+        for name, text in _browser_files(num_files, shared).items():
+            (part / name).write_text(text, encoding="utf-8")
+        page = _page(scores.metrics, log, browser, shared)
+
+        # A kill from here on leaves no page rather than half a report
+        path.unlink(missing_ok=True)
+        if folder.is_file():
+            folder.unlink()
+    write_text(path, page)
 
 
 def _page(
@@ -94,60 +103,39 @@ def _page(
     all_columns = columns(metrics)
     groups = table(all_columns, metrics.get("intervals", {}))
     examples = choose(browser.examples, browser.pictured, NUM_EXAMPLES)
-    return (
-        _environment()
-        .get_template("template.html")
-        .render(
-            **shared,
-            facts=_facts(metrics["standard"], meta),
-            meta=meta,
-            columns=all_columns,
-            groups=groups,
-            headline=headline(groups),
-            bars=bars(metrics),
-            breakdown_columns=list(BREAKDOWN_COLUMNS.values()),
-            breakdowns=breakdowns(metrics),
-            published=comparison(metrics, meta),
-            is_drawn=(browser.truth.dataset.root / "synthetic.json").is_file(),
-            curves=read_curves(log) if log else {},
-            num_queries=len(browser.examples),
-            examples=[show(browser, position) for position in examples],
-            outline_width=OUTLINE_WIDTH,
-        )
+    template = _environment().get_template("template.html")
+    return template.render(
+        **shared,
+        facts=_facts(metrics["standard"], meta),
+        meta=meta,
+        columns=all_columns,
+        groups=groups,
+        headline=headline(groups),
+        bars=bars(metrics),
+        breakdown_columns=list(BREAKDOWN_COLUMNS.values()),
+        breakdowns=breakdowns(metrics),
+        published=comparison(metrics, meta),
+        is_drawn=(browser.truth.dataset.root / "synthetic.json").is_file(),
+        curves=read_curves(log) if log else {},
+        num_queries=len(browser.examples),
+        examples=[show(browser, index) for index in examples],
+        outline_width=OUTLINE_WIDTH,
     )
 
 
-def _browser_files(files: dict[str, int], shared: dict[str, Any]) -> dict[str, str]:
+def _browser_files(num_files: dict[str, int], shared: dict[str, Any]) -> dict[str, str]:
     """Name -> text of the browser's page and of what it loads besides data."""
     page = {
-        "files": files,
+        "files": num_files,
         "detailsPerFile": DETAILS_PER_FILE,
         "verdicts": shared["verdicts"],
         "pictureNote": shared["picture_note"],
     }
-    texts = {
-        "queries.html": _environment().get_template("browser.html").render(**shared, page=page)
-    }
+    template = _environment().get_template("browser.html")
+    texts = {"queries.html": template.render(**shared, page=page)}
     for name in ("browser.js", "browser.css"):
         texts[name] = resources.files(__name__).joinpath(name).read_text(encoding="utf-8")
     return texts
-
-
-def _replace(path: Path, page: str, folder: Path, part: Path, old: Path) -> None:
-    """Put page and folder in place of older ones; a kill in between leaves no page rather than half a report."""
-    path.unlink(missing_ok=True)
-    if folder.exists():
-        folder.rename(old)
-    part.rename(folder)
-    write_text(path, page)
-    _remove(old)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _environment() -> Environment:
@@ -161,7 +149,7 @@ def _environment() -> Environment:
 
 
 def _verdicts(browser: Browser) -> list[dict[str, Any]]:
-    """Every verdict with its definition, its colour, and how many queries have it."""
+    """Every verdict with its definition, its color, and how many queries have it."""
     counts = Counter(example.judgement.verdict for example in browser.examples)
     tones = dict.fromkeys(VERDICTS, "bad") | {"boundary": "rough"} | dict.fromkeys(RIGHT, "good")
     return [
@@ -172,7 +160,8 @@ def _verdicts(browser: Browser) -> list[dict[str, Any]]:
 
 def _picture_note(browser: Browser) -> str:
     """Which queries have pictures, in a sentence."""
-    num_queries, num_pictured = len(browser.examples), len(browser.pictured)
+    num_queries = len(browser.examples)
+    num_pictured = len(browser.pictured)
     num_right = sum(example.is_right for example in browser.examples)
     num_errors = num_queries - num_right
     if num_pictured == num_queries:
@@ -180,7 +169,8 @@ def _picture_note(browser: Browser) -> str:
     if num_pictured < num_errors:
         chosen = f"a fixed choice of the {num_errors:,} errors and none of the others"
     else:
-        others = f"{num_pictured - num_errors:,} of the {num_right:,} others"
+        num_others = num_pictured - num_errors
+        others = f"{num_others:,} of the {num_right:,} others"
         chosen = f"all {num_errors:,} errors and a fixed choice of {others}"
     return f"{num_pictured:,} of {num_queries:,} queries have pictures: {chosen}."
 

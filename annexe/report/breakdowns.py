@@ -1,4 +1,4 @@
-"""Scores of parts of the queries, by what is asked for and how, each with its way into the browser."""
+"""Scores of parts of the queries, by what is asked for and how, each linked to the browser."""
 
 from __future__ import annotations
 
@@ -38,7 +38,12 @@ class Part:
 
 @dataclass(frozen=True)
 class _Block:
-    """A block of the metrics: its title, the order of its parts, and the filter of the browser that shows a part."""
+    """A block of the metrics.
+
+    Attributes:
+        order: sort key of its parts.
+        filter_of: part -> name of the browser's filter that shows it.
+    """
 
     title: str
     order: Callable[[str], object]
@@ -58,23 +63,28 @@ _BLOCKS = {
 
 def breakdowns(metrics: Metrics) -> dict[str, list[Part]]:
     """Title -> rows, of the blocks that the metrics have."""
-    measured = metrics.get("breakdowns", {})
-    return {
-        block.title: [
-            Part(
-                TARGET_KINDS.get(part, part).replace("_", " "),
-                urlencode({block.filter_of(part): part}),
-                measured[name][part]["num_queries"],
-                _values(measured[name][part]),
+    titles: dict[str, list[Part]] = {}
+    for name, block in _BLOCKS.items():
+        by_part = metrics.get("breakdowns", {}).get(name)
+        if not by_part:
+            continue
+        titles[block.title] = []
+        for part in sorted(by_part, key=block.order):
+            row = Part(
+                name=TARGET_KINDS.get(part, part).replace("_", " "),
+                address=urlencode({block.filter_of(part): part}),
+                num_queries=by_part[part]["num_queries"],
+                values=_values(by_part[part]),
             )
-            for part in sorted(measured[name], key=block.order)
-        ]
-        for name, block in _BLOCKS.items()
-        if measured.get(name)
-    }
+            titles[block.title].append(row)
+    return titles
 
 
 def _values(scores: Metrics) -> list[float | None]:
-    """In the order of ``COLUMNS``; cIoU is 0 by definition where nothing has a target, and so left out."""
-    known = scores if scores["grounding/num_target_queries"] else scores | {"grounding/ciou": None}
-    return [known.get(column) for column in COLUMNS]
+    """In the order of ``COLUMNS``.
+
+    cIoU is left out where nothing has a target, for there it is 0 by definition.
+    """
+    if not scores["grounding/num_target_queries"]:
+        scores = scores | {"grounding/ciou": None}
+    return [scores.get(column) for column in COLUMNS]

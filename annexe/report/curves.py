@@ -1,18 +1,15 @@
-"""Learning curves of a run as small inline SVG pictures that follow the page's colours."""
+"""Learning curves of a run, as lines in the coordinates of small pictures that the page draws."""
 
 from __future__ import annotations
 
-import io
 import json
-import re
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import matplotlib
 import numpy as np
-from markupsafe import Markup
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 VALIDATION = {
     "grounding/ciou": "cIoU",
@@ -23,105 +20,135 @@ VALIDATION = {
     "answer/cider": "Answer CIDEr",
 }
 MAX_POINTS = 300
-LOG_SCALE_RATIO = 8
+MAX_DOTS = 20  # a line of so few points shows each of them
+MAX_TICKS = 5  # on either axis
+LOG_SCALE_RATIO = 8  # losses that span more than this are drawn on a logarithmic scale
 
-# Stand-ins that matplotlib can draw with; in the SVG they become the page's own variables.
-LINE, GRID, TEXT = "#010203", "#010204", "#010205"
-CSS_VARIABLES = {LINE: "var(--accent)", GRID: "var(--rule)", TEXT: "var(--muted)"}
+# The area of the curve within a picture of 310 x 165 units, which leaves room for the ticks
+LEFT, RIGHT = 40, 304
+TOP, BOTTOM = 8, 140
+
+Tick = tuple[float, str]  # position on its axis, and the text beside it
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One curve with its title and the number worth reading."""
+    """One curve with its title and the number worth reading.
+
+    Attributes:
+        note: the last value, and in validation the best one.
+        label: the panel in words, for those who cannot see it.
+        points: x and y of the curve.
+        dots: points that are marked: the last one, or all of a few.
+    """
 
     title: str
     note: str
-    svg: Markup
+    label: str
+    points: list[tuple[float, float]]
+    dots: list[tuple[float, float]]
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
 
 
 def read_curves(log: Path) -> dict[str, list[Panel]]:
     """Heading -> panels of a ``log.jsonl``; headings without any record are left out."""
-    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-    records = [
-        json.loads(line) for line in lines if line.endswith("\n")
-    ]  # a running job may be writing the last
-    train = [record for record in records if record["kind"] == "train"]
-    validation = [record for record in records if record["kind"] == "validation"]
-    terms = sorted({key for record in train for key in record if key.startswith("loss/")})
-    losses = {"loss": "Total, weighted"} | {
-        key: key[5:].replace("_", " ").capitalize() for key in terms
-    }
+    records: dict[str, list[dict[str, Any]]] = {"train": [], "validation": []}
+    for line in log.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):  # a running job may be writing the last one
+            record = json.loads(line)
+            records.setdefault(record["kind"], []).append(record)
+
+    # The total, then every term that the run has
+    losses = {"loss": "Total, weighted"}
+    for key in sorted(set().union(*records["train"])):
+        if key.startswith("loss/"):
+            losses[key] = key.removeprefix("loss/").replace("_", " ").capitalize()
     headings = {
-        "Training loss": [_panel(train, key, title, is_loss=True) for key, title in losses.items()],
-        "Validation": [
-            _panel(validation, key, title, is_loss=False) for key, title in VALIDATION.items()
-        ],
+        "Training loss": _panels(records["train"], losses, is_loss=True),
+        "Validation": _panels(records["validation"], VALIDATION, is_loss=False),
     }
-    present = {name: [panel for panel in panels if panel] for name, panels in headings.items()}
-    return {name: panels for name, panels in present.items() if panels}
+    return {heading: panels for heading, panels in headings.items() if panels}
 
 
-def _panel(records: list[dict], key: str, title: str, *, is_loss: bool) -> Panel | None:
-    points = np.array(
-        [(record["step"], record[key]) for record in records if key in record], dtype=float
-    )
-    if not len(points):
-        return None
-    steps, values = points.T
-    wide = is_loss and values.min() > 0 and values.max() > LOG_SCALE_RATIO * values.min()
+def _panels(records: list[dict[str, Any]], names: dict[str, str], *, is_loss: bool) -> list[Panel]:
+    """A panel for each key that any record has; ``names`` are their titles."""
+    panels = []
+    for key, name in names.items():
+        pairs = [(record["step"], record[key]) for record in records if key in record]
+        if pairs:
+            steps, values = np.array(pairs, dtype=float).T
+            panels.append(_panel(name, steps, values, is_loss=is_loss))
+    return panels
+
+
+def _panel(name: str, steps: np.ndarray, values: np.ndarray, *, is_loss: bool) -> Panel:
+    """The curve of ``values`` over optimizer steps, both float64[num_records]."""
     note = f"{values[-1]:.3g}" if is_loss else f"{values[-1]:.3f} / {values.max():.3f}"
-    svg = _draw(_thin(steps), _thin(values), salt=key, log_scale=wide)
-    label = f"{title} over steps {steps[0]:.0f} to {steps[-1]:.0f}, {'last' if is_loss else 'last / best'} {note}"
-    return Panel(title + (" (log scale)" if wide else ""), note, _inline(svg, label))
+    span = f"steps {steps[0]:.0f} to {steps[-1]:.0f}"
+    label = f"{name} over {span}, {'last' if is_loss else 'last / best'} {note}"
+    is_log = is_loss and values.min() > 0 and values.max() > LOG_SCALE_RATIO * values.min()
+    steps = _thin(steps)
+    values = _thin(values)
+
+    # Steps from left to right
+    x_values = [step for step in _linear_ticks(steps[0], steps[-1]) if step.is_integer()]
+    xs = _scale(steps, steps[0], steps[-1], LEFT, RIGHT)
+    x_positions = _scale(x_values, steps[0], steps[-1], LEFT, RIGHT)
+
+    # Values, or their logarithms, from below to above
+    if is_log:
+        y_values = _log_ticks(values.min(), values.max())
+        heights, tick_heights = (np.log10(each) for each in (values, y_values))
+        low, high = heights.min(), heights.max()
+    else:
+        low, high = min(0, values.min()), max(1.08 * values.max(), 1e-3)
+        y_values = tick_heights = _linear_ticks(low, high)
+        heights = values
+    points = list(zip(xs, _scale(heights, low, high, BOTTOM, TOP), strict=True))
+    y_positions = _scale(tick_heights, low, high, BOTTOM, TOP)
+    return Panel(
+        title=f"{name} (log scale)" if is_log else name,
+        note=note,
+        label=label,
+        points=points,
+        dots=points if len(points) <= MAX_DOTS else points[-1:],
+        x_ticks=list(zip(x_positions, map(_step_text, x_values), strict=True)),
+        y_ticks=list(zip(y_positions, map("{:g}".format, y_values), strict=True)),
+    )
 
 
 def _thin(values: np.ndarray) -> np.ndarray:
-    """Means of ``MAX_POINTS`` runs of neighbours, where there are more values than that."""
+    """Means of ``MAX_POINTS`` runs of neighbors, where there are more values than that."""
     parts = np.array_split(values, min(len(values), MAX_POINTS))
     return np.array([part.mean() for part in parts])
 
 
-def _draw(steps: np.ndarray, values: np.ndarray, *, salt: str, log_scale: bool) -> str:
-    settings = {"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 8, "axes.linewidth": 0.8}
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(3.1, 1.65))
-        axes = figure.add_axes((0.12, 0.15, 0.85, 0.81))
-        marker = "o" if len(steps) <= 20 else None
-        axes.plot(
-            steps, values, color=LINE, linewidth=1.5, marker=marker, markersize=2.5, clip_on=False
-        )
-        axes.plot(steps[-1:], values[-1:], color=LINE, marker="o", markersize=4, clip_on=False)
-        if log_scale:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=5))
-            axes.yaxis.set_minor_formatter(NullFormatter())
-        else:
-            axes.set_ylim(bottom=min(0, values.min()), top=max(values.max() * 1.08, 1e-3))
-            axes.yaxis.set_major_locator(MaxNLocator(4))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(_step_text))
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color(GRID)
-        axes.grid(axis="y", color=GRID, linewidth=0.8)
-        axes.tick_params(which="both", length=0, colors=TEXT)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True)
-    return buffer.getvalue()
+def _scale(values: Iterable[float], low: float, high: float, start: int, end: int) -> list[float]:
+    """Values from ``low`` to ``high`` as positions from ``start`` to ``end``."""
+    factor = (end - start) / ((high - low) or 1)
+    return [round(float(start + factor * (value - low)), 1) for value in values]
 
 
-def _step_text(step: float, _: int) -> str:
+def _linear_ticks(low: float, high: float) -> list[float]:
+    """Round values from ``low`` to ``high``, at even steps."""
+    magnitude = 10.0 ** math.floor(math.log10((high - low) / MAX_TICKS or 1))
+    for factor in (1, 2, 2.5, 5, 10, 20):
+        step = factor * magnitude
+        indices = range(math.ceil(low / step), math.floor(high / step) + 1)
+        if len(indices) <= MAX_TICKS:
+            break
+    return [round(float(index * step), 12) for index in indices]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Values 1, 2 and 5 times a power of ten from ``low`` to ``high``, some left out if many."""
+    ticks: list[float] = []
+    for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1):
+        ticks += [float(f"{factor}e{power}") for factor in (1, 2, 5)]
+    ticks = [value for value in ticks if low <= value <= high]
+    return ticks[:: math.ceil(len(ticks) / MAX_TICKS)]
+
+
+def _step_text(step: float) -> str:
     return f"{step / 1000:g}k" if step >= 1000 else f"{step:g}"
-
-
-def _inline(svg: str, label: str) -> Markup:
-    """Cut an SVG file down to what a page needs, in the page's colours."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[a-z0-9._]+">', "<g>", svg)  # ids that every matplotlib picture shares
-    svg = re.sub(r"\s+", " ", svg)
-    view_box = re.search(r'viewBox="[^"]*"', svg)[0]
-    svg = re.sub(r"<svg[^>]*>", "", svg, count=1)
-    for colour, variable in CSS_VARIABLES.items():
-        svg = svg.replace(colour, variable)
-    return Markup('<svg role="img" aria-label="{}" ').format(label) + Markup(f"{view_box}>{svg}")

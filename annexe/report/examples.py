@@ -10,7 +10,7 @@ import numpy as np
 from annexe.report.browser import Browser, Example
 
 TARGET_KINDS = ("single", "multi", "none")
-NUM_SLOT_COLOURS = 6
+NUM_SLOT_COLORS = 6
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Shown:
     Attributes:
         address: of the query in the browser, behind ``#``.
         photo: name of its picture.
-        predicted: (number of the colour, outline) of each mask.
+        predicted: (index of the color, outline) of each mask.
         true: outlines of the targets.
     """
 
@@ -33,38 +33,40 @@ class Shown:
 
 
 def choose(examples: list[Example], pictured: set[int], num_examples: int) -> list[int]:
-    """Positions of queries with pictures, as many of each target kind as can be, in a fixed mixed order.
+    """Choose queries with pictures, of each target kind the same number as far as there are enough.
 
-    Of every kind they stand at even steps from its lowest to its highest IoU. ``examples`` come in that order.
+    Args:
+        examples: all queries, from the lowest to the highest IoU.
+        pictured: indices of those with pictures.
+        num_examples: how many to choose.
+
+    Returns:
+        Indices in a fixed mixed order. Those of a kind stand at even steps from its lowest to its
+        highest IoU.
     """
-    groups = [
-        [
-            index
-            for index, example in enumerate(examples)
-            if index in pictured and example.score.target_kind == kind
-        ]
-        for kind in TARGET_KINDS
-    ]
+    groups: dict[str, list[int]] = {kind: [] for kind in TARGET_KINDS}
+    for index in sorted(pictured):
+        groups[examples[index].score.target_kind].append(index)
+
+    # Small groups first: what they lack, others fill
     chosen: list[int] = []
-    for number, group in enumerate(
-        sorted(groups, key=len)
-    ):  # small groups first: what they lack, others fill
-        share = min(len(group), (num_examples - len(chosen)) // (len(groups) - number))
-        chosen += [
-            group[index] for index in np.linspace(0, len(group) - 1, share).round().astype(int)
-        ]
+    for num_done, group in enumerate(sorted(groups.values(), key=len)):
+        share = (num_examples - len(chosen)) // (len(groups) - num_done)
+        steps = np.linspace(0, len(group) - 1, min(len(group), share)).round().astype(int)
+        chosen += [group[step] for step in steps]
     return sorted(chosen, key=lambda index: examples[index].mix)
 
 
-def show(browser: Browser, position: int) -> Shown:
+def show(browser: Browser, index: int) -> Shown:
     """Gather what the page needs of a query that has pictures."""
-    example = browser.examples[position]
-    score, detail = example.score, browser.detail(position)
+    example = browser.examples[index]
+    score = example.score
+    detail = browser.detail(index)
     return Shown(
-        example,
-        urlencode({"query": f"{score.image}/{score.annotation}/{score.query_id}"}),
-        browser.photo_name(score.image),
-        browser.pictures[score.image].aspect,
-        [(mask[0] % NUM_SLOT_COLOURS, mask[-1]) for mask in detail["predicted"]],
-        [mask[-1] for mask in detail["true"]],
+        example=example,
+        address=urlencode({"query": f"{score.image}/{score.annotation}/{score.query_id}"}),
+        photo=browser.photo_name(score.image),
+        aspect=browser.pictures[score.image].aspect,
+        predicted=[(mask[0] % NUM_SLOT_COLORS, mask[-1]) for mask in detail["predicted"]],
+        true=[mask[-1] for mask in detail["true"]],
     )

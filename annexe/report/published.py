@@ -1,4 +1,4 @@
-"""Numbers that others published on Ego-IRGBench, to stand beside ours, each with the protocol behind it."""
+"""Scores that others published on Ego-IRGBench, each with the protocol behind it."""
 
 from __future__ import annotations
 
@@ -60,29 +60,34 @@ class PublishedRow:
 
 
 def comparison(metrics: Metrics, meta: dict[str, Any]) -> dict[str, list[PublishedRow]]:
-    """Split -> its published rows, with ours on top of the split that was evaluated; nothing for other data sets."""
+    """Split -> its published rows; the split that was evaluated has ours on top.
+
+    There is nothing to compare for other data sets.
+    """
     if meta.get("dataset", DATASET) != DATASET:
         return {}
-    return {
-        split: (_own_rows(metrics) if split == meta.get("split") else [])
-        + [
-            PublishedRow(model, False, protocol, list(values))
-            for model, (protocol, values) in rows.items()
-        ]
-        for split, rows in PUBLISHED.items()
-    }
+    by_split = {}
+    for split, published in PUBLISHED.items():
+        rows = _own_rows(metrics) if split == meta.get("split") else []
+        for model, (protocol, values) in published.items():
+            rows.append(PublishedRow(model, False, protocol, list(values)))
+        by_split[split] = rows
+    return by_split
 
 
 def _own_rows(metrics: Metrics) -> list[PublishedRow]:
-    rows = [
-        PublishedRow("This model", True, protocol, [_value(metrics[block], key) for key in keys])
-        for block, (protocol, keys) in OWN.items()
-        if block in metrics
-    ]
-    return [row for row in rows if row.values != [None] * len(COLUMNS)]
+    """A row for each protocol that the metrics have."""
+    rows = []
+    for block, (protocol, keys) in OWN.items():
+        if block in metrics:
+            values = [_value(metrics[block], key) for key in keys]
+            if any(value is not None for value in values):
+                rows.append(PublishedRow("This model", True, protocol, values))
+    return rows
 
 
 def _value(scores: dict[str, Any], key: str | None) -> float | None:
+    """A score, or METEOR under its name without WordNet; None where there is none."""
     if key is None:
         return None
     return scores.get(key, scores.get(key.replace("/meteor", "/meteor_without_synonyms")))

@@ -1,4 +1,7 @@
-"""Metrics as rows for the report: what each one means, how it reads, and whether a baseline does as well."""
+"""Metrics as rows for the report.
+
+What each one means, how it reads, and whether a baseline does as well.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ class Metric:
 
     Attributes:
         is_share: shown in per cent, else as a plain number.
-        won_by_default: a baseline reaches 100 % by construction, so standing below it means nothing.
+        won_by_default: a baseline reaches 100 % by construction, so being below it means nothing.
     """
 
     key: str
@@ -38,15 +41,13 @@ class Metric:
     won_by_default: bool = False
 
     def text(self, value: float) -> str:
-        return (
-            f"{100 * value:.1f}"
-            if self.is_share
-            else f"{value:.2f}"
-            if value >= 1
-            else f"{value:.3f}"
-        )
+        """A value as the page shows it, without the per cent sign."""
+        if self.is_share:
+            return f"{100 * value:.1f}"
+        return f"{value:.2f}" if value >= 1 else f"{value:.3f}"
 
     def beats(self, value: float, other: float) -> bool:
+        """Whether a value is better than another."""
         return value > other if self.higher_is_better else value < other
 
 
@@ -201,7 +202,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A metric with its cell in every column, and the model's 95 % interval where it was measured."""
+    """A metric with its cell in every column, and the model's 95 % interval if there is one."""
 
     metric: Metric
     cells: list[Cell]
@@ -219,25 +220,23 @@ class Bar:
 
 def columns(metrics: Metrics) -> list[Column]:
     """The model, the baselines that were measured, then the subsets."""
-    found = [
-        Column(
-            "model",
-            "This model",
-            _num_queries(metrics["standard"]),
-            _with_mean(metrics["standard"]),
-        )
-    ]
+    standard = metrics["standard"]
+    found = [Column("model", "This model", _num_queries(standard), _with_mean(standard))]
     for name, values in metrics.get("baselines", {}).items():
         found.append(Column("baseline", name, BASELINES.get(name, ""), _with_mean(values)))
     for name, values in metrics.get("subsets", {}).items():
-        found.append(
-            Column("subset", name.replace("_", " "), _num_queries(values), _with_mean(values))
-        )
+        title = name.replace("_", " ")
+        found.append(Column("subset", title, _num_queries(values), _with_mean(values)))
     return found
 
 
 def table(all_columns: list[Column], intervals: dict[str, list[float]]) -> dict[str, list[Row]]:
-    """Group -> its rows; what no column has is left out. ``intervals`` has [low, high] of the model's metrics."""
+    """The rows of each group; what no column has is left out.
+
+    Args:
+        all_columns: the model's comes first.
+        intervals: [low, high] of the model's metrics.
+    """
     groups = {}
     for name, group in GROUPS.items():
         rows = [_row(metric, all_columns, intervals.get(metric.key)) for metric in group]
@@ -248,47 +247,52 @@ def table(all_columns: list[Column], intervals: dict[str, list[float]]) -> dict[
 
 
 def headline(groups: dict[str, list[Row]]) -> list[tuple[str, Row]]:
-    """(Title, row) of the few numbers that tell most, as far as the model has them."""
-    rows = {row.metric.key: row for group in groups.values() for row in group}
-    return [
-        (HEADLINE[key], rows[key])
-        for key in HEADLINE
-        if key in rows and rows[key].cells[0].value is not None
-    ]
+    """(Title, row) of the few most telling numbers, as far as the model has them."""
+    by_key: dict[str, Row] = {}
+    for rows in groups.values():
+        by_key |= {row.metric.key: row for row in rows}
+    found = []
+    for key, title in HEADLINE.items():
+        row = by_key.get(key)
+        if row is not None and row.cells[0].value is not None:
+            found.append((title, row))
+    return found
 
 
 def bars(metrics: Metrics) -> list[Bar]:
     """Mean IoU by hand, then by category from best to worst."""
     prefix = "grounding/miou/"
     constant = metrics.get("baselines", {}).get("constant", {})
-    found = [
-        Bar(key.removeprefix(prefix).replace("_", " "), value, constant.get(key))
-        for key, value in metrics["standard"].items()
-        if key.startswith(prefix)
-    ]
+    found = []
+    for key, value in metrics["standard"].items():
+        if key.startswith(prefix):
+            name = key.removeprefix(prefix).replace("_", " ")
+            found.append(Bar(name, value, constant.get(key)))
     return sorted(found, key=lambda bar: (not bar.name.endswith(" hand"), -bar.value, bar.name))
 
 
 def _row(metric: Metric, all_columns: list[Column], interval: list[float] | None) -> Row:
-    own = all_columns[0].values.get(metric.key)
-    not_above = tuple(
-        column.name
-        for column in all_columns
-        if column.kind == "baseline"
-        and own is not None
-        and metric.key in column.values
-        and not metric.won_by_default
-        and not metric.beats(own, column.values[metric.key])
-    )
+    # Baselines that do as well as the model or better
+    model_value = all_columns[0].values.get(metric.key)
+    not_above = []
+    for column in all_columns:
+        value = column.values.get(metric.key)
+        comparable = column.kind == "baseline" and None not in (model_value, value)
+        if comparable and not metric.won_by_default and not metric.beats(model_value, value):
+            not_above.append(column.name)
+
     cells = []
     for column in all_columns:
         value = column.values.get(metric.key)
         text = "–" if value is None else metric.text(value)
-        cells.append(Cell(column, value, text, not_above if column.kind == "model" else ()))
-    return Row(metric, cells, "–".join(metric.text(end) for end in interval) if interval else None)
+        beaten_by = tuple(not_above) if column.kind == "model" else ()
+        cells.append(Cell(column, value, text, beaten_by))
+    ends = [metric.text(end) for end in interval or ()]
+    return Row(metric, cells, "–".join(ends) or None)
 
 
 def _with_mean(values: Metrics) -> Metrics:
+    """The metrics with the mean of T-acc and N-acc, where both are."""
     both = [values.get("grounding/t_acc"), values.get("grounding/n_acc")]
     return values if None in both else values | {MEAN_ACCURACY: sum(both) / 2}
 

@@ -1,6 +1,7 @@
-"""What went right or wrong with a query, told from its masks and the id map of its photo.
+"""What went right or wrong with a query, judged by its masks and the id map of its photo.
 
-Masks are COCO run-length codes; areas and overlaps are taken from the codes, so nothing is decoded.
+Masks are COCO run-length codes. Areas and overlaps are computed from the codes, so nothing is
+decoded.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ from pycocotools import mask as coco_mask
 from annexe.rle import Rle, encode_ids
 
 GOOD_IOU = 0.7
-FOUND_IOU = (
-    0.1  # a mask lies on the object that has most of its pixels, if their IoU is at least this
-)
-COVERED = (
-    0.5  # a target without a mask of its own counts as found where masks cover this share of it
-)
+# A mask lies on the object that has most of its pixels, if their IoU is at least this
+FOUND_IOU = 0.1
+# A target without a mask of its own counts as found where masks cover this share of it
+COVERED = 0.5
 
 VERDICTS = {
     "missed": "there is a target, but no mask",
     "false alarm": "there is no target, but a mask",
     "wrong target": "a mask lies on something else than a target, or on no object at all",
-    "incomplete": "every mask lies on a target, but another target has none and is less than half covered",
+    "incomplete": (
+        "every mask lies on a target, but another target has none and is less than half covered"
+    ),
     "boundary": "the right objects, but the IoU of the query is below 0.7",
     "correct": "the right objects, IoU 0.7 or more",
     "correctly rejected": "no target and no mask",
@@ -36,7 +37,12 @@ RIGHT = ("correct", "correctly rejected")
 
 @dataclass(frozen=True)
 class Judgement:
-    """A query's verdict, and for each of its masks the id of the object it lies on, None for no object."""
+    """What became of a query.
+
+    Attributes:
+        verdict: of `VERDICTS`.
+        found: for each of its masks the id of the object that it lies on, None for no object.
+    """
 
     verdict: str
     found: tuple[int | None, ...]
@@ -44,7 +50,8 @@ class Judgement:
 
 def objects_of(ids: np.ndarray) -> dict[int, Rle]:
     """Every id of an id map, uint8[H, W], but 0 -> its mask."""
-    return encode_ids(ids, (np.flatnonzero(np.bincount(ids.ravel())[1:]) + 1).tolist())
+    present = np.flatnonzero(np.bincount(ids.ravel())[1:]) + 1
+    return encode_ids(ids, present.tolist())
 
 
 def judge(
@@ -60,20 +67,23 @@ def judge(
     """
     targets = targets & objects.keys()
     found = tuple(_object_under(mask, objects) for mask in predicted)
-    masks = [(mask, on) for mask, on in zip(predicted, found, strict=True) if coco_mask.area(mask)]
+    masks = []
+    hit = set()  # ids of the objects that masks lie on
+    for mask, mask_id in zip(predicted, found, strict=True):
+        if coco_mask.area(mask):
+            masks.append(mask)
+            hit.add(mask_id)
+
     if not masks:
         return Judgement("missed" if targets else "correctly rejected", found)
     if not targets:
         return Judgement("false alarm", found)
-    if any(on not in targets for _, on in masks):
+    if not hit <= targets:
         return Judgement("wrong target", found)
-    union = coco_mask.merge([mask for mask, _ in masks])
-    left_out = targets - {on for _, on in masks}
-    if any(
-        _shared(union, objects[target]) < COVERED * coco_mask.area(objects[target])
-        for target in left_out
-    ):
-        return Judgement("incomplete", found)
+    union = coco_mask.merge(masks)
+    for target in targets - hit:
+        if _shared(union, objects[target]) < COVERED * coco_mask.area(objects[target]):
+            return Judgement("incomplete", found)
     return Judgement("correct" if iou >= GOOD_IOU else "boundary", found)
 
 

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from annexe.datasets.pixels import read_image
 from annexe.errors import UserError
 from annexe.files import require_writable, write_text
-from annexe.rle import Rle, encode_ids
+from annexe.rle import Rle, encode
+from annexe.terminal import say, track
 
 HELP = "make predictions.jsonl of mask images and a table of answers"
 
@@ -37,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "answers",
         type=Path,
-        help=f"rows of {', '.join(REQUIRED)}, optionally presence and analysis: .tsv with a header, or .jsonl",
+        help=f"rows of {', '.join(REQUIRED)}, optionally presence and analysis: "
+        ".tsv with a header, or .jsonl",
     )
     parser.add_argument("out", type=Path, help="predictions.jsonl to write")
 
@@ -45,57 +45,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     require_writable(arguments.out)
     masks = find_masks(arguments.masks)
-    seen: set[Key] = set()
-    analyses: dict[str, str] = {}
-    lines: list[dict[str, Any]] = []
-    for where, row in read_rows(arguments.answers):
-        key = (row["image"], row["annotation"], str(row["query_id"]))
-        if key in seen:
-            raise UserError(
-                f"{where}: query {row['query_id']!r} of this annotation stands further up; keep one row"
-            )
-        seen.add(key)
-        query = {name: row[name] for name in REQUIRED} | {
-            "masks": [
-                {"slot": slot, "rle": path} for slot, path in sorted(masks.pop(key, {}).items())
-            ]
-        }
-        if row.get("presence") is not None:
-            query["presence"] = row["presence"]
-        if (
-            row.get("analysis") is not None
-            and analyses.setdefault(row["image"], row["analysis"]) != row["analysis"]
-        ):
-            raise UserError(
-                f"{where}: image '{row['image']}' has another analysis further up; give one per image"
-            )
-        lines.append({"kind": "query", **query})
+    lines, analyses = read_answers(arguments.answers, masks)
     if masks:
         path = next(iter(next(iter(masks.values())).values()))
         raise UserError(
             f"no row of '{arguments.answers}' belongs to mask '{path}'; add one, or rename the file"
         )
+
+    # The mask images, last because they take the longest
     for line in track(lines, "reading masks", transient=True):
         for mask in line["masks"]:
             mask["rle"] = read_mask(mask["rle"])
-    images = [
-        {"kind": "image", "image": image, "analysis": analysis}
-        for image, analysis in analyses.items()
-    ]
-    write_text(
-        arguments.out,
-        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (*images, *lines)),
-    )
+
+    # Lines of photos, then those of queries
+    images = []
+    for image, analysis in analyses.items():
+        images.append({"kind": "image", "image": image, "analysis": analysis})
+    text = [json.dumps(line, ensure_ascii=False) + "\n" for line in (*images, *lines)]
+    write_text(arguments.out, "".join(text))
     num_masks = sum(len(line["masks"]) for line in lines)
-    Console(soft_wrap=True).print(
-        f"{len(lines):,} queries with {num_masks:,} masks in '{arguments.out}'",
-        markup=False,
-        highlight=False,
-    )
+    say(f"{len(lines):,} queries with {num_masks:,} masks in '{arguments.out}'")
 
 
 def find_masks(folder: Path) -> dict[Key, dict[int, Path]]:
-    """Query -> slot -> mask file of every PNG below the folder."""
+    """Query -> slot -> mask file of every PNG below the folder.
+
+    Raises:
+        UserError: there is no such folder, or a file has another name.
+    """
     if not folder.is_dir():
         raise UserError(
             f"no folder '{folder}'; give the one that holds IMAGE/ANNOTATION_QUERY_SLOT.png"
@@ -105,15 +82,67 @@ def find_masks(folder: Path) -> dict[Key, dict[int, Path]]:
         match = _NAME.fullmatch(path.name)
         if not match or path.parent.parent != folder:
             raise UserError(
-                f"mask '{path}' is not named IMAGE/ANNOTATION_QUERY_SLOT.png; rename it or take it away"
+                f"mask '{path}' is not named IMAGE/ANNOTATION_QUERY_SLOT.png; "
+                "rename it or take it away"
             )
         key = (path.parent.name, int(match["annotation"]), match["query_id"])
         masks.setdefault(key, {})[int(match["slot"])] = path
     return masks
 
 
+def read_answers(
+    path: Path, masks: dict[Key, dict[int, Path]]
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Read a table of answers.
+
+    Args:
+        path: the table.
+        masks: query -> slot -> mask file. Queries that the table has are taken out.
+
+    Returns:
+        The query lines, in which files stand in for masks, and image -> analysis.
+
+    Raises:
+        UserError: a row is damaged, stands twice, or has another analysis than an earlier one.
+    """
+    seen: set[Key] = set()
+    analyses: dict[str, str] = {}
+    lines: list[dict[str, Any]] = []
+    for where, row in read_rows(path):
+        key = (row["image"], row["annotation"], str(row["query_id"]))
+        if key in seen:
+            raise UserError(
+                f"{where}: query {row['query_id']!r} of this annotation stands further up; "
+                "keep one row"
+            )
+        seen.add(key)
+        line = {"kind": "query", **{name: row[name] for name in REQUIRED}, "masks": []}
+        for slot, file in sorted(masks.pop(key, {}).items()):
+            line["masks"].append({"slot": slot, "rle": file})
+        if row.get("presence") is not None:
+            line["presence"] = row["presence"]
+        lines.append(line)
+
+        # Every row may have the analysis of its photo
+        analysis = row.get("analysis")
+        if analysis is not None and analyses.setdefault(row["image"], analysis) != analysis:
+            raise UserError(
+                f"{where}: image '{row['image']}' has another analysis further up; "
+                "give one per image"
+            )
+    return lines, analyses
+
+
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(Where it stands, row) of a table of answers; in a TSV numbers are read as such."""
+    """Read the rows of a table of answers; in a TSV, numbers are read as such.
+
+    Yields:
+        Where the row is, for messages, and the row.
+
+    Raises:
+        UserError: the table cannot be read, or a row is damaged or incomplete.
+    """
+    # The lines of the file
     try:
         with path.open(encoding="utf-8-sig") as file:  # a spreadsheet program puts a mark in front
             lines = list(file)
@@ -123,13 +152,16 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         ) from None
     if path.suffix not in (".tsv", ".jsonl"):
         raise UserError(
-            f"answers '{path}' are neither .tsv (with a header) nor .jsonl; save them as one of these"
+            f"answers '{path}' are neither .tsv (with a header) nor .jsonl; "
+            "save them as one of these"
         )
+
+    # Row by row
     is_table = path.suffix == ".tsv"
     csv.field_size_limit(sys.maxsize)
     rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if is_table else lines
-    for number, line in enumerate(rows, start=2 if is_table else 1):
-        where = f"'{path}', line {number}"
+    for line_number, line in enumerate(rows, start=2 if is_table else 1):
+        where = f"'{path}', line {line_number}"
         try:
             row = _typed(line) if is_table else json.loads(line)
             missing = [name for name in REQUIRED if row.get(name) is None]
@@ -139,7 +171,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if not missing and not isinstance(row["annotation"], int):
                 raise ValueError("annotation must be a number")
         except (ValueError, AttributeError, RecursionError) as error:
-            raise UserError(f"{where} is wrong ({error}); mend it or remove it") from None
+            raise UserError(f"{where} is wrong ({error}); fix it or remove it") from None
         if missing:
             raise UserError(
                 f"{where} has no {', '.join(missing)}; a row needs {', '.join(REQUIRED)}"
@@ -148,18 +180,26 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def read_mask(path: Path) -> Rle:
-    """RLE of the pixels that are not 0, in any channel but alpha."""
+    """RLE of the pixels that are not 0, in any channel but alpha.
+
+    Raises:
+        UserError: the file is no image.
+    """
     image = read_image(path)
     pixels = np.asarray(image)
     if pixels.ndim == 3:
-        pixels = pixels[..., : len(image.getbands()) - ("A" in image.getbands())].any(axis=2)
-    inside = pixels > 0
-    return encode_ids(inside.astype(np.uint8), [1])[1]
+        num_colors = len(image.getbands()) - ("A" in image.getbands())
+        pixels = pixels[..., :num_colors].any(axis=2)
+    return encode(pixels > 0)
 
 
 def _typed(row: dict[str, str]) -> dict[str, Any]:
     """A row of text with its numbers as numbers; empty fields are left out."""
     typed: dict[str, Any] = {name: text for name, text in row.items() if text or name == "answer"}
-    typed |= {"annotation": int(row["annotation"])} if row.get("annotation") else {}
-    typed |= {"query_id": int(row["query_id"])} if (row.get("query_id") or "").isdecimal() else {}
-    return typed | ({"presence": float(row["presence"])} if row.get("presence") else {})
+    if row.get("annotation"):
+        typed["annotation"] = int(row["annotation"])
+    if (row.get("query_id") or "").isdecimal():
+        typed["query_id"] = int(row["query_id"])
+    if row.get("presence"):
+        typed["presence"] = float(row["presence"])
+    return typed

@@ -1,4 +1,4 @@
-"""`annexe score`: scores a predictions file, of this system or any other, without a model or a GPU."""
+"""`annexe score`: scores a predictions file of any system, without a model or a GPU."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Column, Table
-
 from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.errors import UserError
 from annexe.evaluation.records import read_predictions, require_complete
 from annexe.evaluation.scoring import PROTOCOLS, score_all
 from annexe.evaluation.truth import Truth
 from annexe.files import require_writable, write_json
+from annexe.terminal import table
 from annexe.workers import num_cores
 
 HELP = "score a predictions file of any system"
+_DATA = ("data_root", "answer_format", "split_dir", "exclude")  # arguments that the data set takes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--protocol",
         choices=(*PROTOCOLS, "all"),
         default="all",
-        help="standard scores, those of an earlier publication, or all, each under its name (default %(default)s)",
+        help="standard scores, those of an earlier publication, or all, each under its name "
+        "(default %(default)s)",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write metrics.json there")
     parser.add_argument(
@@ -51,7 +51,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--answer-format",
         default="sentence",
         choices=("sentence", "phrases"),
-        help="what answers are compared with: the sentence, or the phrases of the targets (default %(default)s)",
+        help="what answers are compared with: the sentence, or the phrases of the targets "
+        "(default %(default)s)",
     )
     parser.add_argument(
         "--workers", type=int, default=num_cores(), help="processes (default: all cores)"
@@ -59,29 +60,36 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def truth_of(arguments: argparse.Namespace) -> Truth:
-    """The data set that the arguments name."""
+    """The data set that the arguments name.
+
+    Raises:
+        UserError: there is no such data, or no worker.
+    """
     if arguments.workers < 1:
         raise UserError(f"--workers {arguments.workers} must be at least 1")
-    named = {
-        name: getattr(arguments, name)
-        for name in ("data_root", "answer_format", "split_dir", "exclude")
-    }
-    return Truth(
-        EgoIRGBench(arguments.split, 1, 0, None, **named)
-    )  # the size and the seed are a model's: none is here
+    settings = {name: getattr(arguments, name) for name in _DATA}
+
+    # Image size and seed are a model's, and there is none here
+    dataset = EgoIRGBench(arguments.split, image_size=1, seed=0, cache_dir=None, **settings)
+    return Truth(dataset)
 
 
 def run(arguments: argparse.Namespace) -> None:
     if arguments.out is not None:
         require_writable(arguments.out)
+
+    # Read and check
     truth = truth_of(arguments)
     records = read_predictions(arguments.predictions, truth)
     if arguments.complete:
         require_complete(records, truth)
+
+    # Score
     protocols = PROTOCOLS if arguments.protocol == "all" else (arguments.protocol,)
-    metrics = score_all(
+    scores = score_all(
         records, truth, protocols=protocols, workers=arguments.workers, progress=True
     )
+    metrics = scores.metrics
     metrics["meta"] = {
         "predictions": str(arguments.predictions),
         "data_root": arguments.data_root,
@@ -97,30 +105,24 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def show(metrics: dict[str, Any]) -> None:
-    """Print a table per protocol, the standard one with intervals and baselines."""
-    console = Console()
+    """Print a table for each protocol, the standard one with intervals and baselines."""
     if "standard" in metrics:
-        table = Table(
-            Column("standard", overflow="fold"), "score", "95 % interval", *metrics["baselines"]
-        )
+        baselines = metrics["baselines"]
+        rows = []
         for name, value in metrics["standard"].items():
             if name.count("/") < 2:
-                interval = metrics["intervals"].get(name)
-                others = [baseline.get(name) for baseline in metrics["baselines"].values()]
-                table.add_row(
-                    name,
-                    _number(value),
-                    " to ".join(map(_number, interval or ())),
-                    *map(_number, others),
-                )
-        console.print(table)
+                ends = metrics["intervals"].get(name, ())
+                others = [_text(baseline.get(name)) for baseline in baselines.values()]
+                rows.append([name, _text(value), " to ".join(map(_text, ends)), *others])
+        table(["standard", "score", "95 % interval", *baselines], rows)
     for protocol in PROTOCOLS[1:]:
         if protocol in metrics:
-            table = Table(protocol, "score")
-            for name, value in metrics[protocol].items():
-                table.add_row(name, _number(value))
-            console.print(table)
+            scores = metrics[protocol].items()
+            table([protocol, "score"], [[name, _text(value)] for name, value in scores])
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
+def _text(value: float | None) -> str:
+    """A score or a count as the table shows it."""
+    if value is None:
+        return ""
+    return f"{value:.3f}" if isinstance(value, float) else f"{value:,}"
