@@ -1,9 +1,10 @@
-"""EgoHOS: reading it, its categories' IoU against a plain loop, an evaluation end to end, and bad input."""
+"""EgoHOS: reading, IoU of its categories against a plain loop, evaluation, and bad input."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +14,18 @@ from PIL import Image
 from annexe.build import build_dataset, load_config
 from annexe.datasets.egohos import CATEGORIES, EgoHOS
 from annexe.errors import UserError
-from annexe.evaluation.scoring import scores_of
+from annexe.evaluation.records import PredictedMask, QueryRecord, read_records, split_kinds
+from annexe.evaluation.scoring import score_all
 from annexe.evaluation.truth import Truth
 from annexe.evaluator import evaluate
 from annexe.rle import decode, encode
 from annexe.synthetic.render import render
-from annexe.synthetic.scene import HAND_IDS, draw_scene
+from annexe.synthetic.scene import HAND_IDS, Scene, draw_scene
 from annexe.trainer import train
 from tests.conftest import ROOT, SMALLEST
 
-SIZES = ((360, 640), (480, 480), (300, 533), (1080, 1920))  # height, width: they vary in EgoHOS
-NAMES = [name for name, _, _ in CATEGORIES.values()]
+SIZES = ((360, 640), (480, 480), (300, 533), (540, 960))  # height, width: they vary in EgoHOS
+NAMES = [category.name for category in CATEGORIES.values()]
 
 
 @pytest.fixture(scope="module")
@@ -32,39 +34,39 @@ def root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("egohos")
     for name in ("image", "label"):
         (root / "test_indomain" / name).mkdir(parents=True)
-    for number, (height, width) in enumerate(SIZES):
-        rng = np.random.default_rng([7, number])
+    for index, (height, width) in enumerate(SIZES):
+        rng = np.random.default_rng([7, index])
         scene = draw_scene(rng, unseen_pair=False)
-        picture = render(scene, rng)
-        label = np.zeros_like(picture.ids)
-        for side, hand in (("left", 1), ("right", 2)):
-            label[picture.ids == HAND_IDS[side]] = hand
-        for interaction in scene.interactions:
-            both = len(interaction.sides) == 2
-            label[picture.ids == interaction.identity] = (
-                5 if both else {"left": 3, "right": 4}[interaction.sides[0]]
-            )
-        if number == 0:
-            label[:40, :60] = 7
-        for name, array, resample in (
-            ("image", picture.image[..., ::-1], Image.Resampling.BILINEAR),
-            ("label", label, Image.Resampling.NEAREST),
-        ):
-            resized = Image.fromarray(np.ascontiguousarray(array)).resize((width, height), resample)
-            resized.save(
-                root
-                / "test_indomain"
-                / name
-                / f"{number:04d}.{'jpg' if name == 'image' else 'png'}"
-            )
+        picture = render(scene, rng, height=540)
+        label = egohos_label(scene, picture.ids)
+        if index == 0:
+            label[:20, :30] = 7
+        photo = Image.fromarray(np.ascontiguousarray(picture.image[..., ::-1]))
+        folder = root / "test_indomain"
+        photo.resize((width, height), Image.Resampling.BILINEAR).save(
+            folder / "image" / f"{index:04d}.jpg"
+        )
+        Image.fromarray(label).resize((width, height), Image.Resampling.NEAREST).save(
+            folder / "label" / f"{index:04d}.png"
+        )
     return root
 
 
+def egohos_label(scene: Scene, ids: np.ndarray) -> np.ndarray:
+    """The id map of a drawn scene as EgoHOS would have it."""
+    label = np.zeros_like(ids)
+    label[ids == HAND_IDS["left"]] = 1
+    label[ids == HAND_IDS["right"]] = 2
+    for interaction in scene.interactions:
+        (side, *others) = interaction.sides
+        category = 5 if others else {"left": 3, "right": 4}[side]
+        label[ids == interaction.identity] = category
+    return label
+
+
 def labels(root: Path) -> dict[str, np.ndarray]:
-    return {
-        path.stem: np.asarray(Image.open(path))
-        for path in sorted((root / "test_indomain/label").glob("*.png"))
-    }
+    paths = sorted((root / "test_indomain" / "label").glob("*.png"))
+    return {path.stem: np.asarray(Image.open(path)) for path in paths}
 
 
 def opened(root: Path, split: str = "test_indomain") -> EgoHOS:
@@ -77,139 +79,136 @@ def test_every_photo_is_asked_for_every_category(root):
     for index, (stem, label) in enumerate(labels(root).items()):
         sample = dataset.evaluation_sample(index)
         assert sample.stem == stem and sample.original_size == label.shape == SIZES[index]
-        assert [turn.query for turn in sample.turns] == [
-            query for _, _, query in CATEGORIES.values()
-        ]
-        present = [number if number in label else 0 for number in CATEGORIES]
-        assert [turn.slot_ids for turn in sample.turns] == [[number] for number in present]
-        assert set(np.unique(sample.target_ids)) <= {0, *present}, (
-            "second-order objects are background"
-        )
+        queries = [category.query for category in CATEGORIES.values()]
+        assert [turn.query for turn in sample.turns] == queries
+        present = [mask_id if mask_id in label else 0 for mask_id in CATEGORIES]
+        assert [turn.slot_ids for turn in sample.turns] == [[mask_id] for mask_id in present]
+        found = set(np.unique(sample.target_ids))
+        assert found <= {0, *present}, "second-order objects are background"
         assert sample.image.shape == (112, 112, 3) and not sample.depth.any()
     assert 7 in labels(root)["0000"]
 
 
-def hand_made(root: Path) -> list[dict]:
+def hand_made(root: Path) -> list[QueryRecord]:
     """Masks shifted, missing, and where there is nothing."""
-    rng = np.random.default_rng(6)
+    random = np.random.default_rng(6)
     records = []
     for stem, label in labels(root).items():
-        for number, identity in enumerate(CATEGORIES):
-            shifted = np.roll(label == identity, rng.integers(0, 30, 2), (0, 1))
-            mask = [shifted, np.zeros_like(shifted), rng.random(label.shape) < 0.02][
-                rng.choice(3, p=[0.6, 0.1, 0.3])
-            ]
-            masks = (
-                [{"slot": 0, "phrase": "", "score": 1.0, "rle": encode(mask)}] if mask.any() else []
-            )
+        for index, mask_id in enumerate(CATEGORIES):
+            shifted = np.roll(label == mask_id, random.integers(0, 30, 2), (0, 1))
+            nothing = np.zeros_like(shifted)
+            elsewhere = random.random(label.shape) < 0.02
+            mask = (shifted, nothing, elsewhere)[random.choice(3, p=[0.6, 0.1, 0.3])]
+            masks = [PredictedMask(slot=0, score=1.0, rle=encode(mask))] if mask.any() else []
             records.append(
-                {"kind": "query", "image": stem, "annotation": number, "query_id": 0, "query": "", "answer": "",
-                 "presence": 1.0, "masks": masks}
-            )  # fmt: skip
+                QueryRecord(
+                    image=stem, annotation=index, query_id=0, answer="", presence=1.0, masks=masks
+                )
+            )
     return records
 
 
 def test_scores_equal_a_plain_loop(root):
-    records, truth = hand_made(root), Truth(opened(root))
-    shared, either, ious = np.zeros(5, int), np.zeros(5, int), []
-    hits = {True: [], False: []}  # by whether there is a target: was that right?
+    # Count pixels and decisions one by one
+    records = hand_made(root)
+    true_labels = labels(root)
+    intersections = np.zeros(5, int)
+    unions = np.zeros(5, int)
+    ious = []
+    with_target = []  # was the query answered?
+    without_target = []  # was it refused?
     for record in records:
-        true = labels(root)[record["image"]] == list(CATEGORIES)[record["annotation"]]
-        mask = decode(record["masks"][0]["rle"]) if record["masks"] else np.zeros_like(true)
-        i, u = (true & mask).sum(), (true | mask).sum()
-        shared[record["annotation"]] += i
-        either[record["annotation"]] += u
-        ious.append(i / u if u else 1.0)
-        hits[bool(true.any())].append(mask.any() == true.any())
-    scores = scores_of(records, truth)["standard"]
-    per_category = shared / either
+        true = true_labels[record.image] == list(CATEGORIES)[record.annotation]
+        mask = decode(record.masks[0].rle) if record.masks else np.zeros_like(true)
+        intersection = (true & mask).sum()
+        union = (true | mask).sum()
+        intersections[record.annotation] += intersection
+        unions[record.annotation] += union
+        ious.append(intersection / union if union else 1.0)
+        if true.any():
+            with_target.append(mask.any())
+        else:
+            without_target.append(not mask.any())
+
+    scores = score_all(records, Truth(opened(root))).metrics["standard"]
+    per_category = intersections / unions
     assert len(set(per_category.round(3))) == 5, "the example has to tell the categories apart"
     assert [scores[f"egohos/iou_{name}"] for name in NAMES] == pytest.approx(per_category)
     assert scores["egohos/iou_mean"] == pytest.approx(per_category.mean())
-    assert scores["grounding/ciou"] == pytest.approx(shared.sum() / either.sum())
+    assert scores["grounding/ciou"] == pytest.approx(intersections.sum() / unions.sum())
     assert scores["grounding/giou"] == pytest.approx(np.mean(ious))
-    assert (
-        scores["grounding/t_acc"] == pytest.approx(np.mean(hits[True]))
-        and 0 < scores["grounding/t_acc"] < 1
-    )
-    assert (
-        scores["grounding/n_acc"] == pytest.approx(np.mean(hits[False]))
-        and 0 < scores["grounding/n_acc"] < 1
-    )
-    assert not [name for name in scores if name.startswith(("analysis", "answer", "depth"))]
+    assert scores["grounding/t_acc"] == pytest.approx(np.mean(with_target))
+    assert scores["grounding/n_acc"] == pytest.approx(np.mean(without_target))
+    assert 0 < scores["grounding/t_acc"] < 1 and 0 < scores["grounding/n_acc"] < 1
+    assert not text_scores(scores)
+
+
+def text_scores(scores: dict[str, float]) -> list[str]:
+    return [name for name in scores if name.startswith(("analysis", "answer", "depth"))]
 
 
 def test_a_category_nobody_has_or_predicts_has_no_iou(root):
-    records = [r for r in hand_made(root) if r["annotation"] != 4]
-    scores = scores_of(records, Truth(opened(root)))["standard"]
+    records = [record for record in hand_made(root) if record.annotation != 4]
+    scores = score_all(records, Truth(opened(root))).metrics["standard"]
     assert "egohos/iou_both_object" not in scores
-    assert scores["egohos/iou_mean"] == pytest.approx(
-        np.mean([scores[f"egohos/iou_{name}"] for name in NAMES[:4]])
-    )
+    others = [scores[f"egohos/iou_{name}"] for name in NAMES[:4]]
+    assert scores["egohos/iou_mean"] == pytest.approx(np.mean(others))
 
 
 def test_evaluation_end_to_end(root, make_config, tmp_path):
     train(make_config("run.max_steps=1", "run.warmup_steps=0"))
     options = [option for option in SMALLEST if option.startswith("run.")]
-    config = load_config(
-        ROOT / "eval_configs" / "egohos.yaml",
-        [*options, f"datasets.egohos.data_root={root}", f"run.checkpoint={tmp_path / 'run'}",
-         f"run.output_dir={tmp_path / 'eval'}"],
-        onto_checkpoint=True,
-    )  # fmt: skip
+    out = tmp_path / "eval"
+    options += [
+        f"datasets.egohos.data_root={root}",
+        f"run.checkpoint={tmp_path / 'run'}",
+        f"run.output_dir={out}",
+    ]
+    config = load_config(ROOT / "eval_configs" / "egohos.yaml", options, onto_checkpoint=True)
     metrics = evaluate(config)
-    assert metrics == json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert metrics == json.loads((out / "metrics.json").read_text())
     assert metrics["meta"]["num_queries"] == metrics["standard"]["num_queries"] == 5 * len(SIZES)
-    assert (
-        metrics["baselines"]["reject"]["egohos/iou_mean"]
-        == 0
-        < metrics["baselines"]["constant"]["egohos/iou_mean"]
-    )
-    records = [
-        json.loads(line)
-        for line in (tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()
-    ]
-    queries = [(r["image"], r["annotation"], r["query"]) for r in records if r["kind"] == "query"]
-    asked = [query for _, _, query in CATEGORIES.values()]
-    assert queries == [
-        (stem, number, query) for stem in labels(root) for number, query in enumerate(asked)
-    ]
-    assert scores_of(records, Truth(opened(root))) == {
-        k: v for k, v in metrics.items() if k != "meta"
-    }
-    assert not [
-        name for name in metrics["standard"] if name.startswith(("analysis", "answer", "depth"))
-    ]
-    assert "<html" in (tmp_path / "eval" / "report.html").read_text()
+    constant = metrics["baselines"]["constant"]["egohos/iou_mean"]
+    assert metrics["baselines"]["reject"]["egohos/iou_mean"] == 0 < constant
+
+    # Every photo was asked for every category
+    records = read_records(out / "predictions.jsonl")
+    _, queries = split_kinds(records)
+    expected = []
+    for stem in labels(root):
+        for index, category in enumerate(CATEGORIES.values()):
+            expected.append((stem, index, category.query))
+    assert [(query.image, query.annotation, query.query) for query in queries] == expected
+
+    del metrics["meta"]
+    assert score_all(records, Truth(opened(root))).metrics == metrics
+    assert not text_scores(metrics["standard"])
+    assert "<html" in (out / "report.html").read_text()
+
+
+def label_of(height: int, width: int, value: int) -> Callable[[Path], None]:
+    """Replaces the label of photo 1 by one with a single id."""
+    ids = np.full((height, width), value, np.uint8)
+    return lambda folder: Image.fromarray(ids).save(folder / "label" / "0001.png")
 
 
 @pytest.mark.parametrize(
-    ("spoil", "parts"),
+    ("damage", "parts"),
     [
-        (lambda folder: shutil.rmtree(folder), ("data_root", "test_outdomain")),
+        (shutil.rmtree, ("data_root", "test_outdomain")),
         (lambda folder: (folder / "label" / "0001.png").unlink(), ("missing file", "0001.png")),
         (
             lambda folder: (folder / "image" / "0001.jpg").write_bytes(b"no photo"),
             ("cannot read image", "0001.jpg"),
         ),
-        (
-            lambda folder: Image.fromarray(np.zeros((20, 30), np.uint8)).save(
-                folder / "label" / "0001.png"
-            ),
-            ("0001.png", "30 x 20", "480 x 480"),
-        ),
-        (
-            lambda folder: Image.fromarray(np.full((480, 480), 9, np.uint8)).save(
-                folder / "label" / "0001.png"
-            ),
-            ("0001.png", "id 9", "0 to 8"),
-        ),
+        (label_of(20, 30, 0), ("0001.png", "30 x 20", "480 x 480")),
+        (label_of(480, 480, 9), ("0001.png", "id 9", "0 to 8")),
     ],
 )
-def test_bad_input_gives_one_clear_error(root, tmp_path, spoil, parts):
+def test_bad_input_gives_one_clear_error(root, tmp_path, damage, parts):
     shutil.copytree(root / "test_indomain", tmp_path / "test_outdomain")
     assert len(opened(tmp_path, "test_outdomain")) == 4
-    spoil(tmp_path / "test_outdomain")
+    damage(tmp_path / "test_outdomain")
     with pytest.raises(UserError) as caught:
         opened(tmp_path, "test_outdomain")
     assert all(part in str(caught.value) for part in parts) and "\n" not in str(caught.value)
