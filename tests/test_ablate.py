@@ -288,14 +288,14 @@ def test_a_dry_run_prints_commands_and_makes_nothing(annexe, rows, tmp_path):
 
 def test_settings_that_only_other_rows_refuse_are_taken(annexe, rows, tmp_path):
     both = {"default": None, "deconv": {"options": ["model.pixel_decoder={type: deconv}"]}}
-    words = "model.pixel_decoder.prompt_tokens"
+    setting = "model.pixel_decoder.mask_scale=4"
     given = (
         rows(rows=both, options=[]),
         "--out",
         tmp_path / "out",
         "--dry-run",
         "--options",
-        f"{words}=true",
+        setting,
     )
     code, printed, _ = annexe(*given, "--rows", "default")
     assert code is None and len(printed.splitlines()) == 2
@@ -303,7 +303,7 @@ def test_settings_that_only_other_rows_refuse_are_taken(annexe, rows, tmp_path):
     assert (
         code == 2
         and "row 'deconv'" in errors
-        and "'words'" in errors
+        and "'mask_scale'" in errors
         and len(errors.splitlines()) == 1
     )
 
