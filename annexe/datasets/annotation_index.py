@@ -26,12 +26,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from annexe.datasets.annotations import Annotation, read_annotations
 from annexe.errors import UserError
 from annexe.files import replaced
+from annexe.terminal import track
 
 log = logging.getLogger(__name__)
 
@@ -241,7 +240,15 @@ def _write(file: BinaryIO, paths: list[Path], state: str) -> None:
     starts = [0]
     first = [0]
     num_slots = []
-    for image_annotations in _read_all(paths):
+    bar = track(
+        map(_read, paths),
+        f"indexing {paths[0].parent if paths else 'nothing'}",
+        len(paths),
+        transient=True,
+        disable=os.environ.get("RANK", "0") != "0",
+        stderr=True,
+    )
+    for image_annotations in bar:
         last_slot = -1
         for annotation in image_annotations:
             counted.write(_encode(annotation))
@@ -265,19 +272,6 @@ def _write(file: BinaryIO, paths: list[Path], state: str) -> None:
     content = json.dumps(footer).encode()
     counted.write(content)
     file.write(_TRAILER.pack(_MARK, len(content), counted.checksum))
-
-
-def _read_all(paths: list[Path]) -> Iterable[list[Annotation]]:
-    """Annotations of every file, with a bar where somebody can see it."""
-    console = Console(stderr=True)
-    return track(
-        map(_read, paths),
-        f"indexing {paths[0].parent if paths else 'nothing'}",
-        len(paths),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal or os.environ.get("RANK", "0") != "0",
-    )
 
 
 def _read(path: Path) -> list[Annotation]:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from annexe.datasets.image_names import SPLITS, annotation_folders, category, fields, leaks
 from annexe.datasets.pixels import PIXEL_FILES
 from annexe.doctor.image_checks import ERROR, PROBLEMS, ImageReport, check_image
 from annexe.errors import UserError
+from annexe.terminal import track
 from annexe.workers import in_processes
 
 MAX_EXAMPLES = 20  # of one problem in one image
@@ -148,7 +146,8 @@ def survey(root: Path, num_workers: int) -> Survey:
     # Every image by itself
     by_photo: dict[bytes, list[Image]] = defaultdict(list)
     by_bits: dict[int, list[Image]] = defaultdict(list)
-    for report in _reports(root, images, num_workers):
+    reports = in_processes(partial(_check, root), images, min(num_workers, len(images)))
+    for report in track(reports, "checking", len(images), stderr=True):
         image = (report.split, report.stem)
         for code, where in report.problems.items():
             result.problems.append(Problem(code, *image, where[:MAX_EXAMPLES], len(where)))
@@ -166,19 +165,6 @@ def survey(root: Path, num_workers: int) -> Survey:
         for split, stem in by_bits[8]:
             result.add("depth-bits", stem, where, split)
     return result
-
-
-def _reports(root: Path, images: list[Image], num_workers: int) -> Iterator[ImageReport]:
-    """Reports of all images, in order."""
-    reports = in_processes(partial(_check, root), images, min(num_workers, len(images)))
-    console = Console(stderr=True)
-    return track(
-        reports,
-        description="checking",
-        total=len(images),
-        console=console,
-        disable=not console.is_terminal,
-    )
 
 
 def _check(root: Path, image: Image) -> ImageReport:

@@ -8,14 +8,12 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from annexe.datasets.image_names import GROUPS
 from annexe.doctor.image_checks import ERROR, NOTE, PROBLEMS, WARNING
 from annexe.doctor.survey import Survey, survey
 from annexe.errors import UserError
 from annexe.files import require_writable, write_json
+from annexe.terminal import say, table
 from annexe.workers import num_cores
 
 HELP = "check every file of a data root; exit code 1 where there are errors"
@@ -49,9 +47,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         report = {"root": str(arguments.root), "verdict": verdict, **result.as_dict()}
         write_json(arguments.json, report)
-    console = Console(soft_wrap=True)
-    show(result, console)
-    console.print(verdict, markup=False, highlight=False)
+    show(result)
+    say(verdict)
     if any(problem.severity == ERROR for problem in result.problems):
         sys.exit(1)
 
@@ -66,40 +63,35 @@ def verdict_of(result: Survey) -> str:
     return f"{state}: {num_images} images, {problems}, {num_refused} images in quarantine"
 
 
-def show(result: Survey, console: Console) -> None:
-    """Print counts, leaks and problems as tables."""
+def show(result: Survey) -> None:
+    """Print counts and leaks as tables, then a line for each kind of problem."""
     # Counts
     for what, by_split in result.counts.items():
-        console.print(_counts(what, by_split))
+        table([what, *by_split, "all"], _count_rows(by_split))
     holes = result.depth_holes()
     if holes:
         line = "depth not measured: mean {mean:.1%}, from {lowest:.1%} to {highest:.1%}"
-        console.print(line.format(**holes))
-    console.print(
-        "images whose map has ids that no annotation names, which does no harm: "
-        f"{result.unnamed_ids}"
-    )
+        say(line.format(**holes))
+    say(f"images with ids that no annotation names, which does no harm: {result.unnamed_ids}")
 
     # Leaks
     if result.leaks:
-        groups = [f"same {group}" for group in GROUPS]
-        table = Table("share of images that train shows too", *groups)
+        headers = ["share of images that train shows too", *(f"same {group}" for group in GROUPS)]
+        rows = []
         for split, shares in result.leaks.items():
-            table.add_row(split, *(f"{shares[group]:.1%}" for group in GROUPS))
-        console.print(table)
+            rows.append([split, *(f"{shares[group]:.1%}" for group in GROUPS)])
+        table(headers, rows)
 
     # Problems
     for severity, line in _problems(result):
-        console.print(line, style=_COLORS[severity], markup=False, highlight=False)
+        say(line, style=_COLORS[severity])
 
 
-def _counts(what: str, by_split: dict[str, Counter]) -> Table:
-    """A row for each name that was counted, a column for each split."""
-    table = Table(what, *by_split, "all")
+def _count_rows(by_split: dict[str, Counter]) -> Iterator[list[str]]:
+    """A row for each name that was counted: its name, its count in each split, and their sum."""
     for name in sorted(set().union(*by_split.values())):
-        row = [counts[name] for counts in by_split.values()]
-        table.add_row(name, *map(str, row), str(sum(row)))
-    return table
+        counts = [by_name[name] for by_name in by_split.values()]
+        yield [name, *map(str, counts), str(sum(counts))]
 
 
 def _problems(result: Survey) -> Iterator[tuple[str, str]]:

@@ -7,8 +7,6 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from annexe.datasets.image_names import (
     GROUPS,
@@ -21,6 +19,7 @@ from annexe.datasets.image_names import (
     read_list,
 )
 from annexe.errors import UserError
+from annexe.terminal import say, table
 
 HELP = "write split lists that share no video, object instance or room"
 
@@ -173,20 +172,18 @@ def show(lists: dict[str, list[str]]) -> None:
     total = sum(counts.values(), Counter())
 
     # A row for each category, and one for all of them
-    table = Table("category", *lists, "all")
+    rows = []
     for kind in sorted(total):
-        row = [counts[name][kind] for name in lists]
-        table.add_row(kind, *_shares(row), str(sum(row)), end_section=kind == max(total))
-    row = [counts[name].total() for name in lists]
-    table.add_row("all", *_shares(row), str(sum(row)))
-    console = Console(soft_wrap=True)
-    console.print(table)
+        rows.append(_row(kind, [counts[name][kind] for name in lists]))
+    rows.append(_row("all", [counts[name].total() for name in lists]))
+    table(["category", *lists, "all"], rows, has_total=True)
 
     for name, shared in leaks(lists).items():
         shown = ", ".join(f"the {group} of {shared[group]:.1%}" for group in GROUPS)
-        line = f"{name}: train shows {shown} of its images too"
-        console.print(line, markup=False, highlight=False)
+        say(f"{name}: train shows {shown} of its images too")
 
 
-def _shares(row: list[int]) -> list[str]:
-    return [f"{count} ({count / sum(row):.0%})" for count in row]
+def _row(name: str, counts: list[int]) -> list[str]:
+    total = sum(counts)
+    shares = [f"{count} ({count / total:.0%})" for count in counts]
+    return [name, *shares, str(total)]

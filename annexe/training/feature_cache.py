@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.errors import UserError
 from annexe.files import locked, part_of, replaced
+from annexe.terminal import track
 
 log = logging.getLogger(__name__)
 
