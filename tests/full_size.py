@@ -18,7 +18,7 @@ from rich.progress import track
 from annexe.datasets.image_names import CATEGORIES
 from annexe.datasets.pixels import read_id_map
 from annexe.rle import encode
-from annexe.synthetic.language import annotations
+from annexe.synthetic.language import easy_annotations
 from annexe.synthetic.render import render
 from annexe.synthetic.scene import Scene, draw_scene
 
@@ -51,7 +51,7 @@ def main() -> None:
         split = rng.choice(
             ["train", "val", "test"], p=[0.7, 0.1, 0.2]
         )  # by frame, as in the published split
-        entries = annotations(
+        entries = easy_annotations(
             scenes[number_of_scene], np.random.default_rng(number), allow_held_out=True
         )
         (arguments.out / "dataset_split" / split / f"{stem}.json").write_text(json.dumps(entries))

@@ -16,7 +16,7 @@ from annexe.errors import UserError
 from annexe.prompts import NO_TARGET_ANSWER
 from annexe.synthetic.canvas import HEIGHT, Canvas, picture_width, silhouette
 from annexe.synthetic.generate import generate
-from annexe.synthetic.language import NUM_SLOTS, annotations, caption
+from annexe.synthetic.language import NUM_SLOTS, caption, easy_annotations
 from annexe.synthetic.render import item_patches, render
 from annexe.synthetic.scene import (
     COLORS,
@@ -56,7 +56,8 @@ def full_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def described() -> list[tuple[Scene, list[dict]]]:
     """Four hundred scenes with what is said about them, without pictures."""
     return [
-        (scene, annotations(scene, rng, allow_held_out=False)) for scene, rng in random_scenes(400)
+        (scene, easy_annotations(scene, rng, allow_held_out=False))
+        for scene, rng in random_scenes(400)
     ]
 
 

@@ -60,9 +60,9 @@ _NOISE = 3.2  # standard deviation of a pixel of a picture of 1080 rows
 _NOISE_MARGIN = 64  # pixels by which the window cut out of the noise may move
 
 
-def table_depth(row: float | np.ndarray) -> float | np.ndarray:
-    """Depth of the table's plane in mm at a row of the scene: its inverse is linear in the row."""
-    share = np.asarray(row, np.float32) / (HEIGHT - 1)
+def table_depth(rows: float | np.ndarray) -> np.ndarray:
+    """Depth of the table's plane in mm at rows of the scene, float32: its inverse is linear."""
+    share = np.asarray(rows, np.float32) / (HEIGHT - 1)
     return 1 / (1 / _FAR_EDGE + share * (1 / _NEAR_EDGE - 1 / _FAR_EDGE))
 
 
@@ -210,7 +210,7 @@ def punch_holes(
     """
     height, width = depth.shape
     scale = height / HEIGHT
-    holed = cv2.add(depth, 0, dtype=cv2.CV_16U)  # which rounds, half to even
+    holed = np.rint(depth).astype(np.uint16)
 
     # borders
     drawn_widths = rng.integers(8, 28, size=4)

@@ -191,7 +191,7 @@ class Canvas:
     def __init__(self, image: np.ndarray, depth: np.ndarray) -> None:
         self.image = image
         self.depth = depth
-        self.ids = np.zeros(depth.shape, np.uint8)
+        self.ids: np.ndarray = np.zeros(depth.shape, np.uint8)
         self.scale = len(depth) / HEIGHT
 
     def paint(

@@ -23,7 +23,7 @@ from annexe.files import write_json
 from annexe.synthetic.canvas import HEIGHT
 from annexe.synthetic.hard_language import hard_annotations
 from annexe.synthetic.hard_scene import draw_hard_scene, lay_out
-from annexe.synthetic.language import annotations
+from annexe.synthetic.language import easy_annotations
 from annexe.synthetic.render import Picture, id_map, paint, render
 from annexe.synthetic.scene import KINDS, VERBS, Scene, draw_scene
 from annexe.workers import in_processes, num_cores
@@ -232,7 +232,7 @@ def _make(job: _Job) -> str:
 def _easy_image(job: _Job, rng: np.random.Generator) -> tuple[Scene, Picture, list[dict]]:
     scene = draw_scene(rng, unseen_pair=job.subset is not None)
     picture = render(scene, rng, job.settings.height)
-    records = annotations(scene, rng, allow_held_out=job.split != "train")
+    records = easy_annotations(scene, rng, allow_held_out=job.split != "train")
     return scene, picture, records
 
 

@@ -7,7 +7,7 @@ from functools import cache
 
 import numpy as np
 
-Points = Sequence[tuple[float, float]] | np.ndarray
+Points = Sequence[tuple[float, float]] | Sequence[np.ndarray] | np.ndarray
 
 
 def arc(

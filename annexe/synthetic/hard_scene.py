@@ -484,4 +484,4 @@ def _is_visible(shape: Shape, ids: np.ndarray) -> bool:
         is_distractor = shape.layer.identity >= FIRST_DISTRACTOR
         min_share = _VISIBLE_DISTRACTOR if is_distractor else _VISIBLE_ACTIVE
         min_seen = max(min_seen, min_share * np.count_nonzero(shape.extent))
-    return np.count_nonzero(seen) >= min_seen
+    return bool(np.count_nonzero(seen) >= min_seen)

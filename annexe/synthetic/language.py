@@ -76,7 +76,7 @@ def caption(scene: Scene) -> str:
     return f"In this image, {' while '.join(clauses)}."
 
 
-def annotations(scene: Scene, rng: np.random.Generator, *, allow_held_out: bool) -> list[dict]:
+def easy_annotations(scene: Scene, rng: np.random.Generator, *, allow_held_out: bool) -> list[dict]:
     """Annotations of one image in the form of Ego-IRGBench's JSON files.
 
     Args:

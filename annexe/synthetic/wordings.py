@@ -526,6 +526,7 @@ VERB_WORDS: dict[str, dict[str, str]] = {
 def _read_forms(table: str) -> dict[str, Form]:
     """Forms by name; a wording with a question mark is a sentence, else a noun phrase."""
     forms: dict[str, Form] = {}
+    name = ""
     for line in table.strip().splitlines():
         if not line.startswith(" "):
             name = line
