@@ -265,10 +265,10 @@ def test_every_annotation_and_wording_is_drawn_at_last(scenes: Path) -> None:
 def test_evaluation_asks_about_every_annotation(scenes: Path) -> None:
     dataset = open_set(scenes, "test")
     once = dataset.evaluation_sample(0)
-    twice = dataset.evaluation_sample(0, 2)
+    both = dataset.evaluation_sample(0, 2)
     assert [turn.annotation for turn in once.turns] == list(range(len(dataset.annotations[0])))
-    assert [turn for turn in twice.turns][::2] == once.turns
-    assert len({turn.query_id for turn in twice.turns}) == 2 * len(once.turns)
+    assert both.turns[::2] == once.turns
+    assert len({turn.query_id for turn in both.turns}) == 2 * len(once.turns)
     assert once.turns == open_set(scenes, "test").evaluation_sample(0).turns
 
 

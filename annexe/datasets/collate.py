@@ -243,10 +243,11 @@ def index_queries(num_queries: list[int], padding: Padding) -> tuple[QueryIndex,
     Returns:
         The index, and bool[Q], False for a query that was filled in.
     """
+    # Every image as many as the fullest, or each as many as it has
     max_queries = max(num_queries)
     num_rows = [max_queries] * len(num_queries) if padding.fill_queries else num_queries
     image_index = torch.arange(len(num_queries)).repeat_interleave(torch.tensor(num_rows))
-    index_in_image = torch.cat([torch.arange(number) for number in num_rows])
+    index_in_image = torch.cat([torch.arange(length) for length in num_rows])
     query_mask = index_in_image < torch.tensor(num_queries)[image_index]
     return QueryIndex(image_index, index_in_image, max_queries), query_mask
 
@@ -301,7 +302,7 @@ class Collator:
         self.padding = Padding.to_multiple_of(pad_to_multiple_of, unpad=unpad)
 
     def __call__(self, samples: list[Sample]) -> Batch:
-        # Texts
+        # Texts: every different one is encoded once
         ids = self._encode(samples)
         prefix = [self.tokenizer.bos_id, *ids[prompts.PREFIX]]
         branches = [self._branches(sample, ids) for sample in samples]
@@ -369,6 +370,7 @@ class Collator:
         Returns:
             uint8[B, O], mask ids, 0 = none; int64[B, O, W], token ids, -1 = none.
         """
+        # Sizes of the tables
         objects = [list(sample.object_phrases.items()) for sample in samples]
         num_objects = max([1, *map(len, objects)])
         num_words = 1
@@ -378,6 +380,7 @@ class Collator:
         num_objects = round_up(num_objects, self.padding.phrases)
         num_words = round_up(num_words, self.padding.phrases)
 
+        # A row for each image, a column for each object
         object_ids = torch.zeros(len(samples), num_objects, dtype=torch.uint8)
         object_words = torch.full((len(samples), num_objects, num_words), -1, dtype=torch.int64)
         for image_index, image_objects in enumerate(objects):

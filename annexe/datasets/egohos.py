@@ -82,6 +82,7 @@ class EgoHOS:
     def __init__(
         self, split: str, image_size: int, seed: int, cache_dir: Path | None, *, data_root: str
     ) -> None:
+        # Find the photos
         if split not in SPLITS:
             raise unknown_name_error("run.split of EgoHOS", split, SPLITS)
         self.root = Path(data_root)
@@ -131,8 +132,12 @@ class EgoHOS:
         stem = self.stems[index]
         side = self.image_size
         photo = read_image(self.files(stem)[0], "RGB", at_least=2 * side)
+
+        # The label, objects that other objects touch left out
         ids = self._read_ids(stem)
         small_ids = Image.fromarray(ids).resize((side, side), Image.Resampling.NEAREST)
+
+        # One wording for each category
         turns = []
         for annotation_index, annotation in enumerate(self.annotations[index]):
             (question,) = annotation.questions
@@ -178,12 +183,14 @@ class EgoHOS:
             ``egohos/iou_CATEGORY`` in [0, 1], without the categories that are neither there nor
             predicted, and their plain mean as ``egohos/iou_mean``, unless there is none.
         """
-        intersections = [0] * len(CATEGORIES)  # pixels
+        # Sums of pixels over all photos
+        intersections = [0] * len(CATEGORIES)
         unions = [0] * len(CATEGORIES)
         for index, intersection, union in overlaps:
             intersections[index] += intersection
             unions[index] += union
 
+        # Ratios
         scores = {}
         for category, intersection, union in zip(
             CATEGORIES.values(), intersections, unions, strict=True
@@ -209,6 +216,7 @@ class EgoHOS:
 
     def _read_annotations(self, stem: str) -> list[Annotation]:
         """One annotation for each category; the label is checked against its photo."""
+        # Label and photo have to fit
         photo, _, label = self.files(stem)
         ids = read_id_map(label)
         try:
@@ -223,6 +231,8 @@ class EgoHOS:
                 f"label '{label}' is {ids.shape[1]} x {ids.shape[0]} but its photo is "
                 f"{width} x {height}; both must have one size"
             )
+
+        # Which categories are there
         present = np.flatnonzero(np.bincount(ids.reshape(-1))).tolist()
         if present[-1] > LAST_ID:
             raise UserError(

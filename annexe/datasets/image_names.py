@@ -65,18 +65,27 @@ def leaks(splits: Mapping[str, Iterable[str]]) -> dict[str, dict[str, float]]:
         Split -> group -> share of its images whose video, object instance or room train shows too.
         Images whose stem names none of these count as not shared.
     """
-    parsed = {split: [fields(stem) for stem in stems] for split, stems in splits.items()}
-    train = [names for names in parsed.get("train", ()) if names]
+    # Names of video, instance and room in every stem
+    parsed = {}
+    for split, stems in splits.items():
+        parsed[split] = [fields(stem) for stem in stems]
+
+    # What train shows
+    if not parsed.get("train"):
+        return {}
+    trained = {}
+    for group in GROUPS:
+        trained[group] = {names[group] for names in parsed["train"] if names}
+
+    # How much of it the other splits show
     shares: dict[str, dict[str, float]] = {}
     for split in ("val", "test"):
         images = parsed.get(split)
-        if not images or not parsed.get("train"):
-            continue
-        shares[split] = {}
-        for group in GROUPS:
-            trained = {names[group] for names in train}
-            num_shared = sum(names is not None and names[group] in trained for names in images)
-            shares[split][group] = num_shared / len(images)
+        if images:
+            shares[split] = {}
+            for group, seen in trained.items():
+                num_shared = sum(names is not None and names[group] in seen for names in images)
+                shares[split][group] = num_shared / len(images)
     return shares
 
 
@@ -90,12 +99,14 @@ def annotation_folders(root: Path) -> dict[str, list[str]]:
     """
     if not root.is_dir():
         raise UserError(f"no folder '{root}'; give the folder that holds RGB/")
+    # Folders in a fixed order
     parent = root / "dataset_split"
     folders = [path for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
 
     def order(path: Path) -> tuple[int, str]:
         return SPLITS.index(path.name) if path.name in SPLITS else len(SPLITS), path.name
 
+    # Their annotation files; strings, for pathlib is slow with 20,000 of them
     stems_by_folder = {}
     for folder in sorted(folders, key=order):
         names = sorted(name for name in os.listdir(folder) if name.endswith(".json"))

@@ -55,6 +55,7 @@ def read_image(path: Path, mode: str | None = None, at_least: int | None = None)
     try:
         image = Image.open(path)
         if at_least:
+            # Pillow calls decoding a JPEG at a part of its size a draft
             image.draft(mode, (at_least, at_least))
         image.load()
         if mode and image.mode != mode:  # converting to the same mode would make a copy
@@ -150,6 +151,7 @@ class PixelReader:
 
     def _read_cached(self, stem: str, entry: Path) -> Pixels:
         """The pixels in the file ``entry``, which is made first unless it is up to date."""
+        # Size and time of the source files say whether the entry is up to date
         stats = [path.stat() for path in self.files(stem) if path.exists()]
         source = np.array([[stat.st_size, stat.st_mtime_ns] for stat in stats], np.int64)
         pixels = _load_entry(entry, source)
@@ -162,8 +164,8 @@ class PixelReader:
         """Read the three files, check that they fit, and resize them."""
         photo_path, depth_path, mask_path = self.files(stem)
 
-        # Bicubic resizing averages well from twice the size on. At S = 448, 1080 rows are decoded
-        # in full.
+        # Photo and id map. Bicubic resizing averages well from twice the size on; at S = 448, 1080
+        # rows are decoded in full.
         photo = read_image(photo_path, "RGB", at_least=2 * self.size)
         id_map = read_id_map(mask_path)
         with Image.open(photo_path) as header:
@@ -188,6 +190,7 @@ class PixelReader:
                 "write it as 8- or 16-bit PNG"
             )
 
+        # Resize photo and masks
         masks = Image.fromarray(id_map)
         return Pixels(
             image=np.asarray(photo.resize(square, Image.Resampling.BICUBIC)),
@@ -234,6 +237,8 @@ def _save_entry(entry: Path, pixels: Pixels, source: np.ndarray) -> None:
         "present_ids": pixels.present_ids,
         "source": source,
     }
+
+    # safetensors stores contiguous arrays alone
     data = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     data["checksum"] = _checksum(arrays)
     entry.parent.mkdir(parents=True, exist_ok=True)

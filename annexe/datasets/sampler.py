@@ -19,6 +19,7 @@ def sample_order(seed: int, num_images: int, first: int, last: int) -> list[tupl
     for epoch in range(first // num_images, (last - 1) // num_images + 1):
         permutation = np.random.default_rng([seed, epoch]).permutation(num_images).tolist()
         start = epoch * num_images
+        # Those of this epoch
         for position in range(max(first, start), min(last, start + num_images)):
             order.append((epoch, permutation[position - start]))
     return order
@@ -61,6 +62,7 @@ class MicroBatches:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for step in range(self.num_batches):
+            # Ranks take turns, batch by batch
             shard = step * self.world_size + self.rank
             first = self.first_image + shard * self.batch_size
             yield sample_order(self.seed, self.num_images, first, first + self.batch_size)

@@ -89,7 +89,7 @@ class Survey:
     @property
     def quarantine(self) -> list[str]:
         """Stems with an error, whichever split holds them."""
-        known = {stem for stems in self.splits.values() for stem in stems}
+        known = set().union(*self.splits.values())
         at_fault = {problem.stem for problem in self.problems if problem.severity == ERROR}
         return sorted(at_fault & known)
 
@@ -135,7 +135,9 @@ def survey(root: Path, num_workers: int) -> Survey:
         UserError: there is no folder, or no annotation file in it to start from.
     """
     splits = annotation_folders(root)
-    images = [(split, stem) for split, stems in splits.items() for stem in stems]
+    images: list[Image] = []
+    for split, stems in splits.items():
+        images += [(split, stem) for stem in stems]
     if not images:
         raise UserError(
             f"'{root / 'dataset_split'}' holds no SPLIT/*.json; give the folder that holds RGB/"
