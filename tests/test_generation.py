@@ -18,6 +18,7 @@ from annexe.models.language_model import generation
 from annexe.models.language_model.attention import (
     attend,
     decode_attention,
+    decode_attention_reference,
     packed_attention_mask,
     packed_block_mask,
 )
@@ -59,54 +60,81 @@ def test_attention_to_a_shared_prefix_equals_attention_over_all_keys():
     torch.testing.assert_close(output, expected.transpose(1, 2), atol=1e-6, rtol=1e-5)
 
 
-KERNELS = """
-import torch
-from annexe.models.language_model import decode_kernels
-from annexe.models.language_model.attention import decode_attention_reference
-from annexe.models.language_model.kv_cache import DecodeIndex, SharedPrefixCache
-
-torch.manual_seed(0)
-for num_heads, num_key_heads, head_dim, prefix_length, num_columns, max_responses in (
-    (6, 2, 8, 70, 130, 4),
-    (4, 4, 32, 20, 30, 20),
-):
+def random_case(
+    num_heads: int,
+    num_key_heads: int,
+    head_dim: int,
+    prefix_length: int,
+    num_columns: int,
+    max_responses: int,
+) -> tuple[torch.Tensor, SharedPrefixCache, DecodeIndex]:
+    """A query of six responses, the last of which is a padding row; unfilled columns hold NaN."""
     image_index = torch.tensor([0, 0, 0, 1, 1, 0])
     index_in_image = torch.tensor([0, 1, 2, 0, 1, 3])
     row_index = torch.full((2, max_responses), -1)
     row_index[image_index, index_in_image] = torch.arange(6)
-    row_index[0, 3] = -1  # the last response is a padding row
+    row_index[0, 3] = -1
     cache = SharedPrefixCache(
         *torch.randn(2, 2, num_key_heads, prefix_length, head_dim),
         *torch.full((2, 6, num_key_heads, num_columns, head_dim), torch.nan),
     )
     last_column = num_columns - 6
     key_mask = torch.rand(6, num_columns) > 0.3
-    key_mask[1, :65] = key_mask[:, -5:] = False
+    key_mask[1, :65] = False
+    key_mask[:, -5:] = False
     key_mask[:, last_column] = True
     for own in (cache.own_keys, cache.own_values):
         own.transpose(1, 2)[key_mask] = torch.randn(int(key_mask.sum()), num_key_heads, head_dim)
     column = torch.tensor([last_column])
     index = DecodeIndex(image_index, index_in_image, row_index, key_mask, column)
-    query = torch.randn(6, num_heads, head_dim)
-    output = decode_kernels.decode_attention(query, cache, index, 0.3)
-    cache.own_keys.nan_to_num_(0)
-    cache.own_values.nan_to_num_(0)
-    expected = decode_attention_reference(query, cache, index, 0.3)
-    torch.testing.assert_close(output[:5], expected[:5], atol=1e-5, rtol=1e-5)
-    assert output.isfinite().all()
+    return torch.randn(6, num_heads, head_dim), cache, index
+
+
+KERNELS = """
+import sys
+from types import ModuleType
+
+import torch
+
+import annexe
+
+# The package without its models, which take long to import
+models = ModuleType("annexe.models")
+models.__path__ = [f"{annexe.__path__[0]}/models"]
+sys.modules["annexe.models"] = models
+
+from annexe.models.language_model.decode_kernels import decode_attention
+from annexe.models.language_model.kv_cache import DecodeIndex, SharedPrefixCache
+
+outputs = []
+for query, cache, index in torch.load(sys.argv[1]):
+    cache = SharedPrefixCache(**cache)
+    outputs.append(decode_attention(query, cache, DecodeIndex(**index), 0.3))
+torch.save(outputs, sys.argv[2])
 """
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-def test_the_kernels_for_a_gpu_give_the_same():
+def test_the_kernels_for_a_gpu_give_the_same(tmp_path):
     """Run by Triton's interpreter, which takes them step by step on the CPU."""
+    torch.manual_seed(0)
+    cases = [random_case(6, 2, 8, 70, 130, 4), random_case(4, 4, 32, 20, 30, 20)]
+    inputs = [(query, vars(cache), vars(index)) for query, cache, index in cases]
+    torch.save(inputs, tmp_path / "inputs.pt")
     result = subprocess.run(
-        [sys.executable, "-c", KERNELS],
+        [sys.executable, "-c", KERNELS, tmp_path / "inputs.pt", tmp_path / "outputs.pt"],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr
+    outputs = torch.load(tmp_path / "outputs.pt")
+    for (query, cache, index), output in zip(cases, outputs, strict=True):
+        cache.own_keys.nan_to_num_(0)
+        cache.own_values.nan_to_num_(0)
+        expected = decode_attention_reference(query, cache, index, 0.3)
+        torch.testing.assert_close(output[:5], expected[:5], atol=1e-5, rtol=1e-5)
+        assert output.isfinite().all()
 
 
 PADDED_ROWS = ([[0] * 130 + [1] * 60 + [2] * 70, [0] * 130 + [1] * 90 + [-1] * 40], None)

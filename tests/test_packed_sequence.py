@@ -17,11 +17,12 @@ WITHOUT_LORA = ("model.language_model.lora.rank=0",)
 VARIED = ("model.language_model.initializer_range=0.3",)
 
 
-def run_alone(model: Annexe, batch: Batch, branch: int, ids: list[int]) -> torch.Tensor:
+def run_alone(
+    model: Annexe, batch: Batch, image_tokens: torch.Tensor, branch: int, ids: list[int]
+) -> torch.Tensor:
     """Final states [prefix + ids, D] of one branch by the stock model: causal, plain positions."""
     image = batch.text.branch_image_index[branch].item()
     start = batch.text.image_start
-    image_tokens = model.encode(batch).image_tokens
     prefix = batch.text.input_ids[image, :start]
     text_ids = torch.cat([prefix, torch.tensor(ids, dtype=torch.int64)])
     words = model.language_model.embed(text_ids[None])[0]
@@ -50,7 +51,8 @@ def test_states_and_losses_equal_each_branch_alone(make_parts, options, unpad):
     batch = Collator(tokenizer, model.num_image_tokens, 4, unpad=unpad)(batch.samples)
     text = batch.text
     with torch.no_grad():
-        hidden = model.language_model(model.encode(batch).embeddings, text)
+        encoding = model.encode(batch)
+        hidden = model.language_model(encoding.embeddings, text)
         token_logits = model(batch).token_logits
     token_losses = F.cross_entropy(token_logits, text.labels, reduction="none")
     assert len(set((text.segment_ids >= 0).sum(1).tolist())) > 1, (
@@ -65,7 +67,7 @@ def test_states_and_losses_equal_each_branch_alone(make_parts, options, unpad):
         prefix = text.prefix_length
         response = torch.tensor(ids[length:])
         with torch.no_grad():
-            states = run_alone(model, batch, branch, ids)
+            states = run_alone(model, batch, encoding.image_tokens, branch, ids)
             logits = model.language_model.logits(states[prefix + length - 1 : -1])
         torch.testing.assert_close(hidden[image, :prefix], states[:prefix], atol=1e-5, rtol=0)
         packed_states = hidden[image, start : start + len(ids)]
@@ -99,14 +101,15 @@ def test_greedy_generation_equals_one_by_one_without_cache(make_parts, options):
     model, tokenizer, batch = make_parts(*options, *VARIED)
     prompts = prompts_of(model, tokenizer, batch)
     with torch.no_grad():
-        embeddings = model.encode(prompts).embeddings
-        prefill = model.language_model.prefill(embeddings, prompts.text)
+        encoding = model.encode(prompts)
+        prefill = model.language_model.prefill(encoding.embeddings, prompts.text)
         generated = model.text_decoder.decode(prefill, max_new_tokens=10).tokens
         for branch, tokens in enumerate(generated):
             prompt = branch_ids(prompts, branch)
             expected = []
             for _ in range(10):
-                state = run_alone(model, prompts, branch, prompt + expected)[-1]
+                ids = prompt + expected
+                state = run_alone(model, prompts, encoding.image_tokens, branch, ids)[-1]
                 expected.append(model.language_model.logits(state).argmax().item())
                 if expected[-1] == tokenizer.eos_id:
                     expected.pop()
