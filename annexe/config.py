@@ -1,6 +1,7 @@
 """Every setting of a run: YAML plus ``a.b=c`` overrides, merged strictly onto dataclasses.
 
-Three blocks: ``model`` and ``datasets`` name registered components (``annexe.registry``), ``run`` is `RunConfig`.
+Three blocks: ``model`` and ``datasets`` name registered components (`annexe.registry`), ``run`` is
+`RunConfig`. Components are checked in `annexe.build`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ from annexe.errors import UserError, unknown_name_error
 
 @dataclass
 class LossWeights:
-    """Weight of each loss term; of ``analysis`` to ``mask`` they are the released ones, and dice, which the released
-    recipe does not have, stands beside the cross entropy of masks as in Mask2Former."""
+    """Weight of each loss term.
+
+    Those of ``analysis`` to ``mask`` are the released ones. Dice, which the released recipe does
+    not have, stands beside the cross entropy of masks as in Mask2Former (CVPR 2022).
+    """
 
     analysis: float = 1.0
     answer: float = 1.0
@@ -43,17 +47,37 @@ class WandbConfig:
     mode: str = "online"
 
     def __post_init__(self) -> None:
-        if self.mode not in ("online", "offline", "disabled"):
-            raise UserError(f"run.wandb.mode is '{self.mode}'; choose online, offline or disabled")
+        _require_choice("run.wandb.mode", self.mode, ("online", "offline", "disabled"))
 
 
 # Metrics that can pick the best checkpoint: more is better.
 VALIDATION_METRICS = (
-    *("analysis/cider", "answer/cider", "answer/exact_match", "answer/exact_match_targets"),
-    *("grounding/ciou", "grounding/giou", "grounding/miou", "grounding/n_acc", "grounding/t_acc"),
-    *(f"grounding/precision@{threshold}" for threshold in ("0.5", "0.6", "0.7", "0.8", "0.9")),
-    *("presence/accuracy", "depth/delta1"),
+    "analysis/cider",
+    "answer/cider",
+    "answer/exact_match",
+    "answer/exact_match_targets",
+    "grounding/ciou",
+    "grounding/giou",
+    "grounding/miou",
+    "grounding/n_acc",
+    "grounding/t_acc",
+    "grounding/precision@0.5",
+    "grounding/precision@0.6",
+    "grounding/precision@0.7",
+    "grounding/precision@0.8",
+    "grounding/precision@0.9",
+    "presence/accuracy",
+    "depth/delta1",
 )
+
+# Settings of a run by what their values have to be
+_CHOICES = {
+    "device": ("auto", "cpu", "cuda"),
+    "mixed_precision": ("auto", "fp32", "bf16"),
+    "parallel": ("ddp", "fsdp"),
+    "optimizer": ("adamw", "muon"),
+}
+_NOT_NEGATIVE = ("seed", "num_workers", "warmup_steps", "validate_every")
 _AT_LEAST_ONE = (
     "max_steps",
     "batch_size",
@@ -64,6 +88,7 @@ _AT_LEAST_ONE = (
     "keep_checkpoints",
     "max_new_tokens",
 )
+_FINITE = ("learning_rate", "min_learning_rate", "warmup_learning_rate", "weight_decay")
 
 
 @dataclass
@@ -72,26 +97,23 @@ class RunConfig:
 
     output_dir: str = "runs/annexe"
     seed: int = 0
-    device: str = "auto"
-    mixed_precision: str = "auto"
-    compile: bool = (
-        False  # torch.compile of every block: slow to start, then faster steps; not with fsdp
-    )
-    cuda_graphs: bool = (
-        False  # one GPU: a pass, or a step of generation, as one CUDA graph for each shape of batch
-    )
+    device: str = "auto"  # auto, cpu or cuda
+    mixed_precision: str = "auto"  # auto, fp32 or bf16
 
-    # Several GPUs (torchrun): the whole model on each, or its weights spread over all
+    # torch.compile of every block: slow to start, then faster steps; not with fsdp
+    compile: bool = False
+    # One GPU: a pass, or a step of generation, as one CUDA graph for each shape of batch
+    cuda_graphs: bool = False
+
+    # Several GPUs (torchrun): the whole model on each (ddp), or its weights spread over all (fsdp)
     parallel: str = "ddp"
     timeout_minutes: float = 15
 
-    # Schedule: optimizer steps; one epoch is one pass over the training images.
+    # Schedule: optimizer steps; one epoch is one pass over the training images
     max_steps: int = 1000
-    batch_size: int = 4
+    batch_size: int = 4  # images of one process and micro-batch
     gradient_accumulation: int = 1
-    optimizer: str = (
-        "adamw"  # or muon, for training from scratch: fewer steps to the same losses; not with fsdp
-    )
+    optimizer: str = "adamw"  # muon: for training from scratch, fewer steps; not with fsdp
     learning_rate: float = 1e-5
     min_learning_rate: float = 1e-6
     warmup_learning_rate: float = 1e-6
@@ -103,18 +125,16 @@ class RunConfig:
 
     # Loading
     num_workers: int = 4
-    store_patches: str | None = (
-        None  # folder: the frozen RGB encoder runs once a photo, not once an epoch
-    )
+    store_patches: str | None = None  # folder: a frozen RGB encoder runs once a photo
 
     # Logging, validation and checkpoints, in optimizer steps
     log_every: int = 20
-    validate_every: int = 500
+    validate_every: int = 500  # 0: never
     validation_images: int = 64
     validation_metric: str = "grounding/ciou"
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
-    resume: str | None = None
+    resume: str | None = None  # auto, or a run folder or checkpoint
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     # Evaluation
@@ -125,65 +145,77 @@ class RunConfig:
     report: bool = True  # draw report.html after an evaluation
 
     def __post_init__(self) -> None:
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise UserError(f"run.device is '{self.device}'; choose auto, cpu or cuda")
-        if self.mixed_precision not in ("auto", "fp32", "bf16"):
-            raise UserError(
-                f"run.mixed_precision is '{self.mixed_precision}'; choose auto, fp32 or bf16"
-            )
-        if self.parallel not in ("ddp", "fsdp"):
-            raise UserError(f"run.parallel is '{self.parallel}'; choose ddp or fsdp")
-        if self.compile and self.parallel == "fsdp":
-            raise UserError(
-                "run.compile does not go with run.parallel=fsdp; set run.compile=false, or ddp"
-            )
-        if self.optimizer not in ("adamw", "muon"):
-            raise UserError(f"run.optimizer is '{self.optimizer}'; choose adamw or muon")
-        if self.optimizer == "muon" and self.parallel == "fsdp":
-            raise UserError(
-                "run.optimizer=muon needs matrices whole; set run.parallel=ddp, or run.optimizer=adamw"
-            )
-        if not 0 < self.timeout_minutes < math.inf:
-            raise UserError(f"run.timeout_minutes is {self.timeout_minutes}; it must be above 0")
+        for name, choices in _CHOICES.items():
+            _require_choice(f"run.{name}", getattr(self, name), choices)
         if self.validation_metric not in VALIDATION_METRICS:
             raise unknown_name_error(
                 "run.validation_metric", self.validation_metric, VALIDATION_METRICS
             )
-        for name in ("seed", "num_workers", "warmup_steps", "validate_every"):
+        self._check_numbers()
+        self._check_combinations()
+
+    def _check_numbers(self) -> None:
+        """Refuse numbers out of range."""
+        for name in _NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise UserError(f"run.{name} is {getattr(self, name)}; it cannot be negative")
+        for name in _AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise UserError(f"run.{name} is {getattr(self, name)}; it must be at least 1")
         if self.seed >= 2**32:
             raise UserError(f"run.seed is {self.seed}; it must be below {2**32}")
+        if not 0 < self.timeout_minutes < math.inf:
+            raise UserError(f"run.timeout_minutes is {self.timeout_minutes}; it must be above 0")
         if not self.clip_norm > 0:
             raise UserError(
                 f"run.clip_norm is {self.clip_norm}; it must be above 0 (.inf clips nothing)"
             )
-        rates = ("learning_rate", "min_learning_rate", "warmup_learning_rate", "weight_decay")
-        weights = {
-            f"loss_weights.{name}": weight for name, weight in vars(self.loss_weights).items()
-        }
-        for name, value in {**{name: getattr(self, name) for name in rates}, **weights}.items():
+
+        # Rates and weights
+        values = {name: getattr(self, name) for name in _FINITE}
+        for name, weight in vars(self.loss_weights).items():
+            values[f"loss_weights.{name}"] = weight
+        for name, value in values.items():
             if not 0 <= value < math.inf:
                 raise UserError(f"run.{name} is {value}; it must be a number from 0 on")
-        if not any(weights.values()):
-            raise UserError("run.loss_weights are all 0; there is nothing to train")
-        for name in _AT_LEAST_ONE:
-            if getattr(self, name) < 1:
-                raise UserError(f"run.{name} is {getattr(self, name)}; it must be at least 1")
-        asked = self.queries_per_annotation
-        if asked != "all" and (not isinstance(asked, int) or asked < 1):
-            raise UserError(
-                f"run.queries_per_annotation is {asked!r}; set it to all, or to a number from 1 on"
-            )
+
+        # Numbers with a form of their own
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(
-                f"run.betas is {self.betas}; AdamW takes two numbers from 0 to 1, such as [0.9, 0.999]"
+                f"run.betas is {self.betas}; AdamW takes two numbers from 0 to 1, "
+                "such as [0.9, 0.999]"
             )
+        queries = self.queries_per_annotation
+        if queries != "all" and (not isinstance(queries, int) or queries < 1):
+            raise UserError(
+                f"run.queries_per_annotation is {queries!r}; set it to all, or to a number "
+                "from 1 on"
+            )
+
+    def _check_combinations(self) -> None:
+        """Refuse settings that do not go together."""
+        if not any(vars(self.loss_weights).values()):
+            raise UserError("run.loss_weights are all 0; there is nothing to train")
         if self.warmup_steps > self.max_steps:
             raise UserError(
-                f"run.warmup_steps ({self.warmup_steps}) is larger than run.max_steps ({self.max_steps}); "
-                f"set run.warmup_steps to {self.max_steps} at most"
+                f"run.warmup_steps ({self.warmup_steps}) is larger than run.max_steps "
+                f"({self.max_steps}); set run.warmup_steps to {self.max_steps} at most"
             )
+        if self.compile and self.parallel == "fsdp":
+            raise UserError(
+                "run.compile does not go with run.parallel=fsdp; set run.compile=false, or ddp"
+            )
+        if self.optimizer == "muon" and self.parallel == "fsdp":
+            raise UserError(
+                "run.optimizer=muon needs matrices whole; set run.parallel=ddp, "
+                "or run.optimizer=adamw"
+            )
+
+
+def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
+        raise UserError(f"{name} is '{value}'; choose {listed}")
 
 
 @dataclass
@@ -207,24 +239,26 @@ def read_yaml(path: Path) -> DictConfig | ListConfig:
     """
     if not path.is_file():
         raise UserError(
-            f"no configuration file '{path}'; give a YAML file such as train_configs/annexe_tiny.yaml"
+            f"no configuration file '{path}'; give a YAML file such as "
+            "train_configs/annexe_tiny.yaml"
         )
     try:
         return OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read '{path}': {' '.join(str(error).split())}; mend the YAML"
-        ) from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot read '{path}': {reason}; fix the YAML") from None
 
 
 def is_released(config: DictConfig | ListConfig) -> bool:
     """Whether a YAML file is one of the released ANNEXE code."""
     if not isinstance(config, DictConfig):
         return False
-    model, datasets = (config.get(key) for key in ("model", "datasets"))
-    theirs = ((model, "arch"), (datasets, "egoirgbench"))
-    has = any(isinstance(block, DictConfig) and name in block for block, name in theirs)
-    return has or "evaluation_datasets" in config
+    if "evaluation_datasets" in config:
+        return True
+    for block, key in (("model", "arch"), ("datasets", "egoirgbench")):
+        if isinstance(config.get(block), DictConfig) and key in config[block]:
+            return True
+    return False
 
 
 def device_settings(run: RunConfig) -> dict[str, Any]:
@@ -241,36 +275,46 @@ def as_dict(config: Config) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
 
 
-def merge_strictly(schema: object, given: object, where: str = "") -> object:
-    """``given`` over the defaults of ``schema``, a dataclass or an instance of one, as an instance.
+def merge_strictly(schema: Any, settings: Any, where: str = "") -> Any:
+    """``settings`` over the defaults of ``schema``, a dataclass or an instance of one.
+
+    Args:
+        where: the place of the block in the configuration, for messages.
+
+    Returns:
+        An instance of the dataclass.
 
     Raises:
         UserError: for an unknown key, a value of the wrong type, or a value where a block belongs.
     """
     defaults = OmegaConf.structured(schema)
     try:
-        given = OmegaConf.create(given)
-        _require_blocks(OmegaConf.to_container(defaults), given, where)
-        return OmegaConf.to_object(OmegaConf.merge(defaults, given))
+        settings = OmegaConf.create(settings)
+        _require_blocks(OmegaConf.to_container(defaults), settings, where)
+        return OmegaConf.to_object(OmegaConf.merge(defaults, settings))
     except OmegaConfBaseException as error:
         raise setting_error(where, error) from None
 
 
-def _require_blocks(defaults: dict, given: object, where: str) -> None:
-    if not isinstance(given, DictConfig):
-        raise UserError(f"{where or 'all of it'} is '{given}'; it must be a block of settings")
+def _require_blocks(defaults: Any, settings: Any, where: str) -> None:
+    """Refuse a plain value where the defaults have a block."""
+    if not isinstance(settings, DictConfig):
+        place = where or "all of it"
+        raise UserError(f"{place} is '{settings}'; it must be a block of settings")
     for key, block in defaults.items():
-        if isinstance(block, dict) and given.get(key) is not None:
-            _require_blocks(block, given[key], ".".join(filter(None, [where, key])))
+        if isinstance(block, dict) and settings.get(key) is not None:
+            _require_blocks(block, settings[key], f"{where}.{key}".lstrip("."))
 
 
 def setting_error(where: str, error: OmegaConfBaseException) -> UserError:
-    """The error for a setting under ``where`` that OmegaConf refused, for its name, its value or its absence."""
-    key = ".".join(filter(None, [where, error.full_key])) or "block"
+    """The error for a setting under ``where`` that OmegaConf refused.
+
+    It was refused for its name, its value or its absence.
+    """
+    key = f"{where}.{error.full_key or ''}".strip(".") or "block"
     if isinstance(error, ConfigKeyError) and error.object_type is not None:
-        return unknown_name_error(
-            f"setting {key}: no", error.key, [field.name for field in fields(error.object_type)]
-        )
+        names = [each.name for each in fields(error.object_type)]
+        return unknown_name_error(f"setting {key}: no", error.key, names)
     if isinstance(error, MissingMandatoryValue):
         return UserError(f"setting {key} is missing and has no default; add it")
     return UserError(f"setting {key}: {str(error).splitlines()[0]}")

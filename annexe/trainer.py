@@ -1,16 +1,22 @@
-"""Training: set-up, the step, validation, checkpoints, log."""
+"""Training: `set_up` makes the parts of a run, `Trainer` runs the loop over them.
+
+A step is two calls away: `train` -> `Trainer.train_step` -> backward.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
@@ -32,12 +38,13 @@ from annexe.config import Config, RunConfig, as_dict, device_settings
 from annexe.datasets.collate import Collator
 from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.datasets.sampler import MicroBatches
-from annexe.distributed import distribute, gather_lists, make_accelerator, sum_over_ranks
+from annexe.distributed import distribute, make_accelerator, sum_over_ranks
 from annexe.errors import UserError
-from annexe.evaluation.predict import plan_batches, predict
-from annexe.evaluation.scoring import calibrate_thresholds, score
+from annexe.evaluation.predict import plan_batches
 from annexe.evaluation.truth import Truth
+from annexe.evaluation.validation import Validator
 from annexe.files import locked
+from annexe.models.annexe import Annexe
 from annexe.models.compile import compile_blocks
 from annexe.models.language_model.tokenizer import TextTokenizer, train_tokenizer
 from annexe.structures.batch import Batch
@@ -49,336 +56,413 @@ from annexe.training.run_log import LossWindow, RunLogger
 
 log = logging.getLogger(__name__)
 
-_MUCH_FOR_A_CPU = 20e6  # trained parameters
+_MANY_PARAMETERS_FOR_A_CPU = 20e6  # trained ones
 
 
-def seen_in(batches: list[Batch]) -> Tensor:
-    """Images, queries and tokens of some batches, float64[3]."""
-    seen = [
-        [len(b.images), int(b.query_mask.sum()), int((b.text.segment_ids >= 0).sum())]
-        for b in batches
-    ]
-    return torch.tensor(seen, dtype=torch.float64).sum(0)
+def train(config: Config) -> None:
+    """Train what ``config`` describes.
+
+    Raises:
+        UserError: while another training has the folder, and for whatever `set_up` refuses.
+    """
+    is_main = os.environ.get("RANK", "0") == "0"
+    with locked(Path(config.run.output_dir)) if is_main else nullcontext():
+        trainer = set_up(config)
+        announce(trainer)
+        trainer.train()
+
+
+def set_up(config: Config) -> Trainer:
+    """All parts of a run, resumed where asked. The order of the paragraphs matters.
+
+    Raises:
+        UserError: for settings, data or a checkpoint that do not go together.
+    """
+    run = config.run
+    output = Path(run.output_dir)
+
+    # What is refused comes before what takes time
+    resumed = _checkpoint_to_resume(run, output)
+
+    # Processes and data
+    accelerator = make_accelerator(**device_settings(run))
+    train_set = build_dataset(config, "train")
+    validation_set = build_dataset(config, "val") if run.validate_every else None
+    tokenizer = _prepare_tokenizer(config, train_set, resumed, accelerator)
+
+    # Every rank builds the same model, known again by its frozen weights as they were built,
+    # and then draws its own dropout
+    set_seed(run.seed)
+    bf16 = accelerator.mixed_precision == "bf16"
+    model = build_model(config.model, tokenizer, accelerator.device, bf16=bf16)
+    frozen = frozen_fingerprint(model)
+    set_seed(run.seed + accelerator.process_index)
+
+    # Weights are loaded by the names that the parameters have before blocks are compiled
+    if resumed:
+        load_weights(resumed, model)
+    if run.compile:
+        compile_blocks(model)
+
+    # The encoder runs over all photos while it is still whole on every rank
+    if run.store_patches is not None:
+        train_set.stored_patches = stored_patches(
+            model.rgb_encoder,
+            train_set,
+            Path(run.store_patches),
+            accelerator,
+            settings=config.model["rgb_encoder"],
+            batch_size=run.batch_size,
+            num_workers=run.num_workers,
+        )
+
+    # Sharded parameters are others: the optimizer is made of those, then gets its moments back
+    wrapped = distribute(accelerator, model, run.parallel)
+    optimizer = build_optimizer(model, run)
+    progress = Progress()
+    if resumed:
+        load_optimizer(resumed, optimizer, accelerator)
+        progress = _load_progress(resumed, run)
+        model.calibrated_thresholds = progress.thresholds
+
+    # Batches from where the run stands, in the layout that the model reads fastest
+    is_alone_on_gpu = accelerator.device.type == "cuda" and accelerator.num_processes == 1
+    can_use_graphs = is_alone_on_gpu and model.language_model.supports_cuda_graphs
+    use_graphs = run.cuda_graphs and can_use_graphs
+    model.text_decoder.graphs = use_graphs
+    collate = Collator(
+        tokenizer,
+        model.num_image_tokens,
+        model.pixel_decoder.num_slots,
+        pad_to_multiple_of=PAD_TO_MULTIPLE_OF if use_graphs else 1,
+        unpad=model.language_model.uses_flex_attention,
+        keep_samples=False,
+    )
+    batches = partial(
+        _training_batches, train_set=train_set, collate=collate, run=run, accelerator=accelerator
+    )
+
+    # What is written and scored on the way
+    fingerprint = train_set.fingerprint() if accelerator.is_main_process else ""
+    logger = RunLogger(config, output, progress, enabled=accelerator.is_main_process)
+    validator = None
+    if validation_set is not None:
+        num_images = min(run.validation_images, len(validation_set))
+        validator = Validator(
+            validation_set,
+            Truth(validation_set),
+            plan_batches(num_images, run.batch_size),
+            accelerator,
+            max_new_tokens=run.max_new_tokens,
+            num_workers=run.num_workers,
+        )
+    save = partial(
+        save_checkpoint,
+        output,
+        model,
+        optimizer,
+        config=as_dict(config),
+        frozen=frozen,
+        accelerator=accelerator,
+        keep=run.keep_checkpoints,
+    )
+    return Trainer(
+        run,
+        accelerator=accelerator,
+        model=model,
+        wrapped=wrapped,
+        optimizer=optimizer,
+        batches=batches,
+        train_set=train_set,
+        fingerprint=fingerprint,
+        progress=progress,
+        validator=validator,
+        logger=logger,
+        save=save,
+        use_cuda_graphs=use_graphs,
+    )
+
+
+def _checkpoint_to_resume(run: RunConfig, output: Path) -> Path | None:
+    """The checkpoint that ``run.resume`` means, if it means one.
+
+    Raises:
+        UserError: if going on from it would lose or mix up what is there.
+    """
+    latest = find_checkpoint(output)
+    if run.resume is None or run.resume == "":
+        if latest:
+            raise UserError(
+                f"run.output_dir '{output}' holds a run already; set run.resume=auto to go on "
+                "with it, or choose another folder"
+            )
+        return None
+    resumed = latest if run.resume == "auto" else require_checkpoint(run.resume, "latest")
+    if resumed is None:
+        return None
+    if latest and latest.resolve() != resumed.resolve():
+        raise UserError(
+            f"run.resume '{resumed}' is not the last checkpoint of run.output_dir '{output}', "
+            f"which is '{latest.name}': what came after would be lost. Choose another "
+            "run.output_dir"
+        )
+    if load_progress(resumed).step > run.max_steps:
+        raise UserError(f"'{resumed}' is past run.max_steps {run.max_steps}; raise it to go on")
+
+    # The seed fixes the order of samples and random frozen weights
+    saved = saved_config(resumed)["run"]
+    for name in ("seed", "optimizer"):
+        if getattr(run, name) != saved[name]:
+            raise UserError(
+                f"run.{name} is {getattr(run, name)} but '{resumed}' was trained with "
+                f"{saved[name]}; set run.{name}={saved[name]}"
+            )
+    return resumed
+
+
+def _load_progress(resumed: Path, run: RunConfig) -> Progress:
+    """Where training stood; a best score of another metric is of another scale, and dropped."""
+    progress = load_progress(resumed)
+    if saved_config(resumed)["run"]["validation_metric"] != run.validation_metric:
+        progress.best_score = None
+        progress.best_step = None
+    return progress
+
+
+def _prepare_tokenizer(
+    config: Config, train_set: EgoIRGBench, resumed: Path | None, accelerator: Accelerator
+) -> TextTokenizer:
+    """The tokenizer of the Llama or of the run to start from, or one trained on the run's text."""
+    llama = config.model["language_model"].get("path")
+    start = config.model.get("init_from")
+    earlier = resumed
+    if earlier is None and start and not llama:
+        earlier = find_checkpoint(Path(start))
+
+    # Training one is the main process's work
+    if earlier:
+        folder = earlier / "tokenizer"
+    elif llama:
+        folder = Path(llama)
+    else:
+        folder = Path(config.run.output_dir) / "tokenizer"
+        if accelerator.is_main_process:
+            num_slots = config.model["pixel_decoder"]["num_slots"]
+            train_tokenizer(train_set.texts(), num_slots).save(folder)
+    accelerator.wait_for_everyone()
+    return build_tokenizer(config, folder)
 
 
 def training_loader(
     train_set: EgoIRGBench,
-    batches: MicroBatches,
+    batches: Iterable[list[tuple[int, int]]],
     collate: Collator,
-    run: RunConfig,
+    num_workers: int,
     device: torch.device,
 ) -> DataLoader:
-    """One rank's micro-batches, made by ``run.num_workers`` processes."""
+    """One rank's micro-batches, made by ``num_workers`` processes."""
     return DataLoader(
         train_set,
         batch_sampler=batches,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
-        num_workers=run.num_workers,
-        generator=torch.Generator(),  # a loader draws its workers' seed: not from the run's random state
+        num_workers=num_workers,
+        generator=torch.Generator(),  # for the workers' seed: the run's random state stays as it is
     )
 
 
-class Trainer:
-    """One training run: built from a configuration, resumed where asked, run to ``max_steps``."""
+def _training_batches(
+    progress: Progress,
+    *,
+    train_set: EgoIRGBench,
+    collate: Collator,
+    run: RunConfig,
+    accelerator: Accelerator,
+) -> DataLoader:
+    """One rank's micro-batches from where ``progress`` stands to the last step."""
+    sampler = MicroBatches(
+        len(train_set),
+        seed=run.seed,
+        batch_size=run.batch_size,
+        num_batches=(run.max_steps - progress.step) * run.gradient_accumulation,
+        first_image=progress.images,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    return training_loader(train_set, sampler, collate, run.num_workers, accelerator.device)
 
-    def __init__(self, config: Config) -> None:
-        run = config.run
-        self.config, self.run = config, run
-        self.accelerator = make_accelerator(**device_settings(run))
+
+class Trainer:
+    """One training run: steps to ``run.max_steps``, with log, validation and checkpoints.
+
+    Args:
+        run: the run's settings.
+        accelerator: device, processes and precision.
+        model: what is trained.
+        wrapped: what a step calls: ``model`` itself, or ``model`` on several GPUs.
+        optimizer: over the model's trained parameters.
+        batches: this rank's micro-batches from a `Progress` on.
+        train_set: the data that the batches are of.
+        fingerprint: a hash of the data's files.
+        progress: where the run stands; counted on as it trains.
+        validator: scores the model on val, if it is to be.
+        logger: writes log lines, the progress bar and the manifest.
+        save: writes a checkpoint and returns its size in bytes.
+        use_cuda_graphs: a pass is one CUDA graph for each shape of batch.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        *,
+        accelerator: Accelerator,
+        model: Annexe,
+        wrapped: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batches: Callable[[Progress], Iterable[Batch]],
+        train_set: EgoIRGBench,
+        fingerprint: str,
+        progress: Progress,
+        validator: Validator | None,
+        logger: RunLogger,
+        save: Callable[..., int],
+        use_cuda_graphs: bool,
+    ) -> None:
+        self.run = run
+        self.accelerator = accelerator
+        self.model = model
+        self.wrapped = wrapped
+        self.optimizer = optimizer
+        self.batches = batches
+        self.train_set = train_set
+        self.fingerprint = fingerprint
+        self.progress = progress
+        self.validator = validator
+        self.logger = logger
+        self.save_checkpoint = save
         self.output = Path(run.output_dir)
-        resumed = self._resumed_from()
-        self.train_set = build_dataset(config, "train")
-        self.validation_set = build_dataset(config, "val") if run.validate_every else None
-        self.tokenizer = self._tokenizer(resumed)
-        set_seed(run.seed)  # every rank builds the same model
-        bf16 = self.accelerator.mixed_precision == "bf16"
-        self.model = build_model(config.model, self.tokenizer, self.accelerator.device, bf16=bf16)
-        self.frozen = frozen_fingerprint(self.model)
-        set_seed(run.seed + self.accelerator.process_index)  # but each has its own dropout
-        if resumed:
-            load_weights(resumed, self.model)
-        if run.compile:
-            compile_blocks(self.model)
-        if run.store_patches is not None:
-            self.train_set.stored_patches = stored_patches(
-                self.model.rgb_encoder,
-                self.train_set,
-                Path(run.store_patches),
-                self.accelerator,
-                settings=config.model["rgb_encoder"],
-                batch_size=run.batch_size,
-                num_workers=run.num_workers,
-            )
-        self.wrapped = distribute(self.accelerator, self.model, run.parallel)
-        self.optimizer = build_optimizer(self.model, run)
-        self.progress = Progress()
-        if resumed:
-            load_optimizer(resumed, self.optimizer, self.accelerator)
-            self.progress = load_progress(resumed)
-            self.model.calibrated_thresholds = self.progress.thresholds
-            if saved_config(resumed)["run"]["validation_metric"] != run.validation_metric:
-                self.progress.best_score = self.progress.best_step = None  # of another scale
-        self.loss_weights = losses.active(
-            run.loss_weights, image_token_head=self.model.image_token_head
-        )
-        device = self.accelerator.device
-        self.weight_of_terms = torch.tensor(list(self.loss_weights.values()), device=device)
-        self.seen = torch.zeros(
-            3, dtype=torch.float64, device=device
-        )  # images, queries, tokens not yet in progress
-        alone = device.type == "cuda" and self.accelerator.num_processes == 1
-        self.graphed = run.cuda_graphs and alone and self.model.language_model.supports_cuda_graphs
-        self.run_pass = self._forward_backward
-        if self.graphed:
-            trained = [
-                parameter for parameter in self.model.parameters() if parameter.requires_grad
-            ]
+
+        # Loss terms in use and their weights
+        device = accelerator.device
+        has_head = model.image_token_head
+        self.loss_weights = losses.active(run.loss_weights, image_token_head=has_head)
+        self.term_weights = torch.tensor(list(self.loss_weights.values()), device=device)
+
+        # Images, queries and tokens trained on that are not in `progress` yet
+        self.seen = torch.zeros(3, dtype=torch.float64, device=device)
+
+        self.uses_cuda_graphs = use_cuda_graphs
+        self.run_pass: Callable[[Batch, Tensor], Tensor] = self._forward_backward
+        if use_cuda_graphs:
+            trained = [p for p in model.parameters() if p.requires_grad]
             self.run_pass = GraphedPass(self._forward_backward, trained, device)
-        self.model.text_decoder.graphs = self.graphed
-        self.fingerprint = self.train_set.fingerprint() if self.accelerator.is_main_process else ""
-        self.truth = Truth(self.validation_set) if self.validation_set else None
-        self.journal = RunLogger(
-            config, self.output, self.progress, enabled=self.accelerator.is_main_process
-        )
 
     def train(self) -> None:
         """Run every step that is left, with validation and checkpoints on the way."""
-        self._announce()
+        run = self.run
         if self.accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()  # what making the model took does not count
-        window = LossWindow(list(self.loss_weights), self.accelerator.device)
-        batches = iter(self._loader())
-        with self.journal.bar(self.progress.step, self.run.max_steps) as advance:
-            while self.progress.step < self.run.max_steps:
-                micro_batches = [next(batches) for _ in range(self.run.gradient_accumulation)]
+        window = self._new_window()
+        batches = iter(self.batches(self.progress))
+        with self.logger.bar(self.progress.step, run.max_steps) as advance:
+            while self.progress.step < run.max_steps:
+                micro_batches = [next(batches) for _ in range(run.gradient_accumulation)]
                 window.add(*self.train_step(micro_batches))
                 step = self.progress.step
                 advance(step)
-                last = step == self.run.max_steps
-                logged = step % self.run.log_every == 0 or last
-                validated = self.run.validate_every and (
-                    step % self.run.validate_every == 0 or last
-                )
-                saved = validated or step % self.run.checkpoint_every == 0 or last
-                if logged or saved:
+
+                # What is due after this step
+                is_last = step == run.max_steps
+                logs = is_last or step % run.log_every == 0
+                validates = bool(self.validator) and (is_last or step % run.validate_every == 0)
+                saves = is_last or validates or step % run.checkpoint_every == 0
+                if logs or saves:
                     window.require_finite(step, self.output / "checkpoints")
-                if logged:
-                    self._log_window(window)
-                    window = LossWindow(list(self.loss_weights), self.accelerator.device)
-                if validated:
+                if logs:
+                    self._log(window)
+                    window = self._new_window()
+                if validates:
                     self.validate()
-                if saved:
+                if saves:
                     self.save()
-        self.journal.close()
+        self.logger.close()
 
     def train_step(self, batches: list[Batch]) -> tuple[Tensor, Tensor, Tensor]:
         """One optimizer step over this rank's micro-batches.
 
-        Every term is normalised by its units over all ranks and micro-batches; DDP averages gradients over ranks,
-        hence the factor of the world size.
+        Every term is normalized by its units over all ranks and micro-batches; DDP averages
+        gradients over ranks, hence the factor of the world size in `_forward_backward`.
 
         Returns:
-            Each term's total on this rank, its units over all ranks, and the gradient norm, all on the device.
+            Each term's total on this rank, its units over all ranks, and the gradient norm, all on
+            the device.
         """
-        names, device = list(self.loss_weights), self.accelerator.device
-        counted = torch.cat(
-            [losses.counts(batches, names), seen_in(batches)]
-        )  # on the CPU, where nothing has to wait
-        if not self.graphed:
-            batches = [batch.to(device) for batch in batches]
-        counted = sum_over_ranks(self.accelerator, counted.to(device, non_blocking=True))
-        units, seen = counted[: len(names)], counted[len(names) :]
-        factor = self.weight_of_terms / units.clamp(min=1)
+        names = list(self.loss_weights)
+        device = self.accelerator.device
+
+        # Units are counted on the CPU, where nothing has to wait, then summed over ranks
+        counts = torch.cat([losses.counts(batches, names), count_samples(batches)])
+        counts = sum_over_ranks(self.accelerator, counts.to(device, non_blocking=True))
+        units, seen = counts.split([len(names), 3])
+        factor = self.term_weights / units.clamp(min=1)
+
+        # Forward and backward; gradients are exchanged behind the last micro-batch
         self.wrapped.train()
+        if not self.uses_cuda_graphs:
+            batches = [batch.to(device) for batch in batches]
+        totals = torch.zeros(len(names), device=device)
+        for batch in batches[:-1]:
+            with self.accelerator.no_sync(self.wrapped):
+                totals += self.run_pass(batch, factor)
+        totals += self.run_pass(batches[-1], factor)
+
+        # The optimizer's step at this step's learning rate
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.progress.step, self.run)
-        totals = torch.zeros(len(names), device=device)
-        for number, batch in enumerate(batches, start=1):
-            with (
-                nullcontext() if number == len(batches) else self.accelerator.no_sync(self.wrapped)
-            ):
-                totals += self.run_pass(batch, factor)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.run.clip_norm)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=not self.graphed)
+        self.optimizer.zero_grad(set_to_none=not self.uses_cuda_graphs)
         self.progress.step += 1
         self.seen += seen
         return totals, units, norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _forward_backward(self, batch: Batch, factor: Tensor) -> Tensor:
-        """Forward and backward over one micro-batch: each term's total; the loss is their sum, times ``factor``."""
+        """Forward and backward over one micro-batch; the loss is ``factor`` times the totals.
+
+        Returns:
+            The total of each term, float32[number of terms].
+        """
         term_totals = losses.totals(self.wrapped(batch), batch, list(self.loss_weights))
         self.accelerator.backward((factor * term_totals).sum() * self.accelerator.num_processes)
         return term_totals.detach()
 
     def validate(self) -> None:
         """Score the real metrics on the first validation images and remember the best step."""
-        number = min(self.run.validation_images, len(self.validation_set))
-        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        batches = plan_batches(number, self.run.batch_size)
-        own = batches[rank::world_size]
-        filler = -(-len(batches) // world_size) - len(
-            own
-        )  # under FSDP every rank has to take part in every batch
-        predicted = predict(
-            self.model,
-            self.validation_set,
-            own + batches[:1] * filler,
-            queries_per_annotation=1,
-            max_new_tokens=self.run.max_new_tokens,
-            num_workers=self.run.num_workers,
-            device=self.accelerator.device,
-            autocast=self.accelerator.autocast,
-        )
-        records = gather_lists(
-            self.accelerator, [r for batch in list(predicted)[: len(own)] for r in batch]
-        )
-        metrics = score(records, self.truth)
-        chosen = metrics.get(
-            self.run.validation_metric, 0.0
-        )  # absent where there was nothing to measure
-        self.progress.thresholds = self.model.calibrated_thresholds = calibrate_thresholds(
-            records, self.truth
-        )
-        if self.progress.best_score is None or chosen >= self.progress.best_score:
-            self.progress.best_score, self.progress.best_step = chosen, self.progress.step
-        self.journal.write({"kind": "validation", "step": self.progress.step, **metrics})
-        log.info(
-            "step %d: %s %.3f on %d images",
-            self.progress.step,
-            self.run.validation_metric,
-            chosen,
-            number,
-        )
+        metrics, thresholds, num_images = self.validator(self.model)
+        self.progress.thresholds = thresholds
+        self.model.calibrated_thresholds = thresholds
+
+        # A metric is absent where there was nothing to measure
+        metric = self.run.validation_metric
+        score = metrics.get(metric, 0.0)
+        if self.progress.best_score is None or score >= self.progress.best_score:
+            self.progress.best_score = score
+            self.progress.best_step = self.progress.step
+        self.logger.write({"kind": "validation", "step": self.progress.step, **metrics})
+        log.info("step %d: %s %.3f on %d images", self.progress.step, metric, score, num_images)
 
     def save(self) -> None:
         """Write a checkpoint; every validated step is written, so the best one is there."""
         started = time.perf_counter()
         self._read_counters()
-        size = save_checkpoint(
-            self.output,
-            self.model,
-            self.optimizer,
-            self.progress,
-            as_dict(self.config),
-            self.frozen,
-            self.accelerator,
-            self.run.keep_checkpoints,
-        )
-        self.journal.write_manifest(self.progress, self.fingerprint)
+        size = self.save_checkpoint(progress=self.progress)
+        self.logger.write_manifest(self.progress, self.fingerprint)
         seconds = time.perf_counter() - started
-        log.info(
-            "step %d: checkpoint of %.2f GB written in %.1f s",
-            self.progress.step,
-            size / 1e9,
-            seconds,
-        )
+        step = self.progress.step
+        log.info("step %d: checkpoint of %.2f GB written in %.1f s", step, size / 1e9, seconds)
 
-    def _announce(self) -> None:
-        parameters = list(self.model.parameters())
-        trained = sum(p.numel() for p in parameters if p.requires_grad)
-        total = sum(
-            p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in parameters
-        )  # NF4: two a byte
-        log.info(
-            "step %d of %d: %.1f M parameters, %.1f M of them trained, on %d images with up to %d queries each, "
-            "%d process(es) on %s, under '%s'",
-            self.progress.step, self.run.max_steps, total / 1e6, trained / 1e6, len(self.train_set),
-            self.train_set.queries_per_image, self.accelerator.num_processes, self.accelerator.device, self.output,
-        )  # fmt: skip
-        if self.accelerator.device.type == "cpu" and trained > _MUCH_FOR_A_CPU:
-            log.warning(
-                "no GPU is in use: with %.0f M trained parameters a step can take minutes on a CPU; "
-                "train_configs/annexe_tiny.yaml is made for one", trained / 1e6,
-            )  # fmt: skip
-        if self.run.cuda_graphs and not self.graphed:
-            log.warning(
-                "run.cuda_graphs is for one process on one GPU without an int8 base and is ignored here"
-            )
-        if self.train_set.num_slots > self.model.pixel_decoder.num_slots:
-            log.warning(
-                "annotations use up to %d slots, model.pixel_decoder.num_slots is %d: the model trains on the first "
-                "ones, the metrics count all",
-                self.train_set.num_slots,
-            )  # fmt: skip
-
-    def _resumed_from(self) -> Path | None:
-        if self.run.resume == "auto":
-            return self._as_begun(find_checkpoint(self.output))
-        here = find_checkpoint(self.output)
-        if self.run.resume:
-            resumed = require_checkpoint(self.run.resume, "latest")
-            if here and here.resolve() != resumed.resolve():
-                raise UserError(
-                    f"run.resume '{resumed}' is not the last checkpoint of run.output_dir '{self.output}', which is "
-                    f"'{here.name}': what came after would be lost. Choose another run.output_dir"
-                )
-            return self._as_begun(resumed)
-        if here:
-            raise UserError(
-                f"run.output_dir '{self.output}' holds a run already; set run.resume=auto to go on with it, "
-                "or choose another folder"
-            )
-        return None
-
-    def _as_begun(self, resumed: Path | None) -> Path | None:
-        """Refuse another seed, which fixes the order of samples and random frozen weights, another optimizer, and a
-        checkpoint that is further than the run should go.
-        """
-        if resumed and load_progress(resumed).step > self.run.max_steps:
-            raise UserError(
-                f"'{resumed}' is past run.max_steps {self.run.max_steps}; raise it to go on"
-            )
-        before = saved_config(resumed)["run"] if resumed else {}
-        for name, begun in (
-            ("seed", before.get("seed")),
-            ("optimizer", before.get("optimizer", "adamw")),
-        ):
-            asked = getattr(self.run, name)
-            if resumed and asked != begun:
-                raise UserError(
-                    f"run.{name} is {asked} but '{resumed}' was trained with {begun}; set run.{name}={begun}"
-                )
-        return resumed
-
-    def _tokenizer(self, resumed: Path | None) -> TextTokenizer:
-        """The Llama's tokenizer, that of the run to start from, or one trained on the train split's text."""
-        llama, start = (
-            self.config.model["language_model"].get("path"),
-            self.config.model.get("init_from"),
-        )
-        before = resumed or (find_checkpoint(Path(start)) if start and not llama else None)
-        folder = (
-            before / "tokenizer" if before else Path(llama) if llama else self.output / "tokenizer"
-        )
-        if not (before or llama) and self.accelerator.is_main_process:
-            train_tokenizer(
-                self.train_set.texts(), self.config.model["pixel_decoder"]["num_slots"]
-            ).save(folder)
-        self.accelerator.wait_for_everyone()
-        return build_tokenizer(self.config, folder)
-
-    def _loader(self) -> DataLoader:
-        run = self.run
-        batches = MicroBatches(
-            len(self.train_set),
-            seed=run.seed,
-            batch_size=run.batch_size,
-            num_batches=(run.max_steps - self.progress.step) * run.gradient_accumulation,
-            first_image=self.progress.images,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-        )
-        collate = Collator(
-            self.tokenizer,
-            self.model.num_image_tokens,
-            self.model.pixel_decoder.num_slots,
-            pad_to_multiple_of=PAD_TO_MULTIPLE_OF if self.graphed else 1,
-            unpad=self.model.language_model.uses_flex_attention,
-            keep_samples=False,
-        )
-        return training_loader(self.train_set, batches, collate, run, self.accelerator.device)
+    def _new_window(self) -> LossWindow:
+        return LossWindow(list(self.loss_weights), self.accelerator.device)
 
     def _read_counters(self) -> None:
         """Bring what the device counted since the last call into the progress."""
@@ -388,35 +472,76 @@ class Trainer:
         self.progress.queries += int(queries)
         self.progress.tokens += int(tokens)
 
-    def _log_window(self, window: LossWindow) -> None:
+    def _log(self, window: LossWindow) -> None:
+        """Write the means of a window of steps."""
         self._read_counters()
         terms = window.means(sum_over_ranks(self.accelerator, window.totals))
-        loss = sum(self.loss_weights[name] * value for name, value in terms.items())
-        self.journal.write(
-            {
-                "kind": "train",
-                "step": self.progress.step,
-                "epoch": self.progress.images / len(self.train_set),
-                "images": self.progress.images,
-                "queries": self.progress.queries,
-                "tokens": self.progress.tokens,
-                "learning_rate": self.optimizer.param_groups[0]["lr"],
-                "loss": loss,
-                **{f"loss/{name}": value for name, value in terms.items()},
-                "gradient_norm": float(window.norm),
-                **self._gpu_memory(),
-            }
+        record = {
+            "kind": "train",
+            "step": self.progress.step,
+            "epoch": self.progress.images / len(self.train_set),
+            "images": self.progress.images,
+            "queries": self.progress.queries,
+            "tokens": self.progress.tokens,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "loss": sum(self.loss_weights[name] * value for name, value in terms.items()),
+        }
+        for name, value in terms.items():
+            record[f"loss/{name}"] = value
+        record["gradient_norm"] = float(window.norm)
+        if self.accelerator.device.type == "cuda":
+            # The most that tensors took on this rank's GPU since training began, in GB (1e9 bytes)
+            record["gpu_memory"] = torch.cuda.max_memory_allocated() / 1e9
+        self.logger.write(record)
+
+
+def count_samples(batches: list[Batch]) -> Tensor:
+    """Images, queries and tokens of some batches, float64[3]."""
+    counts = torch.zeros(3, dtype=torch.float64)
+    for batch in batches:
+        counts[0] += len(batch.images)
+        counts[1] += batch.query_mask.sum()
+        counts[2] += (batch.text.segment_ids >= 0).sum()
+    return counts
+
+
+def announce(trainer: Trainer) -> None:
+    """Say what is trained on what, and which settings do not take effect."""
+    run = trainer.run
+    parameters = list(trainer.model.parameters())
+    num_trained = sum(p.numel() for p in parameters if p.requires_grad)
+    num_parameters = 0
+    for parameter in parameters:
+        per_byte = 2 if parameter.dtype == torch.uint8 else 1  # NF4 holds two in a byte
+        num_parameters += per_byte * parameter.numel()
+    log.info(
+        "step %d of %d: %.1f M parameters, %.1f M of them trained, on %d images with up to %d "
+        "queries each, %d process(es) on %s, under '%s'",
+        trainer.progress.step,
+        run.max_steps,
+        num_parameters / 1e6,
+        num_trained / 1e6,
+        len(trainer.train_set),
+        trainer.train_set.queries_per_image,
+        trainer.accelerator.num_processes,
+        trainer.accelerator.device,
+        trainer.output,
+    )
+    if trainer.accelerator.device.type == "cpu" and num_trained > _MANY_PARAMETERS_FOR_A_CPU:
+        log.warning(
+            "no GPU is in use: with %.0f M trained parameters a step can take minutes on a CPU; "
+            "train_configs/annexe_tiny.yaml is made for one",
+            num_trained / 1e6,
         )
-
-    def _gpu_memory(self) -> dict[str, float]:
-        """Most memory that tensors took on this rank's GPU since training began, in GB (1e9 bytes)."""
-        cuda = self.accelerator.device.type == "cuda"
-        return {"gpu_memory": torch.cuda.max_memory_allocated() / 1e9} if cuda else {}
-
-
-def train(config: Config) -> None:
-    """Train what ``config`` describes; a second training of the same folder is refused as long as one goes on."""
-    with (
-        locked(Path(config.run.output_dir)) if os.environ.get("RANK", "0") == "0" else nullcontext()
-    ):
-        Trainer(config).train()
+    if run.cuda_graphs and not trainer.uses_cuda_graphs:
+        log.warning(
+            "run.cuda_graphs is for one process on one GPU without an int8 base and is ignored here"
+        )
+    num_slots = trainer.model.pixel_decoder.num_slots
+    if trainer.train_set.num_slots > num_slots:
+        log.warning(
+            "annotations use up to %d slots, model.pixel_decoder.num_slots is %d: the model trains "
+            "on the first ones, the metrics count all",
+            trainer.train_set.num_slots,
+            num_slots,
+        )

@@ -22,7 +22,7 @@ from annexe.checkpoints.run_folder import MANIFEST, find_checkpoint, is_complete
 from annexe.config import Config
 from annexe.datasets.sampler import sample_order
 from annexe.errors import UserError
-from annexe.trainer import set_up, train
+from annexe.trainer import announce, set_up, train
 from annexe.training.optimizer import (
     MuonAdamW,
     build_optimizer,
@@ -120,10 +120,10 @@ def test_accumulation_equals_one_large_batch(make_config, tmp_path):
 def test_a_recipe_for_a_gpu_says_so_on_a_cpu(make_config, caplog, monkeypatch):
     config = make_config("run.validate_every=0")
     trainer = set_up(config)
-    trainer._announce()
+    announce(trainer)
     assert "no GPU" not in caplog.text
     monkeypatch.setattr("annexe.trainer._MANY_PARAMETERS_FOR_A_CPU", 1e3)
-    trainer._announce()
+    announce(trainer)
     assert "no GPU is in use" in caplog.text and "annexe_tiny.yaml" in caplog.text
 
 
