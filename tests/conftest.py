@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -96,13 +97,22 @@ def make_config(scenes: Path, tmp_path: Path) -> Callable[..., Config]:
     return make
 
 
+@pytest.fixture(scope="session")
+def built_parts() -> dict[tuple, tuple]:
+    """What `make_parts` built in this session, by its arguments."""
+    return {}
+
+
 @pytest.fixture
 def make_parts(
-    make_config: Callable[..., Config],
+    make_config: Callable[..., Config], built_parts: dict[tuple, tuple]
 ) -> Callable[..., tuple[Annexe, TextTokenizer, Batch]]:
-    """Builds the smallest model (seed 0, eval mode), its tokenizer, and a training batch of the first images."""
+    """Builds the smallest model (seed 0, eval mode), its tokenizer, and a batch of the first images.
 
-    def make(*options: str, num_images: int = 3) -> tuple[Annexe, TextTokenizer, Batch]:
+    They are built once for all tests that ask for the same, and copied for each of them.
+    """
+
+    def build(*options: str, num_images: int) -> tuple[Annexe, TextTokenizer, Batch]:
         config = make_config(*options)
         dataset = build_dataset(config, "train")
         tokenizer = train_tokenizer(dataset.texts(), num_slots=4)
@@ -110,5 +120,15 @@ def make_parts(
         model = build_model(config.model, tokenizer).eval()
         collate = Collator(tokenizer, model.num_image_tokens, num_slots=4)
         return model, tokenizer, collate([dataset[0, index] for index in range(num_images)])
+
+    def make(*options: str, num_images: int = 3) -> tuple[Annexe, TextTokenizer, Batch]:
+        key = (*options, num_images)
+        if key not in built_parts:
+            parts = build(*options, num_images=num_images)
+            built_parts[key] = (parts, torch.get_rng_state())
+        # Random numbers go on as after building
+        parts, random_state = built_parts[key]
+        torch.set_rng_state(random_state)
+        return copy.deepcopy(parts)
 
     return make
