@@ -1,7 +1,8 @@
-"""Public weights: parity with the original modules, key lists, damaged and dangerous files, export."""
+"""Public weights: parity with the original modules, key lists, damaged files, export."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -43,7 +44,7 @@ TOLERANCE = 1e-4  # absolute, float32 on CPU
 needs_parity = pytest.mark.skipif(
     not PARITY.is_dir(), reason=f"the parity fixtures are not at {PARITY}"
 )
-slow = pytest.mark.skipif(
+needs_memory = pytest.mark.skipif(
     not os.environ.get("ANNEXE_SLOW"), reason="takes minutes and 9 GB; set ANNEXE_SLOW=1"
 )
 
@@ -55,6 +56,20 @@ def recipe():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def weights_file(recipe, tmp_path_factory) -> Callable[[str], Path]:
+    """Writes the weights of a parity fixture, once for all tests that read them."""
+    folder = tmp_path_factory.mktemp("weights")
+
+    @functools.cache
+    def write(name: str) -> Path:
+        tensors = recipe.weights_from_manifest({"tensors": manifest(name)}, 0)
+        torch.save(tensors, folder / f"{name}.pth")
+        return folder / f"{name}.pth"
+
+    return write
 
 
 def manifest(name: str) -> dict[str, list[int]]:
@@ -75,16 +90,15 @@ def eva(path: Path | None, size: int, depth: int, **options) -> EvaViT:
     return EvaViT(image_size=size, depth=depth, statistics="annexe", **source, **options).eval()
 
 
-# --- RGB encoder -----------------------------------------------------------------------------------------------------
+# --- RGB encoder ----------------------------------------------------------------------------------
 
 
 @needs_parity
 @pytest.mark.parametrize("size", [224, 448])
-@pytest.mark.parametrize("depth", [4, pytest.param(39, marks=slow)])
-def test_eva_equals_the_original(recipe, tmp_path, depth, size):
-    shapes = manifest("eva_vit_g_224" if depth == 39 else "fixture_eva_d4_224")
-    torch.save(recipe.weights_from_manifest({"tensors": shapes}, 0), tmp_path / "eva.pth")
-    model = eva(tmp_path / "eva.pth", size, depth)
+@pytest.mark.parametrize("depth", [4, pytest.param(39, marks=needs_memory)])
+def test_eva_equals_the_original(recipe, weights_file, depth, size):
+    file = weights_file("eva_vit_g_224" if depth == 39 else "fixture_eva_d4_224")
+    model = eva(file, size, depth)
     outputs: dict[str, Tensor] = {}
     for index, block in enumerate(model.vit.blocks[:3] if depth == 4 else ()):
         block.register_forward_hook(
@@ -102,18 +116,13 @@ def test_eva_equals_the_original(recipe, tmp_path, depth, size):
 
 @needs_parity
 @pytest.mark.parametrize("size", [224, 448])
-def test_image_tokens_equal_the_original(recipe, tmp_path, size):
-    torch.save(
-        recipe.weights_from_manifest(PARITY / "fixture_eva_d4_224.json", 0), tmp_path / "eva.pth"
-    )
+def test_image_tokens_equal_the_original(recipe, weights_file, size):
+    model = eva(weights_file("fixture_eva_d4_224"), size, 4)
+    projector = Projector(1408, 256, 4)
     head = recipe.weights_from_manifest(PARITY / "fixture_image_path.json", 0)
-    model, projector = eva(tmp_path / "eva.pth", size, 4), Projector(1408, 256, 4)
-    model.norm.load_state_dict(
-        {k.removeprefix("ln_vision."): v for k, v in head.items() if k.startswith("ln_vision.")}
-    )
-    projector.linear.load_state_dict(
-        {k.removeprefix("llama_proj."): v for k, v in head.items() if "llama_proj" in k}
-    )
+    for module, prefix in ((model.norm, "ln_vision."), (projector.linear, "llama_proj.")):
+        state = {k.removeprefix(prefix): v for k, v in head.items() if k.startswith(prefix)}
+        module.load_state_dict(state)
     outputs: dict[str, Tensor] = {}
     model.norm.register_forward_hook(lambda _m, _i, out: outputs.update(ln_vision=out))
     with torch.no_grad():
@@ -136,8 +145,8 @@ BLIP2_NAMES = (
 
 
 @needs_parity
-def test_the_transformers_form_of_eva_gives_the_same_model(recipe, tmp_path):
-    original = recipe.weights_from_manifest(PARITY / "fixture_eva_d4_224.json", 0)
+def test_the_transformers_form_of_eva_gives_the_same_model(weights_file, tmp_path):
+    original = torch.load(weights_file("fixture_eva_d4_224"), weights_only=True)
     torch.save(
         {"model": {f"visual_encoder.{k}": v.half() for k, v in original.items()}},
         tmp_path / "lavis.pth",
@@ -151,28 +160,25 @@ def test_the_transformers_form_of_eva_gives_the_same_model(recipe, tmp_path):
             key = key.replace(ours, theirs)
         renamed[f"vision_model.{key}"] = value.half()
     for block in range(4):
-        q, v = (original[f"blocks.{block}.attn.{name}_bias"] for name in "qv")
+        q = original[f"blocks.{block}.attn.q_bias"]
+        v = original[f"blocks.{block}.attn.v_bias"]
         key = f"vision_model.encoder.layers.{block}.self_attn.qkv.bias"
         renamed[key] = torch.cat([q, torch.zeros_like(q), v]).half()
     torch.save(renamed, tmp_path / "blip2.bin")
-    first, second = (
-        eva(tmp_path / name, 224, 4).state_dict() for name in ("lavis.pth", "blip2.bin")
-    )
+    first = eva(tmp_path / "lavis.pth", 224, 4).state_dict()
+    second = eva(tmp_path / "blip2.bin", 224, 4).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-# --- Depth branch ----------------------------------------------------------------------------------------------------
+# --- Depth branch ---------------------------------------------------------------------------------
 
 
 @needs_parity
 @pytest.mark.parametrize("size", [448, 518])
 @pytest.mark.parametrize("name", ["vits", "vitb"])
-def test_depth_anything_equals_the_original(recipe, tmp_path, name, size):
-    original = recipe.weights_from_manifest(PARITY / f"depth_anything_v2_{name}.json", 0)
-    torch.save(original, tmp_path / "depth.pth")
-    branch = DepthAnythingV2(
-        size, weights=str(tmp_path / "depth.pth"), size=name, statistics="annexe"
-    ).eval()
+def test_depth_anything_equals_the_original(recipe, weights_file, name, size):
+    file = weights_file(f"depth_anything_v2_{name}")
+    branch = DepthAnythingV2(size, weights=str(file), size=name, statistics="annexe").eval()
     with torch.no_grad():
         images = recipe.image(0, size, 2 if size == 448 else 1)
         tapped = branch.model.backbone.forward_with_filtered_kwargs(
@@ -192,19 +198,19 @@ def test_depth_anything_equals_the_original(recipe, tmp_path, name, size):
 
 
 @needs_parity
-def test_the_transformers_form_of_depth_anything_gives_the_same_model(recipe, tmp_path):
-    original = recipe.weights_from_manifest(PARITY / "depth_anything_v2_vits.json", 0)
-    torch.save(original, tmp_path / "depth.pth")
-    first = DepthAnythingV2(518, weights=str(tmp_path / "depth.pth"), size="vits")
+def test_the_transformers_form_of_depth_anything_gives_the_same_model(weights_file, tmp_path):
+    file = weights_file("depth_anything_v2_vits")
+    first = DepthAnythingV2(518, weights=str(file), size="vits")
     first.model.save_pretrained(tmp_path / "folder")
     second = DepthAnythingV2(518, weights=str(tmp_path / "folder"), size="vits")
     other = second.state_dict()
     assert all(torch.equal(value, other[name]) for name, value in first.state_dict().items())
 
 
-# --- Key lists -------------------------------------------------------------------------------------------------------
+# --- Key lists ------------------------------------------------------------------------------------
 
 
+@functools.cache
 def full_size(part: str) -> nn.Module:
     """A part at full size on the meta device, where it takes no memory."""
     with torch.device("meta"):
@@ -220,35 +226,32 @@ def full_size(part: str) -> nn.Module:
         return Annexe(rgb, depth, language, decoder, init="random")
 
 
-MATCHED = {  # matched and left-over tensors of each list
+# Matched and left-over tensors of each list
+MATCHED = {
     "eva_vit_g_224": (511, 0),
-    "depth_anything_v2_vits": (
-        287,
-        0,
-    ),  # 12 fused query-key-value weights and biases fill three tensors each
+    # 12 fused query-key-value weights and biases fill three tensors each
+    "depth_anything_v2_vits": (287, 0),
     "depth_anything_v2_vitb": (287, 0),
     "depth_anything_v2_vitl": (503, 0),
     "minigpt_v2_ckpt": (130, 0),
-    "annexe_ckpt": (
-        147,
-        60,
-    ),  # 128 of LoRA, 2 of the projector, 17 of the depth head; its heads and buffers stay
+    # 128 of LoRA, 2 of the projector, 17 of the depth head; its heads and buffers stay
+    "annexe_ckpt": (147, 60),
 }
 
 
 @needs_parity
 @pytest.mark.parametrize("name", MATCHED)
-def test_every_public_key_list_finds_its_place(name):
-    model, shapes = full_size(name), manifest(name)
-    report, _ = weights.match(name, on_meta(shapes), model.state_dict())
+def test_every_public_key_list_is_matched(name):
+    model = full_size(name)
+    report, _ = weights.match(name, on_meta(manifest(name)), model.state_dict())
     assert (len(report.matched), len(report.unexpected)) == MATCHED[name]
     assert not report.misfits
-    if name in ("minigpt_v2_ckpt", "annexe_ckpt"):
-        assert not [
-            ours for ours in report.missing if "lora_" in ours or ours.startswith("projector.")
-        ]
-    else:
-        assert not [ours for ours in report.missing if not ours.startswith("norm.")]
+    for missing in report.missing:
+        if name in ("minigpt_v2_ckpt", "annexe_ckpt"):
+            assert "lora_" not in missing
+            assert not missing.startswith("projector.")
+        else:
+            assert missing.startswith("norm.")
 
 
 @needs_parity
@@ -267,12 +270,10 @@ def test_what_a_public_file_holds_beyond_its_list_is_left_over():
 @pytest.mark.parametrize("fault", ["removed", "renamed", "reshaped"])
 @pytest.mark.parametrize("name", MATCHED)
 def test_a_list_with_one_fault_stops_and_names_the_key(name, fault, tmp_path, monkeypatch):
-    model, tensors = full_size(name), on_meta(manifest(name))
-    key = next(
-        k
-        for k in tensors
-        if k.endswith(("blocks.1.mlp.fc1.weight", "layers.1.self_attn.q_proj.lora_A.weight"))
-    )
+    model = full_size(name)
+    tensors = on_meta(manifest(name))
+    endings = ("blocks.1.mlp.fc1.weight", "layers.1.self_attn.q_proj.lora_A.weight")
+    key = next(key for key in tensors if key.endswith(endings))
     tensor = tensors.pop(key)
     if fault == "renamed":
         tensors[key.replace(".1.", ".one.")] = tensor
@@ -280,17 +281,16 @@ def test_a_list_with_one_fault_stops_and_names_the_key(name, fault, tmp_path, mo
         tensors[key] = torch.empty(3, 5, device="meta")
     monkeypatch.setattr(weights, "read_tensors", lambda source: tensors)
     part = {"e": "rgb_encoder", "d": "depth_branch"}.get(name[0], "model")
-    wanted = model.state_dict()
-    required = (
-        [n for n in wanted if "lora_" in n]
-        if part == "model"
-        else [n for n in wanted if not n.startswith("norm.")]
-    )
+    required = []
+    for parameter in model.state_dict():
+        is_required = "lora_" in parameter if part == "model" else parameter[:5] != "norm."
+        if is_required:
+            required.append(parameter)
     with pytest.raises(UserError, match=key.replace(".", r"\.")):
         weights.load(model, part, name, required)
 
 
-# --- Damaged and dangerous files -------------------------------------------------------------------------------------
+# --- Damaged and dangerous files ------------------------------------------------------------------
 
 
 class Payload:
@@ -334,8 +334,9 @@ def test_a_pickled_object_with_code_is_refused_and_not_run(tmp_path, zipped):
 
 
 def test_every_block_has_to_say_where_its_weights_come_from(make_config):
+    both_ways = "model.rgb_encoder.weights to a checkpoint, or model.rgb_encoder.init to random"
     for option, message in {
-        "model.rgb_encoder.init=null": "model.rgb_encoder.weights to a checkpoint, or model.rgb_encoder.init to random",
+        "model.rgb_encoder.init=null": both_ways,
         "model.depth_branch.init=null": "model.depth_branch.weights",
         "model.language_model.init=null": "model.language_model.path",
         "model.init=null": "model.init_from",
@@ -352,7 +353,7 @@ def toy_tokenizer_or_skip() -> TextTokenizer:
     return load_tokenizer(PARITY / "toy_tokenizer", num_slots=4)
 
 
-# --- Language model, prompt and export -------------------------------------------------------------------------------
+# --- Language model, prompt and export ------------------------------------------------------------
 
 
 def save_llama(folder: Path, config: dict, state: dict[str, Tensor] | None = None) -> None:
@@ -368,32 +369,35 @@ def test_llama_with_minigpt_adapters_equals_the_original(recipe, tmp_path):
     """Base from its folder, adapters and projector from a checkpoint with the old names."""
     kit = json.loads((PARITY / "fixture_llama_lora_tiny.json").read_text())
     tensors = recipe.weights_from_manifest(kit, 0)
-    base = {k.removeprefix("llama_model.base_model.model.").replace("lm_head.0.", "lm_head."): v
-            for k, v in tensors.items() if "lora_" not in k and "inv_freq" not in k}  # fmt: skip
+    lora = {k: v for k, v in tensors.items() if "lora_" in k or "inv_freq" in k}
+    base = {}
+    for key, tensor in tensors.items():
+        if key not in lora:
+            key = key.removeprefix("llama_model.base_model.model.")
+            base[key.replace("lm_head.0.", "lm_head.")] = tensor
     save_llama(tmp_path / "llama", kit["config"], base)
     head = recipe.weights_from_manifest(PARITY / "fixture_image_path.json", 0)
-    lora = {k: v for k, v in tensors.items() if "lora_" in k or "inv_freq" in k}
     torch.save({"model": lora | head}, tmp_path / "minigpt.pth")
     tokenizer = TextTokenizer(toy_tokenizer_or_skip().base, num_slots=4)
     tokenizer.vocab_size = 320 if len(tokenizer.base) != 320 else tokenizer.vocab_size
     language = Llama(tokenizer, path=str(tmp_path / "llama"), lora=Lora(rank=64, alpha=16))
     rgb = EvaViT(image_size=56, init="random", depth=1)
     depth = DepthAnythingV2(56, init="random", size="tiny")
-    model = Annexe(rgb, depth, language, QueryDecoder(256, 1408, 16, 4, hidden_size=32, num_heads=4),
-                   init_from=str(tmp_path / "minigpt.pth")).eval()  # fmt: skip
+    decoder = QueryDecoder(256, 1408, 16, 4, hidden_size=32, num_heads=4)
+    init_from = str(tmp_path / "minigpt.pth")
+    model = Annexe(rgb, depth, language, decoder, init_from=init_from).eval()
     assert torch.equal(model.projector.linear.weight, head["llama_proj.weight"])
     assert torch.equal(model.rgb_encoder.norm.weight, head["ln_vision.weight"])
     embeds = recipe.tensor(0, "llama/embeds", (2, 24, 256), 1.0)
     kit = np.load(PARITY / "llama_lora_tiny_seed0.npz")
     lens = kit["lens"].tolist()
     mask = (torch.arange(24) < torch.tensor(lens)[:, None]).long()
-    llama, lefts = model.language_model.llama, [24 - length for length in lens]
-    shifted = torch.stack(
-        [
-            row.roll(left, 0) * (torch.arange(24) >= left)[:, None]
-            for row, left in zip(embeds, lefts, strict=True)
-        ]
-    )
+    llama = model.language_model.llama
+    left_padded = []
+    for row, length in zip(embeds, lens, strict=True):
+        is_there = torch.arange(24) >= 24 - length
+        left_padded.append(row.roll(24 - length, 0) * is_there[:, None])
+    shifted = torch.stack(left_padded)
     with torch.no_grad():
         logits = llama(inputs_embeds=embeds, attention_mask=mask).logits
         last = llama(inputs_embeds=shifted, attention_mask=mask.flip(1)).logits[:, -1]
@@ -420,7 +424,8 @@ def test_llama_with_minigpt_adapters_equals_the_original(recipe, tmp_path):
 def test_prompt_rows_equal_those_of_the_original(monkeypatch):
     tokenizer = toy_tokenizer_or_skip()
     kit = json.loads((PARITY / "prompt_traces.json").read_text())
-    samples, traces = kit["samples"], kit["traces"]["toy_legacy_True"]
+    samples = kit["samples"]
+    traces = kit["traces"]["toy_legacy_True"]
     tag = "<Img><ImageHere></Img> [caption] "
     request = (
         "Based on the image, describe the things need to be segmented accorting to this prompt:"
@@ -429,9 +434,17 @@ def test_prompt_rows_equal_those_of_the_original(monkeypatch):
     for row in range(2):
         query = samples["vqa_query"][row].partition(request)[2].strip()
         pixels = np.zeros((2, 2, 3), np.uint8)
-        sample = Sample("stem", pixels, np.zeros((2, 2), np.float32), pixels[..., 0], samples["answer"][row],
-                        [Turn(0, 0, query, samples["vqa_answer"][row], [1])], (2, 2),
-                        instruction=samples["instruction_input"][row].removeprefix(tag).removesuffix(" "))  # fmt: skip
+        instruction = samples["instruction_input"][row].removeprefix(tag).removesuffix(" ")
+        sample = Sample(
+            stem="stem",
+            image=pixels,
+            depth=np.zeros((2, 2), np.float32),
+            target_ids=pixels[..., 0],
+            analysis=samples["answer"][row],
+            turns=[Turn(0, 0, query, samples["vqa_answer"][row], [1])],
+            original_size=(2, 2),
+            instruction=instruction,
+        )
         text = Collator(tokenizer, kit["n_image_tokens"], 4)([sample]).text
         for branch, trace in ((1, traces["train_caption"]), (2, traces["train_vqa"])):
             columns = [c for c, s in enumerate(text.segment_ids[0].tolist()) if s in (0, branch)]
@@ -451,9 +464,14 @@ def llama_run(make_config: Callable, tmp_path: Path, dtype: str) -> Path:
     """A short run with adapters over a Llama of ``dtype`` from its folder."""
     save_llama(
         tmp_path / "llama",
-        {"vocab_size": len(toy_tokenizer_or_skip().base), "hidden_size": 64, "intermediate_size": 128,
-         "num_hidden_layers": 2, "num_attention_heads": 4},
-    )  # fmt: skip
+        {
+            "vocab_size": len(toy_tokenizer_or_skip().base),
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        },
+    )
     toy_tokenizer_or_skip().save(tmp_path / "llama")
     train(
         make_config(
@@ -495,9 +513,8 @@ def test_an_exported_run_loads_with_peft_and_transformers_alone(
         merged = AutoModelForCausalLM.from_pretrained(out / "llama")(ids).logits
     assert (mine - plain).abs().max() > 1e-3  # the adapter does something
     assert (mine - adapted).abs().max() <= 1e-5
-    assert (
-        mine - merged
-    ).abs().max() <= tolerance  # merging rounds the sum to the base's precision
+    # Merging rounds the sum to the base's precision
+    assert (mine - merged).abs().max() <= tolerance
     assert (out / "heads.safetensors").is_file()
 
 
@@ -505,9 +522,12 @@ def test_an_exported_run_loads_with_peft_and_transformers_alone(
 @pytest.mark.parametrize("dtype", ["float32"])
 def test_a_new_run_starts_from_an_old_one(llama_run, make_config, tmp_path):
     config = make_config(
-        "model.init=null", f"model.init_from={llama_run}", "model.language_model.init=null",
-        f"model.language_model.path={tmp_path / 'llama'}", "model.language_model.lora.rank=4",
-    )  # fmt: skip
+        "model.init=null",
+        f"model.init_from={llama_run}",
+        "model.language_model.init=null",
+        f"model.language_model.path={tmp_path / 'llama'}",
+        "model.language_model.lora.rank=4",
+    )
     model = build_model(config.model, load_tokenizer(tmp_path / "llama", 4))
     saved = load_file(find_checkpoint(llama_run) / "model.safetensors")
     assert all(torch.equal(saved[name], tensor) for name, tensor in trained_tensors(model).items())
