@@ -17,6 +17,7 @@ from annexe.models.annexe import Annexe
 from annexe.models.language_model.tokenizer import TextTokenizer, train_tokenizer
 from annexe.structures.batch import Batch
 from annexe.synthetic.generate import generate
+from annexe.trainer import train
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "train_configs" / "annexe_tiny.yaml"
@@ -132,3 +133,18 @@ def make_parts(
         return copy.deepcopy(parts)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of one step; tests read it and write elsewhere."""
+    folder = tmp_path_factory.mktemp("trained")
+    options = [
+        *SMALLEST,
+        f"datasets.ego_irgbench.data_root={scenes}",
+        f"run.output_dir={folder}",
+        "run.max_steps=1",
+        "run.warmup_steps=0",
+    ]
+    train(load_config(TINY, options))
+    return folder

@@ -1,4 +1,4 @@
-"""Calibration, risk and coverage, agreement and intervals: each against values worked by hand or slow loops."""
+"""Calibration, risk, agreement, intervals: against values worked by hand or slow loops."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from annexe.metrics import (
     best_threshold,
     differences,
 )
-from annexe.metrics.bootstrap import METRICS
+from annexe.metrics.bootstrap import METRICS, Difference
 from annexe.metrics.consistency import agreement
 from annexe.metrics.grounding import QueryResult, measure
-from annexe.rle import encode
+from annexe.rle import Rle, encode
 
 
-def rectangle(top: int, left: int, bottom: int, right: int) -> dict:
+def rectangle(top: int, left: int, bottom: int, right: int) -> Rle:
     mask = np.zeros((6, 10), bool)
     mask[top:bottom, left:right] = True
     return encode(mask)
@@ -39,9 +39,8 @@ def test_calibration_worked_by_hand():
     metric = MaskCalibration()
     metric.add(measure({0: TARGET}, {0: TARGET}, {}, {0: 0.95}))  # right, last bin
     metric.add(measure({0: HALF}, {0: TARGET}, {}, {0: 1.0}))  # IoU 0.5 is right, last bin
-    metric.add(
-        measure({0: ELSEWHERE, 1: TARGET}, {0: TARGET}, {}, {0: 0.96, 1: 0.3})
-    )  # wrong; slot 1 has no target
+    # Wrong; slot 1 has no target
+    metric.add(measure({0: ELSEWHERE, 1: TARGET}, {0: TARGET}, {}, {0: 0.96, 1: 0.3}))
     metric.add(measure({0: ELSEWHERE}, {}, {}, {0: 0.31}))  # no target, the bin of 0.3
     metric.add(measure({0: EMPTY}, {0: TARGET}, {}, {0: 0.9}))  # no pixel, no mask
     metric.add(measure({0: TARGET}, {0: TARGET}, {}))  # without a score
@@ -57,9 +56,9 @@ def test_calibration_worked_by_hand():
 
 
 def test_risk_worked_by_hand():
-    right, missed, rejected = (
-        measure(p, t, {}) for p, t in (({0: HALF}, {0: TARGET}), ({}, {0: TARGET}), ({}, {}))
-    )
+    right = measure({0: HALF}, {0: TARGET}, {})
+    missed = measure({}, {0: TARGET}, {})
+    rejected = measure({}, {}, {})
     metric = PresenceRisk()
     metric.add(right, 0.9)
     metric.add(rejected, 0.2)  # sure of 0.8
@@ -78,36 +77,35 @@ def test_risk_worked_by_hand():
     )
 
 
-def random_results(seed: int, number: int = 60) -> list[QueryResult]:
+def random_results(seed: int, num_queries: int = 60) -> list[QueryResult]:
     rng = np.random.default_rng(seed)
     choices = [EMPTY, TARGET, HALF, ELSEWHERE]
+
+    def masks() -> dict[int, Rle]:
+        return {slot: choices[rng.integers(4)] for slot in range(2) if rng.random() < 0.6}
+
     results = []
-    for _ in range(number):
-        predicted, targets = (
-            {slot: choices[rng.integers(4)] for slot in range(2) if rng.random() < 0.6}
-            for _ in range(2)
-        )
-        results.append(
-            measure(
-                predicted, targets, HAND_AND_MUG, {slot: float(rng.random()) for slot in predicted}
-            )
-        )
+    for _ in range(num_queries):
+        predicted = masks()
+        targets = masks()
+        scores = {slot: float(rng.random()) for slot in predicted}
+        results.append(measure(predicted, targets, HAND_AND_MUG, scores))
     return results
 
 
 def test_risk_of_all_is_the_share_of_wrong_decisions_and_order_does_not_matter():
     results = random_results(1)
     presences = np.random.default_rng(2).integers(0, 5, len(results)) / 4  # many equal ones
-    risk, grounding = PresenceRisk(), GroundingMetrics()
+    risk = PresenceRisk()
+    grounding = GroundingMetrics()
     for result, presence in zip(results, presences, strict=True):
         risk.add(result, float(presence))
         grounding.add(result)
     other = PresenceRisk()
     other.decisions = risk.decisions[::-1]
     assert risk.compute() == other.compute()
-    assert risk.compute()["presence/risk@1.0"] == pytest.approx(
-        1 - grounding.compute()["presence/accuracy"]
-    )
+    accuracy = grounding.compute()["presence/accuracy"]
+    assert risk.compute()["presence/risk@1.0"] == pytest.approx(1 - accuracy)
 
 
 def test_agreement_worked_by_hand():
@@ -116,7 +114,8 @@ def test_agreement_worked_by_hand():
     assert question == pytest.approx((0.5 / 3, 1 / 3))
     assert agreement([[], [EMPTY]], ["a", "b"]) == (1, 0)
     assert agreement([[HALF, TARGET], [TARGET]], ["a", "a"]) == (1, 1)  # the union counts
-    metric, more = ParaphraseAgreement(), ParaphraseAgreement()
+    metric = ParaphraseAgreement()
+    more = ParaphraseAgreement()
     metric.update(question)
     more.update(agreement([[TARGET], [TARGET]], ["a", "a"]))
     metric.merge(more)
@@ -156,8 +155,8 @@ def clusters_of(
     results: list[QueryResult], num_clusters: int, exact: list[bool]
 ) -> ClusterBootstrap:
     bootstrap = ClusterBootstrap()
-    for number, (result, is_exact) in enumerate(zip(results, exact, strict=True)):
-        bootstrap.update(f"video {number % num_clusters}", result, is_exact)
+    for index, (result, is_exact) in enumerate(zip(results, exact, strict=True)):
+        bootstrap.update(f"video {index % num_clusters}", result, is_exact)
     return bootstrap
 
 
@@ -166,7 +165,7 @@ def test_bootstrap_measures_what_the_metrics_do():
     grounding = GroundingMetrics()
     for result in results:
         grounding.add(result)
-    exact = [number % 3 == 0 for number in range(len(results))]
+    exact = [index % 3 == 0 for index in range(len(results))]
     same = clusters_of(results, 7, exact)
     compared = differences(same, same)
     assert list(compared) == list(METRICS)
@@ -174,9 +173,8 @@ def test_bootstrap_measures_what_the_metrics_do():
         if name in grounding.compute():
             assert row.first == pytest.approx(grounding.compute()[name], abs=1e-12), name
     assert compared["answer/exact_match"].first == pytest.approx(sum(exact) / len(exact))
-    assert all(
-        (row.difference, row.low, row.high, row.p) == (0, 0, 0, 1) for row in compared.values()
-    )
+    for row in compared.values():
+        assert (row.difference, row.low, row.high, row.p) == (0, 0, 0, 1)
 
 
 def test_intervals_equal_slow_resampling():
@@ -187,17 +185,12 @@ def test_intervals_equal_slow_resampling():
     values = []
     for times in rng.multinomial(num_clusters, [1 / num_clusters] * num_clusters, size=1000):
         metric = GroundingMetrics()
-        for number, result in enumerate(results):
-            for _ in range(times[number % num_clusters]):
+        for index, result in enumerate(results):
+            for _ in range(times[index % num_clusters]):
                 metric.add(result)
         values.append(metric.compute())
-    for name in (
-        "grounding/ciou",
-        "grounding/giou",
-        "grounding/t_acc",
-        "grounding/miou",
-        "grounding/precision@0.5",
-    ):
+    for name in ("ciou", "giou", "t_acc", "miou", "precision@0.5"):
+        name = f"grounding/{name}"
         expected = np.quantile([value[name] for value in values], [0.025, 0.975])
         assert clusters.compute()[name] == pytest.approx(expected), name
     low, high = clusters.compute()["grounding/giou"]
@@ -218,37 +211,37 @@ def test_frames_of_one_video_do_not_narrow_the_interval():
 
 def test_order_and_merging_of_queries_do_not_matter():
     results = random_results(6)
-    whole = clusters_of(results, 60, [True] * 60)
+    at_once = clusters_of(results, 60, [True] * 60)
     merged = ClusterBootstrap()
-    for number in np.random.default_rng(0).permutation(60).tolist():
+    for index in np.random.default_rng(0).permutation(60).tolist():
         part = ClusterBootstrap()
-        part.update(f"video {number}", results[number], True)
+        part.update(f"video {index}", results[index], True)
         merged.merge(part)
-    assert merged.compute() == whole.compute()
+    assert merged.compute() == at_once.compute()
 
 
 def test_a_clear_difference_is_significant_and_chance_is_not():
     good = [measure({0: TARGET}, {0: TARGET}, {})] * 40
     bad = [measure({0: ELSEWHERE}, {0: TARGET}, {})] * 40
-    half = [(good if number % 2 else bad)[0] for number in range(40)]
-    other_half = [(bad if number % 2 else good)[0] for number in range(40)]
-    exact = [True] * 40
-    clear = differences(clusters_of(bad, 40, exact), clusters_of(good, 40, exact))["grounding/giou"]
-    assert (clear.difference, clear.low, clear.high) == (1, 1, 1) and clear.p == pytest.approx(
-        2 / 1001
-    )
-    chance = differences(clusters_of(half, 40, exact), clusters_of(other_half, 40, exact))[
-        "grounding/giou"
-    ]
+    half = [good[0], bad[0]] * 20
+    other_half = [bad[0], good[0]] * 20
+
+    def giou(first: list[QueryResult], second: list[QueryResult]) -> Difference:
+        sides = [clusters_of(results, 40, [True] * 40) for results in (first, second)]
+        return differences(*sides)["grounding/giou"]
+
+    clear = giou(bad, good)
+    assert (clear.difference, clear.low, clear.high) == (1, 1, 1)
+    assert clear.p == pytest.approx(2 / 1001)
+    chance = giou(half, other_half)
     assert chance.difference == 0 and chance.low < 0 < chance.high and chance.p > 0.5
 
 
 def test_one_video_gives_neither_interval_nor_p():
     clusters = clusters_of(random_results(7), 1, [True] * 60)
     assert clusters.compute() == {}
-    assert {(row.low, row.high, row.p) for row in differences(clusters, clusters).values()} == {
-        (None, None, None)
-    }
+    for row in differences(clusters, clusters).values():
+        assert (row.low, row.high, row.p) == (None, None, None)
 
 
 @pytest.mark.parametrize("balanced", [False, True])
@@ -275,15 +268,14 @@ def test_without_a_choice_the_threshold_is_a_half():
         assert best_threshold(scores, present, balanced=True) == 0.5
 
 
+BOTH = "The mask of the left hand is <MSK_0>, and the mask of the mug is <MSK_1>."
+
+
 @pytest.mark.parametrize(
     ("slots", "answer", "contradicts"),
     [
-        (
-            (0, 1),
-            "The mask of the left hand is <MSK_0>, and the mask of the mug is <MSK_1>.",
-            False,
-        ),
-        ((0,), "The mask of the left hand is <MSK_0>, and the mask of the mug is <MSK_1>.", True),
+        ((0, 1), BOTH, False),
+        ((0,), BOTH, True),
         ((0, 1), "The mask of the left hand is <MSK_0>.", True),
         ((), "The mask of the left hand is <MSK_0>.", True),
         ((), "There is no suitable referring result.", False),
@@ -296,11 +288,9 @@ def test_without_a_choice_the_threshold_is_a_half():
     ],
 )
 def test_contradictions_of_answer_and_masks(slots, answer, contradicts):
-    square = np.ones((4, 4), bool)
+    square = encode(np.ones((4, 4), bool))
     metric = AnswerContradictions()
-    metric.add(
-        measure({slot: encode(square) for slot in slots}, {0: encode(square)}, {0: "mug"}), answer
-    )
+    metric.add(measure(dict.fromkeys(slots, square), {0: square}, {0: "mug"}), answer)
     other = AnswerContradictions()
     other.merge(metric)
     assert other.compute() == {"consistency/contradictions": float(contradicts)}

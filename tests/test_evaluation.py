@@ -36,7 +36,7 @@ from annexe.models.mask_postprocessing import encode_columns
 from annexe.rle import encode, is_empty
 from annexe.trainer import set_up, train
 from annexe.workers import in_threads
-from tests.conftest import ROOT, SHARED, SMALLEST, TINY
+from tests.conftest import ROOT, SHARED, SMALLEST
 
 NO_REPORT = "run.report=false"
 
@@ -60,21 +60,6 @@ KEYS = [
     "num_queries",
     "num_images",
 ]
-
-
-@pytest.fixture(scope="module")
-def trained(scenes, tmp_path_factory) -> Path:
-    """A run of one step."""
-    folder = tmp_path_factory.mktemp("trained")
-    options = [
-        *SMALLEST,
-        f"datasets.ego_irgbench.data_root={scenes}",
-        f"run.output_dir={folder}",
-        "run.max_steps=1",
-        "run.warmup_steps=0",
-    ]
-    train(load_config(TINY, options))
-    return folder
 
 
 def perfect_records(truth: Truth) -> list[Record]:

@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 from annexe.errors import UserError
 from annexe.metrics import DepthMetrics, GroundingMetrics, TextMetrics, depth_errors, normalize
 from annexe.metrics import text as text_module
-from annexe.rle import decode, encode, encode_ids, fault_of
+from annexe.rle import Rle, decode, encode, encode_ids, validate
 
 PAIRS = [
     ("a", "the right hand holds a red mug", "the right hand holds a mug", True),
@@ -57,28 +57,27 @@ class MissingWordnet:
             raise LookupError
 
 
+ANSWER = "The mask of the Right hand is <MSK_0>, the mug."
+
+
 @pytest.mark.parametrize(
     ("raw", "expected"),
     [
-        (
-            "The mask of the Right hand is <MSK_0>, the mug.",
-            "the mask of the right hand is the mug",
-        ),
+        (ANSWER, "the mask of the right hand is the mug"),
         ("<MSK> mug<MSK_12>,the  \n hand-held\tcup!", "mug the hand held cup"),
         ("the person's cup_2", "the persons cup 2"),
         ("<MSK_0>.", ""),
     ],
 )
-def test_normalise(raw: str, expected: str):
+def test_normalize(raw: str, expected: str):
     assert normalize(raw) == expected
 
 
 def test_meteor_without_wordnet(monkeypatch, caplog, tmp_path, fresh_wordnet_probe):
     monkeypatch.setattr(text_module, "wordnet", MissingWordnet(num_failures=9))
     monkeypatch.setattr(text_module, "DEBIAN_WORDNET", tmp_path / "absent")
-    metrics = text_metrics(
-        [("a", "red mug", "Red mug.", True), ("b", "cup", "the right hand holds a cup", True)]
-    )
+    pairs = [("a", "red mug", "Red mug.", True), ("b", "cup", "the right hand holds a cup", True)]
+    metrics = text_metrics(pairs)
     with caplog.at_level(logging.WARNING):
         computed = metrics.compute("answer")
         metrics.compute("analysis")
@@ -100,24 +99,21 @@ def test_debian_wordnet_is_copied_with_lexnames(monkeypatch, tmp_path, fresh_wor
     assert (corpus / "index.sense").exists()
     lines = (corpus / "lexnames").read_text().splitlines()
     assert len(lines) == 45
-    assert (lines[0], lines[3], lines[44]) == (
-        "00\tadj.all\t3",
-        "03\tnoun.Tops\t1",
-        "44\tadj.ppl\t3",
-    )
+    assert lines[0] == "00\tadj.all\t3"
+    assert lines[3] == "03\tnoun.Tops\t1"
+    assert lines[44] == "44\tadj.ppl\t3"
 
 
 def test_meteor_equals_nltk():
     if text_module.load_wordnet() is None:
         pytest.skip("WordNet is not installed (apt-get install wordnet-base)")
-    scores = [
-        single_meteor_score(normalize(reference).split(), normalize(prediction).split())
-        for _, prediction, reference, _ in PAIRS
-    ]
+    scores = []
+    for _, prediction, reference, _ in PAIRS:
+        words = (normalize(reference).split(), normalize(prediction).split())
+        scores.append(single_meteor_score(*words))
     assert text_metrics(PAIRS).compute("answer")["answer/meteor"] == math.fsum(scores) / len(scores)
-    synonym = text_metrics(
-        [("a", "the right hand takes a cup", "the right hand holds a cup", True)]
-    )
+    pair = ("a", "the right hand takes a cup", "the right hand holds a cup", True)
+    synonym = text_metrics([pair])
     assert synonym.compute("answer")["answer/meteor"] > 0.99
 
 
@@ -129,34 +125,24 @@ def test_cider_equals_pycocoevalcap_and_sides_are_not_swapped():
     assert computed != pytest.approx(Cider().compute_score(predictions, references)[0])
 
 
-def random_pairs(number: int) -> list[tuple[str, str, str, bool]]:
+WORDS = (
+    *("the", "right", "left", "hand", "holds", "lifts", "a"),
+    *("red", "mug", "cup", "bottle", "and", "opens", "it"),
+)
+
+
+def random_pairs(num_pairs: int) -> list[tuple[str, str, str, bool]]:
     """Sentences of the words of the synthetic scenes: some equal, some near, some empty."""
     rng = np.random.default_rng(7)
-    words = [
-        "the",
-        "right",
-        "left",
-        "hand",
-        "holds",
-        "lifts",
-        "a",
-        "red",
-        "mug",
-        "cup",
-        "bottle",
-        "and",
-        "opens",
-        "it",
-    ]
     pairs = []
-    for index in range(number):
-        reference = [words[n] for n in rng.integers(len(words), size=rng.integers(1, 14))]
-        prediction = [
-            word if rng.random() < 0.8 else words[rng.integers(len(words))] for word in reference
-        ]
-        prediction = (
-            prediction[: rng.integers(len(prediction) + 1)] if rng.random() < 0.3 else prediction
-        )
+    for index in range(num_pairs):
+        reference = [WORDS[n] for n in rng.integers(len(WORDS), size=rng.integers(1, 14))]
+        prediction = []
+        for word in reference:
+            is_kept = rng.random() < 0.8
+            prediction.append(word if is_kept else WORDS[rng.integers(len(WORDS))])
+        if rng.random() < 0.3:
+            prediction = prediction[: rng.integers(len(prediction) + 1)]
         pairs.append((f"{index:04}", " ".join(prediction), " ".join(reference), True))
     return pairs + [(f"again {key}", *rest) for key, *rest in pairs[:50]]
 
@@ -170,7 +156,7 @@ def test_cider_equals_pycocoevalcap_on_many_pairs():
 
 @pytest.mark.parametrize("has_wordnet", [True, False])
 def test_meteor_equals_nltk_on_many_pairs(has_wordnet: bool, monkeypatch):
-    """Without WordNet nltk itself is asked with a word base that knows no synonym."""
+    """Without WordNet nltk itself gets a word base that knows no synonym."""
     if has_wordnet and text_module.load_wordnet() is None:
         pytest.skip("WordNet is not installed (apt-get install wordnet-base)")
     synonyms = text_module.load_wordnet()
@@ -197,7 +183,7 @@ def test_exact_match_is_absent_without_pairs_to_judge():
     assert TextMetrics().compute("answer") == {}
 
 
-def test_text_merge_equals_whole_in_any_order():
+def test_text_merge_equals_all_at_once_in_any_order():
     first, second = text_metrics(PAIRS[2:]), text_metrics(PAIRS[1::-1])
     first.merge(second)
     assert first.compute("answer") == text_metrics(PAIRS).compute("answer")
@@ -211,7 +197,7 @@ def test_duplicate_key():
         metrics.merge(text_metrics(PAIRS[1:2]))
 
 
-def rectangle(top: int, left: int, bottom: int, right: int) -> dict:
+def rectangle(top: int, left: int, bottom: int, right: int) -> Rle:
     mask = np.zeros((6, 10), bool)
     mask[top:bottom, left:right] = True
     return encode(mask)
@@ -245,35 +231,27 @@ def test_masks_of_an_id_map_are_those_of_its_ids():
     for ids in maps:
         ids = ids.astype(np.uint8)
         rles = encode_ids(ids, [1, 2, 3])
-        for number in (1, 2, 3):
-            expected = coco_mask.encode(np.asfortranarray(ids == number, dtype=np.uint8))
-            assert (
-                rles[number]
-                == encode(ids == number)
-                == {"size": [*ids.shape], "counts": expected["counts"].decode()}
-            )
+        for mask_id in (1, 2, 3):
+            mask = ids == mask_id
+            expected = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+            expected = {"size": [*ids.shape], "counts": expected["counts"].decode()}
+            assert rles[mask_id] == encode(mask) == expected
 
 
-def test_faults_of_run_length_codes():
+def test_damaged_run_length_codes_are_found():
     rng = np.random.default_rng(6)
     sizes = [(1, 1), (7, 5), (60, 40), (1080, 1920)]
     for size in sizes * 5:
         mask = rng.random(size) < rng.choice([0, 0.001, 0.5, 1])
         rle = encode(mask)
-        assert fault_of(rle) is None
-        assert fault_of({"size": [size[0] + 1, size[1]], "counts": rle["counts"]}) is not None
-    rle = encode(rng.random((60, 40)) < 0.5)
-    for counts in (
-        rle["counts"][:-1],
-        rle["counts"] + "1",
-        rle["counts"][1:],
-        "",
-        "p1",
-        " ",
-        "\u20ac1",
-        "oooooooooo1",
-    ):
-        assert fault_of({"size": [60, 40], "counts": counts}) is not None, counts
+        validate(rle)
+        with pytest.raises(ValueError, match=f"does not add up to {size[0] + 1} x {size[1]} pix"):
+            validate({"size": [size[0] + 1, size[1]], "counts": rle["counts"]})
+    counts = encode(rng.random((60, 40)) < 0.5)["counts"]
+    damaged = [counts[:-1], counts + "1", counts[1:]]
+    for text in (*damaged, "", "p1", " ", "\u20ac1", "oooooooooo1"):
+        with pytest.raises(ValueError, match=r"is no COCO run-length code|does not add up to"):
+            validate({"size": [60, 40], "counts": text})
 
 
 @pytest.mark.parametrize("targets", [{}, {0: EMPTY}])
@@ -306,19 +284,22 @@ def test_one_no_target_query(targets: dict, predicted: dict, expected: dict):
 )
 def test_one_target_query(predicted: dict, iou: float, rejected: bool, precision: tuple):
     computed = one_query(predicted, {0: TARGET})
-    own_iou = 0.6 if 2 in predicted else iou
-    assert computed == {
-        **{"ciou": iou, "giou": iou, "miou": own_iou, "miou/mug": own_iou},
-        **{
-            "t_acc": 1 - rejected,
-            "presence": 1 - rejected,
-            "num_target_queries": 1,
-            "num_no_target_queries": 0,
-        },
-        **{f"precision@0.{5 + index}": value for index, value in enumerate(precision)},
-        **{f"slot_precision@0.{tenths}": own_iou >= tenths / 10 for tenths in range(5, 10)},
-        "slot_ciou": own_iou,
+    slot_iou = 0.6 if 2 in predicted else iou
+    expected = {
+        "ciou": iou,
+        "giou": iou,
+        "miou": slot_iou,
+        "miou/mug": slot_iou,
+        "t_acc": 1 - rejected,
+        "presence": 1 - rejected,
+        "num_target_queries": 1,
+        "num_no_target_queries": 0,
+        "slot_ciou": slot_iou,
     }
+    for tenths, is_precise in zip(range(5, 10), precision, strict=True):
+        expected[f"precision@0.{tenths}"] = is_precise
+        expected[f"slot_precision@0.{tenths}"] = slot_iou >= tenths / 10
+    assert computed == expected
 
 
 def one_query(predicted: dict, targets: dict) -> dict:
@@ -335,10 +316,8 @@ def test_corpus_worked_by_hand():
     metrics.update({}, {0: TARGET}, {0: "mug"})  # 0 / 20
     metrics.update({0: ELSEWHERE}, {}, {})  # 0 / 10
     metrics.update({}, {}, {})  # nothing, IoU 1
-    # The slots are swapped: the union is right, each target is wrong.
-    metrics.update(
-        {0: ELSEWHERE, 1: TARGET}, {0: TARGET, 1: ELSEWHERE}, {0: "right_hand"}
-    )  # 30 / 30
+    # The slots are swapped: the union is right, each target is wrong, 30 / 30
+    metrics.update({0: ELSEWHERE, 1: TARGET}, {0: TARGET, 1: ELSEWHERE}, {0: "right_hand"})
     assert metrics.compute() == {
         "grounding/ciou": 40 / 80,
         "grounding/giou": 2.5 / 5,
@@ -360,7 +339,7 @@ def test_corpus_worked_by_hand():
 
 
 def random_mask(rng: np.random.Generator) -> np.ndarray:
-    """Scattered pixels, nothing, everything, one pixel, or a half of the map that touches another's half."""
+    """Scattered pixels, nothing, everything, one pixel, or one of two halves that touch."""
     kind = rng.choice(
         ["scattered", "empty", "full", "pixel", "left", "right"], p=[0.5, 0.1, 0.1, 0.1, 0.1, 0.1]
     )
@@ -370,18 +349,22 @@ def random_mask(rng: np.random.Generator) -> np.ndarray:
     if kind == "pixel":
         mask[rng.integers(5), rng.integers(6)] = True
     else:
-        mask[
-            :, {"empty": slice(0), "full": slice(6), "left": slice(3), "right": slice(3, 6)}[kind]
-        ] = True
+        columns = {"empty": slice(0), "full": slice(6), "left": slice(3), "right": slice(3, 6)}
+        mask[:, columns[kind]] = True
     return mask
 
 
 def random_query(rng: np.random.Generator) -> tuple[dict, dict]:
-    """Returns predicted and true boolean masks by slot; a third of the queries is answered perfectly."""
-    sides = [{slot: random_mask(rng) for slot in range(3) if rng.random() < 0.4} for _ in range(2)]
+    """Returns predicted and true masks by slot; a third of the queries is answered perfectly."""
+
+    def masks() -> dict[int, np.ndarray]:
+        return {slot: random_mask(rng) for slot in range(3) if rng.random() < 0.4}
+
+    predicted = masks()
+    targets = masks()
     if rng.random() < 0.3:
-        sides[0] = sides[1]
-    return sides[0], sides[1]
+        predicted = targets
+    return predicted, targets
 
 
 def slow_overlap(
@@ -390,7 +373,8 @@ def slow_overlap(
     """Pixels in both, in either, in predicted and in true masks, counted one by one."""
     both = either = in_predicted = in_true = 0
     for pixel in np.ndindex(5, 6):
-        first, second = any(mask[pixel] for mask in predicted), any(mask[pixel] for mask in targets)
+        first = any(mask[pixel] for mask in predicted)
+        second = any(mask[pixel] for mask in targets)
         both += first and second
         either += first or second
         in_predicted += first
@@ -401,12 +385,18 @@ def slow_overlap(
 def slow_grounding(queries: list[tuple[dict, dict]]) -> dict[str, float]:
     """The definitions once more, pixel by pixel."""
     intersections = unions = slot_intersections = slot_unions = 0
-    ious, target_ious, slot_ious, rejections, acceptances = [], [], [], [], []
+    ious: list[float] = []
+    target_ious: list[float] = []
+    slot_ious: list[float] = []
+    rejections: list[bool] = []
+    acceptances: list[bool] = []
     for predicted, targets in queries:
+        # All slots together
         both, either, in_predicted, in_true = slow_overlap(
             [*predicted.values()], [*targets.values()]
         )
-        intersections, unions = intersections + both, unions + either
+        intersections += both
+        unions += either
         if in_true:
             ious.append(both / either)
             target_ious.append(both / either)
@@ -414,13 +404,16 @@ def slow_grounding(queries: list[tuple[dict, dict]]) -> dict[str, float]:
         else:
             ious.append(1.0 if in_predicted == 0 else 0.0)
             rejections.append(in_predicted == 0)
+
+        # Slot by slot
         for slot, target in targets.items():
-            both, either, _, in_true = slow_overlap(
-                [predicted[slot]] if slot in predicted else [], [target]
-            )
+            in_slot = [predicted[slot]] if slot in predicted else []
+            both, either, _, in_true = slow_overlap(in_slot, [target])
             if in_true:
                 slot_ious.append(both / either)
-                slot_intersections, slot_unions = slot_intersections + both, slot_unions + either
+                slot_intersections += both
+                slot_unions += either
+
     thresholds = (0.5, 0.6, 0.7, 0.8, 0.9)
     return {
         "grounding/ciou": intersections / unions,
@@ -439,8 +432,9 @@ def slow_grounding(queries: list[tuple[dict, dict]]) -> dict[str, float]:
 
 def grounding_metrics(queries: list[tuple[dict, dict]], labels: dict[int, str]) -> GroundingMetrics:
     metrics = GroundingMetrics()
-    for query in queries:
-        predicted, targets = ({slot: encode(mask) for slot, mask in side.items()} for side in query)
+    for masks, true_masks in queries:
+        predicted = {slot: encode(mask) for slot, mask in masks.items()}
+        targets = {slot: encode(mask) for slot, mask in true_masks.items()}
         metrics.update(predicted, targets, labels)
     return metrics
 
@@ -448,22 +442,21 @@ def grounding_metrics(queries: list[tuple[dict, dict]], labels: dict[int, str]) 
 def test_grounding_equals_slow_loops():
     rng = np.random.default_rng(1)
     queries = [random_query(rng) for _ in range(500)]
-    assert grounding_metrics(queries, {}).compute() == pytest.approx(
-        slow_grounding(queries), abs=1e-12
-    )
+    expected = slow_grounding(queries)
+    assert grounding_metrics(queries, {}).compute() == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_grounding_merge_equals_whole_in_any_order(seed: int):
+def test_grounding_merge_equals_all_at_once_in_any_order(seed: int):
     rng = np.random.default_rng(seed)
     queries = [random_query(rng) for _ in range(60)]
     labels = {0: "right_hand", 1: "mug"}
-    whole = grounding_metrics(queries, labels).compute()
+    at_once = grounding_metrics(queries, labels).compute()
     shuffled = [queries[index] for index in rng.permutation(60)]
     merged = grounding_metrics(shuffled[:17], labels)
     merged.merge(grounding_metrics([], labels))
     merged.merge(grounding_metrics(shuffled[17:], labels))
-    assert merged.compute() == whole
+    assert merged.compute() == at_once
     assert set(GroundingMetrics().compute().values()) == {0}  # the two counts
 
 
@@ -499,7 +492,7 @@ def test_depth_perfect_up_to_scale_and_shift():
 
 
 def test_depth_worked_by_hand():
-    # Inverse distances 1, 0.5, 0.25 against 1, 1, 0: the fit is 0.25 + 0.5 d, so distances 4/3, 4/3 and 4.
+    # Inverse distances 1, 0.5, 0.25 against 1, 1, 0: the fit is 0.25 + 0.5 d, distances 4/3, 4/3, 4
     sums = depth_errors(np.array([[1.0, 1.0, 0.0]]), np.array([[1.0, 2.0, 4.0]]))
     assert list(sums.values()) == pytest.approx([3, 1 / 3, 2 / 3, 5 / 9, 1])
 
@@ -515,7 +508,7 @@ def test_depth_ignores_invalid_pixels():
 
 
 def test_depth_prediction_stays_positive():
-    # The fit is 41/48, 20/48 and -1/48; the last is held at 10 times the largest true distance.
+    # The fit is 41/48, 20/48 and -1/48; the last is held at 10 times the largest true distance
     sums = depth_errors(np.array([[2.0, 1.0, 0.0]]), np.array([[1.0, 8.0, 8.0]]))
     assert sums["sum_squared"] == pytest.approx((7 / 41) ** 2 + (8 - 2.4) ** 2 + (80 - 8) ** 2)
 
@@ -535,7 +528,7 @@ def test_constant_depth_prediction_is_scored():
     assert sums["sum_absolute_normalised"] == 1
 
 
-def test_depth_merge_equals_whole_in_any_order():
+def test_depth_merge_equals_all_at_once_in_any_order():
     rng = np.random.default_rng(5)
     sums = [depth_errors(rng.random((8, 9)), random_distance(rng)) for _ in range(20)]
     merged = depth_metrics(sums[:7:-1])

@@ -10,12 +10,12 @@ from pycocoevalcap.cider.cider import Cider
 from annexe.metrics import AnnexeRelease, EarlRelease, GroundingMetrics
 from annexe.metrics import text as text_module
 from annexe.metrics.grounding import QueryResult, measure
-from annexe.rle import encode
+from annexe.rle import Rle, encode
 
 NUM_PIXELS = 60
 
 
-def rectangle(top: int, left: int, bottom: int, right: int) -> dict:
+def rectangle(top: int, left: int, bottom: int, right: int) -> Rle:
     mask = np.zeros((6, 10), bool)
     mask[top:bottom, left:right] = True
     return encode(mask)
@@ -51,17 +51,19 @@ SAMPLES = [PERFECT] * 10 + [HALF_RIGHT] * 5 + [ONE_OF_TWO] * 5 + [REFUSED, REFUS
 
 
 def test_annexe_release_worked_by_hand_on_23_samples():
-    """
-    First ten: background 400 / 400, class 1 200 / 200; 2 and 3 are in no truth and repeat 1. Mean 1.
+    """The IoU of every class in three batches; each counts the same, the short one too.
+
+    First ten: background 400 / 400, class 1 200 / 200; 2 and 3 are in no truth and repeat 1.
+    Mean 1.
 
     Second ten, five half right and five with one of two targets:
-    background: half right 60 - 20 shared of 60 - 10, one of two 60 - 30 of 60 - 10: (200 + 150) / (250 + 250) = 0.7
+    background: half right 60 - 20 shared of 60 - 10, one of two 60 - 30 of 60 - 10,
+    (200 + 150) / (250 + 250) = 0.7
     class 1: 10 / 20 and 0 / 20, five times each: 50 / 200 = 0.25
     class 2: 10 / 10 five times = 1; class 3 repeats 1. Mean 2.95 / 4 = 0.7375.
 
-    Last three, no target: background (60 + 60 + 50) / 180 = 17 / 18, which all other classes repeat. Mean 17 / 18.
-
-    Every batch counts the same, the short one too.
+    Last three, no target: background (60 + 60 + 50) / 180 = 17 / 18, which all other classes
+    repeat. Mean 17 / 18.
     """
     assert len(SAMPLES) == 23
     assert released(SAMPLES) == pytest.approx((1 + 0.7375 + 17 / 18) / 3, abs=1e-12)
@@ -91,13 +93,13 @@ def test_an_absent_background_is_0_and_a_batch_does_not_look_back():
 
 def test_slots_beyond_the_released_head_are_no_background_and_no_class():
     fourth = measure({}, {3: TARGET}, {})
-    assert released([fourth]) == pytest.approx(
-        40 / 60
-    )  # background 40 / 60, which the absent classes repeat
+    # Background 40 / 60, which the absent classes repeat
+    assert released([fourth]) == pytest.approx(40 / 60)
 
 
 def test_names_are_not_those_of_the_standard():
-    metric, standard = AnnexeRelease(), GroundingMetrics()
+    metric = AnnexeRelease()
+    standard = GroundingMetrics()
     metric.add_analysis("a mug", "a mug")
     metric.add_query("a mug", "a cup", PERFECT, NUM_PIXELS)
     standard.add(PERFECT)
@@ -108,32 +110,29 @@ def test_names_are_not_those_of_the_standard():
 def test_texts_are_swapped_and_scored_within_batches_of_ten():
     words = ["the", "right", "hand", "holds", "a", "red", "mug", "on", "the", "old", "table"]
     rng = np.random.default_rng(0)
-    pairs = [
-        tuple(" ".join(rng.permutation(words)[: rng.integers(3, 10)]) for _ in range(2))
-        for _ in range(23)
-    ]
+
+    def sentence() -> str:
+        return " ".join(rng.permutation(words)[: rng.integers(3, 10)])
+
+    pairs = [(sentence(), sentence()) for _ in range(23)]
     metric = AnnexeRelease()
     for (prediction, reference), result in zip(pairs, SAMPLES, strict=True):
         metric.add_query(f"{prediction.upper()}.", reference, result, NUM_PIXELS)
     computed = metric.compute()
     assert computed["num_batches"] == 3
+    batches = (pairs[:10], pairs[10:20], pairs[20:])
     ciders = []
-    for batch in (pairs[:10], pairs[10:20], pairs[20:]):
+    for batch in batches:
         as_references = {n: [prediction] for n, (prediction, _) in enumerate(batch)}
         as_predictions = {n: [reference] for n, (_, reference) in enumerate(batch)}
         ciders.append(Cider().compute_score(as_references, as_predictions)[0])
     assert computed["answer/cider_swapped"] == pytest.approx(np.mean(ciders), abs=1e-12)
     if text_module.load_wordnet() is None:
         pytest.skip("WordNet is not installed (apt-get install wordnet-base)")
-    meteors = [
-        np.mean(
-            [
-                single_meteor_score(prediction.split(), reference.split())
-                for prediction, reference in batch
-            ]
-        )
-        for batch in (pairs[:10], pairs[10:20], pairs[20:])
-    ]
+    meteors = []
+    for batch in batches:
+        scores = [single_meteor_score(first.split(), second.split()) for first, second in batch]
+        meteors.append(np.mean(scores))
     assert computed["answer/meteor_swapped"] == pytest.approx(np.mean(meteors), abs=1e-12)
 
 

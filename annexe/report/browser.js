@@ -2,23 +2,23 @@
 // Texts come from data sets and models, so they only ever reach the page as text nodes.
 "use strict";
 
-const PAGE_SIZE = 48, OUTLINE_WIDTH = 1280, NUM_COLOURS = 6;
-const page = JSON.parse(document.getElementById("page").textContent); // numbers of files, verdicts, what has pictures
+const PAGE_SIZE = 48, OUTLINE_WIDTH = 1280, NUM_COLORS = 6;
+const page = JSON.parse(document.getElementById("page").textContent); // counts of files, verdicts, what has pictures
 const find = (selector) => document.querySelector(selector);
 
 // Data: scripts call receive(), since a page opened from disk may load scripts but no other files.
 
 const store = { images: [], rows: [], details: [] }, loading = {};
 
-function receive(name, number, values) {
-  store[name][number] = values;
+function receive(name, index, values) {
+  store[name][index] = values;
 }
 
-function load(name, number) {
-  const source = `data/${name}-${number}.js`;
+function load(name, index) {
+  const source = `data/${name}-${index}.js`;
   return (loading[source] ??= new Promise((resolve, reject) => {
     const script = document.createElement("script");
-    script.onload = () => resolve(store[name][number]);
+    script.onload = () => resolve(store[name][index]);
     script.onerror = () => reject(new Error(`${source} is missing; copy the whole folder of the report`));
     script.src = source;
     document.head.append(script);
@@ -26,8 +26,8 @@ function load(name, number) {
 }
 
 async function loadAll(name) {
-  const numbers = Array.from({ length: page.files[name] }, (_, number) => number);
-  return (await Promise.all(numbers.map((number) => load(name, number)))).flat();
+  const indices = Array.from({ length: page.files[name] }, (_, index) => index);
+  return (await Promise.all(indices.map((index) => load(name, index)))).flat();
 }
 
 function readImage([stem, photo, aspect, depthRange, depthErrors, analysis, trueAnalysis]) {
@@ -35,9 +35,9 @@ function readImage([stem, photo, aspect, depthRange, depthErrors, analysis, true
 }
 
 function readRow(values, position) {
-  const [imageNumber, annotation, id, query, isSentence, targets, groups, ...rest] = values;
+  const [imageIndex, annotation, id, query, isSentence, targets, groups, ...rest] = values;
   const [verdict, iou, presence, isExact, answer, reference, isPictured] = rest;
-  const image = images[imageNumber];
+  const image = images[imageIndex];
   return {
     position, image, annotation, id, query, isSentence, targets, groups,
     verdict, iou, presence, isExact, answer, reference, isPictured,
@@ -73,13 +73,13 @@ const ORDERS = {
 };
 
 function readState() {
-  const given = new URLSearchParams(location.hash.slice(1));
+  const parameters = new URLSearchParams(location.hash.slice(1));
   return {
-    chosen: Object.fromEntries(FACETS.map(({ name }) => [name, given.getAll(name)])),
-    text: given.get("text") ?? "",
-    sort: given.get("sort") in ORDERS ? given.get("sort") : "worst",
-    page: Math.max(Math.floor(Number(given.get("page"))) || 1, 1),
-    query: given.get("query"),
+    chosen: Object.fromEntries(FACETS.map(({ name }) => [name, parameters.getAll(name)])),
+    text: parameters.get("text") ?? "",
+    sort: parameters.get("sort") in ORDERS ? parameters.get("sort") : "worst",
+    page: Math.max(Math.floor(Number(parameters.get("page"))) || 1, 1),
+    query: parameters.get("query"),
   };
 }
 
@@ -104,7 +104,7 @@ function passes(row, state, words, except) {
   return words.every((word) => row.text.includes(word)) && FACETS.every(isMet);
 }
 
-// [value, number of queries that would be shown for it] of one filter, the others as they are.
+// [value, how many queries would be shown for it] of one filter, the others as they are.
 function countValues(facet, state) {
   const counts = new Map(), words = wordsOf(state);
   for (const row of rows) {
@@ -129,7 +129,7 @@ function element(tag, attributes = {}, ...children) {
 
 const span = (name, ...children) => element("span", { class: name }, ...children);
 const withCommas = (value) => value.toLocaleString("en");
-const slotClass = (slot) => `slot-${slot % NUM_COLOURS}`;
+const slotClass = (slot) => `slot-${slot % NUM_COLORS}`;
 const spaced = (name) => name.replaceAll("_", " ");
 const badge = (verdict) => span(`badge ${page.verdicts.find(({ name }) => name === verdict).tone}`, verdict);
 const filled = (masks) => masks.map((mask) => [`mask ${slotClass(mask[0])}`, mask.at(-1)]);
@@ -153,9 +153,9 @@ function picture(image, outlines, description, ending = "") {
   return element("div", { class: "picture", style: `aspect-ratio:${image.aspect}` }, photo, svg);
 }
 
-// A text with each <MSK_k> as a mark in the colour of slot k.
+// A text with each <MSK_k> as a mark in the color of slot k.
 function withSlots(text) {
-  const parts = (text || "–").split(/<MSK_(\d+)>/); // text and slot numbers in turn
+  const parts = (text || "–").split(/<MSK_(\d+)>/); // text and slots in turn
   return parts.map((part, index) => (index % 2 ? span(`slot ${slotClass(Number(part))}`, `MSK ${part}`) : part));
 }
 
@@ -188,17 +188,17 @@ function renderFilters(state) {
 }
 
 function renderCard(row, state) {
-  const place = element("div", { class: "place" }, row.isPictured ? null : "no picture");
+  const frame = element("div", { class: "frame" }, row.isPictured ? null : "no picture");
   if (row.isPictured) {
     detailOf(row).then((detail) => {
       const outlines = [...filled(detail.predicted), ...detail.true.map((mask) => ["truth", mask.at(-1)])];
-      place.replaceChildren(picture(row.image, outlines, ""));
+      frame.replaceChildren(picture(row.image, outlines, ""));
     }, showError);
   }
   const iou = span("iou", "IoU ", element("b", {}, row.iou.toFixed(2)));
   const badges = element("div", { class: "badges" }, badge(row.verdict), iou);
   const target = address(state, { query: row.key });
-  return element("a", { class: "card panel", href: target }, place, badges, element("p", {}, row.query));
+  return element("a", { class: "card panel", href: target }, frame, badges, element("p", {}, row.query));
 }
 
 function renderList(state) {

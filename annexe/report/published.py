@@ -32,7 +32,7 @@ PUBLISHED: dict[str, dict[str, tuple[str, tuple[float, ...]]]] = {
 }
 """Split -> model -> protocol and values in the order of ``COLUMNS`` (EARL, 2026, table 1)."""
 
-OWN = {
+OURS = {
     "standard": ("standard, as in the table of metrics", COLUMNS),
     "annexe_release": (
         f"{_RELEASED}, re-implemented",
@@ -54,7 +54,7 @@ class PublishedRow:
     """One line of the comparison; values are None where there are none."""
 
     model: str
-    is_own: bool
+    is_ours: bool
     protocol: str
     values: list[float | None]
 
@@ -68,17 +68,17 @@ def comparison(metrics: Metrics, meta: dict[str, Any]) -> dict[str, list[Publish
         return {}
     by_split = {}
     for split, published in PUBLISHED.items():
-        rows = _own_rows(metrics) if split == meta.get("split") else []
+        rows = _our_rows(metrics) if split == meta.get("split") else []
         for model, (protocol, values) in published.items():
             rows.append(PublishedRow(model, False, protocol, list(values)))
         by_split[split] = rows
     return by_split
 
 
-def _own_rows(metrics: Metrics) -> list[PublishedRow]:
+def _our_rows(metrics: Metrics) -> list[PublishedRow]:
     """A row for each protocol that the metrics have."""
     rows = []
-    for block, (protocol, keys) in OWN.items():
+    for block, (protocol, keys) in OURS.items():
         if block in metrics:
             values = [_value(metrics[block], key) for key in keys]
             if any(value is not None for value in values):
