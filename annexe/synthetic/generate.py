@@ -15,7 +15,6 @@ from typing import Any
 import cv2
 import msgspec
 import numpy as np
-from rich.progress import track
 
 from annexe.datasets.image_names import SPLITS
 from annexe.errors import UserError
@@ -26,6 +25,7 @@ from annexe.synthetic.hard_scene import draw_hard_scene, lay_out
 from annexe.synthetic.language import easy_annotations
 from annexe.synthetic.render import Picture, id_map, paint, render
 from annexe.synthetic.scene import KINDS, VERBS, Scene, draw_scene
+from annexe.terminal import track
 from annexe.workers import in_processes, num_cores
 
 MIN_HEIGHT = 90
@@ -155,7 +155,7 @@ def generate(
     # images
     jobs = list(_jobs(out, settings))
     drawn = in_processes(_make, jobs, min(num_workers or num_cores(), len(jobs)))
-    stems = list(track(drawn, description="Drawing scenes", total=len(jobs)))
+    stems = list(track(drawn, "Drawing scenes", len(jobs)))
 
     # lists
     for name in HARD_LISTS if hard else HARD_LISTS[:1]:

@@ -7,12 +7,11 @@ import logging
 import math
 from pathlib import Path
 
-from rich.console import Console
-
 from annexe.datasets.image_names import SPLITS
 from annexe.errors import UserError
 from annexe.synthetic.canvas import HEIGHT
 from annexe.synthetic.generate import generate
+from annexe.terminal import say
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
     counts = ", ".join(f"{size:,} {split}" for split, size in sizes.items())
     note = ", some or all there before" if existed else ""
     message = f"images in '{out}'{note}: {counts}"
-    Console(soft_wrap=True).print(message, markup=False, highlight=False)
+    say(message)
     if not all(sizes.values()):
         log.warning(
             "a split is empty: ask for more images, or larger --val and --test, "

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from rich.console import Console
-from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,6 +19,7 @@ from annexe.files import replaced
 from annexe.models.language_model.base_model import DTYPES, load_llama
 from annexe.models.language_model.llama import Llama, Lora
 from annexe.models.language_model.tokenizer import load_tokenizer
+from annexe.terminal import say, table
 
 HELP = "inspect a checkpoint, or export a run for peft and transformers"
 _LLAMA = "language_model.model."  # names of its tensors begin with
@@ -67,17 +66,16 @@ def inspect_file(path: Path) -> None:
         module = ".".join(key.split(".")[: 2 + prefix.count(".")])
         num_tensors[module] += 1
         num_parameters[module] += tensor.numel()
-    table = Table("module", "tensors", "parameters", title=str(path))
+    rows = []
     for module, count in num_tensors.items():
-        table.add_row(module, str(count), f"{num_parameters[module]:,}")
-    table.add_row("all", str(len(tensors)), f"{num_parameters.total():,}", style="bold")
+        rows.append([module, str(count), f"{num_parameters[module]:,}"])
+    rows.append(["all", str(len(tensors)), f"{num_parameters.total():,}"])
+    table(["module", "tensors", "parameters"], rows, title=str(path), has_total=True)
 
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
-    console = Console()
-    console.print(table)
-    console.print(f"format: {source_format.name}", markup=False)
-    console.print(f"taken by: {source_format.setting}", markup=False)
-    console.print(f"stored as: {', '.join(sorted(dtypes))}", markup=False)
+    say(f"format: {source_format.name}")
+    say(f"taken by: {source_format.setting}")
+    say(f"stored as: {', '.join(sorted(dtypes))}")
 
 
 def export_run(run_folder: str, out: Path, *, merge: bool) -> None:
@@ -106,7 +104,7 @@ def export_run(run_folder: str, out: Path, *, merge: bool) -> None:
         part.mkdir()
         _write_export(part, checkpoint, settings, merge=merge)
     names = ", ".join(sorted(path.name for path in out.iterdir()))
-    Console().print(f"written: {names} under '{out}'", markup=False)
+    say(f"written: {names} under '{out}'")
 
 
 def _write_export(part: Path, checkpoint: Path, settings: dict[str, Any], *, merge: bool) -> None:
