@@ -83,8 +83,8 @@ def random_case(
     key_mask[1, :65] = False
     key_mask[:, -5:] = False
     key_mask[:, last_column] = True
-    for own in (cache.own_keys, cache.own_values):
-        own.transpose(1, 2)[key_mask] = torch.randn(int(key_mask.sum()), num_key_heads, head_dim)
+    for tensor in (cache.own_keys, cache.own_values):
+        tensor.transpose(1, 2)[key_mask] = torch.randn(int(key_mask.sum()), num_key_heads, head_dim)
     column = torch.tensor([last_column])
     index = DecodeIndex(image_index, index_in_image, row_index, key_mask, column)
     return torch.randn(6, num_heads, head_dim), cache, index

@@ -97,12 +97,14 @@ class SharedPrefixCache:
         image_index = text.branch_image_index[branch][:, None]
 
         # Two index tensors around a slice put their axes first: [R, prompt_length, Hk, Dh].
-        for packed, prefix, own in (
+        for packed, prefix, own_columns in (
             (prefill_cache.keys, self.prefix_keys, self.own_keys),
             (prefill_cache.values, self.prefix_values, self.own_values),
         ):
             prefix.copy_(packed[:, :, : text.prefix_length])
-            own[:, :, :prompt_length] = packed[image_index, :, packed_columns].transpose(1, 2)
+            own_columns[:, :, :prompt_length] = packed[image_index, :, packed_columns].transpose(
+                1, 2
+            )
 
         # Free the packed tensors before the next layer is copied.
         prefill_cache.keys = None
@@ -145,8 +147,8 @@ class CacheShape:
     def tensor_shapes(self) -> list[tuple[int, int, int, int]]:
         """Shapes of the prefix keys, prefix values, own keys and own values."""
         prefix = (self.num_images, self.num_key_heads, self.prefix_length, self.head_dim)
-        own = (self.num_responses, self.num_key_heads, self.num_columns, self.head_dim)
-        return [prefix, prefix, own, own]
+        own_columns = (self.num_responses, self.num_key_heads, self.num_columns, self.head_dim)
+        return [prefix, prefix, own_columns, own_columns]
 
 
 @dataclass
@@ -167,16 +169,16 @@ class CachePool:
         first_layer = zip(self.buffers[0], shape.tensor_shapes, strict=True)
         return all(len(buffer) >= math.prod(sizes) for buffer, sizes in first_layer)
 
-    def allocate(self, shape: CacheShape, like: list[Tensor]) -> None:
+    def allocate(self, shape: CacheShape, templates: list[Tensor]) -> None:
         """Allocate buffers for caches of this shape.
 
         Args:
-            like: a tensor of each layer, with the dtype and the device that its caches get.
+            templates: a tensor of each layer, with the dtype and the device that its caches get.
         """
         self.buffers = []
         # Zeros, not empty memory: a masked column has weight 0, and 0 times NaN is NaN.
-        for tensor in like:
-            layer = [tensor.new_zeros(math.prod(sizes)) for sizes in shape.tensor_shapes]
+        for template in templates:
+            layer = [template.new_zeros(math.prod(sizes)) for sizes in shape.tensor_shapes]
             self.buffers.append(layer)
 
     def views(self, shape: CacheShape) -> list[SharedPrefixCache]:
