@@ -9,12 +9,12 @@ import os
 import sys
 from collections.abc import Callable
 
-from rich.console import Console
 from rich.logging import RichHandler
 
 from annexe import __version__
 from annexe.config import Config
 from annexe.errors import UserError, unknown_name_error
+from annexe.terminal import say
 
 TOOLS = (
     *(
@@ -43,19 +43,18 @@ def exit_on_user_error(work: Callable[[], None]) -> None:
     try:
         work()
     except KeyboardInterrupt:
-        Console(stderr=True, soft_wrap=True).print(
-            "interrupted; a training goes on with run.resume=auto", style="red"
-        )
+        say("interrupted; a training goes on with run.resume=auto", style="red", stderr=True)
         sys.exit(130)
     except (UserError, OSError) as error:
-        told = str(error)
+        message = str(error)
         if isinstance(error, OSError):
             if error.filename is None:
                 raise  # not about a file
-            told = f"cannot use '{error.filename}' ({error.strerror}); name another place, or give it rights and room"
-        Console(stderr=True, soft_wrap=True).print(
-            f"error: {told}", style="red", markup=False, highlight=False
-        )
+            message = (
+                f"cannot use '{error.filename}' ({error.strerror}); "
+                "name another place, or give it rights and room"
+            )
+        say(f"error: {message}", style="red", stderr=True)
         sys.exit(2)
 
 
@@ -84,7 +83,8 @@ def run_script(
     arguments = parser.parse_args()
 
     def load_and_work() -> None:
-        from annexe.build import load_config  # here: the processes of `annexe synth` do without torch
+        # Here, because the processes of `annexe synth` do without torch
+        from annexe.build import load_config
 
         config = load_config(arguments.cfg_path, arguments.options, onto_checkpoint=evaluation)
         name = getattr(arguments, "dataset", None)
