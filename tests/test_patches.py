@@ -15,6 +15,7 @@ from annexe.errors import UserError
 from annexe.trainer import set_up, train
 from annexe.training import feature_cache
 from annexe.training.feature_cache import StoredPatches
+from tests.test_distributed import run_distributed
 from tests.test_training import lines_of_log
 
 WRITER = """
@@ -69,6 +70,20 @@ def test_stored_patches_are_those_of_the_encoder(make_config, tmp_path, monkeypa
     assert batch.patches.shape == (2, *sample.patches.shape)
     monkeypatch.setattr(trainer.model.rgb_encoder, "forward", None)
     trainer.train_step([batch])
+
+
+def test_processes_share_the_work(make_config, tmp_path):
+    """Twelve photos in two processes: the same file as that of one."""
+    stores = {name: tmp_path / f"store-{name}" for name in ("one", "two")}
+    configs = {}
+    for name, store in stores.items():
+        options = (f"run.store_patches={store}", f"run.output_dir={tmp_path / name}")
+        configs[name] = make_config(*FROZEN, *options)
+    set_up(configs["one"])
+    run_distributed(set_up, configs["two"])
+    (alone,) = files_in(stores["one"])
+    (shared,) = files_in(stores["two"])
+    assert shared.name == alone.name and shared.read_bytes() == alone.read_bytes()
 
 
 def test_patches_are_read_as_they_were_written(tmp_path):
