@@ -147,22 +147,23 @@ def check_component(kind: str, spec: object, where: str, **defaults: str) -> dic
 
     # A dataclass with the constructor's arguments as its fields, for OmegaConf to check against
     hints = _hints(component)
-    fields = []
+    fields: list[tuple[str, Any, Any]] = []
     for name, parameter in options.items():
         default = MISSING if parameter.default is parameter.empty else parameter.default
-        fields.append((name, hints[name], field(default_factory=lambda value=default: value)))
+        fields.append((name, hints[name], field(default_factory=_returning(default))))
     checked = merge_strictly(make_dataclass("Settings", fields), settings, where)
 
     # Plain values, as they are saved with a run
     filled = {"type": spec["type"]}
     for name in options:
         value = getattr(checked, name)
-        filled[name] = asdict(value) if is_dataclass(value) else value
+        is_block = is_dataclass(value)
+        filled[name] = asdict(value) if is_block else value
     return filled
 
 
 def build_component(kind: str, spec: dict[str, Any], *parts: Any) -> Any:
-    """The component that a checked block names, made from its settings and the injected ``parts``."""
+    """The component that a checked block names, made from its settings and injected ``parts``."""
     component = lookup(kind, spec["type"], f"{kind}.type")
     hints = _hints(component)
     settings = {}
@@ -171,6 +172,11 @@ def build_component(kind: str, spec: dict[str, Any], *parts: Any) -> Any:
             is_block = is_dataclass(hints[name]) and isinstance(value, dict)
             settings[name] = hints[name](**value) if is_block else value
     return component(*parts, **settings)
+
+
+def _returning(value: Any) -> Callable[[], Any]:
+    """A function without arguments that returns ``value``."""
+    return lambda: value
 
 
 def _options(component: Callable[..., Any]) -> dict[str, inspect.Parameter]:
@@ -197,13 +203,8 @@ def build_dataset(config: Config, split: str, *, cached: bool = True) -> EgoIRGB
         raise UserError(
             f"datasets names {len(config.datasets)} data sets; name one, such as ego_irgbench"
         )
-    if config.model is None:
-        raise UserError(
-            "the configuration has no model block; take one from train_configs/, "
-            "such as annexe_tiny.yaml"
-        )
+    image_size = config.require_model()["rgb_encoder"]["image_size"]
     ((name, settings),) = config.datasets.items()
-    image_size = config.model["rgb_encoder"]["image_size"]
     cache = Path(config.run.output_dir) / "cache" if cached else None
     spec = {"type": name, **settings}
     return build_component("dataset", spec, split, image_size, config.run.seed, cache)
@@ -215,8 +216,9 @@ def build_tokenizer(config: Config, folder: Path) -> TextTokenizer:
     Raises:
         UserError: if there is none, or it has more words than the model.
     """
-    size = config.model["language_model"]["vocab_size"]
-    tokenizer = load_tokenizer(folder, config.model["pixel_decoder"]["num_slots"], size)
+    model = config.require_model()
+    size = model["language_model"]["vocab_size"]
+    tokenizer = load_tokenizer(folder, model["pixel_decoder"]["num_slots"], size)
     if size is not None and tokenizer.vocab_size > size:
         raise UserError(
             f"model.language_model.vocab_size is {size} but the tokenizer in '{folder}' has "
@@ -280,7 +282,7 @@ def restore_model(config: Config, checkpoint: Path, accelerator: Accelerator) ->
     # Frozen random weights are not in a checkpoint: the seed makes them again
     set_seed(saved_config(checkpoint)["run"]["seed"])
     bf16 = accelerator.mixed_precision == "bf16"
-    model = build_model(config.model, tokenizer, accelerator.device, bf16=bf16)
+    model = build_model(config.require_model(), tokenizer, accelerator.device, bf16=bf16)
 
     load_weights(checkpoint, model)
     model.calibrated_thresholds = load_progress(checkpoint).thresholds

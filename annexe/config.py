@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -227,6 +227,19 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     imports: list[str] = field(default_factory=list)
 
+    def require_model(self) -> dict[str, Any]:
+        """The ``model`` block itself, not a copy.
+
+        Raises:
+            UserError: if there is none.
+        """
+        if self.model is None:
+            raise UserError(
+                "the configuration has no model block; take one from train_configs/, "
+                "such as annexe_tiny.yaml"
+            )
+        return self.model
+
 
 PARTS = ("rgb_encoder", "depth_branch", "language_model", "pixel_decoder")
 
@@ -272,7 +285,14 @@ def device_settings(run: RunConfig) -> dict[str, Any]:
 
 def as_dict(config: Config) -> dict[str, Any]:
     """The resolved configuration as plain containers, to be saved with a run."""
-    return OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+    return to_plain(OmegaConf.structured(config), resolve=True)
+
+
+def to_plain(block: Any, *, resolve: bool = False) -> dict[str, Any]:
+    """A block of OmegaConf's as plain containers, with its references resolved if asked for."""
+    settings = OmegaConf.to_container(block, resolve=resolve)
+    assert isinstance(settings, dict)
+    return cast("dict[str, Any]", settings)
 
 
 def merge_strictly(schema: Any, settings: Any, where: str = "") -> Any:

@@ -94,7 +94,7 @@ def set_up(config: Config) -> Trainer:
     # and then draws its own dropout
     set_seed(run.seed)
     bf16 = accelerator.mixed_precision == "bf16"
-    model = build_model(config.model, tokenizer, accelerator.device, bf16=bf16)
+    model = build_model(config.require_model(), tokenizer, accelerator.device, bf16=bf16)
     frozen = frozen_fingerprint(model)
     set_seed(run.seed + accelerator.process_index)
 
@@ -111,7 +111,7 @@ def set_up(config: Config) -> Trainer:
             train_set,
             Path(run.store_patches),
             accelerator,
-            settings=config.model["rgb_encoder"],
+            settings=config.require_model()["rgb_encoder"],
             batch_size=run.batch_size,
             num_workers=run.num_workers,
         )
@@ -233,8 +233,9 @@ def _prepare_tokenizer(
     config: Config, train_set: EgoIRGBench, resumed: Path | None, accelerator: Accelerator
 ) -> TextTokenizer:
     """The tokenizer of the Llama or of the run to start from, or one trained on the run's text."""
-    llama = config.model["language_model"].get("path")
-    start = config.model.get("init_from")
+    model = config.require_model()
+    llama = model["language_model"].get("path")
+    start = model.get("init_from")
     earlier = resumed
     if earlier is None and start and not llama:
         earlier = find_checkpoint(Path(start))
@@ -247,7 +248,7 @@ def _prepare_tokenizer(
     else:
         folder = Path(config.run.output_dir) / "tokenizer"
         if accelerator.is_main_process:
-            num_slots = config.model["pixel_decoder"]["num_slots"]
+            num_slots = model["pixel_decoder"]["num_slots"]
             train_tokenizer(train_set.texts(), num_slots).save(folder)
     accelerator.wait_for_everyone()
     return build_tokenizer(config, folder)

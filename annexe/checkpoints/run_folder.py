@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 
+from annexe.config import to_plain
 from annexe.errors import UserError
 from annexe.registry import import_plugins
 
@@ -117,7 +118,7 @@ def saved_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: for a plug-in that cannot be imported.
     """
-    saved = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    saved = to_plain(OmegaConf.load(folder / "config.yaml"))
     import_plugins(saved["imports"])
     return saved
 
