@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -150,6 +151,12 @@ def test_score_command_writes_the_metrics_and_any_number_of_workers_the_same(
     assert set(metrics) == blocks and metrics["meta"]["split"] == "test"
     assert metrics["standard"]["num_queries"] == len(queries)
     assert "grounding/ciou" in printed and "annexe_release" in printed
+
+
+def test_what_scores_and_reports_starts_without_torch():
+    modules = ("annexe.tools.score", "annexe.tools.compare", "annexe.report")
+    code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

@@ -83,6 +83,7 @@ def predict(
     Yields:
         The records of each batch: for every image its own, then those of its questions.
     """
+    # Batches, loaded ahead of the device
     collate = Collator(
         model.language_model.tokenizer,
         model.num_image_tokens,
@@ -105,6 +106,7 @@ def predict(
                 responses = iter(model.generate_raw(batch.to(device), max_new_tokens))
             yield [(sample, list(islice(responses, len(sample.turns)))) for sample in batch.samples]
 
+    # Records, made behind the device
     training = model.training
     model.eval()
     for records in in_threads(_records_of_image, raw_responses(), num_workers):
@@ -115,12 +117,15 @@ def predict(
 
 def _records_of_image(predicted: tuple[Sample, list[RawResponse]]) -> list[Record]:
     """The records of one image: its own, then those of its questions."""
+    # The image: every response has its analysis and depth
     sample, raw_responses = predicted
     first = raw_responses[0]
     depth = depth_errors(first.depth, sample.depth)
     records: list[Record] = [
         ImageRecord(image=sample.stem, analysis=first.analysis, depth=depth),
     ]
+
+    # Its questions
     for turn, raw in zip(sample.turns, raw_responses, strict=True):
         response = postprocess(raw)
         masks = []

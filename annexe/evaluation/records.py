@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import re
 import reprlib
-import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Struct
@@ -20,21 +19,12 @@ from msgspec import Meta, Struct
 from annexe.errors import UserError
 from annexe.evaluation.truth import Truth
 from annexe.files import write_text
+from annexe.metrics.depth import DepthSums
 from annexe.rle import Rle, validate
 
+# Bounds of numbers
 _Count = Annotated[int, Meta(ge=0)]
-_Sum = Annotated[float, Meta(ge=0, le=sys.float_info.max)]  # finite
 _Share = Annotated[float, Meta(ge=0, le=1)]
-
-
-class DepthSums(TypedDict):
-    """Sums of the depth errors of one photo, as `annexe.metrics.depth_errors` returns them."""
-
-    num_valid: Annotated[int, Meta(ge=1)]
-    sum_absolute_normalised: _Sum
-    sum_absolute_relative: _Sum
-    sum_squared: _Sum
-    num_delta1: _Count
 
 
 class PredictedMask(Struct, kw_only=True, omit_defaults=True):
@@ -99,6 +89,9 @@ def split_kinds(records: Iterable[Record]) -> tuple[list[ImageRecord], list[Quer
         else:
             queries.append(record)
     return images, queries
+
+
+# Files
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
@@ -186,6 +179,9 @@ def require_complete(records: list[Record], truth: Truth) -> None:
             f"have no prediction, first annotation {index} of '{stem}'; "
             "add a query line for each, or leave --complete out"
         )
+
+
+# Lines
 
 
 def parse(line: str) -> Record:

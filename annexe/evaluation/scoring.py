@@ -212,14 +212,19 @@ def calibrate_thresholds(records: list[Record], truth: Truth) -> list[float]:
     The first slot decides whether a query is rejected: there the lower of T-acc and N-acc counts.
     A slot that is never, or always, in use keeps 0.5. Only records with ``slot_scores`` count.
     """
-    queries = [query for query in split_kinds(records)[1] if query.slot_scores is not None]
-    used = [truth.annotations(query.image)[query.annotation].slots for query in queries]
-    num_slots = max((len(query.slot_scores) for query in queries), default=0)
+    # Scores of all slots, and the slots in use, query by query
+    scores: list[list[float]] = []
+    used: list[dict[int, int]] = []
+    for query in split_kinds(records)[1]:
+        if query.slot_scores is not None:
+            scores.append(query.slot_scores)
+            used.append(truth.annotations(query.image)[query.annotation].slots)
+
     thresholds = []
-    for slot in range(num_slots):
-        slot_scores = [query.slot_scores[slot] for query in queries]
+    for slot in range(max(map(len, scores), default=0)):
+        of_slot = [slot_scores[slot] for slot_scores in scores]
         present = [slot in slots for slots in used]
-        thresholds.append(best_threshold(slot_scores, present, balanced=slot == 0))
+        thresholds.append(best_threshold(of_slot, present, balanced=slot == 0))
     return thresholds
 
 
@@ -230,6 +235,7 @@ def constant_baselines(records: list[Record], truth: Truth) -> dict[str, list[Re
     that any question of the photo names (which no blind system could know: a generous bound).
     ``reject`` says of every query that it has no target.
     """
+    # What they say
     images, queries = split_kinds(records)
     dataset = truth.dataset
     analysis, answer = _frequent_texts(dataset)
@@ -238,6 +244,7 @@ def constant_baselines(records: list[Record], truth: Truth) -> dict[str, list[Re
     for name in answers:
         baselines[name] = [replace(image, analysis=analysis, depth=None) for image in images]
 
+    # What they point at
     blind: dict[str, dict] = {}  # stem -> baseline -> slot -> mask
     for query in queries:
         if query.image not in blind:
@@ -258,6 +265,9 @@ def _measure(records: list[Record], truth: Truth, **options: Any) -> System:
     return System(images, queries, measured.results["model"], measured.agreements)
 
 
+# Blocks of metrics.json
+
+
 def _standard(system: System, truth: Truth) -> dict[str, float]:
     """The standard metrics of one system, under the names of ``metrics.json``."""
     overlaps = []
@@ -267,8 +277,8 @@ def _standard(system: System, truth: Truth) -> dict[str, float]:
     if truth.dataset.has_text:
         metrics |= _text_scores(system, truth)
     metrics |= _mask_scores(system)
-    num_images = len({record.image for record in (*system.images, *system.queries)})
-    return metrics | {"num_queries": len(system.queries), "num_images": num_images}
+    stems = {image.image for image in system.images} | {query.image for query in system.queries}
+    return metrics | {"num_queries": len(system.queries), "num_images": len(stems)}
 
 
 def _text_scores(system: System, truth: Truth) -> dict[str, float]:
@@ -338,6 +348,9 @@ def _earl_release(system: System) -> dict[str, float]:
     return metric.compute()
 
 
+# Scores of single queries
+
+
 def _query_scores(system: System, truth: Truth) -> list[QueryScore]:
     scores = []
     for query, result in zip(system.queries, system.results, strict=True):
@@ -397,6 +410,7 @@ def _breakdowns(
 
 
 def _scores_of_part(scores: list[QueryScore], results: list[QueryResult]) -> dict[str, float]:
+    # Grounding, but not by group: a breakdown has groups of its own
     grounding = GroundingMetrics()
     for result in results:
         grounding.add(result)

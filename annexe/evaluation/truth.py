@@ -28,14 +28,16 @@ class LabeledDataset(Protocol):
         split: name of the split.
         stems: names of its images.
         has_text: whether analyses and answers are scored.
-        answer_format: ``sentence`` or ``phrases``, or None where answers are not scored.
     """
 
     root: Path
     split: str
     stems: list[str]
     has_text: bool
-    answer_format: str | None
+
+    @property
+    def answer_format(self) -> str | None:
+        """``sentence`` or ``phrases``; None where answers are not scored."""
 
     @property
     def annotations(self) -> Sequence[list[Annotation]]:

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import math
+import sys
+from typing import Annotated, TypedDict
 
 import numpy as np
+from msgspec import Meta
 
 # The fit may extrapolate far: a predicted distance is at most this often the largest true one
 MAX_DISTANCE_FACTOR = 10
 DELTA1_RATIO = 1.25
 
+_Sum = Annotated[float, Meta(ge=0, le=sys.float_info.max)]  # finite
 
-def depth_errors(disparity: np.ndarray, distance: np.ndarray) -> dict[str, float] | None:
+
+class DepthSums(TypedDict):
+    """Sums of the depth errors of one image, over its valid pixels."""
+
+    num_valid: Annotated[int, Meta(ge=1)]
+    sum_absolute_normalised: _Sum  # both maps scaled to 0..1
+    sum_absolute_relative: _Sum
+    sum_squared: _Sum  # unit of distance, squared
+    num_delta1: Annotated[int, Meta(ge=0)]
+
+
+def depth_errors(disparity: np.ndarray, distance: np.ndarray) -> DepthSums | None:
     """Returns the error sums of one image, plain numbers for `DepthMetrics.update`.
 
     The disparity is fitted to the inverse distance by least squares (scale and shift, as in MiDaS,
@@ -23,10 +38,7 @@ def depth_errors(disparity: np.ndarray, distance: np.ndarray) -> dict[str, float
         distance: float[H, W], any unit; 0 where the sensor saw nothing.
 
     Returns:
-        The keys of `annexe.evaluation.records.DepthSums`: `num_valid`, `sum_absolute_normalised`
-        (both maps scaled to 0..1 over the valid pixels), `sum_absolute_relative`, `sum_squared`
-        (unit of distance, squared) and `num_delta1`. None if fewer than two pixels are valid, or
-        if all have the same distance.
+        None if fewer than two pixels are valid, or if all have the same distance.
     """
     valid = distance > 0
     true = distance[valid].astype(np.float64)  # [num_valid]
@@ -48,9 +60,9 @@ class DepthMetrics:
     """Depth errors over all valid pixels of all images; every pixel counts the same."""
 
     def __init__(self) -> None:
-        self.images: list[dict[str, float]] = []
+        self.images: list[DepthSums] = []
 
-    def update(self, sums: dict[str, float]) -> None:
+    def update(self, sums: DepthSums) -> None:
         """Adds one image, as returned by `depth_errors`."""
         self.images.append(sums)
 
@@ -62,17 +74,19 @@ class DepthMetrics:
         """Returns `mae` (of maps scaled to 0..1), `abs_rel`, `rmse` and `delta1`, if any image."""
         if not self.images:
             return {}
-        num_valid = self._total("num_valid")
-        return {
-            f"{prefix}/mae": self._total("sum_absolute_normalised") / num_valid,
-            f"{prefix}/abs_rel": self._total("sum_absolute_relative") / num_valid,
-            f"{prefix}/rmse": math.sqrt(self._total("sum_squared") / num_valid),
-            f"{prefix}/delta1": self._total("num_delta1") / num_valid,
-        }
 
-    def _total(self, name: str) -> float:
         # fsum rounds once, so the order of the images does not matter
-        return math.fsum(image[name] for image in self.images)
+        num_valid = sum(image["num_valid"] for image in self.images)
+        num_delta1 = sum(image["num_delta1"] for image in self.images)
+        absolute = math.fsum(image["sum_absolute_normalised"] for image in self.images)
+        relative = math.fsum(image["sum_absolute_relative"] for image in self.images)
+        squared = math.fsum(image["sum_squared"] for image in self.images)
+        return {
+            f"{prefix}/mae": absolute / num_valid,
+            f"{prefix}/abs_rel": relative / num_valid,
+            f"{prefix}/rmse": math.sqrt(squared / num_valid),
+            f"{prefix}/delta1": num_delta1 / num_valid,
+        }
 
 
 def _fit(disparity: np.ndarray, inverse_distance: np.ndarray) -> np.ndarray:

@@ -103,10 +103,13 @@ def class_pixels(query: QueryResult, num_pixels: int) -> np.ndarray:
     pixels[0] = num_pixels - union, num_pixels - intersection, num_pixels - query.num_true_pixels
 
     # Slots that the truth fills, and those that the prediction alone fills
+    for target in query.targets:
+        if target.slot + 1 < NUM_CLASSES:
+            pixels[target.slot + 1] = *target.overlap, True
     true_slots = {target.slot for target in query.targets}
-    for part in (*query.targets, *(mask for mask in query.masks if mask.slot not in true_slots)):
-        if part.slot + 1 < NUM_CLASSES:
-            pixels[part.slot + 1] = *part.overlap, part.slot in true_slots
+    for mask in query.masks:
+        if mask.slot not in true_slots and mask.slot + 1 < NUM_CLASSES:
+            pixels[mask.slot + 1] = *mask.overlap, False
     return pixels
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlencode
 
 from annexe.report.tables import Metrics
@@ -46,7 +47,7 @@ class _Block:
     """
 
     title: str
-    order: Callable[[str], object]
+    order: Callable[[str], Any]
     filter_of: Callable[[str], str]
 
 

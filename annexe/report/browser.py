@@ -108,11 +108,12 @@ def judge_all(
         masks = [mask.rle for mask in query.masks]
         job.queries.append((masks, set(annotation.slots.values()), score.iou))
 
+    # All queries, the worst first
     judged = spread(judge_queries, list(jobs.values()), num_workers, "judging")
     examples = []
     for of_image, judgements in zip(by_image.values(), judged, strict=True):
-        for query, judgement in zip(of_image, judgements, strict=True):
-            examples.append(Example(*query, judgement))
+        for (query, annotation, score), judgement in zip(of_image, judgements, strict=True):
+            examples.append(Example(query, annotation, score, judgement))
     return sorted(examples, key=lambda example: (example.score.iou, example.mix))
 
 
@@ -188,10 +189,13 @@ class Browser:
 
     def _make_pictures(self, num_workers: int) -> None:
         """Draw the photos of all queries that get pictures, and outline their masks."""
+        # A job for each photo
         by_stem: dict[str, list[int]] = {}
         for index in sorted(self.pictured):
             by_stem.setdefault(self.examples[index].score.image, []).append(index)
         jobs = [self._picture_job(stem, indices) for stem, indices in by_stem.items()]
+
+        # Outlines of all masks of a photo come in one list, query after query
         drawn = spread(make_pictures, jobs, num_workers, "drawing")
         for (stem, indices), pictures in zip(by_stem.items(), drawn, strict=True):
             self.pictures[stem] = pictures
@@ -282,6 +286,7 @@ class Browser:
                 lies_on = names.get(found, "an object that no query names")
             predicted.append([mask.slot, mask.phrase, mask.score, iou, lies_on, outline])
 
+        # Its targets
         true = []
         drawn = self.pictures[score.image].true if index in self.pictured else {}
         for slot, mask_id in slots.items():

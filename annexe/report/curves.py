@@ -53,6 +53,7 @@ class Panel:
 
 def read_curves(log: Path) -> dict[str, list[Panel]]:
     """Heading -> panels of a ``log.jsonl``; headings without any record are left out."""
+    # Lines by kind
     records: dict[str, list[dict[str, Any]]] = {"train": [], "validation": []}
     for line in log.read_text(encoding="utf-8").splitlines(keepends=True):
         if line.endswith("\n"):  # a running job may be writing the last one
@@ -84,10 +85,13 @@ def _panels(records: list[dict[str, Any]], names: dict[str, str], *, is_loss: bo
 
 def _panel(name: str, steps: np.ndarray, values: np.ndarray, *, is_loss: bool) -> Panel:
     """The curve of ``values`` over optimizer steps, both float64[num_records]."""
+    # What stands beside it
     note = f"{values[-1]:.3g}" if is_loss else f"{values[-1]:.3f} / {values.max():.3f}"
     span = f"steps {steps[0]:.0f} to {steps[-1]:.0f}"
     label = f"{name} over {span}, {'last' if is_loss else 'last / best'} {note}"
     is_log = is_loss and values.min() > 0 and values.max() > LOG_SCALE_RATIO * values.min()
+
+    # A mean for each of the points that there is room for
     steps = _thin(steps)
     values = _thin(values)
 
@@ -97,16 +101,19 @@ def _panel(name: str, steps: np.ndarray, values: np.ndarray, *, is_loss: bool) -
     x_positions = _scale(x_values, steps[0], steps[-1], LEFT, RIGHT)
 
     # Values, or their logarithms, from below to above
+    low = values.min()
+    high = values.max()
     if is_log:
-        y_values = _log_ticks(values.min(), values.max())
-        heights, tick_heights = (np.log10(each) for each in (values, y_values))
-        low, high = heights.min(), heights.max()
+        y_values = _log_ticks(low, high)
+        heights = np.log10([low, high, *values, *y_values])
     else:
-        low, high = min(0, values.min()), max(1.08 * values.max(), 1e-3)
-        y_values = tick_heights = _linear_ticks(low, high)
-        heights = values
-    points = list(zip(xs, _scale(heights, low, high, BOTTOM, TOP), strict=True))
-    y_positions = _scale(tick_heights, low, high, BOTTOM, TOP)
+        low = min(0, low)
+        high = max(1.08 * high, 1e-3)
+        y_values = _linear_ticks(low, high)
+        heights = np.array([low, high, *values, *y_values])
+    ys = _scale(heights, heights[0], heights[1], BOTTOM, TOP)[2:]
+    points = list(zip(xs, ys[: len(xs)], strict=True))
+    y_positions = ys[len(xs) :]
     return Panel(
         title=f"{name} (log scale)" if is_log else name,
         note=note,
@@ -116,6 +123,9 @@ def _panel(name: str, steps: np.ndarray, values: np.ndarray, *, is_loss: bool) -
         x_ticks=list(zip(x_positions, map(_step_text, x_values), strict=True)),
         y_ticks=list(zip(y_positions, map("{:g}".format, y_values), strict=True)),
     )
+
+
+# Scales and their ticks
 
 
 def _thin(values: np.ndarray) -> np.ndarray:
@@ -132,6 +142,7 @@ def _scale(values: Iterable[float], low: float, high: float, start: int, end: in
 
 def _linear_ticks(low: float, high: float) -> list[float]:
     """Round values from ``low`` to ``high``, at even steps."""
+    # The smallest round step that gives few enough
     magnitude = 10.0 ** math.floor(math.log10((high - low) / MAX_TICKS or 1))
     for factor in (1, 2, 2.5, 5, 10, 20):
         step = factor * magnitude

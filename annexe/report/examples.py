@@ -44,6 +44,7 @@ def choose(examples: list[Example], pictured: set[int], num_examples: int) -> li
         Indices in a fixed mixed order. Those of a kind stand at even steps from its lowest to its
         highest IoU.
     """
+    # Indices by kind, from the lowest to the highest IoU
     groups: dict[str, list[int]] = {kind: [] for kind in TARGET_KINDS}
     for index in sorted(pictured):
         groups[examples[index].score.target_kind].append(index)

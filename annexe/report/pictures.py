@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -18,7 +19,7 @@ from annexe.rle import Rle, decode
 
 PHOTO_WIDTH = 640
 OUTLINE_WIDTH = 1280
-WEBP = {"format": "WEBP", "quality": 72, "method": 2}
+WEBP: dict[str, Any] = {"format": "WEBP", "quality": 72, "method": 2}
 # A ragged outline is simplified, by one tolerance after the other, until it has few enough points
 MAX_POINTS = 400
 TOLERANCES = (1, 2, 4, 8, 16)  # units of the grid
@@ -69,10 +70,13 @@ def make_pictures(job: PictureJob) -> Pictures:
     Raises:
         UserError: a file cannot be read.
     """
+    # The photo
     photo = read_image(job.photo, "RGB", at_least=PHOTO_WIDTH // 2)
     height = max(round(photo.height * PHOTO_WIDTH / photo.width), 1)
     small = photo.resize((PHOTO_WIDTH, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
     small.save(job.target.with_name(f"{job.target.name}.webp"), **WEBP)
+
+    # Depth and outlines
     ids = read_id_map(job.ids)
     depth = color_depth(np.asarray(read_image(job.depth))) if job.depth else None
     if depth:
@@ -94,12 +98,16 @@ def outline(mask: np.ndarray) -> str:
         return ""
     contours = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)[0]
     scale = OUTLINE_WIDTH / mask.shape[1]
+
+    # Simplified until there are few enough points
     for tolerance in TOLERANCES:
         lines = []
         for contour in contours:
             lines.append(cv2.approxPolyDP(contour, tolerance / scale, closed=True)[:, 0])
         if sum(map(len, lines)) <= MAX_POINTS:
             break
+
+    # The largest parts as a path
     path = []
     for line in sorted(lines, key=cv2.contourArea, reverse=True)[:MAX_PARTS]:
         points = ((line + 0.5) * scale).round().astype(int)
@@ -119,6 +127,7 @@ def color_depth(distance: np.ndarray) -> tuple[Image.Image, tuple[float, float]]
         The picture, half as wide as a photo, and the distances at both ends of its colors. None
         where all is invalid.
     """
+    # A small map, without mixing measured and unmeasured pixels
     width = PHOTO_WIDTH // 2
     height = max(round(distance.shape[0] * PHOTO_WIDTH / 2 / distance.shape[1]), 1)
     distance = cv2.resize(

@@ -218,6 +218,9 @@ class Bar:
     baseline: float | None
 
 
+# From metrics to rows
+
+
 def columns(metrics: Metrics) -> list[Column]:
     """The model, the baselines that were measured, then the subsets."""
     standard = metrics["standard"]
@@ -273,14 +276,16 @@ def bars(metrics: Metrics) -> list[Bar]:
 
 def _row(metric: Metric, all_columns: list[Column], interval: list[float] | None) -> Row:
     # Baselines that do as well as the model or better
-    model_value = all_columns[0].values.get(metric.key)
+    model_value: Any = all_columns[0].values.get(metric.key)
     not_above = []
     for column in all_columns:
-        value = column.values.get(metric.key)
-        comparable = column.kind == "baseline" and None not in (model_value, value)
-        if comparable and not metric.won_by_default and not metric.beats(model_value, value):
+        value: Any = column.values.get(metric.key)
+        if column.kind != "baseline" or metric.won_by_default:
+            continue
+        if None not in (model_value, value) and not metric.beats(model_value, value):
             not_above.append(column.name)
 
+    # A cell for each column
     cells = []
     for column in all_columns:
         value = column.values.get(metric.key)
@@ -293,8 +298,10 @@ def _row(metric: Metric, all_columns: list[Column], interval: list[float] | None
 
 def _with_mean(values: Metrics) -> Metrics:
     """The metrics with the mean of T-acc and N-acc, where both are."""
-    both = [values.get("grounding/t_acc"), values.get("grounding/n_acc")]
-    return values if None in both else values | {MEAN_ACCURACY: sum(both) / 2}
+    if "grounding/t_acc" not in values or "grounding/n_acc" not in values:
+        return values
+    mean = (values["grounding/t_acc"] + values["grounding/n_acc"]) / 2
+    return values | {MEAN_ACCURACY: mean}
 
 
 def _num_queries(values: Metrics) -> str:

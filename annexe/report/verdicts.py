@@ -65,6 +65,7 @@ def judge(
         objects: id -> mask, of everything in the photo's id map.
         iou: of the union of its masks with the union of its targets.
     """
+    # What each mask lies on; masks without a pixel do not count
     targets = targets & objects.keys()
     found = tuple(_object_under(mask, objects) for mask in predicted)
     masks = []
@@ -74,6 +75,7 @@ def judge(
             masks.append(mask)
             hit.add(mask_id)
 
+    # The first verdict that fits
     if not masks:
         return Judgement("missed" if targets else "correctly rejected", found)
     if not targets:
@@ -89,10 +91,13 @@ def judge(
 
 def _object_under(mask: Rle, objects: dict[int, Rle]) -> int | None:
     """Id of the object that has most pixels of the mask, if the two agree at all."""
+    # The object with most of its pixels
     shared = {mask_id: _shared(mask, other) for mask_id, other in objects.items()}
     if not any(shared.values()):
         return None
     best = max(shared, key=shared.__getitem__)
+
+    # It lies there only if the two agree
     union = int(coco_mask.area(mask)) + int(coco_mask.area(objects[best])) - shared[best]
     return best if shared[best] >= FOUND_IOU * union else None
 

@@ -7,7 +7,7 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,9 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     # Row by row
     is_table = path.suffix == ".tsv"
     csv.field_size_limit(sys.maxsize)
-    rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if is_table else lines
+    rows: Iterable[Any] = lines
+    if is_table:
+        rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
     for line_number, line in enumerate(rows, start=2 if is_table else 1):
         where = f"'{path}', line {line_number}"
         try:
@@ -186,11 +188,11 @@ def read_mask(path: Path) -> Rle:
         UserError: the file is no image.
     """
     image = read_image(path)
-    pixels = np.asarray(image)
-    if pixels.ndim == 3:
+    inside = np.asarray(image) > 0
+    if inside.ndim == 3:
         num_colors = len(image.getbands()) - ("A" in image.getbands())
-        pixels = pixels[..., :num_colors].any(axis=2)
-    return encode(pixels > 0)
+        inside = np.any(inside[..., :num_colors], axis=2)
+    return encode(inside)
 
 
 def _typed(row: dict[str, str]) -> dict[str, Any]:

@@ -41,6 +41,8 @@ _OPACITY = 0.42  # of a mask
 _FONT_SIZE = 26
 _GAP = 10  # around lines of text
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", metavar="run", help="run folder, or one of its checkpoints")
@@ -79,9 +81,9 @@ def run(arguments: argparse.Namespace) -> None:
     checkpoint = require_checkpoint(arguments.run_folder, "best")
     options = [f"run.output_dir={out}", *_SIMPLE, *arguments.options]
     config = load_config(checkpoint / "config.yaml", options)
-    config = replace(config, model=without_sources(config.model, checkpoint))
+    config = replace(config, model=without_sources(config.require_model(), checkpoint))
     (data,) = config.datasets.values()
-    image_size = config.model["rgb_encoder"]["image_size"]
+    image_size = config.require_model()["rgb_encoder"]["image_size"]
     photos = Photos(files, arguments.ask, image_size, data.get("answer_format"))
     make_folder(out)
 
@@ -211,15 +213,13 @@ def _tinted(pixels: np.ndarray, mask: np.ndarray, color: str) -> np.ndarray:
     return cv2.drawContours(np.ascontiguousarray(tinted), outlines, -1, rgb, 2, cv2.LINE_AA)
 
 
-def _caption(
-    record: QueryRecord, width: int, font: ImageFont.FreeTypeFont
-) -> Iterator[tuple[str, str | None]]:
+def _caption(record: QueryRecord, width: int, font: Font) -> Iterator[tuple[str, str | None]]:
     """Lines of text below a picture, at most ``width`` pixels wide.
 
     Yields:
         A line, and the color of the mask where the line begins with its name.
     """
-    for text in (record.query, record.answer):
+    for text in (record.query or "", record.answer):
         for line in _wrapped(text, width, font):
             yield line, None
     for mask in record.masks:
@@ -230,7 +230,7 @@ def _caption(
             yield line, None
 
 
-def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
+def _wrapped(text: str, width: int, font: Font) -> list[str]:
     """A text in lines of at most ``width`` pixels; a longer word has a line of its own."""
     lines = [""]
     for word in text.split():
