@@ -1,4 +1,4 @@
-"""`annexe ablate`: real tiny runs, what is done again and what is not, failures, interrupts, wrong files, the table."""
+"""`annexe ablate`: tiny runs, what is run again and what is not, failures, wrong files, table."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ import pytest
 import yaml
 
 from annexe import cli
-from annexe.ablation.rows import METRICS, read_ablation, runs_of
+from annexe.ablation import queue
+from annexe.ablation.rows import EVALUATE, METRICS, TRAIN, read_ablation, runs_of
 from annexe.build import build_component, load_config
 from annexe.config import as_dict
-from annexe.tools import ablate
-from annexe.tools.ablate import EVALUATE, TRAIN
 from annexe.trainer import Trainer
 from tests.conftest import ROOT, SMALLEST, TINY
 
@@ -33,7 +32,10 @@ GROUNDING = ROOT / "train_configs" / "grounding_ablation.yaml"
 
 @pytest.fixture
 def annexe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable:
-    """Runs `annexe ablate` in this process, at the top of the repository; gives exit code, output and errors."""
+    """Runs `annexe ablate` in this process, at the top of the repository.
+
+    Gives exit code, output and errors.
+    """
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
@@ -52,7 +54,10 @@ def annexe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
 @pytest.fixture
 def rows(tmp_path: Path, scenes: Path) -> Callable[..., Path]:
-    """Writes a file of rows: two that train, one that evaluates the first of them anew; ``changes`` stand over it."""
+    """Writes a file of rows: two that train, and one that evaluates the first of them again.
+
+    ``changes`` are put over it; None removes an entry.
+    """
     short = ("run.max_steps=2", "run.warmup_steps=0", "run.checkpoint_every=1")
     content = {
         "config": str(TINY),
@@ -72,19 +77,19 @@ def rows(tmp_path: Path, scenes: Path) -> Callable[..., Path]:
 
     def write(**changes: object) -> Path:
         path = tmp_path / "rows.yaml"
-        path.write_text(
-            yaml.safe_dump({k: v for k, v in (content | changes).items() if v is not None})
-        )
+        entries = {k: v for k, v in (content | changes).items() if v is not None}
+        path.write_text(yaml.safe_dump(entries))
         return path
 
     return write
 
 
 class InThisProcess:
-    """In place of `subprocess.Popen`: runs a script with its command line, without a new interpreter."""
+    """In place of `subprocess.Popen`: runs a script with its command line in this process."""
 
     def __init__(self, command: list[str], stdout: TextIO, **_: object) -> None:
-        sys.argv, self.code = command[1:], 0
+        sys.argv = command[1:]
+        self.code = 0
         try:
             runpy.run_path(command[1], run_name="__main__")
         except RuntimeError as error:
@@ -95,120 +100,140 @@ class InThisProcess:
 
 
 def test_rows_and_seeds_are_trained_evaluated_and_continued(annexe, rows, tmp_path, monkeypatch):
-    out, file = tmp_path / "out", rows()
     streams = {"DEVNULL": subprocess.DEVNULL, "STDOUT": subprocess.STDOUT}
-    monkeypatch.setattr(ablate, "subprocess", SimpleNamespace(Popen=InThisProcess, **streams))
-    monkeypatch.setattr(
-        "annexe.evaluator.write_report", lambda *_, **__: None
-    )  # takes the most time
-    code, printed, errors = annexe(
-        file, "--out", out, "--rows", "refusing"
-    )  # its base is trained along
+    children = SimpleNamespace(Popen=InThisProcess, **streams)
+    monkeypatch.setattr(queue, "subprocess", children)
+    # It takes most of the time
+    monkeypatch.setattr("annexe.evaluator.write_report", lambda *_, **__: None)
+    out = tmp_path / "out"
+    file = rows()
+
+    # A row that shares a training has it trained along
+    code, printed, errors = annexe(file, "--out", out, "--rows", "refusing")
     assert code is None, printed + errors
-    assert (
-        "1 of 1: refusing, seed 0 is finished" in printed
-        and not (out / "default/seed-0/eval").exists()
-    )
-    assert (
-        (out / "default/seed-0/output.txt").read_text().startswith("$ python train.py --cfg-path")
-    )
+    assert "1 of 1: refusing, seed 0 is finished" in printed
+    assert not (out / "default/seed-0/eval").exists()
+    output = (out / "default/seed-0/output.txt").read_text()
+    assert output.startswith("$ python train.py --cfg-path")
     assert [path.name.partition("-")[0] for path in (out / "cache").iterdir()] == ["pixels"]
     first_log = (out / "default/seed-0/log.jsonl").read_text()
-    save, ended = Trainer.save, []
 
-    def save_and_die(trainer: Trainer) -> None:
-        save(trainer)
-        if trainer.output.parent.name == "one-layer" and trainer.run.seed == 1 and not ended:
-            ended.append(trainer)
-            raise RuntimeError("lightning struck")
-
-    monkeypatch.setattr(Trainer, "save", save_and_die)
+    # A failure stops no other run, and what is finished is not trained again
+    strike_once(monkeypatch)
     code, printed, _ = annexe(file, "--out", out, "--seeds", 0, 1)
-    assert code == 1 and "1 of 6 runs are finished already" in printed
-    assert (
-        "one-layer, seed 1 FAILED" in printed
-        and "lightning struck" in printed
-        and "refusing, seed 1 is" in printed
-    )
+    assert code == 1
+    assert "1 of 6 runs are finished already" in printed
+    assert "one-layer, seed 1 FAILED" in printed
+    assert "lightning struck" in printed
+    assert "refusing, seed 1 is" in printed
     record = json.loads((out / "table.json").read_text())
     assert [row["seeds"] for row in record["rows"].values()] == [[0, 1], [0], [0, 1]]
-    assert (out / "default/seed-0/log.jsonl").read_text() == first_log  # not trained again
+    assert (out / "default/seed-0/log.jsonl").read_text() == first_log
 
-    lines = (out / "one-layer/seed-1/log.jsonl").read_text().splitlines()
+    # The failed run goes on behind its first step
+    log = out / "one-layer/seed-1/log.jsonl"
+    before = log.read_text().splitlines()
     code, printed, _ = annexe(file, "--out", out, "--seeds", 1, "--rows", "one-layer")
-    assert code is None and "1 of 1: one-layer, seed 1 is finished" in printed
-    after = (out / "one-layer/seed-1/log.jsonl").read_text().splitlines()
-    assert (
-        len(lines) == 1 and len(after) == 2 and after[0] == lines[0]
-    )  # it went on behind its first step
+    assert code is None
+    assert "1 of 1: one-layer, seed 1 is finished" in printed
+    after = log.read_text().splitlines()
+    assert len(before) == 1
+    assert len(after) == 2
+    assert after[0] == before[0]
     check_table(out)
     check_refusals(annexe, rows, out)
 
 
+def strike_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the training of row one-layer, seed 1, fail behind its first checkpoint, once."""
+    save = Trainer.save
+    struck = []
+
+    def save_and_die(trainer: Trainer) -> None:
+        save(trainer)
+        is_row = trainer.output.parent.name == "one-layer"
+        if is_row and trainer.run.seed == 1 and not struck:
+            struck.append(trainer)
+            raise RuntimeError("lightning struck")
+
+    monkeypatch.setattr(Trainer, "save", save_and_die)
+
+
 def check_table(out: Path) -> None:
-    """The whole table, also after a call for one row: means, spreads, times, commands."""
-    record, page = json.loads((out / "table.json").read_text()), (out / "table.md").read_text()
+    """The full table, also after a call for one row: means, spreads, times, commands."""
+    record = json.loads((out / "table.json").read_text())
+    page = (out / "table.md").read_text()
     assert list(record["rows"]) == ["default", "one-layer", "refusing"]
     for name, row in record["rows"].items():
-        assert row["seeds"] == [0, 1] and row["steps"] == 2 and row["evaluated_steps"] == [2, 2]
-        assert 0 < row["minutes"] < 5 and row["gpu_memory"] is None
-        scores = [
-            json.loads((out / name / f"seed-{s}" / "eval/metrics.json").read_text()) for s in (0, 1)
-        ]
-        first, second = (own["subsets"]["unseen_pairs"]["grounding/ciou"] for own in scores)
-        expected = {
+        assert row["seeds"] == [0, 1]
+        assert row["steps"] == 2
+        assert row["evaluated_steps"] == [2, 2]
+        assert 0 < row["minutes"] < 5
+        assert row["gpu_memory"] is None
+        assert f"# {name}: {row['note']}\n{row['train']}\n{row['evaluate']}\n" in page
+
+        # Scores over both seeds
+        scores = []
+        for seed in (0, 1):
+            path = out / name / f"seed-{seed}" / "eval" / "metrics.json"
+            scores.append(json.loads(path.read_text()))
+        first, second = (score["subsets"]["unseen_pairs"]["grounding/ciou"] for score in scores)
+        assert row["metrics"]["unseen_pairs:grounding/ciou"] == {
             "mean": (first + second) / 2,
             "spread": abs(first - second) / 2,
             "values": [first, second],
         }
-        assert row["metrics"]["unseen_pairs:grounding/ciou"] == expected
-        assert row["metrics"]["grounding/ciou"]["values"] == [
-            own["standard"]["grounding/ciou"] for own in scores
-        ]
-        assert {
-            key for key in scores[0]["standard"] if "num_" not in key and "/miou/" not in key
-        } <= METRICS
-        assert f"# {name}: {row['note']}\n{row['train']}\n{row['evaluate']}\n" in page
-    assert (
-        "| row | grounding/ciou | grounding/n_acc | unseen_pairs:grounding/ciou | seeds | minutes | GB |"
-        in page
-    )
+        standard = [score["standard"] for score in scores]
+        values = [metrics["grounding/ciou"] for metrics in standard]
+        assert row["metrics"]["grounding/ciou"]["values"] == values
+        keys = {key for key in standard[0] if "num_" not in key and "/miou/" not in key}
+        assert keys <= METRICS
+    headers = "| row | grounding/ciou | grounding/n_acc | unseen_pairs:grounding/ciou |"
+    assert f"{headers} seeds | minutes | GB |" in page
     assert "| refusing | 0.000 ± 0.000 | 1.000 ± 0.000 |" in page
 
 
 def check_refusals(annexe: Callable, rows: Callable[..., Path], out: Path) -> None:
-    """Finished runs are not mixed with those of other settings, be they options or lines of the recipe."""
-    code, _, errors = annexe(
-        rows(rows={"default": {"options": ["run.learning_rate=5e-4"]}}), "--out", out
-    )
-    assert (
-        code == 2 and "differ in run.learning_rate=5e-4;" in errors and "default/seed-0'" in errors
-    )
+    """Finished runs are not mixed with those of other settings, be they options or recipe lines."""
+    other_rate = {"default": {"options": ["run.learning_rate=5e-4"]}}
+    code, _, errors = annexe(rows(rows=other_rate), "--out", out)
+    assert code == 2
+    assert "differ in run.learning_rate=5e-4;" in errors
+    assert "default/seed-0'" in errors
+
     code, _, errors = annexe(rows(), "--out", out, "--evaluation-options", "run.max_new_tokens=5")
-    assert code == 2 and "differ in run.max_new_tokens=5;" in errors and "seed-0/eval'" in errors
-    code, printed, _ = annexe(
-        rows(), "--out", out, "--evaluation-options", "run.num_workers=1", "--seeds", 1
-    )
-    assert code is None and "3 of 3 runs are finished already" in printed
+    assert code == 2
+    assert "differ in run.max_new_tokens=5;" in errors
+    assert "seed-0/eval'" in errors
+
+    # Workers make no difference
+    workers = ("--evaluation-options", "run.num_workers=1")
+    code, printed, _ = annexe(rows(), "--out", out, *workers, "--seeds", 1)
+    assert code is None
+    assert "3 of 3 runs are finished already" in printed
+
     saved = out / "one-layer" / "seed-0" / "ablation.json"
     saved.write_text(saved.read_text().replace("warmup_steps: ", "warmup_steps: 1"))
     code, _, errors = annexe(rows(), "--out", out)
-    assert code == 2 and "differ in warmup_steps: " in errors and "one-layer/seed-0'" in errors
+    assert code == 2
+    assert "differ in warmup_steps: " in errors
+    assert "one-layer/seed-0'" in errors
 
 
 STAND_IN = """
 import json, os, pathlib, sys, time
-given = dict(option.split("=", 1) for option in sys.argv[sys.argv.index("--options") + 1 :])
-out = pathlib.Path(given["run.output_dir"])
+options = dict(option.split("=", 1) for option in sys.argv[sys.argv.index("--options") + 1 :])
+out = pathlib.Path(options["run.output_dir"])
 (out / "device.txt").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "none"))
 (out / "pid.txt").write_text(str(os.getpid()))
-if given.get("model.patches_per_token") == "2":
-    sys.exit("merge 2 is broken")
+if options.get("model.patches_per_token") == "2":
+    sys.exit("two patches are broken")
 began = time.monotonic()
-time.sleep(float(given.get("run.learning_rate", 0)))
+time.sleep(float(options.get("run.learning_rate", 0)))
 (out / "times.txt").write_text(f"{began} {time.monotonic()}")
 if "eval_scripts" in sys.argv[0]:
-    (out / "metrics.json").write_text(json.dumps({"standard": {}, "subsets": {}, "meta": {"step": 2}}))
+    metrics = {"standard": {}, "subsets": {}, "meta": {"step": 2}}
+    (out / "metrics.json").write_text(json.dumps(metrics))
 """
 
 
@@ -221,66 +246,87 @@ def stand_ins(annexe: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path / "top")
 
 
-def with_merge(*values: int, seconds: float) -> dict[str, dict[str, list[str]]]:
-    return {
-        f"merge-{m}": {"options": [f"model.patches_per_token={m}", f"run.learning_rate={seconds}"]}
-        for m in values
-    }
+def rows_of_patches(*values: int, seconds: float) -> dict[str, dict[str, list[str]]]:
+    """Rows ``patches-N``, each of which pretends to work for some seconds."""
+    found = {}
+    for value in values:
+        options = [f"model.patches_per_token={value}", f"run.learning_rate={seconds}"]
+        found[f"patches-{value}"] = {"options": options}
+    return found
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("stand_ins")
 def test_runs_spread_over_gpus_and_failures_stop_no_other(annexe, rows, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6,7")
-    file, out = rows(rows=with_merge(1, 2, 3, 4, seconds=1)), tmp_path / "out"
+    file = rows(rows=rows_of_patches(1, 2, 3, 4, seconds=1))
+    out = tmp_path / "out"
     code, printed, _ = annexe(
         file, "--out", out, "--seeds", 0, 1, "--gpus", 0, 2, "--jobs-per-gpu", 2
     )
+    assert code == 1
+
+    # Two on each of two GPUs
     times = [tuple(map(float, path.read_text().split())) for path in out.glob("*/seed-?/times.txt")]
-    at_once = [sum(began <= moment < ended for began, ended in times) for moment, _ in times]
-    assert code == 1 and len(times) == 6 and 2 <= max(at_once) <= 4
-    assert printed.count("merge 2 is broken") == 2 and printed.count("is finished: ") == 6
-    (failed,) = (line for line in printed.splitlines() if line.startswith("failed: "))
-    assert "merge-2, seed 0" in failed and "merge-2, seed 1" in failed and "merge-1" not in failed
+    num_at_once = []
+    for moment, _ in times:
+        num_at_once.append(sum(began <= moment < ended for began, ended in times))
+    assert len(times) == 6
+    assert 2 <= max(num_at_once) <= 4
     assert {path.read_text() for path in out.glob("*/seed-?/device.txt")} == {"5", "7"}
-    assert "| merge-1 | – | – | – | 2 | – | – |" in (out / "table.md").read_text()
+
+    # What failed is named
+    assert printed.count("two patches are broken") == 2
+    assert printed.count("is finished: ") == 6
+    (failed,) = (line for line in printed.splitlines() if line.startswith("failed: "))
+    assert "patches-2, seed 0" in failed
+    assert "patches-2, seed 1" in failed
+    assert "patches-1" not in failed
+    assert "| patches-1 | – | – | – | 2 | – | – |" in (out / "table.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("stand_ins")
 def test_an_interrupt_ends_the_children_and_the_same_command_goes_on(
     annexe, rows, tmp_path, request
 ):
-    before = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell's background job ignores it
+    # A shell's background job ignores interrupts
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
-    file, out = rows(rows=with_merge(1, 3, seconds=60)), tmp_path / "out"
-    pid = out / "merge-1" / "seed-0" / "pid.txt"
+    file = rows(rows=rows_of_patches(1, 3, seconds=60))
+    out = tmp_path / "out"
+    pid = out / "patches-1" / "seed-0" / "pid.txt"
 
-    def stop() -> None:
+    def interrupt() -> None:
         while not (pid.is_file() and pid.read_text()):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=stop).start()
+    threading.Thread(target=interrupt).start()
     code, printed, _ = annexe(file, "--out", out)
-    assert code == 130 and "the same command goes on" in printed and "FAILED" not in printed
+    assert code == 130
+    assert "the same command goes on" in printed
+    assert "FAILED" not in printed
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
-    assert not (out / "merge-3").exists()
+    assert not (out / "patches-3").exists()
+
     (tmp_path / "top" / TRAIN).write_text("")
     code, printed, _ = annexe(file, "--out", out)
-    assert code is None and "2 of 2: merge-3, seed 0 is finished" in printed
+    assert code is None
+    assert "2 of 2: patches-3, seed 0 is finished" in printed
 
 
 def test_a_dry_run_prints_commands_and_makes_nothing(annexe, rows, tmp_path):
-    given = (rows(), "--out", tmp_path / "out", "--seeds", 0, 1, "--dry-run")
-    code, printed, _ = annexe(*given, "--options", "run.max_steps=7")
+    words = (rows(), "--out", tmp_path / "out", "--seeds", 0, 1, "--dry-run")
+    code, printed, _ = annexe(*words, "--options", "run.max_steps=7")
     lines = printed.splitlines()
-    assert code is None and len(lines) == 4 + 6 and not (tmp_path / "out").exists()
-    assert {line.partition(" --")[0] for line in lines} == {
-        f"python {name}" for name in (TRAIN, EVALUATE)
-    }
+    assert code is None
+    assert len(lines) == 4 + 6
+    assert not (tmp_path / "out").exists()
+    scripts = {line.partition(" --")[0] for line in lines}
+    assert scripts == {f"python {TRAIN}", f"python {EVALUATE}"}
     trainings = [line for line in lines if line.startswith("python train.py")]
     assert all("run.max_steps=7" in line and "run.resume=auto" in line for line in trainings)
     assert ["run.seed=0" in line for line in trainings] == [True, True, False, False]
@@ -288,24 +334,16 @@ def test_a_dry_run_prints_commands_and_makes_nothing(annexe, rows, tmp_path):
 
 def test_settings_that_only_other_rows_refuse_are_taken(annexe, rows, tmp_path):
     both = {"default": None, "deconv": {"options": ["model.pixel_decoder={type: deconv}"]}}
-    setting = "model.pixel_decoder.mask_scale=4"
-    given = (
-        rows(rows=both, options=[]),
-        "--out",
-        tmp_path / "out",
-        "--dry-run",
-        "--options",
-        setting,
-    )
-    code, printed, _ = annexe(*given, "--rows", "default")
-    assert code is None and len(printed.splitlines()) == 2
-    code, _, errors = annexe(*given)
-    assert (
-        code == 2
-        and "row 'deconv'" in errors
-        and "'mask_scale'" in errors
-        and len(errors.splitlines()) == 1
-    )
+    words = (rows(rows=both, options=[]), "--out", tmp_path / "out", "--dry-run")
+    words += ("--options", "model.pixel_decoder.masked_attention=true")
+    code, printed, _ = annexe(*words, "--rows", "default")
+    assert code is None
+    assert len(printed.splitlines()) == 2
+    code, _, errors = annexe(*words)
+    assert code == 2
+    assert "row 'deconv'" in errors
+    assert "'masked_attention'" in errors
+    assert len(errors.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -343,40 +381,51 @@ def test_settings_that_only_other_rows_refuse_are_taken(annexe, rows, tmp_path):
 )
 def test_wrong_files_end_in_one_line(changes, parts, annexe, rows, tmp_path):
     code, _, errors = annexe(rows(**changes), "--out", tmp_path / "out")
-    assert code == 2 and len(errors.splitlines()) == 1 and all(part in errors for part in parts), (
-        errors
-    )
+    assert code == 2, errors
+    assert len(errors.splitlines()) == 1, errors
+    assert all(part in errors for part in parts), errors
     assert not (tmp_path / "out").exists()
 
 
-def test_wrong_arguments_end_in_one_line(annexe, rows, tmp_path, monkeypatch):
-    given = (rows(), "--out", tmp_path / "out")
-    for words, part in (
-        ((tmp_path / "none.yaml", *given[1:]), "no file of rows"),
-        ((*given, "--rows", "one_layer"), "Did you mean 'one-layer'"),
-        ((*given, "--gpus", 0), "0 CUDA devices"),
-        ((*given, "--seeds", 0, -1), "--seeds"),
-        ((*given, "--options", "model.pixel_decoder.num_rows=4"), "row 'default': unknown setting"),
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (("--rows", "one_layer"), "Did you mean 'one-layer'"),
+        (("--gpus", 0), "0 CUDA devices"),
+        (("--seeds", 0, -1), "--seeds"),
+        (("--options", "model.pixel_decoder.num_rows=4"), "row 'default': unknown setting"),
         (
-            (*given, "--options", "datasets.ego_irgbench.data_root=nowhere"),
+            ("--options", "datasets.ego_irgbench.data_root=nowhere"),
             "no data root 'nowhere'",
         ),
-    ):
-        code, _, errors = annexe(*words)
-        assert code == 2 and part in errors and len(errors.splitlines()) == 1, errors
+    ],
+)
+def test_wrong_arguments_end_in_one_line(words, part, annexe, rows, tmp_path):
+    code, _, errors = annexe(rows(), "--out", tmp_path / "out", *words)
+    assert code == 2, errors
+    assert part in errors
+    assert len(errors.splitlines()) == 1, errors
+
+
+def test_files_that_are_not_there_are_named(annexe, rows, tmp_path, monkeypatch):
+    code, _, errors = annexe(tmp_path / "none.yaml", "--out", tmp_path / "out")
+    assert code == 2
+    assert "no file of rows" in errors
     monkeypatch.chdir(tmp_path)
-    code, _, errors = annexe(*given)
-    assert code == 2 and "change to the top folder" in errors
+    code, _, errors = annexe(rows(), "--out", tmp_path / "out")
+    assert code == 2
+    assert "change to the top folder" in errors
 
 
 def test_the_grounding_ablation_fits_the_recipe(monkeypatch):
+    """Every row has a note, and differs from the default and from every other."""
     monkeypatch.chdir(ROOT)
-    ablation, seen = read_ablation(GROUNDING), []
+    ablation = read_ablation(GROUNDING)
+    seen = []
     for name, row in ablation.rows.items():
-        assert row.note and runs_of(ablation, Path("out"), name, [0])
+        assert row.note
+        assert runs_of(ablation, Path("out"), name, [0])
         config = load_config(ablation.config, [*row.options, *row.evaluation_options])
         build_component("pixel_decoder", config.model["pixel_decoder"], 8, 8, 8, 16)
-        assert as_dict(config) not in seen, (
-            name
-        )  # each differs from the default and from every other
+        assert as_dict(config) not in seen, name
         seen.append(as_dict(config))

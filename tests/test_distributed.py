@@ -22,13 +22,20 @@ from annexe.trainer import train
 from tests.conftest import ROOT, SMALLEST, TINY, assert_same_but_for_rounding
 from tests.test_training import COMPARABLE, gradients_of_first_step, lines_of_log
 
+pytestmark = pytest.mark.slow  # every test starts processes
+
 
 def in_process(rank: int, world_size: int, port: int, work, arguments: tuple) -> None:
     """What each spawned process runs; the environment is torchrun's."""
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="localhost", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
-    )  # fmt: skip
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="localhost",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
     torch.set_num_threads(1)
     work(*arguments)
     if torch.distributed.is_initialized():
@@ -44,60 +51,61 @@ def run_distributed(work, *arguments, world_size: int = 2) -> None:
 
 
 def save_gradients(config, path: Path) -> None:
-    taken = gradients_of_first_step(config)
+    gradients = gradients_of_first_step(config)
     if os.environ["RANK"] == "0":
-        torch.save(taken, path)
+        torch.save(gradients, path)
 
 
 def test_gradients_equal_those_of_one_process(make_config, tmp_path):
-    alone = gradients_of_first_step(
-        make_config(*COMPARABLE, "run.batch_size=4", f"run.output_dir={tmp_path / 'one'}")
-    )
-    config = make_config(*COMPARABLE, "run.batch_size=2", f"run.output_dir={tmp_path / 'two'}")
-    run_distributed(save_gradients, config, tmp_path / "gradients.pt")
-    assert_same_but_for_rounding(torch.load(tmp_path / "gradients.pt", weights_only=True), alone)
+    one = make_config(*COMPARABLE, "run.batch_size=4", f"run.output_dir={tmp_path / 'one'}")
+    two = make_config(*COMPARABLE, "run.batch_size=2", f"run.output_dir={tmp_path / 'two'}")
+    expected = gradients_of_first_step(one)
+    run_distributed(save_gradients, two, tmp_path / "gradients.pt")
+    gradients = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    assert_same_but_for_rounding(gradients, expected)
 
 
 @pytest.fixture
-def trained(make_config, tmp_path) -> Path:
+def trained_by_two(make_config, tmp_path) -> Path:
     """A run of two steps by two processes, validation included."""
+    folder = tmp_path / "trained"
     config = make_config(
         "run.max_steps=2",
         "run.validate_every=2",
         "run.validation_images=3",
-        f"run.output_dir={tmp_path / 'trained'}",
+        f"run.output_dir={folder}",
     )
     run_distributed(train, config)
-    return tmp_path / "trained"
+    return folder
 
 
-def test_evaluation_files_equal_those_of_one_process(trained, make_config, tmp_path):
+def test_evaluation_files_equal_those_of_one_process(trained_by_two, make_config, tmp_path):
     """Five images in batches of two: sizes that do not divide, so padding or repeats would show."""
-    lines = (trained / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 2], (
-        "only one rank may write the log"
-    )
+    # Only one rank writes the log
+    lines = (trained_by_two / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 2]
 
-    def config(name):
-        return make_config(
-            f"run.checkpoint={trained}", f"run.output_dir={tmp_path / name}", "run.batch_size=2"
+    for name in ("one", "two"):
+        config = make_config(
+            f"run.checkpoint={trained_by_two}",
+            f"run.output_dir={tmp_path / name}",
+            "run.batch_size=2",
         )
-
-    evaluate(config("one"))
-    run_distributed(evaluate, config("two"))
+        if name == "one":
+            evaluate(config)
+        else:
+            run_distributed(evaluate, config)
     for name in ("predictions.jsonl", "metrics.json"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), (
-            name
-        )
-    records = [
-        json.loads(line)
-        for line in (tmp_path / "two" / "predictions.jsonl").read_text().splitlines()
-    ]
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+    # Every image and question once
+    lines = (tmp_path / "two" / "predictions.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
     keys = [(r["image"], r["annotation"], r["query_id"]) for r in records if r["kind"] == "query"]
-    assert len(keys) == len(set(keys)) and sum(r["kind"] == "image" for r in records) == 5
-    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
-        ".lock", "metrics.json", "predictions.jsonl", "report", "report.html"
-    ]  # fmt: skip
+    assert len(keys) == len(set(keys))
+    assert sum(record["kind"] == "image" for record in records) == 5
+    files = sorted(path.name for path in (tmp_path / "two").iterdir())
+    assert files == [".lock", "metrics.json", "predictions.jsonl", "report", "report.html"]
 
 
 FSDP = (
@@ -109,83 +117,80 @@ FSDP = (
 
 
 def test_fsdp_trains_validates_and_resumes_as_one_process_does(make_config, tmp_path):
-    """Frozen and trained weights sharded, generation in the middle, checkpoints that any number of processes reads."""
+    """Weights sharded, generation in the middle, checkpoints that any number of processes reads."""
 
     def config(name, batch_size, *options):
         return make_config(
-            *FSDP, f"run.batch_size={batch_size}", f"run.output_dir={tmp_path / name}", "run.max_steps=4",
-            "run.checkpoint_every=2", "run.validate_every=2", "run.validation_images=3", *options,
-        )  # fmt: skip
+            *FSDP,
+            f"run.batch_size={batch_size}",
+            f"run.output_dir={tmp_path / name}",
+            "run.max_steps=4",
+            "run.checkpoint_every=2",
+            "run.validate_every=2",
+            "run.validation_images=3",
+            *options,
+        )
 
+    # One process and two, then both from the middle of the two's run
     train(config("one", 4))
     run_distributed(train, config("two", 1, "run.gradient_accumulation=2"))
     halfway = tmp_path / "two" / "checkpoints" / "step-00000002"
     train(config("after", 4, f"run.resume={halfway}"))
     run_distributed(train, config("again", 2, f"run.resume={halfway}"))
 
-    def lines(name, kind):
-        written = [
-            json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()
-        ]
-        return [line for line in written if line["kind"] == kind]
+    losses = {}
+    for name in ("one", "two", "after", "again"):
+        losses[name] = [line["loss"] for line in lines_of_log(tmp_path / name)]
+    assert losses["two"] == pytest.approx(losses["one"], rel=1e-4)
+    assert losses["after"] == pytest.approx(losses["one"][2:], rel=1e-4)
+    assert losses["again"] == pytest.approx(losses["one"][2:], rel=1e-4)
+    validations = lines_of_log(tmp_path / "two", "validation")
+    assert [line["step"] for line in validations] == [2, 4]
 
-    expected = [line["loss"] for line in lines("one", "train")]
-    assert [line["loss"] for line in lines("two", "train")] == pytest.approx(expected, rel=1e-4)
-    for name in ("after", "again"):
-        assert [line["loss"] for line in lines(name, "train")] == pytest.approx(
-            expected[2:], rel=1e-4
-        ), name
-    assert [v["step"] for v in lines("two", "validation")] == [2, 4]
-    files = [
-        tmp_path / name / "checkpoints" / "step-00000004" / "model.safetensors"
-        for name in ("one", "two")
-    ]
-    one, two = (load_file(file) for file in files)
-    assert_same_but_for_rounding(two, one, atol=2e-4)
+    weights = {}
+    for name in ("one", "two"):
+        folder = tmp_path / name / "checkpoints" / "step-00000004"
+        weights[name] = load_file(folder / "model.safetensors")
+    assert_same_but_for_rounding(weights["two"], weights["one"], atol=2e-4)
 
 
 def test_a_killed_rank_ends_the_job_and_a_restart_goes_on(scenes, tmp_path):
-    """torchrun with one restart: the group has to form again although the dead one's keys are still in the store."""
+    """torchrun with one restart, whose store still has the keys of the group that died."""
 
     def command(folder):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        torchrun += ["--nproc_per_node", "2", "--max-restarts", "1"]
         options = [
-            *SMALLEST, f"datasets.ego_irgbench.data_root={scenes}", f"run.output_dir={folder}", "run.max_steps=30",
-            "run.checkpoint_every=5", "run.resume=auto", "run.batch_size=1",
-        ]  # fmt: skip
-        torchrun = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            "2",
+            *SMALLEST,
+            f"datasets.ego_irgbench.data_root={scenes}",
+            f"run.output_dir={folder}",
+            "run.max_steps=30",
+            "run.checkpoint_every=5",
+            "run.resume=auto",
+            "run.batch_size=1",
         ]
-        return [
-            *torchrun,
-            "--max-restarts",
-            "1",
-            str(ROOT / "train.py"),
-            "--cfg-path",
-            str(TINY),
-            "--options",
-            *options,
-        ]
+        train_script = str(ROOT / "train.py")
+        return [*torchrun, train_script, "--cfg-path", str(TINY), "--options", *options]
 
+    # A run to compare with
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    straight = tmp_path / "straight"
     subprocess.run(command(straight), check=True, env=environment, capture_output=True)
+
+    # Another one, of which a rank is killed between two checkpoints
+    broken = tmp_path / "broken"
     agent = subprocess.Popen(
         command(broken), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     log = broken / "log.jsonl"
     while agent.poll() is None and not (log.exists() and log.read_text().count("\n") >= 8):
         time.sleep(0.01)
-    children = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(agent.pid)], capture_output=True, text=True
-    )
+    list_children = ["ps", "-o", "pid=", "--ppid", str(agent.pid)]
+    children = subprocess.run(list_children, capture_output=True, text=True)
     os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
     output = agent.communicate()[0].decode()
     assert agent.returncode == 0, output[-2000:]
     assert re.search(r"step (5|10|15|20|25) of 30", output), "it did not go on from a checkpoint"
     losses = [[line["loss"] for line in lines_of_log(folder)] for folder in (straight, broken)]
-    assert len(losses[0]) == 30 and losses[1] == losses[0]
+    assert len(losses[0]) == 30
+    assert losses[1] == losses[0]

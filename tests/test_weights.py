@@ -305,8 +305,8 @@ class Payload:
 
 def test_files_that_are_no_sound_checkpoint_give_one_clear_error(tmp_path):
     (tmp_path / "text.pth").write_text("no weights here")
-    torch.save({"blocks.0.attn.q_bias": torch.zeros(1000)}, tmp_path / "whole.pth")
-    (tmp_path / "short.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:900])
+    torch.save({"blocks.0.attn.q_bias": torch.zeros(1000)}, tmp_path / "sound.pth")
+    (tmp_path / "short.pth").write_bytes((tmp_path / "sound.pth").read_bytes()[:900])
     (tmp_path / "other.pth").write_bytes(pickle.dumps({"a": 1}))
     torch.save({"unheard.of": torch.zeros(1)}, tmp_path / "strange.pth")
     (tmp_path / "empty").mkdir()
