@@ -49,6 +49,7 @@ def _over_seeds(scores: list[dict[str, Any]], metric: str) -> dict[str, Any]:
     for score in scores:
         group = score["subsets"].get(subset, {}) if subset else score["standard"]
         values.append(group.get(key))
+    # Mean, and half of the distance between the extremes
     measured = [value for value in values if value is not None]
     mean = sum(measured) / len(measured) if measured else None
     spread = (max(measured) - min(measured)) / 2 if len(measured) > 1 else None

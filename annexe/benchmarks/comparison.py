@@ -52,6 +52,7 @@ def compare(
     if against:
         configs["against"] = load_config(cfg_path, [*options, *against])
 
+    # One after the other, with each note once
     records: dict[str, Record] = {}
     notes: list[str] = []
     for name, config in configs.items():
@@ -92,11 +93,13 @@ def tables(report: Record, columns: dict[str, Record]) -> list[Table]:
     machine = report["machine"]
     device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
     title = f"annexe bench {report['what']} on {device}, torch {machine['torch']}"
+    # All that is no part of something, in one table
     numbers = {name: dict(_plain_numbers(record)) for name, record in columns.items()}
     main = Table(title, ["", *columns])
     for label in _in_order(*numbers.values()):
         main.rows.append([label, *(_cell(record.get(label)) for record in numbers.values())])
 
+    # What is split by part
     records = {name: record for name, record in columns.items() if name != RATIO}
     first = next(iter(records.values()))
     split_keys = [key for key, value in first.items() if _is_split(value)]
@@ -124,8 +127,8 @@ def _plain_numbers(record: Record) -> Iterator[tuple[str, float | None]]:
         if not isinstance(value, dict):
             yield _words(key), value
         elif not _is_split(value):
-            for name, number in value.items():
-                yield f"{_words(key)}: {_words(name)}", number
+            for name, part in value.items():
+                yield f"{_words(key)}: {_words(name)}", part
 
 
 def _is_split(value: Any) -> bool:

@@ -45,6 +45,7 @@ def measure_loading(
     Raises:
         UserError: for a configuration without a Llama, or without data.
     """
+    # What the run's own loader is made of
     require_llama(config)
     dataset = build_dataset(config, "train", cached=False)
     use_cuda = torch.cuda.is_available() and config.run.device != "cpu"
@@ -60,6 +61,7 @@ def measure_loading(
     batch_size = config.run.batch_size
     num_batches = max(1, min(num_images, len(dataset)) // batch_size)
 
+    # An empty cache for each number of workers, which the first pass fills
     records = {}
     for num_workers in workers or [config.run.num_workers]:
         record: Record = {"images": num_batches * batch_size}
@@ -70,9 +72,7 @@ def measure_loading(
                 len(train_set), seed=run.seed, batch_size=batch_size, num_batches=num_batches
             )
             for state in ("cold", "warm"):
-                loader = training_loader(
-                    train_set, batches, collate, num_workers, device
-                )
+                loader = training_loader(train_set, batches, collate, num_workers, device)
                 title = f"{state}, {num_workers} workers"
                 record[state] = _time_loader(loader, batch_size, title)
         records[str(num_workers)] = record
@@ -93,6 +93,7 @@ def _time_loader(loader: DataLoader, batch_size: int, title: str) -> Record:
     The first batch of every worker, which waits for it to start, counts as start-up where there are
     enough others.
     """
+    # Arrival of every batch
     num_batches = len(loader)
     num_workers = loader.num_workers
     first = num_workers if num_batches > 2 * num_workers else 0

@@ -213,6 +213,7 @@ def measure(
     # DDP keeps gradients in its buckets
     keep_gradients = run.gradient_accumulation > 1 or (gpus > 1 and run.parallel == "ddp")
 
+    # The step, phase by phase
     batch = random_batch(
         branches,
         model.rgb_encoder.image_size,
@@ -232,6 +233,7 @@ def measure(
         loss, activations = _run_forward(model, batch, terms, live, bf16=bf16)
         _run_backward(loss, optimizer)
 
+    # What one GPU holds of it
     weights = sharding.share(weights)
     if sharding.num_shards > 1:
         weights["gathered by FSDP"] = sharding.gathered

@@ -53,6 +53,7 @@ def measure_scoring(num_queries: int, workers: int) -> Record:
             if num_predicted == num_queries:
                 break
 
+        # Scores
         started = time.perf_counter()
         with SampledMemory() as memory:
             score_all(predictions, Truth(dataset), workers=workers, progress=True)
@@ -73,6 +74,8 @@ def random_predictions(truth: Truth) -> Iterator[records.Record]:
     for stem in truth.dataset.stems:
         annotations = truth.annotations(stem)
         shifted = _shifted_masks(truth, stem)
+
+        # The image, then its questions, some of them refused
         yield ImageRecord(image=stem, analysis=annotations[0].caption)
         for index, annotation in enumerate(annotations):
             for question in annotation.questions:

@@ -199,6 +199,7 @@ def ceiling(device: torch.device) -> float:
     on_gpu = device.type == "cuda"
     side = 8192 if on_gpu else 1024
     dtype = torch.bfloat16 if on_gpu else torch.float32
+    # Repeat the product; the first ones warm the device up
     a = torch.randn(side, side, device=device, dtype=dtype)
     b = torch.randn(side, side, device=device, dtype=dtype)
     timeline = Timeline(device)

@@ -216,7 +216,7 @@ def _micro_batches(trainer: Trainer, settings: TrainingSettings) -> Generator[Ba
         model.rgb_encoder.image_size,
         model.num_image_tokens,
         model.pixel_decoder.num_slots,
-        trainer.model.language_model.tokenizer.vocab_size,
+        model.language_model.tokenizer.vocab_size,
         pad_to_multiple_of=PAD_TO_MULTIPLE_OF if trainer.uses_cuda_graphs else 1,
         unpad=model.language_model.uses_flex_attention,
     )

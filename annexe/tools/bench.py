@@ -102,12 +102,15 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Refuse numbers that make no sense, and options that exclude each other."""
+    # Whole numbers, alone or in lists; workers and warm-up may be 0
     for name, value in vars(arguments).items():
         may_be_zero = name in ("warmup", "workers") and arguments.action != "metrics"
         least = 0 if may_be_zero else 1
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int) and not isinstance(number, bool) and number < least:
-                raise UserError(f"--{name.replace('_', '-')} {number} must be at least {least}")
+        for count in value if isinstance(value, list) else [value]:
+            if isinstance(count, int) and not isinstance(count, bool) and count < least:
+                raise UserError(f"--{name.replace('_', '-')} {count} must be at least {least}")
+
+    # What is configured takes no numbers
     is_real_training = arguments.action == "train" and arguments.real
     if is_real_training and (arguments.queries or arguments.tokens or arguments.stored):
         raise UserError(
@@ -117,6 +120,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _measure(arguments: argparse.Namespace, report: Record) -> dict[str, Record]:
     """Measure what was asked for and put it into the report; gives the columns of the table."""
+    # Scoring and loading
     if arguments.action == "metrics":
         report["measured"] = measure_scoring(arguments.queries, arguments.workers)
         return {"": report["measured"]}
@@ -126,6 +130,7 @@ def _measure(arguments: argparse.Namespace, report: Record) -> dict[str, Record]
         report["measured"] = measure_loading(config, arguments.workers, arguments.images)
         return {f"{workers} workers": record for workers, record in report["measured"].items()}
 
+    # Training or generation, of one configuration or of two
     if arguments.action == "train":
         training = TrainingSettings(
             num_queries=arguments.queries or 1,

@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    # The configuration without its files, and the lengths of its batches
     config = _load(arguments)
     config, tokenizer, notes = without_files(config)
     branches_of, source = lengths(config, tokenizer, arguments.tokens)
@@ -53,6 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
         branches = branches_of(changed)
         return measure(changed, tokenizer, branches, gpus=arguments.gpus, limit=limit)
 
+    # Its plan, and settings that fit where it does not
     card = arguments.card * GB
     plan = plan_of(config)
     assert plan is not None
@@ -60,6 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
     if plan.needs > card:
         proposal = propose(plan_of, config, arguments.gpus, card)
 
+    # What came out
     show(plan)
     for line in conclusions(plan, proposal, arguments.card, notes, arguments.options):
         terminal.say(line)
