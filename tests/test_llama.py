@@ -13,7 +13,7 @@ from annexe.checkpoints.run_folder import find_checkpoint
 from annexe.datasets.collate import Collator
 from annexe.errors import UserError
 from annexe.models.annexe import Annexe
-from annexe.trainer import Trainer, train
+from annexe.trainer import set_up, train
 from annexe.training import losses
 from tests.test_training import lines_of_log
 
@@ -98,7 +98,7 @@ def test_quantization_says_what_it_needs(make_config, make_parts, monkeypatch):
 def test_fsdp_refuses_a_quantized_base(make_config):
     pytest.importorskip("bitsandbytes")
     with pytest.raises(UserError, match=r"set run\.parallel=ddp"):
-        Trainer(make_config(*LORA, *WIDE, "model.language_model.dtype=nf4", "run.parallel=fsdp"))
+        set_up(make_config(*LORA, *WIDE, "model.language_model.dtype=nf4", "run.parallel=fsdp"))
 
 
 def test_checkpointed_blocks_keep_less_and_change_nothing(make_parts):
@@ -150,8 +150,8 @@ def test_tables_may_have_more_rows_than_the_tokenizer_has_words(make_config, tmp
     config = make_config(
         "model.language_model.vocab_size=2000", "run.max_steps=1", "run.warmup_steps=0"
     )
-    trainer = Trainer(config)
-    tokenizer = trainer.tokenizer
+    trainer = set_up(config)
+    tokenizer = trainer.model.language_model.tokenizer
     num_rows = trainer.model.language_model.llama.lm_head.weight.shape[0]
     assert num_rows == 2000 > len(tokenizer.base)
     ids = tokenizer.encode("The mask of the mug is <MSK_1>.")
@@ -163,7 +163,7 @@ def test_tables_may_have_more_rows_than_the_tokenizer_has_words(make_config, tmp
         "model.language_model.vocab_size=100", f"run.output_dir={tmp_path / 'small'}"
     )
     with pytest.raises(UserError, match="vocab_size is 100 but the tokenizer"):
-        Trainer(small)
+        set_up(small)
 
 
 def test_other_frozen_weights_are_refused(make_config, tmp_path):
@@ -179,4 +179,4 @@ def test_other_frozen_weights_are_refused(make_config, tmp_path):
     sizes["frozen.json"] = fingerprint.stat().st_size
     manifest.write_text(json.dumps(sizes))
     with pytest.raises(UserError, match="the frozen weights of language_model are not those"):
-        Trainer(make_config(*options, "run.max_steps=3", "run.resume=auto"))
+        set_up(make_config(*options, "run.max_steps=3", "run.resume=auto"))
