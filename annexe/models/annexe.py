@@ -7,7 +7,7 @@ tokens, V words.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from annexe.models.language_model.llama import Llama
 from annexe.models.mask_postprocessing import postprocess, split_by_query
 from annexe.models.rgb_encoder import EvaViT, Projector
 from annexe.prompts import ANSWER_OPENING, NO_TARGET
-from annexe.structures.batch import ANALYSIS, Batch
+from annexe.structures.batch import ANALYSIS, Batch, QueryIndex
 from annexe.structures.prediction import Grounding, Predictions, RawResponse, Response
 
 # Presence above which a slot has a target, until thresholds are calibrated
@@ -36,6 +36,30 @@ class Encoding(NamedTuple):
     depth: DepthFeatures
     image_tokens: Tensor  # float[B, P, D]
     embeddings: Tensor  # float[B, N, D], text with the image tokens in their place
+
+
+class PixelDecoder(Protocol):
+    """Presence and masks of every query's slots; an ``nn.Module``.
+
+    Attributes:
+        num_slots: targets that a query can have.
+        conditioning: ``prompt`` or ``answer``, what the slots start from.
+        presence_gates_masks: a slot without presence has no mask.
+    """
+
+    num_slots: int
+    conditioning: str
+    presence_gates_masks: bool
+
+    def __call__(
+        self,
+        states: Tensor,
+        state_mask: Tensor,
+        patches: Tensor,
+        maps: list[Tensor],
+        queries: QueryIndex,
+    ) -> list[Grounding]:
+        """Decode every query; arguments are those of `QueryDecoder.forward`."""
 
 
 class Annexe(nn.Module):
@@ -66,7 +90,7 @@ class Annexe(nn.Module):
         rgb_encoder: EvaViT,
         depth_branch: DepthAnythingV2,
         language_model: Llama,
-        pixel_decoder: nn.Module,
+        pixel_decoder: PixelDecoder,
         *,
         init_from: str | None = None,
         init: str | None = None,

@@ -38,5 +38,7 @@ def compile_blocks(model: Annexe, backend: str = "inductor") -> None:
     for block in [*model.blocks(), *depth.model.backbone.encoder.layer, *decoder_blocks]:
         if block not in excluded:
             block.forward = torch.compile(block.forward, backend=backend)
-    depth.neck = torch.compile(depth.neck, backend=backend)
-    depth.head = torch.compile(depth.head, backend=backend)
+
+    # Methods, replaced on this instance alone
+    depth.neck = torch.compile(depth.neck, backend=backend)  # type: ignore[method-assign]
+    depth.head = torch.compile(depth.head, backend=backend)  # type: ignore[method-assign]

@@ -6,6 +6,7 @@ Legend: B images, S image side, G = S / 14 patches a side, D width of the backbo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +62,7 @@ class DepthFeatures:
     maps: list[Tensor]  # 4 x float[B, C, h, w], coarse to fine, sides G, 2 G, 4 G and 8 G
 
 
-def initialize(neck: nn.Module, head: nn.Module) -> None:
+def initialize(neck: Any, head: Any) -> None:
     """Start convolutions at unit gain and the last ReLU open.
 
     With the library's std of 0.02 the signal fades to 1e-6 on its way through the DPT, and the last
@@ -133,7 +134,7 @@ class DepthAnythingV2(nn.Module):
             hidden_size=sizes.hidden,
             num_hidden_layers=sizes.layers,
             num_attention_heads=sizes.heads,
-            out_indices=list(sizes.out_indices),
+            out_indices=list(sizes.out_indices),  # type: ignore[call-arg]  # set by a property
             apply_layernorm=True,
             reshape_hidden_states=False,
         )
@@ -156,7 +157,7 @@ class DepthAnythingV2(nn.Module):
         embeddings.position_embeddings.data[0, 1:] = positions
         initialize(self.model.neck, self.model.head)
         # Takes a fifth off a training step of the tiny model on a CPU
-        self.model.to(memory_format=torch.channels_last)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]  # is wrapped
         if weights is not None:
             checkpoints.load(self, "depth_branch", weights)
 

@@ -33,6 +33,9 @@ class Normalize(nn.Module):
         UserError: for an unknown name.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, block: str, statistics: str) -> None:
         super().__init__()
         if statistics not in STATISTICS:

@@ -24,11 +24,12 @@ _PIXELS_AT_ONCE = 1 << 27
 
 def postprocess(raw: RawResponse) -> Response:
     """Bring masks to the size of the image and encode them, unless a GPU has done so."""
-    rles = raw.masks
-    if isinstance(rles, Tensor):
+    if not isinstance(raw.masks, Tensor):
+        rles = raw.masks
+    elif raw.slots:
+        rles = [encode(mask) for mask in at_full_size(raw.masks, raw.size).numpy()]
+    else:
         rles = []
-        if raw.slots:
-            rles = [encode(mask) for mask in at_full_size(raw.masks, raw.size).numpy()]
 
     # A mask without a pixel is no target
     phrases = phrases_of(raw.answer)
@@ -119,7 +120,7 @@ def encode_columns(masks: Tensor) -> list[Rle]:
     # One text for all masks, cut where each of them ends
     text = torch.stack(groups, dim=1)[is_written].cpu().numpy().tobytes().decode("ascii")
     stops = torch.zeros_like(num_runs).index_add(0, mask, is_written.sum(1)).cumsum(0).tolist()
-    rles = []
+    rles: list[Rle] = []
     for start, stop in pairwise([0, *stops]):
         rles.append({"size": [height, width], "counts": text[start:stop]})
     return rles

@@ -95,6 +95,7 @@ class EvaViT(nn.Module):
         # The library's random positions (std 0.02) are invisible beside patch embeddings: left and
         # right would start equal
         positions = build_sincos2d_pos_embed([self.grid, self.grid], dim=embed_dim)
+        assert self.vit.pos_embed is not None
         self.vit.pos_embed.data[0, 1:] = positions
 
         # Weights. No file has ln_vision: without one it stays 1 and 0

@@ -234,6 +234,7 @@ def attend(
     """
     # Decode one token of each response.
     if shared_prefix_cache is not None:
+        assert decode_index is not None
         output = decode_attention(query, key, value, shared_prefix_cache, decode_index, scaling)
         return output, None
 

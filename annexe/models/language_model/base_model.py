@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -64,7 +65,7 @@ def load_llama(path: str, dtype: str) -> LlamaForCausalLM:
                 f"'{path}' holds a model of type '{model_type}'; "
                 "model.language_model.path takes a llama"
             )
-        model, info = LlamaForCausalLM.from_pretrained(
+        loaded: Any = LlamaForCausalLM.from_pretrained(
             path,
             dtype=DTYPES.get(dtype, torch.bfloat16),
             attn_implementation=NAME,
@@ -73,6 +74,7 @@ def load_llama(path: str, dtype: str) -> LlamaForCausalLM:
             # A small card could not hold the weights before they are quantized.
             device_map={"": "cpu"} if dtype in QUANTIZED else None,
         )
+        model, info = loaded
     except UserError:
         raise
     except _LOADING_ERRORS as error:
@@ -187,7 +189,7 @@ def quantize(model: LlamaForCausalLM, dtype: str) -> LlamaForCausalLM:
             if isinstance(module, nn.Linear):
                 block.set_submodule(name, convert(module).to(device))
 
-    # peft asks for these.
-    model.is_loaded_in_8bit = dtype == "int8"
-    model.is_loaded_in_4bit = dtype == "nf4"
-    return model.to(device)
+    # peft asks for these; a module may have attributes that are neither tensors nor modules.
+    model.is_loaded_in_8bit = dtype == "int8"  # type: ignore[assignment]
+    model.is_loaded_in_4bit = dtype == "nf4"  # type: ignore[assignment]
+    return model.to(device)  # type: ignore[arg-type]  # the library wraps the method

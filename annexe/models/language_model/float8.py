@@ -94,6 +94,10 @@ class Float8Linear(nn.Module):
         linear: the layer; its weight is float[out, in].
     """
 
+    scales: Tensor
+    transposed_weight: Tensor
+    transposed_scales: Tensor
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape

@@ -428,7 +428,10 @@ class GreedyDecoder:
 
         # New prompts may need a larger pool. The old one goes first, with the graphs that read it.
         # Under autocast, rotation makes keys float32; values have the dtype of the products.
-        values = [prefill_cache.values for prefill_cache in prefill.prefill_caches]
+        values = []
+        for prefill_cache in prefill.prefill_caches:
+            assert prefill_cache.values is not None
+            values.append(prefill_cache.values)
         shape = CacheShape.of(values[0], prefix_length, state.key_mask)
         if not self.cache_pool.fits(shape):
             self.release()

@@ -101,6 +101,7 @@ class SharedPrefixCache:
             (prefill_cache.keys, self.prefix_keys, self.own_keys),
             (prefill_cache.values, self.prefix_values, self.own_values),
         ):
+            assert packed is not None
             prefix.copy_(packed[:, :, : text.prefix_length])
             own_columns[:, :, :prompt_length] = packed[image_index, :, packed_columns].transpose(
                 1, 2

@@ -7,11 +7,11 @@ K slots.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -90,7 +90,7 @@ def add_adapters(model: LlamaForCausalLM, lora: Lora) -> PeftModel:
 
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number will do
         lora_dropout=lora.dropout,
         target_modules=lora.targets,
     )
@@ -176,7 +176,7 @@ class Llama(nn.Module):
                 num_attention_heads=num_heads,
                 intermediate_size=mlp_dim,
                 initializer_range=initializer_range,
-                attn_implementation=NAME,
+                attn_implementation=NAME,  # type: ignore[call-arg]  # all of them take it
                 bos_token_id=tokenizer.bos_id,
                 eos_token_id=tokenizer.eos_id,
             )
@@ -199,9 +199,9 @@ class Llama(nn.Module):
         self.compiled = False  # `compile_blocks` sets it once the blocks run through torch.compile
 
         # Add the adapters. Only what they leave frozen becomes float8.
+        self.model: LlamaForCausalLM | PeftModel = model
         if lora.rank > 0:
-            model = add_adapters(model, lora)
-        self.model = model
+            self.model = add_adapters(model, lora)
         if dtype == FLOAT8:
             to_float8(self.llama.model.layers)
 
@@ -216,7 +216,7 @@ class Llama(nn.Module):
     def llama(self) -> LlamaForCausalLM:
         """The Llama itself. Its layers hold the adapters, so calling it runs them, too."""
         if isinstance(self.model, PeftModel):
-            return self.model.get_base_model()
+            return cast("LlamaForCausalLM", self.model.get_base_model())
         return self.model
 
     @property
@@ -300,10 +300,8 @@ class Llama(nn.Module):
 
         mask = make_mask(text.segment_ids)
         num_layers = len(self.llama.model.layers)
-        attention_kwargs = [
-            {"attention_mask": mask, "prefill_cache": cache}
-            for cache in prefill_caches or [None] * num_layers
-        ]
+        caches: Sequence[PrefillCache | None] = prefill_caches or [None] * num_layers
+        attention_kwargs = [{"attention_mask": mask, "prefill_cache": cache} for cache in caches]
         return self.run_layers(embeddings, text.position_ids, attention_kwargs)
 
     def _forward_unpadded(
@@ -313,22 +311,24 @@ class Llama(nn.Module):
         make_mask: Callable[[Tensor, Tensor], Tensor | BlockMask],
     ) -> Tensor:
         """`forward` over one row of the tokens of all images; states of padding are 0."""
+        unpadded_indices = text.unpadded_indices
+        assert unpadded_indices is not None
         num_images, length = text.segment_ids.shape
 
         def unpad(x: Tensor) -> Tensor:
             """[B, N, ...] -> [1, M, ...]; spare tokens at the end are 0."""
             flat = torch.cat([x.flatten(0, 1), x.new_zeros(1, *x.shape[2:])])
-            return flat.index_select(0, text.unpadded_indices)[None]
+            return flat.index_select(0, unpadded_indices)[None]
 
         # Run all images as one row.
-        image_index = (text.unpadded_indices // length)[None]
+        image_index = (unpadded_indices // length)[None]
         mask = make_mask(unpad(text.segment_ids), image_index)
         attention_kwargs = [{"attention_mask": mask}] * len(self.llama.model.layers)
         hidden = self.run_layers(unpad(embeddings), unpad(text.position_ids), attention_kwargs)[0]
 
         # Put the states back into padded rows; those of spare tokens go to an extra one and away.
         padded = hidden.new_zeros(num_images * length + 1, self.hidden_size)
-        padded = padded.index_copy(0, text.unpadded_indices, hidden)
+        padded = padded.index_copy(0, unpadded_indices, hidden)
         return padded[:-1].view(num_images, length, -1)
 
     @torch.no_grad()
@@ -358,7 +358,7 @@ class Llama(nn.Module):
             for name, tensor in tensors.items():
                 if name.startswith("model."):
                     adapter[name.removeprefix("model.")] = tensor
-            self.model.save_pretrained(folder / "adapter", state_dict=adapter)
+            self.model.save_pretrained(str(folder / "adapter"), state_dict=adapter)
         self.tokenizer.save(folder / "tokenizer")
 
     def merge_adapters(self) -> None:
@@ -390,7 +390,8 @@ class Llama(nn.Module):
         for layer in self.model.modules():
             if isinstance(layer, LoraLayer):
                 weight = layer.get_base_layer().weight
-                update = layer.get_delta_weight("default").float()
+                # A method of all its subclasses
+                update = layer.get_delta_weight("default").float()  # type: ignore[operator]
                 merged = (weight.float() + update).to(weight.dtype).float()
                 surviving += float(((merged - weight.float()) * update).sum())
                 exact += float(update.square().sum())

@@ -86,7 +86,9 @@ class TextTokenizer:
         words: list[int] = []  # ids since the last placeholder
         for token in [*ids, self.eos_id]:
             if token == self.eos_id or token >= self.vocab_size:
-                pieces.append(self.base.decode(words, skip_special_tokens=True).strip())
+                text = self.base.decode(words, skip_special_tokens=True)
+                assert isinstance(text, str)
+                pieces.append(text.strip())
                 words = []
             if token == self.eos_id:
                 break
