@@ -61,13 +61,16 @@ def join_group(backend: str, timeout: timedelta) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
-def distribute(accelerator: Accelerator, model: nn.Module, parallel: str) -> nn.Module:
+def distribute(
+    accelerator: Accelerator, model: nn.Module, blocks: list[nn.Module], parallel: str
+) -> nn.Module:
     """What the training step calls: ``model`` itself, or wrapped in DDP, or sharded in place.
 
-    FSDP shards by block of the encoder and of the language model; the rest belongs to the root.
+    FSDP shards block by block; the rest belongs to the root.
 
     Args:
-        model: it offers ``blocks()``, as `Annexe` does.
+        model: all of it.
+        blocks: the parts of ``model`` that FSDP shards one by one.
         parallel: ``ddp`` or ``fsdp``.
 
     Raises:
@@ -87,7 +90,7 @@ def distribute(accelerator: Accelerator, model: nn.Module, parallel: str) -> nn.
         return accelerator.prepare_model(model)
 
     # Shard by block, then what is left
-    for block in model.blocks():
+    for block in blocks:
         fully_shard(block)
     fully_shard(model)
     register_fsdp_forward_method(model, "generate_raw")

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from annexe.build import build_dataset, build_model, build_tokenizer
 from annexe.checkpoints.run_folder import (
@@ -48,6 +49,7 @@ from annexe.models.annexe import Annexe
 from annexe.models.compile import compile_blocks
 from annexe.models.language_model.tokenizer import TextTokenizer, train_tokenizer
 from annexe.structures.batch import Batch
+from annexe.structures.sample import Sample
 from annexe.training import losses
 from annexe.training.cuda_graphs import PAD_TO_MULTIPLE_OF, GraphedPass
 from annexe.training.feature_cache import stored_patches
@@ -117,7 +119,7 @@ def set_up(config: Config) -> Trainer:
         )
 
     # Sharded parameters are others: the optimizer is made of those, then gets its moments back
-    wrapped = distribute(accelerator, model, run.parallel)
+    wrapped = distribute(accelerator, model, model.blocks(), run.parallel)
     optimizer = build_optimizer(model, run)
     progress = Progress()
     if resumed:
@@ -263,7 +265,7 @@ def training_loader(
 ) -> DataLoader:
     """One rank's micro-batches, made by ``num_workers`` processes."""
     return DataLoader(
-        train_set,
+        cast("Dataset[Sample]", train_set),  # it offers all of that and does without torch
         batch_sampler=batches,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
@@ -439,6 +441,7 @@ class Trainer:
 
     def validate(self) -> None:
         """Score the real metrics on the first validation images and remember the best step."""
+        assert self.validator is not None
         metrics, thresholds, num_images = self.validator(self.model)
         self.progress.thresholds = thresholds
         self.model.calibrated_thresholds = thresholds

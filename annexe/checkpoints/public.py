@@ -70,7 +70,9 @@ class KeyReport:
 
 def _group_of(key: str) -> str:
     """The module that a key belongs to; every block of ``blocks`` is one of its own."""
-    return re.match(r"(?:blocks\.)?[^.]+(?:\.\d+)?", key)[0]
+    found = re.match(r"(?:blocks\.)?[^.]+(?:\.\d+)?", key)
+    assert found is not None
+    return found[0]
 
 
 def require_source(block: str, setting: str, path: str | None, init: str | None) -> None:
@@ -249,20 +251,20 @@ def match(
         # Their key for it
         renamed = substitute(name, OLD_DINOV2_NAMES)
         candidates = source_format.keys_for(renamed)
-        key = next((keys[candidate] for candidate in candidates if candidate in keys), None)
-        if key is None:
+        theirs = next((keys[candidate] for candidate in candidates if candidate in keys), None)
+        if theirs is None:
             report.missing[name] = prefix + candidates[-1]
             continue
-        used.add(key)
+        used.add(theirs)
 
         # Its values in our shape
-        tensor = _adapt(tensors[key], target, key=key, name=renamed, report=report)
+        tensor = _adapt(tensors[theirs], target, key=theirs, name=renamed, report=report)
         if tensor.shape == target.shape:
-            report.matched[name] = key
+            report.matched[name] = theirs
             found[name] = tensor
         else:
             shapes = f"{tuple(tensor.shape)} there and {tuple(target.shape)} here"
-            report.misfits.append(f"{key} is {shapes}")
+            report.misfits.append(f"{theirs} is {shapes}")
     report.unexpected = [key for key in tensors if key not in used]
     return report, found
 

@@ -24,7 +24,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -163,10 +163,22 @@ def _require_finite(tensors: dict[str, Tensor], step: int, folder: Path) -> None
             )
 
 
+@runtime_checkable
+class _HasExtras(Protocol):
+    """A component that has more to save than tensors."""
+
+    def save_extras(self, folder: Path, tensors: dict[str, Tensor]) -> None:
+        """Write it to the folder of a checkpoint.
+
+        Args:
+            tensors: the trained tensors of the component, by name.
+        """
+
+
 def _save_extras(model: nn.Module, folder: Path, tensors: dict[str, Tensor]) -> None:
     """What components save beside their tensors, which they are given without their prefix."""
     for component, module in model.named_children():
-        if hasattr(module, "save_extras"):
+        if isinstance(module, _HasExtras):
             prefix = f"{component}."
             names = [name for name in tensors if name.startswith(prefix)]
             module.save_extras(folder, {name.removeprefix(prefix): tensors[name] for name in names})

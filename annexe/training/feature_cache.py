@@ -11,10 +11,10 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,6 +30,24 @@ from annexe.terminal import track
 log = logging.getLogger(__name__)
 
 _BYTES = 2  # of a bfloat16 value
+
+
+class PatchEncoder(Protocol):
+    """A frozen RGB encoder, as far as its patches are stored; an ``nn.Module``.
+
+    Attributes:
+        grid: patches a side.
+        embed_dim: E.
+    """
+
+    grid: int
+    embed_dim: int
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Encode float[B, 3, S, S] in [0, 1] to float[B, P, E]."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All weights."""
 
 
 class IndexedPhotos(Dataset):
@@ -62,14 +80,14 @@ class StoredPatches(Sequence[Tensor]):
     def __len__(self) -> int:
         return self.path.stat().st_size // (_BYTES * self.size)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # no slices
         start = index * _BYTES * self.size
         values = np.fromfile(self.path, np.int16, self.size, offset=start)
         return torch.from_numpy(values).view(torch.bfloat16).view(self.shape)
 
 
 def stored_patches(
-    encoder: nn.Module,
+    encoder: PatchEncoder,
     dataset: EgoIRGBench,
     folder: Path,
     accelerator: Accelerator,
@@ -85,7 +103,7 @@ def stored_patches(
     same folder, this one waits for it.
 
     Args:
-        encoder: maps float[B, 3, S, S] in [0, 1] to [B, P, E].
+        encoder: makes the patches.
         dataset: the photos.
         folder: where files of patches are stored.
         accelerator: the processes that share the work.
@@ -132,7 +150,7 @@ def _require_room(folder: Path, num_bytes: int) -> None:
 
 
 def _store(
-    encoder: nn.Module,
+    encoder: PatchEncoder,
     dataset: EgoIRGBench,
     path: Path,
     num_bytes: int,
@@ -167,7 +185,7 @@ def _store(
     accelerator.wait_for_everyone()  # until the main process has renamed the file
 
 
-def _name(encoder: nn.Module, dataset: EgoIRGBench, settings: dict[str, Any]) -> str:
+def _name(encoder: PatchEncoder, dataset: EgoIRGBench, settings: dict[str, Any]) -> str:
     """Hash of everything that the patches depend on."""
     weights = []
     for parameter in encoder.parameters():

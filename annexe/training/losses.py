@@ -117,14 +117,19 @@ def presence_total(predictions: Predictions, batch: Batch) -> Tensor:
     for grounding in predictions.groundings:
         logits = grounding.presence.float()
         totals.append(F.binary_cross_entropy_with_logits(logits, truth, weight, reduction="sum"))
-    return sum(totals) / len(totals)
+    return _mean(totals)
+
+
+def _mean(totals: list[Tensor]) -> Tensor:
+    """Mean over decoder layers."""
+    return sum(totals[1:], totals[0]) / len(totals)
 
 
 def _mask_total(comparison: Comparison, term: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """A term of the masks of used slots, summed over slots, mean over decoder layers: float32[]."""
     is_used = comparison.batch.used_slots[0] >= 0  # [U]
     totals = [(term(logits, truth) * is_used).sum() for logits, truth in comparison.masks]
-    return sum(totals) / len(totals)
+    return _mean(totals)
 
 
 def mask_term(logits: Tensor, truth: Tensor) -> Tensor:
@@ -170,6 +175,7 @@ def image_token_labels_total(predictions: Predictions, batch: Batch) -> Tensor:
     mean over the image tokens that the object covers.
     """
     logits = predictions.image_token_logits  # [B, rows, columns, V]
+    assert logits is not None
     num_rows, num_columns = logits.shape[1:3]
 
     # How much of each image token an object covers

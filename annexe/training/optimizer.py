@@ -54,7 +54,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self._share_with_adamw()
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # takes no closure
         """Move every parameter that has a gradient."""
         self._adamw.step()
         for group in self.param_groups:
@@ -80,7 +80,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _step_muon(self, group: dict[str, Any]) -> None:
         """Move the parameters of a group along their orthogonalized momentum."""
-        same_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+        same_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
         for parameter in group["params"]:
             if parameter.grad is not None:
                 same_shape[parameter.shape].append(parameter)
@@ -89,7 +89,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
         for shape, parameters in same_shape.items():
             # Nesterov momentum
-            gradients = [parameter.grad for parameter in parameters]
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             momenta = [self.state[parameter]["momentum"] for parameter in parameters]
             torch._foreach_lerp_(momenta, gradients, 1 - _MUON_MOMENTUM)
             ahead = torch._foreach_lerp(gradients, momenta, _MUON_MOMENTUM)
@@ -193,7 +193,8 @@ def build_optimizer(model: nn.Module, run: RunConfig) -> torch.optim.Optimizer:
     muon_group = {"params": orthogonalized, "weight_decay": run.weight_decay}
 
     # Optimizer
-    betas = tuple(run.betas)
+    first_beta, second_beta = run.betas
+    betas = (first_beta, second_beta)
     if run.optimizer == "adamw":
         groups = [decayed_group, undecayed_group]
         return torch.optim.AdamW(groups, lr=run.learning_rate, betas=betas, fused=True)
