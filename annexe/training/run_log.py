@@ -1,4 +1,7 @@
-"""What a run leaves to read: log.jsonl, manifest.json, a progress bar, and Weights & Biases where enabled."""
+"""What a run leaves to read: log.jsonl, manifest.json, a progress bar.
+
+Where it is enabled, Weights & Biases gets the records of log.jsonl too.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ PACKAGES = (
 
 
 class LossWindow:
-    """Loss terms since the last log line; nothing waits for the device until they are asked for."""
+    """Loss terms since the last log line; nothing waits for the device before they are read."""
 
     def __init__(self, names: list[str], device: torch.device) -> None:
         self.names = names
@@ -74,15 +77,17 @@ class LossWindow:
         Raises:
             UserError: names the step and the total of every term in it.
         """
-        bad = int(self.bad_step)
-        if bad:
-            shown = ", ".join(
-                f"{n} {t:g}" for n, t in zip(self.names, self.first_bad.tolist(), strict=True)
-            )
-            raise UserError(
-                f"loss or gradient is not finite at step {step - self.steps + bad} (term totals: {shown}); the last "
-                f"checkpoint in '{checkpoints}' is intact. Lower run.learning_rate or check the data"
-            )
+        bad_step = int(self.bad_step)
+        if not bad_step:
+            return
+        totals = []
+        for name, total in zip(self.names, self.first_bad.tolist(), strict=True):
+            totals.append(f"{name} {total:g}")
+        raise UserError(
+            f"loss or gradient is not finite at step {step - self.steps + bad_step} "
+            f"(term totals: {', '.join(totals)}); the last checkpoint in '{checkpoints}' is "
+            "intact. Lower run.learning_rate or check the data"
+        )
 
     def means(self, totals: Tensor) -> dict[str, float]:
         """Mean of every term, from its ``totals`` over all ranks."""
@@ -93,21 +98,25 @@ class RunLogger:
     """Writes a run's records; on other ranks than the main one it writes nothing."""
 
     def __init__(self, config: Config, output: Path, progress: Progress, *, enabled: bool) -> None:
-        self.config, self.output, self.enabled = config, output, enabled
+        self.config = config
+        self.output = output
+        self.enabled = enabled
         self.path = output / "log.jsonl"
-        self.wandb, self.loss = None, ""
-        self.previous = (time.perf_counter(), progress.images)
+        self.wandb: Any = None
+        self.loss = ""  # of the last train record, for the progress bar
+        self.previous = (time.perf_counter(), progress.images)  # of the last train record
         if enabled:
             output.mkdir(parents=True, exist_ok=True)
             write_text(output / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(as_dict(config))))
             self._rewind(progress.step)
-            self.wandb = start_wandb(config, output) if config.run.wandb.enabled else None
+            if config.run.wandb.enabled:
+                self.wandb = start_wandb(config, output)
 
     def _rewind(self, step: int) -> None:
         """Drop the lines of steps after the checkpoint that a resumed run starts from."""
-        lines = (
-            self.path.read_text().splitlines(keepends=True) if step and self.path.is_file() else []
-        )
+        lines = []
+        if step and self.path.is_file():
+            lines = self.path.read_text().splitlines(keepends=True)
         write_text(self.path, "".join(line for line in lines if _step_of(line) <= step))
 
     def write(self, record: dict[str, Any]) -> None:
@@ -115,22 +124,20 @@ class RunLogger:
         if not self.enabled:
             return
         if record["kind"] == "train":
-            now, images = time.perf_counter(), record["images"]
-            record["images_per_second"] = (images - self.previous[1]) / (now - self.previous[0])
-            self.previous = (now, images)
+            now = time.perf_counter()
+            previous_time, previous_images = self.previous
+            num_images = record["images"] - previous_images
+            record["images_per_second"] = num_images / (now - previous_time)
+            self.previous = (now, record["images"])
             self.loss = f"loss {record['loss']:.3f}"
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         if self.wandb:
-            step = record["step"]
-            self.wandb.log(
-                {
-                    f"{record['kind']}/{k}": v
-                    for k, v in record.items()
-                    if k not in ("kind", "step")
-                },
-                step,
-            )
+            values = {}
+            for key, value in record.items():
+                if key not in ("kind", "step"):
+                    values[f"{record['kind']}/{key}"] = value
+            self.wandb.log(values, record["step"])
 
     def write_manifest(self, progress: Progress, fingerprint: str) -> None:
         """Write what is needed to tell and repeat the run."""
@@ -187,21 +194,24 @@ def git_commit() -> str | None:
 def start_wandb(config: Config, output: Path) -> Any:
     """Start a Weights & Biases run; its files go under ``output``."""
     try:
+        # Imported here, because the package is optional
         import wandb
     except ImportError:
         raise UserError(
             "run.wandb.enabled needs the package wandb: pip install 'annexe[wandb]'"
         ) from None
     settings = config.run.wandb
+    mode: Any = settings.mode  # `WandbConfig` has checked it
     try:
         return wandb.init(
             project=settings.project,
             name=settings.name,
-            mode=settings.mode,
+            mode=mode,
             dir=str(output),
             config=as_dict(config),
         )
     except wandb.Error as error:
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"run.wandb: {' '.join(str(error).split())}; run `wandb login`, or set run.wandb.mode=offline"
+            f"run.wandb: {reason}; run `wandb login`, or set run.wandb.mode=offline"
         ) from None
