@@ -2,7 +2,8 @@
 
 import logging
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-# peft imports it where it is installed, and then it tells what kernels it lacks, and of every cast of its input.
+# peft imports it where it is installed. Then it logs which kernels it lacks, and every cast of its
+# input
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Command lines: the `annexe` command with its sub-commands, and what the two torchrun scripts share."""
+"""Command lines: `annexe` with its sub-commands, and what the torchrun scripts share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from rich.logging import RichHandler
 
@@ -16,55 +17,69 @@ from annexe.config import Config
 from annexe.errors import UserError, unknown_name_error
 from annexe.terminal import say
 
+# Sub-commands, in the order in which they are listed; each is a module of `annexe.tools`
 TOOLS = (
-    *(
-        "synth",
-        "doctor",
-        "split",
-        "score",
-        "compare",
-        "convert-predictions",
-        "weights",
-        "convert-config",
-        "plan",
-    ),
-    *("predict", "ablate", "bench"),
+    "synth",
+    "doctor",
+    "split",
+    "score",
+    "compare",
+    "convert-predictions",
+    "weights",
+    "convert-config",
+    "plan",
+    "predict",
+    "ablate",
+    "bench",
 )
 
 
 def exit_on_user_error(work: Callable[[], None]) -> None:
-    """Run ``work``; a mistake of the user, or a file that fails, ends in one line on standard error and exit code 2."""
-    logging.basicConfig(
-        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)]
-    )
-    logging.getLogger("annexe").setLevel(
-        logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
-    )
+    """Run ``work`` with logging set up, and end the process in one line where it fails.
+
+    A mistake of the user, or a file that cannot be used, ends in one line on standard error and
+    exit code 2. An interruption ends in exit code 130.
+    """
+    # Libraries log warnings; annexe logs more, on the main process of a job
+    handler = RichHandler(show_path=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    is_main = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("annexe").setLevel(logging.INFO if is_main else logging.ERROR)
+
     try:
         work()
     except KeyboardInterrupt:
         say("interrupted; a training goes on with run.resume=auto", style="red", stderr=True)
         sys.exit(130)
-    except (UserError, OSError) as error:
-        message = str(error)
-        if isinstance(error, OSError):
-            if error.filename is None:
-                raise  # not about a file
-            message = (
-                f"cannot use '{error.filename}' ({error.strerror}); "
-                "name another place, or give it rights and room"
-            )
-        say(f"error: {message}", style="red", stderr=True)
-        sys.exit(2)
+    except UserError as error:
+        _exit_with(str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise  # not about a file
+        _exit_with(
+            f"cannot use '{error.filename}' ({error.strerror}); "
+            "name another place, or give it rights and room"
+        )
+
+
+def _exit_with(message: str) -> NoReturn:
+    """End the process with an error of one line and exit code 2."""
+    say(f"error: {message}", style="red", stderr=True)
+    sys.exit(2)
 
 
 def run_script(
     work: Callable[[Config], object], description: str, *, evaluation: bool = False
 ) -> None:
-    """Entry of a torchrun script: ``--cfg-path`` and ``--options`` to a configuration, then ``work`` on it.
+    """Entry of a torchrun script: its arguments to a configuration, then ``work`` on that.
 
-    An evaluation also takes ``--dataset``, and its model settings stand over those of its checkpoint.
+    Args:
+        work: train or evaluate.
+        description: of the script, for ``--help``.
+        evaluation: the script also takes ``--dataset``, and its model settings stand over those of
+            the checkpoint that it evaluates.
     """
+    # The command line
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -74,7 +89,8 @@ def run_script(
         nargs="+",
         default=[],
         metavar="A.B=C",
-        help="settings put over the file, such as run.batch_size=8 datasets.ego_irgbench.data_root=DIR",
+        help="settings put over the file, such as run.batch_size=8 "
+        "datasets.ego_irgbench.data_root=DIR",
     )
     if evaluation:
         parser.add_argument(
@@ -83,18 +99,20 @@ def run_script(
     arguments = parser.parse_args()
 
     def load_and_work() -> None:
-        # Here, because the processes of `annexe synth` do without torch
+        # Imported here, because the processes of `annexe synth` do without torch
+        from torch import distributed
+
         from annexe.build import load_config
 
+        # The configuration, with one data set where one is named
         config = load_config(arguments.cfg_path, arguments.options, onto_checkpoint=evaluation)
         name = getattr(arguments, "dataset", None)
         if name is not None:
             if name not in config.datasets:
                 raise unknown_name_error("data set", name, config.datasets)
             config.datasets = {name: config.datasets[name]}
-        work(config)
-        from torch import distributed  # here, for the processes of `annexe synth` do without
 
+        work(config)
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
@@ -102,19 +120,21 @@ def run_script(
 
 
 def main() -> None:
-    """Entry of the ``annexe`` command: parse, then run the sub-command's module in `annexe.tools`."""
+    """Entry of the ``annexe`` command, which runs the module of a sub-command."""
     parser = argparse.ArgumentParser(
         prog="annexe", description="Egocentric interaction reasoning and grounding."
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    asked = sys.argv[1:2]
-    for name in (
-        asked if asked and asked[0] in TOOLS else TOOLS
-    ):  # one tool does not wait for the imports of all
+
+    # Only the named sub-command is imported, so that it does not wait for the imports of all
+    first_argument = sys.argv[1] if len(sys.argv) > 1 else ""
+    names = (first_argument,) if first_argument in TOOLS else TOOLS
+    for name in names:
         tool = importlib.import_module(f"annexe.tools.{name.replace('-', '_')}")
         command = commands.add_parser(name, help=tool.HELP, description=tool.HELP)
         tool.add_arguments(command)
         command.set_defaults(run=tool.run)
+
     arguments = parser.parse_args()
     exit_on_user_error(lambda: arguments.run(arguments))
