@@ -125,14 +125,15 @@ class Index:
         questions = []
         for query, query_id, is_sentence in wordings:
             questions.append({"query": query, "id": query_id, "is_sentence": is_sentence})
-        return Annotation(*values, questions)
+        values.append(questions)
+        return Annotation(*values)
 
 
 ImageRow = tuple[Index, int]
 """Where the annotations of an image are: an index and the row of the image there."""
 
 
-class Annotations(Sequence):
+class Annotations(Sequence[list[Annotation]]):
     """Annotations of chosen images, a list for each, decoded when they are asked for."""
 
     def __init__(self, rows: Iterable[ImageRow]) -> None:
@@ -141,7 +142,7 @@ class Annotations(Sequence):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, image: int) -> list[Annotation]:
+    def __getitem__(self, image: int) -> list[Annotation]:  # type: ignore[override]  # no slices
         index, row = self._rows[image]
         return index.annotations(row)
 

@@ -321,7 +321,9 @@ class Collator:
         target_ids = np.stack([sample.target_ids for sample in samples])
         patches = None
         if samples[0].patches is not None:
-            patches = torch.stack([sample.patches for sample in samples])
+            stored = [sample.patches for sample in samples if sample.patches is not None]
+            assert len(stored) == len(samples)
+            patches = torch.stack(stored)
 
         return Batch(
             images=torch.from_numpy(images).permute(0, 3, 1, 2),

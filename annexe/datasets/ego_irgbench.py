@@ -154,7 +154,7 @@ class EgoIRGBench:
             index: which image of the split.
             queries_per_annotation: how many wordings of each annotation, or ``all``.
         """
-        num_queries = None if queries_per_annotation == "all" else queries_per_annotation
+        num_queries = None if queries_per_annotation == "all" else int(queries_per_annotation)
         turns = []
         for annotation_index, annotation in enumerate(self.annotations[index]):
             # Draw an order of the wordings

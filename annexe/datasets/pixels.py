@@ -53,7 +53,7 @@ def read_image(path: Path, mode: str | None = None, at_least: int | None = None)
         UserError: if it is missing, no image, or cut short.
     """
     try:
-        image = Image.open(path)
+        image: Image.Image = Image.open(path)
         if at_least:
             # Pillow calls decoding a JPEG at a part of its size a draft
             image.draft(mode, (at_least, at_least))
@@ -250,5 +250,5 @@ def _checksum(data: dict[str, np.ndarray]) -> np.ndarray:
     """CRC-32, uint32[1], of all arrays but the checksum itself."""
     checksum = 0
     for name in sorted(data.keys() - {"checksum"}):
-        checksum = zlib.crc32(np.ascontiguousarray(data[name]), checksum)
+        checksum = zlib.crc32(np.ascontiguousarray(data[name]).data, checksum)
     return np.array([checksum], np.uint32)

@@ -163,9 +163,9 @@ def survey(root: Path, num_workers: int) -> Survey:
     for same_photo in by_photo.values():
         check_duplicates(same_photo, result)
     if len(by_bits) > 1:
-        where = f"{len(by_bits[8])} maps of 8 bits, {len(by_bits[16])} of 16"
+        found = f"{len(by_bits[8])} maps of 8 bits, {len(by_bits[16])} of 16"
         for split, stem in by_bits[8]:
-            result.add("depth-bits", stem, where, split)
+            result.add("depth-bits", stem, found, split)
     return result
 
 

@@ -319,12 +319,12 @@ def _lies_well(shapes: list[Shape], cut: str | None) -> bool:
         visible = np.count_nonzero(_inside(shape.body))
         outside.append(1 - visible / np.count_nonzero(shape.body))
     if cut is None:
-        return max(outside) < 0.02
+        return bool(max(outside) < 0.02)
     for shape, share in zip(shapes, outside, strict=True):
         min_visible = _VISIBLE_HAND if shape.is_hand else _VISIBLE_ACTIVE
         if share >= 1 - min_visible:
             return False
-    return max(outside) > 0.1
+    return bool(max(outside) > 0.1)
 
 
 def _apart(shapes: list[Shape], others: list[Shape]) -> bool:

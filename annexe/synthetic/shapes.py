@@ -33,6 +33,7 @@ def part(paint: str, *contours: Points) -> Part:
 
 def draw_toy_car(variant: int) -> list[Part]:
     # a limousine or a van
+    windows: list[Points]
     if variant == 0:
         body = [
             (-1, 0.05),

@@ -246,8 +246,8 @@ class Form(NamedTuple):
     ) -> Question:
         """The question for `targets`, its templates filled in with `words`."""
         templates = self.held_out if held_out else self.seen
-        phrases = []
-        sentences = []
+        phrases: list[str] = []
+        sentences: list[str] = []
         for template in templates:
             text = template.format(**words)
             (sentences if text.endswith("?") else phrases).append(text)
