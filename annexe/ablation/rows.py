@@ -67,6 +67,10 @@ class Ablation:
     options: list[str] = field(default_factory=list)
     evaluation_options: list[str] = field(default_factory=list)
 
+    def row(self, name: str) -> Row:
+        """A row by its name."""
+        return self.rows[name] or Row()
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -152,12 +156,13 @@ def read_ablation(
         raise UserError(f"{path}: rows and metrics need one entry at least")
 
     rows = {name: row or Row() for name, row in ablation.rows.items()}
-    ablation.rows = rows
+    ablation.rows = {**rows}
     ablation.options += options
     ablation.evaluation_options += evaluation_options
     for name, row in rows.items():
         _check_row(name, row, rows)
-    for block in (ablation, *rows.values()):
+    blocks: list[Ablation | Row] = [ablation, *rows.values()]
+    for block in blocks:
         _check_options([*block.options, *block.evaluation_options], path)
     for metric in ablation.metrics:
         key = metric.rpartition(":")[2]
@@ -199,9 +204,9 @@ def runs_of(ablation: Ablation, out: Path, name: str, seeds: Iterable[int]) -> l
         UserError: for a wrong setting.
     """
     # Training
-    row = ablation.rows[name]
+    row = ablation.row(name)
     base = row.same_run_as or name
-    options = [*ablation.options, *ablation.rows[base].options]
+    options = [*ablation.options, *ablation.row(base).options]
     config = load_config(ablation.config, options)
     if config.model is None or len(config.datasets) != 1:
         raise UserError(

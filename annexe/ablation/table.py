@@ -14,10 +14,10 @@ from annexe.ablation.rows import Ablation, Row, Run
 def summary(ablation: Ablation, runs: list[Run]) -> dict[str, Any]:
     """All that the table shows, of the runs that are finished."""
     rows = {}
-    for name, row in ablation.rows.items():
+    for name in ablation.rows:
         finished = [run for run in runs if run.row == name and run.metrics.is_file()]
         if finished:
-            rows[name] = _row_summary(row, finished, ablation.metrics)
+            rows[name] = _row_summary(ablation.row(name), finished, ablation.metrics)
     return asdict(ablation) | {"spread": "half of highest - lowest", "rows": rows}
 
 

@@ -127,7 +127,7 @@ def fake_model(config: Config, tokenizer: Any, mode: FakeTensorMode, *, bf16: bo
         mode: what makes the tensors fake.
         bf16: it runs under bf16 autocast.
     """
-    spec = copy.deepcopy(config.model)
+    spec = copy.deepcopy(config.require_model())
     dtype = spec["language_model"]["dtype"]
     if dtype not in DTYPES:
         spec["language_model"]["dtype"] = "bfloat16"  # float8 takes as much

@@ -30,6 +30,9 @@ from annexe.models.language_model.llama import Llama
 from annexe.models.rgb_encoder import EvaViT
 from annexe.structures.batch import Batch, PackedText, QueryIndex
 
+Linear = nn.Linear | Float8Linear
+Convolution = nn.Conv2d | nn.ConvTranspose2d
+
 
 @dataclass
 class Flops:
@@ -51,7 +54,7 @@ class Flops:
     def total(self) -> float:
         return self.forward + self.backward
 
-    def add_linear(self, layers: Iterable[nn.Module], num_vectors: float, input_grad: bool) -> bool:
+    def add_linear(self, layers: Iterable[Linear], num_vectors: float, input_grad: bool) -> bool:
         """Linear layers on the same number of vectors each."""
         output_grad = input_grad
         for layer in layers:
@@ -61,7 +64,7 @@ class Flops:
         return output_grad
 
     def add_convolution(
-        self, layer: nn.Module, side: int, num_images: int, input_grad: bool
+        self, layer: Convolution, side: int, num_images: int, input_grad: bool
     ) -> bool:
         """A convolution that gives (a transposed one: takes) maps of ``side`` x ``side``."""
         operations = 2 * num_images * side**2 * layer.weight.numel()
@@ -73,7 +76,7 @@ class Flops:
         self.forward += 4 * num_pairs * width
         self.backward += 8 * num_pairs * width * input_grad
 
-    def _add_weight(self, layer: nn.Module, operations: float, input_grad: bool) -> None:
+    def _add_weight(self, layer: Linear | Convolution, operations: float, input_grad: bool) -> None:
         self.forward += operations
         self.backward += operations * (layer.weight.requires_grad + input_grad)
 
@@ -130,7 +133,7 @@ def flops_of_vit(encoder: EvaViT, num_images: int) -> Flops:
 
 def _add_vit(
     flops: Flops,
-    patch_embedding: nn.Module,
+    patch_embedding: nn.Conv2d,
     blocks: Iterable[nn.Module],
     grid: int,
     num_images: int,
@@ -174,7 +177,7 @@ def flops_of_depth_branch(branch: DepthAnythingV2, image_size: int, num_images: 
             has_grad = flops.add_convolution(resize, counted_side, num_images, has_grad)
         map_grads.append(flops.add_convolution(convolution, side, num_images, has_grad))
 
-    def add_residual_unit(unit: nn.Module, side: int, input_grad: bool) -> bool:
+    def add_residual_unit(unit: Any, side: int, input_grad: bool) -> bool:
         has_grad = flops.add_convolution(unit.convolution1, side, num_images, input_grad)
         return flops.add_convolution(unit.convolution2, side, num_images, has_grad)
 
@@ -254,6 +257,7 @@ def flops_of_decoder(model: Annexe, batch: Batch) -> Flops:
         index_in_image=batch.queries.index_in_image.to(meta),
         max_queries=batch.queries.max_queries,
     )
+    assert isinstance(decoder, nn.Module)
     return flops_by_counter(decoder, states, mask, patches, maps, queries)
 
 
@@ -274,7 +278,7 @@ def flops_by_counter(module: nn.Module, *inputs: Any) -> Flops:
             if isinstance(output, Tensor) and output.requires_grad:
                 losses.append(output.float().sum())
         if losses:
-            sum(losses).backward()
+            sum(losses[1:], losses[0]).backward()
         return Flops(forward, counter.get_total_flops() - forward)
 
 
@@ -282,6 +286,6 @@ def _is_trained(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def _linear_layers(module: nn.Module) -> list[nn.Module]:
+def _linear_layers(module: nn.Module) -> list[Linear]:
     """All linear layers in ``module``, adapters and quantized ones included."""
-    return [layer for layer in module.modules() if isinstance(layer, nn.Linear | Float8Linear)]
+    return [layer for layer in module.modules() if isinstance(layer, Linear)]

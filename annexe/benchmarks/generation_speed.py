@@ -126,7 +126,8 @@ def _model_without_end(config: Config, accelerator: Accelerator) -> Annexe:
     """The model as an evaluation has it, but for answers, which never end by themselves."""
     set_seed(config.run.seed)
     bf16 = accelerator.mixed_precision == "bf16"
-    model = build_model(config.model, tokenizer_of_size(config), accelerator.device, bf16=bf16)
+    tokenizer = tokenizer_of_size(config)
+    model = build_model(config.require_model(), tokenizer, accelerator.device, bf16=bf16)
     model.constrain_answers = False
     never_end(model.language_model)
     return prepare_for_inference(model, config.run, accelerator)

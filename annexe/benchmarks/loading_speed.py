@@ -54,7 +54,7 @@ def measure_loading(
     collate = Collator(
         _tokenizer(config, dataset),
         count_image_tokens(random_config),
-        config.model["pixel_decoder"]["num_slots"],
+        config.require_model()["pixel_decoder"]["num_slots"],
         pad_to_multiple_of=PAD_TO_MULTIPLE_OF if config.run.cuda_graphs and use_cuda else 1,
         keep_samples=False,
     )
@@ -81,10 +81,11 @@ def measure_loading(
 
 def _tokenizer(config: Config, dataset: EgoIRGBench) -> TextTokenizer:
     """The Llama's, or where it is not there one that is trained on the data."""
-    path = config.model["language_model"]["path"]
+    model = config.require_model()
+    path = model["language_model"]["path"]
     if path is not None and (Path(path) / "tokenizer.json").is_file():
         return build_tokenizer(config, Path(path))
-    return train_tokenizer(dataset.texts(), config.model["pixel_decoder"]["num_slots"])
+    return train_tokenizer(dataset.texts(), model["pixel_decoder"]["num_slots"])
 
 
 def _time_loader(loader: DataLoader, batch_size: int, title: str) -> Record:

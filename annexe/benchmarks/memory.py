@@ -218,7 +218,7 @@ def measure(
         branches,
         model.rgb_encoder.image_size,
         model.num_image_tokens,
-        config.model["pixel_decoder"]["num_slots"],
+        model.pixel_decoder.num_slots,
         tokenizer.vocab_size,
     )
     with mode, live, CudaRules():

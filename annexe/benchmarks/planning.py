@@ -92,7 +92,7 @@ def _even_lengths(config: Config, tokenizer: Any, num_tokens: int) -> Callable[[
 
 def candidates(config: Config, gpus: int) -> Iterator[Options]:
     """Settings that save memory, each on top of those before it, the cheapest first."""
-    language_model = config.model["language_model"]
+    language_model = config.require_model()["language_model"]
     run = config.run
     options: Options = {}
 
@@ -144,7 +144,7 @@ def propose(
     too_large: set[str] = set()  # dtypes whose weights alone do not fit
     for options in candidates(config, gpus):
         changed = with_options(config, options)
-        dtype = changed.model["language_model"]["dtype"]
+        dtype = changed.require_model()["language_model"]["dtype"]
         if dtype in too_large:
             continue
         plan = plan_of(changed, (card - CONTEXT) / FRAGMENTATION)

@@ -36,12 +36,7 @@ def require_llama(config: Config) -> None:
     Raises:
         UserError: for a configuration without a model, or with another language model.
     """
-    if config.model is None:
-        raise UserError(
-            "the configuration has no model block; take one from train_configs/, such as "
-            "annexe_tiny.yaml"
-        )
-    if config.model["language_model"]["type"] != "llama":
+    if config.require_model()["language_model"]["type"] != "llama":
         raise UserError(
             "annexe bench knows language models of type llama alone; "
             "set model.language_model.type=llama"
@@ -68,7 +63,8 @@ def without_files(config: Config) -> tuple[Config, Any, list[str]]:
         UserError: for a config.json that is no Llama's.
     """
     config = copy.deepcopy(config)
-    model = config.model
+    model = config.require_model()
+    tokenizer: Any
     tokenizer, num_words, notes = _vocabulary(config)
 
     # Random weights in place of files
@@ -89,7 +85,8 @@ def _vocabulary(config: Config) -> tuple[TextTokenizer | None, int, list[str]]:
 
     A Llama that is there sets the sizes of ``config``.
     """
-    language_model = config.model["language_model"]
+    model = config.require_model()
+    language_model = model["language_model"]
     num_words = language_model["vocab_size"] or BPE_VOCABULARY
     path = language_model.get("path")
 
@@ -104,14 +101,14 @@ def _vocabulary(config: Config) -> tuple[TextTokenizer | None, int, list[str]]:
 
     # A Llama that is not there
     if path is not None:
-        sizes = f"{language_model['num_layers']} blocks of width {language_model['hidden_size']}"
-        note = f"no Llama in '{path}': {sizes} and {_LLAMA_VOCABULARY} words assumed"
+        blocks = f"{language_model['num_layers']} blocks of width {language_model['hidden_size']}"
+        note = f"no Llama in '{path}': {blocks} and {_LLAMA_VOCABULARY} words assumed"
         return None, _LLAMA_VOCABULARY, [note]
 
     # A tokenizer of its own, for a run from scratch
     if data_root(config) is not None:
         texts = build_dataset(config, "train", cached=False).texts()
-        num_slots = config.model["pixel_decoder"]["num_slots"]
+        num_slots = model["pixel_decoder"]["num_slots"]
         trained = train_tokenizer(texts, num_slots)
         tokenizer = TextTokenizer(trained.base, num_slots, language_model["vocab_size"])
         return tokenizer, num_words, []
@@ -140,24 +137,26 @@ def with_random_weights(config: Config) -> tuple[Config, list[str]]:
     """
     no_data = {"ego_irgbench": {"data_root": os.devnull, "queries_per_image": 1}}
     config, tokenizer, notes = without_files(replace(config, datasets=no_data))
-    config.model["language_model"]["vocab_size"] = tokenizer.vocab_size
+    config.require_model()["language_model"]["vocab_size"] = tokenizer.vocab_size
     return config, ["weights are random", *notes]
 
 
 def count_image_tokens(config: Config) -> int:
     """Image tokens of the prefix; ``config`` is that of `with_random_weights`."""
+    model = config.require_model()
     with torch.device("meta"):
-        rgb_encoder = build_component("rgb_encoder", config.model["rgb_encoder"])
-    return rgb_encoder.grid**2 // config.model["patches_per_token"]
+        rgb_encoder = build_component("rgb_encoder", model["rgb_encoder"])
+    return rgb_encoder.grid**2 // model["patches_per_token"]
 
 
 def tokenizer_of_size(config: Config) -> TextTokenizer:
     """The configured Llama's, or a small one that counts as many words as the tables have rows."""
-    path = config.model["language_model"]["path"]
+    model = config.require_model()
+    path = model["language_model"]["path"]
     if path is not None:
         return build_tokenizer(config, Path(path))
-    num_slots = config.model["pixel_decoder"]["num_slots"]
-    num_words = config.model["language_model"]["vocab_size"]
+    num_slots = model["pixel_decoder"]["num_slots"]
+    num_words = model["language_model"]["vocab_size"]
     return TextTokenizer(train_tokenizer((), num_slots).base, num_slots, num_words)
 
 

@@ -11,7 +11,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from annexe import terminal
-from annexe.config import is_released, read_yaml
+from annexe.config import is_released, read_yaml, to_plain
 from annexe.errors import UserError
 from annexe.files import write_text
 from annexe.models.image_ops import STATISTICS
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"'{arguments.old}' is no file of the released code "
             "(no model.arch, no datasets.egoirgbench)"
         )
-    new, notes = convert(OmegaConf.to_container(old))
+    new, notes = convert(to_plain(old))
     heading = (
         f"# Made from {arguments.old.name} by `annexe convert-config`; "
         "put the paths of your weights in.\n"
@@ -116,7 +116,7 @@ def convert(old: Settings) -> tuple[Settings, list[str]]:
         new.model.init = "random"
     if "model.language_model.path" not in set_by:
         raise UserError("model.llama_model is missing; add the folder of Llama-2-7b-chat")
-    return OmegaConf.to_container(new), notes
+    return to_plain(new), notes
 
 
 def _set(new: Any, key: str, value: Any, set_by: dict[str, str]) -> None:

@@ -119,7 +119,9 @@ def split(stems: list[str], by: str, shares: dict[str, float], seed: int) -> dic
         )
     groups: dict[str, list[str]] = defaultdict(list)
     for stem in stems:
-        groups[fields(stem)[by]].append(stem)
+        parts = fields(stem)
+        assert parts is not None
+        groups[parts[by]].append(stem)
     wanted = [name for name in SPLITS if shares[name] > 0]
     if len(groups) < len(wanted):
         raise UserError(

@@ -161,4 +161,4 @@ def _save_llama(settings: dict[str, Any], tensors: dict[str, Tensor], folder: Pa
     sizes = {name: value for name, value in settings.items() if name not in ("type", "lora")}
     language_model = Llama(tokenizer, lora=Lora(rank=0), **sizes)
     language_model.model.load_state_dict(tensors)
-    language_model.model.save_pretrained(folder / "llama")
+    language_model.model.save_pretrained(str(folder / "llama"))
