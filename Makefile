@@ -6,12 +6,13 @@ DEMO := runs/demo
 DATA := $(DEMO)/data
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint format clean-demo
+.PHONY: help install demo test test-slow test-all lint format clean-demo
 
 help:
-	@echo "make demo    synthetic data, training, evaluation and report under $(DEMO) (two CPU cores, 18 to 40 minutes)"
-	@echo "make test    lint, format check and all tests, up to four at a time (two CPU cores, 10 to 18 minutes)"
-	@echo "make format  format the code"
+	@echo "make demo      synthetic data, training, evaluation and report under $(DEMO) (two CPU cores)"
+	@echo "make test      lint, format check, types and the fast tests"
+	@echo "make test-all  the same, then the tests that start and kill processes"
+	@echo "make format    format the code"
 
 install: $(VENV)/installed
 
@@ -21,32 +22,48 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 demo: $(DEMO)/report.html
-	@echo "open $(DEMO)/report.html"
+	@$(BIN)/python scripts/demo_summary.py $(DEMO)
+
+# Runs a stage and notes its seconds: $(call stage,NAME,COMMAND)
+stage = start=$$(date +%s); $(2) && mkdir -p $(DEMO) && \
+	echo "$(1) $$(($$(date +%s) - start))" >> $(DEMO)/stages.txt
 
 $(DATA)/synthetic.json: | install
-	$(BIN)/annexe synth $(DATA) --images 3400 --seed 1
+	$(call stage,drawing,$(BIN)/annexe synth $(DATA) --images 3400 --seed 1)
 
 $(DEMO)/trained: $(DATA)/synthetic.json
-	$(BIN)/torchrun --standalone --nproc_per_node 1 train.py --cfg-path train_configs/annexe_tiny.yaml \
-		--options run.output_dir=$(DEMO) datasets.ego_irgbench.data_root=$(DATA) run.resume=auto
+	$(call stage,training,$(BIN)/torchrun --standalone --nproc_per_node 1 train.py \
+		--cfg-path train_configs/annexe_tiny.yaml --options run.output_dir=$(DEMO) \
+		datasets.ego_irgbench.data_root=$(DATA) run.resume=auto)
 	touch $@
 
 $(DEMO)/eval/metrics.json: $(DEMO)/trained
-	$(BIN)/torchrun --standalone --nproc_per_node 1 eval_scripts/eval_egoirgbench.py \
-		--cfg-path eval_configs/annexe_tiny.yaml --dataset ego_irgbench --options run.checkpoint=$(DEMO) \
-		run.output_dir=$(DEMO)/eval datasets.ego_irgbench.data_root=$(DATA)
+	$(call stage,evaluation,$(BIN)/torchrun --standalone --nproc_per_node 1 \
+		eval_scripts/eval_egoirgbench.py --cfg-path eval_configs/annexe_tiny.yaml \
+		--dataset ego_irgbench --options run.checkpoint=$(DEMO) run.output_dir=$(DEMO)/eval \
+		datasets.ego_irgbench.data_root=$(DATA))
 
 $(DEMO)/report.html: $(DEMO)/eval/metrics.json
 	rm -rf $(DEMO)/report
 	cp -r $(DEMO)/eval/report $(DEMO)/report
 	cp $(DEMO)/eval/report.html $@
 
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+
 test: install lint
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+	$(PYTEST) -m "not slow"
+
+test-slow: install
+	$(PYTEST) -m slow
+
+test-all: test test-slow
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/codespell
+	$(BIN)/mypy
 
 format: install
 	$(BIN)/ruff check --fix .

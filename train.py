@@ -1,4 +1,7 @@
-"""Train ANNEXE: torchrun train.py --cfg-path train_configs/annexe_tiny.yaml [--options run.batch_size=2 ...]"""
+"""Train ANNEXE.
+
+torchrun train.py --cfg-path train_configs/annexe_tiny.yaml [--options run.batch_size=2 ...]
+"""
 
 from __future__ import annotations
 

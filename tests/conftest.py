@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 TINY = ROOT / "train_configs" / "annexe_tiny.yaml"
 SHARED = ROOT.parent / "shared"
 
-# The components of the tiny configuration at the smallest size that keeps every one of them in play.
+# The components of the tiny configuration at the smallest size that keeps each of them in play.
 SMALLEST = (
     "model.rgb_encoder.image_size=112",
     "model.rgb_encoder.embed_dim=32",
@@ -35,7 +35,8 @@ SMALLEST = (
     "model.pixel_decoder.hidden_size=32",
     "model.pixel_decoder.num_layers=2",
     "model.pixel_decoder.pixel_dim=8",
-    "model.pixel_decoder.masked_attention=false",  # a hard cut: differences of rounding, which many tests allow, would show
+    # A hard cut, in which differences of rounding, which many tests allow, would show
+    "model.pixel_decoder.masked_attention=false",
     "run.num_workers=0",
     "run.device=cpu",
     "run.batch_size=2",
@@ -62,8 +63,11 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def assert_same_but_for_rounding(
     tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], atol: float = 1e-6
 ) -> None:
-    """Compares by element, but the depth branch by norm: rounding turns the sign of a depth error that is all but zero,
-    and with it a step of AdamW where the gradient is as small."""
+    """Compare tensors element by element, but those of the depth branch by norm.
+
+    Rounding turns the sign of a depth error that is all but zero, and with it a step of AdamW where
+    the gradient is as small.
+    """
     assert tensors.keys() == expected.keys()
     for name, tensor in expected.items():
         if name.startswith("depth_branch."):
@@ -84,7 +88,10 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_config(scenes: Path, tmp_path: Path) -> Callable[..., Config]:
-    """Loads the smallest configuration with further ``a.b=c`` options, writing under a folder of the test."""
+    """Loads the smallest configuration with further ``a.b=c`` options.
+
+    It writes under a folder of the test.
+    """
 
     def make(*options: str) -> Config:
         own = (f"datasets.ego_irgbench.data_root={scenes}", f"run.output_dir={tmp_path / 'run'}")
@@ -108,7 +115,7 @@ def built_parts() -> dict[tuple, tuple]:
 def make_parts(
     make_config: Callable[..., Config], built_parts: dict[tuple, tuple]
 ) -> Callable[..., tuple[Annexe, TextTokenizer, Batch]]:
-    """Builds the smallest model (seed 0, eval mode), its tokenizer, and a batch of the first images.
+    """Builds the smallest model (seed 0, eval mode), its tokenizer, and a batch of first images.
 
     They are built once for all tests that ask for the same, and copied for each of them.
     """

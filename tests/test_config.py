@@ -1,4 +1,4 @@
-"""Configuration and registry: strict, each default in one place, and open to components from outside."""
+"""Configuration and registry: strict, defaults in one place, open to outside components."""
 
 from __future__ import annotations
 
@@ -92,7 +92,8 @@ def test_interpolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANNEXE_RUNS", "elsewhere")
     path = write(
         tmp_path,
-        'run: {output_dir: "${oc.env:ANNEXE_RUNS}/a", max_steps: 3000, warmup_steps: "${run.max_steps}"}',
+        'run: {output_dir: "${oc.env:ANNEXE_RUNS}/a", max_steps: 3000, '
+        'warmup_steps: "${run.max_steps}"}',
     )
     config = load_config(path)
     assert (config.run.output_dir, config.run.warmup_steps) == ("elsewhere/a", 3000)
@@ -158,8 +159,12 @@ def test_unknown_names_list_the_choices() -> None:
 def test_arguments_are_checked_before_the_component_is_made() -> None:
     @register("light", "lamp")
     def lamp(
-        socket: str, *, watts: int, colour: str | None = None, sizes: list[int] = [1]
-    ) -> tuple:  # noqa: B006
+        socket: str,
+        *,
+        watts: int,
+        colour: str | None = None,
+        sizes: list[int] = [1],  # noqa: B006
+    ) -> tuple:
         return socket, watts, colour, sizes
 
     assert build("light", {"type": "lamp", "watts": "7"}, "E27") == ("E27", 7, None, [1])
@@ -191,7 +196,9 @@ class ShoutingDecoder(QueryDecoder):
     """The query decoder with louder masks."""
 
     def __init__(self, *parts: int, gain: float = 2.0, num_slots: int = 4) -> None:
-        super().__init__(*parts, num_slots=num_slots, hidden_size=32, num_layers=1, num_heads=4, pixel_dim=8)
+        super().__init__(
+            *parts, num_slots=num_slots, hidden_size=32, num_layers=1, num_heads=4, pixel_dim=8
+        )
         self.gain = gain
 
     def forward(self, *inputs):

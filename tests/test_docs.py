@@ -1,4 +1,4 @@
-"""The documentation against the code: its commands, settings, trees of files, links and worked examples."""
+"""The documentation against the code: commands, settings, trees of files, links, examples."""
 
 from __future__ import annotations
 

@@ -230,6 +230,7 @@ def evaluation_options(scenes: Path, trained: Path, output: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_killed_three_times_it_gives_the_same_files(trained, scenes, tmp_path):
     """At random moments, found by how many of the five batches are done."""
     settings = ROOT / "eval_configs" / "annexe_tiny.yaml"
@@ -265,6 +266,7 @@ def test_killed_three_times_it_gives_the_same_files(trained, scenes, tmp_path):
     same_files(tmp_path / "straight", broken)
 
 
+@pytest.mark.slow
 def test_two_evaluations_of_one_folder_refuse_each_other_and_a_killed_one_does_not(
     trained, make_config, tmp_path
 ):

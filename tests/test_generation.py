@@ -114,6 +114,7 @@ torch.save(outputs, sys.argv[2])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_the_kernels_for_a_gpu_give_the_same(tmp_path):
     """Run by Triton's interpreter, which takes them step by step on the CPU."""

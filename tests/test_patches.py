@@ -72,6 +72,7 @@ def test_stored_patches_are_those_of_the_encoder(make_config, tmp_path, monkeypa
     trainer.train_step([batch])
 
 
+@pytest.mark.slow
 def test_processes_share_the_work(make_config, tmp_path):
     """Twelve photos in two processes: the same file as that of one."""
     stores = {name: tmp_path / f"store-{name}" for name in ("one", "two")}

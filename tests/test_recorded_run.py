@@ -89,6 +89,7 @@ def run_everything(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_the_recorded_run_is_met_bit_for_bit(tmp_path: Path):
     files = run_everything(tmp_path)
     losses = json.loads(files["losses.json"])

@@ -752,6 +752,7 @@ def test_curves_of_single_values_many_steps_and_a_log_that_is_being_written(tmp_
         assert LEFT <= x <= RIGHT and TOP <= y <= BOTTOM
 
 
+@pytest.mark.slow
 def test_bare_results_still_make_a_page(
     queries: list[QueryRecord], truth: Truth, tmp_path: Path
 ) -> None:

@@ -251,6 +251,7 @@ def test_muon_takes_the_weights_of_layers(make_parts, make_config):
     assert matrices == of_words
 
 
+@pytest.mark.slow
 def test_killed_at_a_random_step_it_resumes_bit_for_bit(scenes, tmp_path):
     """With LoRA dropout on, so that the random state matters.
 
@@ -357,6 +358,7 @@ with locked(Path(sys.argv[1])):
 """
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_being_trained_into_is_left_alone(make_config, tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, "-c", HOLD_LOCK, run]

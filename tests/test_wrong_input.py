@@ -1,4 +1,4 @@
-"""Wrong inputs: each ends in one line that names the thing and the fix, and a traceback never shows."""
+"""Wrong inputs: each ends in one line that names the thing and the fix, never a traceback."""
 
 from __future__ import annotations
 
@@ -628,7 +628,8 @@ def test_any_module_can_be_the_first_that_is_imported() -> None:
 
 def test_tools_that_need_no_model_start_without_torch() -> None:
     tools = ("synth", "doctor", "split", "score", "compare", "convert_predictions")
-    code = f"import sys, annexe.cli, {', '.join(f'annexe.tools.{tool}' for tool in tools)}; print('torch' in sys.modules)"
+    modules = ", ".join(f"annexe.tools.{tool}" for tool in tools)
+    code = f"import sys, annexe.cli, {modules}; print('torch' in sys.modules)"
     output, errors = command("-c", code).communicate(timeout=120)
     assert output.strip() == "False", errors
 
