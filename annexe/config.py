@@ -319,8 +319,8 @@ def merge_strictly(schema: Any, settings: Any, where: str = "") -> Any:
 def _require_blocks(defaults: Any, settings: Any, where: str) -> None:
     """Refuse a plain value where the defaults have a block."""
     if not isinstance(settings, DictConfig):
-        place = where or "all of it"
-        raise UserError(f"{place} is '{settings}'; it must be a block of settings")
+        block = where or "all of it"
+        raise UserError(f"{block} is '{settings}'; it must be a block of settings")
     for key, block in defaults.items():
         if isinstance(block, dict) and settings.get(key) is not None:
             _require_blocks(block, settings[key], f"{where}.{key}".lstrip("."))
