@@ -425,6 +425,7 @@ def pass_and_answers(model: Annexe, batch: Batch, prompts: Batch) -> tuple:
     return total.detach(), gradients, texts
 
 
+@pytest.mark.slow
 @DECODERS
 def test_compiled_blocks_give_the_same_without_a_graph_break(make_parts, decoder):
     """Traced by the compiler and run eagerly, because code for the CPU takes minutes to compile."""

@@ -173,6 +173,7 @@ def test_the_transformers_form_of_eva_gives_the_same_model(weights_file, tmp_pat
 # --- Depth branch ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_parity
 @pytest.mark.parametrize("size", [448, 518])
 @pytest.mark.parametrize("name", ["vits", "vitb"])

@@ -50,7 +50,7 @@ def one_line(caught: pytest.ExceptionInfo[UserError], *parts: str) -> None:
         ("runn.seed=1", ("runn", "Did you mean 'run'")),
         ("run.max_step=1", ("run.max_step", "Did you mean 'max_steps'")),
         ("run.loss_weights.masks=1", ("run.loss_weights.masks", "Did you mean 'mask'")),
-        ("model.merges=2", ("model.merges", "Did you mean 'merge'")),
+        ("model.patches_per_tokens=2", ("Did you mean 'patches_per_token'",)),
         ("model.rgb_encoder.dept=2", ("model.rgb_encoder.dept", "Did you mean 'depth'")),
         (
             "model.language_model.lora.rnk=2",
@@ -90,7 +90,7 @@ def one_line(caught: pytest.ExceptionInfo[UserError], *parts: str) -> None:
         ("run.wandb.mode=offlin", ("run.wandb.mode is 'offlin'", "offline")),
         ("run.seed", ("'run.seed'", "a.b=c")),
         ("=3", ("'=3'", "a.b=c")),
-        ("run.betas=[1", ("flow sequence", "mend the YAML")),
+        ("run.betas=[1", ("flow sequence", "fix the YAML")),
         ("run.output_dir=${oc.env:ANNEXE_NOT_SET}", ("run.output_dir", "ANNEXE_NOT_SET")),
         ("imports=[annexe_no_such_plugin]", ("annexe_no_such_plugin", "PYTHONPATH")),
     ],
@@ -104,10 +104,10 @@ def test_wrong_option(option: str, parts: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("run: {seed: 1\n", "mend the YAML"),
+        ("run: {seed: 1\n", "fix the YAML"),
         ("run:\n  seed: 1\n  seed: 2\n", "duplicate key seed"),
-        ("- run\n- model\n", "mend the YAML"),
-        ("\x00\x01", "mend the YAML"),
+        ("- run\n- model\n", "fix the YAML"),
+        ("\x00\x01", "fix the YAML"),
         ("only words", "only words"),
         ("model: {type: annexe}\n", "model.rgb_encoder is missing"),
         ("datasets: {ego_irgbench: {}}\n", "datasets.ego_irgbench.data_root is missing"),
@@ -365,7 +365,7 @@ def test_evaluation_needs_a_checkpoint(make_config: MakeConfig, tmp_path: Path) 
         ("model.language_model.num_heads=0", "model.language_model.num_heads is 0"),
         (
             "model.language_model.checkpointed_blocks=-1",
-            "checkpointed_blocks -1 must be at least 0",
+            "checkpointed_blocks is -1; it must be at least 0",
         ),
         ("model.language_model.lora.rank=-1", "model.language_model.lora.rank is -1"),
         (
@@ -473,7 +473,7 @@ def test_a_run_to_start_from_brings_its_words(
         )
     )
     saved = run_folder / "checkpoints" / "step-00000002" / "tokenizer" / "tokenizer.json"
-    started.tokenizer.save(tmp_path / "its")
+    started.model.language_model.tokenizer.save(tmp_path / "its")
     assert (tmp_path / "its" / "tokenizer.json").read_bytes() == saved.read_bytes()
     assert not (tmp_path / "next" / "tokenizer").exists(), "none was trained"
 
@@ -504,14 +504,14 @@ def test_model_and_run_that_do_not_fit(make_config: MakeConfig) -> None:
 
 def test_guard_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     def work() -> None:
-        raise UserError("[bold]thing[/bold] is wrong; " + "mend it " * 40)
+        raise UserError("[bold]thing[/bold] is wrong; " + "fix it " * 40)
 
     with pytest.raises(SystemExit) as caught:
         cli.exit_on_user_error(work)
     assert caught.value.code == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith(
-        "error: [bold]thing[/bold] is wrong; mend it"
+        "error: [bold]thing[/bold] is wrong; fix it"
     )
     assert printed.err.count("\n") == 1
 
@@ -575,6 +575,7 @@ EVALUATE = "eval_scripts/eval_egoirgbench.py"
 EVALUATION = ROOT / "eval_configs" / "annexe_tiny.yaml"
 
 
+@pytest.mark.slow
 def test_commands_end_in_one_line(scenes: Path, root: Path, tmp_path: Path) -> None:
     foreign = tmp_path / "foreign"
     foreign.mkdir()
@@ -611,6 +612,7 @@ def test_commands_end_in_one_line(scenes: Path, root: Path, tmp_path: Path) -> N
     assert [path.name for path in foreign.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.slow
 def test_any_module_can_be_the_first_that_is_imported() -> None:
     code = """
         import importlib, pkgutil, sys, annexe
@@ -634,6 +636,7 @@ def test_tools_that_need_no_model_start_without_torch() -> None:
     assert output.strip() == "False", errors
 
 
+@pytest.mark.slow
 def test_help_names_every_option() -> None:
     started = {
         ("--cfg-path", "--options"): command("train.py", "--help"),
