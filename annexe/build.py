@@ -54,6 +54,7 @@ def load_config(
         UserError: for a missing file, bad YAML, an unknown key or component, or a value of the
             wrong type.
     """
+    # The file and the form of the options
     path = Path(cfg_path)
     base = read_yaml(path)
     if is_released(base):
@@ -64,6 +65,8 @@ def load_config(
     for option in options:
         if "=" not in option or option.startswith("="):
             raise UserError(f"option '{option}' is not of the form a.b=c")
+
+    # Options over the file over the defaults
     try:
         overrides = OmegaConf.from_dotlist(list(options))
         if onto_checkpoint:
@@ -77,6 +80,8 @@ def load_config(
     except (yaml.YAMLError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"cannot read '{path}' and its options: {reason}; fix the YAML") from None
+
+    # Components, those of plug-ins included
     import_plugins(config.imports)
     for name, spec in config.datasets.items():
         checked = check_component("dataset", spec, f"datasets.{name}", type=name)
@@ -241,6 +246,7 @@ def build_model(
         bf16: it will run under bf16 autocast, so frozen matrices are cast once and for all: the
             same results, less memory.
     """
+    # Encoders first: the other parts ask for their sizes
     device = torch.get_default_device() if device is None else device
     with torch.device(device):
         rgb_encoder = build_component("rgb_encoder", spec["rgb_encoder"])

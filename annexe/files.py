@@ -64,6 +64,7 @@ def replaced(path: Path, *, concurrent: bool = False) -> Iterator[Path]:
     Raises:
         OSError: if a file would replace a folder, or a folder a file.
     """
+    # What is written has a name of its own until it is whole
     part = part_of(path)
     if concurrent:
         part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")

@@ -512,6 +512,8 @@ def count_samples(batches: list[Batch]) -> Tensor:
 def announce(trainer: Trainer) -> None:
     """Say what is trained on what, and which settings do not take effect."""
     run = trainer.run
+
+    # How much is trained, on what
     parameters = list(trainer.model.parameters())
     num_trained = sum(p.numel() for p in parameters if p.requires_grad)
     num_parameters = 0
@@ -531,6 +533,8 @@ def announce(trainer: Trainer) -> None:
         trainer.accelerator.device,
         trainer.output,
     )
+
+    # Settings that will not do what they promise
     if trainer.accelerator.device.type == "cpu" and num_trained > _MANY_PARAMETERS_FOR_A_CPU:
         log.warning(
             "no GPU is in use: with %.0f M trained parameters a step can take minutes on a CPU; "

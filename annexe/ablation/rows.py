@@ -143,6 +143,7 @@ def read_ablation(
         raise UserError(
             f"no file of rows '{path}'; give one such as train_configs/grounding_ablation.yaml"
         )
+    # The file, strictly
     content = read_yaml(path)
     try:
         ablation = merge_strictly(Ablation, content)
@@ -155,10 +156,13 @@ def read_ablation(
     if not ablation.rows or not ablation.metrics:
         raise UserError(f"{path}: rows and metrics need one entry at least")
 
+    # A row without settings is empty in the file; further options stand behind its own
     rows = {name: row or Row() for name, row in ablation.rows.items()}
     ablation.rows = {**rows}
     ablation.options += options
     ablation.evaluation_options += evaluation_options
+
+    # Rows, options and metrics
     for name, row in rows.items():
         _check_row(name, row, rows)
     blocks: list[Ablation | Row] = [ablation, *rows.values()]

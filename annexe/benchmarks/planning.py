@@ -190,6 +190,7 @@ def conclusions(
         notes: lines about how the plan was made.
         options: those of the call, which the proposal's are put behind.
     """
+    # What the step takes, and whether that fits
     lines = [
         f"Peak of a training step: {plan.peak / GB:.1f} GB. "
         f"The card needs {plan.needs / GB:.1f} GB: {FRAGMENTATION - 1:.0%} more for gaps between "
@@ -202,6 +203,7 @@ def conclusions(
         advice = "Take a larger one, or a smaller model."
         return [*lines, f"Nothing tried fits a card of {card:g} GB. {advice}"]
 
+    # What would fit instead
     proposed, smaller = proposal
     sizes = f"peak {smaller.peak / GB:.1f} GB, needs {smaller.needs / GB:.1f} GB"
     lines.append(f"For a card of {card:g} GB ({sizes}):")

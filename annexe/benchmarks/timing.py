@@ -83,6 +83,7 @@ class Timeline:
                 on_result(result)
             return result
 
+        # An attribute of the object hides the method of its class
         setattr(owner, name, timed)
         try:
             yield

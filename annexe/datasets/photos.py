@@ -95,6 +95,7 @@ def photo_size(path: Path) -> tuple[int, int]:
     Raises:
         UserError: if it is missing, no image, a TIFF, too small, or of more than 8 bits a channel.
     """
+    # The header alone; the name is written to JSON, which has to be UTF-8
     try:
         path.stem.encode()
         with Image.open(path) as header:
@@ -110,7 +111,9 @@ def photo_size(path: Path) -> tuple[int, int]:
         raise UserError(
             f"cannot read photo '{path}' ({error}); save it again as JPEG or PNG"
         ) from None
-    if file_format == "TIFF":  # Pillow turns them upright by itself, some of them twice
+
+    # What cannot be read as it is; Pillow turns TIFF upright by itself, some of them twice
+    if file_format == "TIFF":
         raise UserError(f"photo '{path}' is TIFF; save it as JPEG or PNG")
     if mode.startswith(("I", "F")):
         raise UserError(

@@ -130,6 +130,7 @@ def read_predictions(path: Path, truth: Truth) -> list[Record]:
     try:
         with path.open(encoding="utf-8") as lines:
             for line_number, line in enumerate(lines, start=1):
+                # Form, then the data's knowledge of it, then its masks
                 try:
                     record = parse(line)
                     key = _check_known(record, truth)

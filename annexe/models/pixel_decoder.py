@@ -285,8 +285,11 @@ class QueryDecoder(nn.Module):
         Returns:
             What each layer predicts; the last one is the result.
         """
+        # What the layers read
         slots, prompt_presence = self._condition_slots(states, state_mask)
         pixels = self._pixel_features(patches, maps)
+
+        # Every layer predicts, the last one from the finest map
         groundings: list[Grounding] = []
         pixel_mask = None
         for index, layer in enumerate(self.layers):
