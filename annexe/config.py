@@ -76,9 +76,11 @@ _CHOICES = {
     "mixed_precision": ("auto", "fp32", "bf16"),
     "parallel": ("ddp", "fsdp"),
     "optimizer": ("adamw", "muon"),
+    "learning_rate_decay": ("cosine", "linear"),
 }
 _NOT_NEGATIVE = ("seed", "num_workers", "warmup_steps", "validate_every")
 _AT_LEAST_ONE = (
+    "muon_period",
     "max_steps",
     "batch_size",
     "gradient_accumulation",
@@ -114,7 +116,9 @@ class RunConfig:
     batch_size: int = 4  # images of one process and micro-batch
     gradient_accumulation: int = 1
     optimizer: str = "adamw"  # muon: for training from scratch, fewer steps; not with fsdp
+    muon_period: int = 1  # Muon's weights move every so many steps, by that many steps at once
     learning_rate: float = 1e-5
+    learning_rate_decay: str = "cosine"  # or linear; from learning_rate to min_learning_rate
     min_learning_rate: float = 1e-6
     warmup_learning_rate: float = 1e-6
     warmup_steps: int = 1000

@@ -138,6 +138,14 @@ def test_every_epoch_is_a_permutation_of_its_own():
     assert sample_order(1, 5, 3, 8) == order[3:8]
 
 
+def test_learning_rate_falls_linearly_where_asked(make_config):
+    options = ("run.warmup_steps=10", "run.max_steps=110", "run.learning_rate_decay=linear")
+    run = make_config(*options).run
+    halfway = learning_rate(60, run)
+    assert halfway == pytest.approx((run.learning_rate + run.min_learning_rate) / 2)
+    assert learning_rate(110, run) == pytest.approx(run.min_learning_rate)
+
+
 def test_learning_rate_warms_up_and_falls(make_config):
     run = make_config("run.max_steps=100", "run.warmup_steps=10").run
     rates = [learning_rate(step, run) for step in range(101)]
@@ -161,7 +169,7 @@ def test_orthogonalized_matrices_keep_their_singular_vectors(shape):
 SHAPES = [(8, 20), (20, 8), (8, 20), (6, 4, 3, 3), (5,)]
 
 
-def parameters_and_optimizer(rate: dict[str, float]) -> tuple[list[nn.Parameter], MuonAdamW]:
+def parameters_and_optimizer(rate: dict[str, Any]) -> tuple[list[nn.Parameter], MuonAdamW]:
     """Four weights that Muon moves and a vector that AdamW moves, always the same."""
     generator = torch.Generator().manual_seed(0)
     parameters = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
@@ -202,8 +210,31 @@ def test_muon_moves_as_that_of_torch_does_and_the_rest_as_adamw():
     assert not torch.equal(ours[4], before[4])
 
 
-def test_muon_goes_on_from_its_state_bit_for_bit():
+def test_muon_moves_once_in_a_period_and_by_all_of_it():
     rate = {"lr": 0.1, "weight_decay": 0.05}
+    rare, rarely = parameters_and_optimizer({**rate, "muon_period": 3})
+    often, every_step = parameters_and_optimizer(rate)
+    for step in range(3):
+        before = [parameter.detach().clone() for parameter in rare]
+        set_gradients(rare, seed=step)
+        rarely.step()
+        moved = [not torch.equal(a, b) for a, b in zip(rare, before, strict=True)]
+        assert moved == [step == 2] * 4 + [True]
+
+    # The move is that of a step at three times the rate with the same momenta
+    for step in range(3):
+        for parameter, start in zip(often, before, strict=True):
+            parameter.data.copy_(start)
+        set_gradients(often, seed=step)
+        every_step.param_groups[1]["lr"] = 0.3
+        every_step.step()
+    for parameter, source in zip(rare[:4], often[:4], strict=True):
+        assert torch.equal(parameter, source)
+
+
+@pytest.mark.parametrize("period", [1, 3])
+def test_muon_goes_on_from_its_state_bit_for_bit(period: int):
+    rate = {"lr": 0.1, "weight_decay": 0.05, "muon_period": period}
     expected, optimizer = parameters_and_optimizer(rate)
     resumed, other = parameters_and_optimizer(rate)
     for step in range(4):

@@ -30,11 +30,15 @@ class MuonAdamW(torch.optim.Optimizer):
     as large as AdamW's, so that both share a learning rate. Unlike `torch.optim.Muon` it takes
     convolutions too, and weights of one shape together.
 
+    Orthogonalizing is what costs time. Momentum changes little from step to step, so that Muon can
+    move once in ``muon_period`` steps, by as much as in so many steps.
+
     Args:
         groups: parameter groups, each with its ``kind``.
         lr: learning rate.
         betas: of AdamW.
         weight_decay: of groups that do not set their own.
+        muon_period: Muon moves in every so many steps.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class MuonAdamW(torch.optim.Optimizer):
         lr: float,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.01,
+        muon_period: int = 1,
     ) -> None:
         groups = list(groups)
         adamw_groups = [group for group in groups if group["kind"] == "adamw"]
@@ -51,6 +56,7 @@ class MuonAdamW(torch.optim.Optimizer):
             adamw_groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=True
         )
         super().__init__(groups, self._adamw.defaults)
+        self._muon_period = muon_period
         self._share_with_adamw()
 
     @torch.no_grad()
@@ -79,7 +85,16 @@ class MuonAdamW(torch.optim.Optimizer):
         self._adamw.__setstate__({"state": self.state, "param_groups": groups})
 
     def _step_muon(self, group: dict[str, Any]) -> None:
-        """Move the parameters of a group along their orthogonalized momentum."""
+        """Move the parameters of a group along their orthogonalized momentum, if it is time."""
+        # Steps since the last move are part of the state, where there are any
+        moves = True
+        if self._muon_period > 1:
+            group["waited"] = group.get("waited", 0) + 1
+            moves = group["waited"] >= self._muon_period
+        if moves:
+            group.pop("waited", None)
+        rate = group["lr"] * self._muon_period
+
         same_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
         for parameter in group["params"]:
             if parameter.grad is not None:
@@ -92,6 +107,8 @@ class MuonAdamW(torch.optim.Optimizer):
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             momenta = [self.state[parameter]["momentum"] for parameter in parameters]
             torch._foreach_lerp_(momenta, gradients, 1 - _MUON_MOMENTUM)
+            if not moves:
+                continue
             ahead = torch._foreach_lerp(gradients, momenta, _MUON_MOMENTUM)
 
             # Steps of AdamW's size. A convolution's weights [out, in, h, w] are [out, in * h * w]
@@ -100,9 +117,9 @@ class MuonAdamW(torch.optim.Optimizer):
             steps = newton_schulz(matrices) * size
 
             # Decay, then move
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
             steps = steps.view(-1, *shape).unbind()
-            torch._foreach_add_(parameters, steps, alpha=-group["lr"])
+            torch._foreach_add_(parameters, steps, alpha=-rate)
 
 
 def _to_saved(group: dict[str, Any]) -> dict[str, Any]:
@@ -203,14 +220,17 @@ def build_optimizer(model: nn.Module, run: RunConfig) -> torch.optim.Optimizer:
         {**undecayed_group, "kind": "adamw"},
         {**muon_group, "kind": "muon"},
     ]
-    return MuonAdamW(groups, lr=run.learning_rate, betas=betas)
+    return MuonAdamW(groups, lr=run.learning_rate, betas=betas, muon_period=run.muon_period)
 
 
 def learning_rate(step: int, run: RunConfig) -> float:
-    """Learning rate of a step, from 0 on: linear warm-up, then a cosine to the minimum."""
+    """Learning rate of a step, from 0 on: linear warm-up, then down to the minimum."""
     if step < run.warmup_steps:
         climb = run.learning_rate - run.warmup_learning_rate
         return run.warmup_learning_rate + climb * step / run.warmup_steps
     progress = (step - run.warmup_steps) / max(1, run.max_steps - run.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return run.min_learning_rate + (run.learning_rate - run.min_learning_rate) * cosine
+    if run.learning_rate_decay == "linear":
+        left = 1 - min(1.0, progress)
+    else:
+        left = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return run.min_learning_rate + (run.learning_rate - run.min_learning_rate) * left
