@@ -138,3 +138,7 @@ def main() -> None:
 
     arguments = parser.parse_args()
     exit_on_user_error(lambda: arguments.run(arguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch.utils._pytree import tree_map
 
 from annexe.errors import UserError
 
+_START = "start with torchrun, or unset RANK, WORLD_SIZE and LOCAL_RANK for one process"
+
 
 def make_accelerator(*, device: str, mixed_precision: str, timeout_minutes: float) -> Accelerator:
     """Set up device, processes (torchrun's environment) and mixed precision.
@@ -27,7 +30,8 @@ def make_accelerator(*, device: str, mixed_precision: str, timeout_minutes: floa
         timeout_minutes: how long a process waits for the others.
 
     Raises:
-        UserError: if ``device`` is ``cuda`` and there is none.
+        UserError: if ``device`` is ``cuda`` and there is none, if only a part of torchrun's
+            environment is there, and if the other processes do not come.
     """
     # Device
     has_cuda = torch.cuda.is_available()
@@ -37,18 +41,69 @@ def make_accelerator(*, device: str, mixed_precision: str, timeout_minutes: floa
 
     # Group of processes
     timeout = timedelta(minutes=timeout_minutes)
-    if "TORCHELASTIC_RESTART_COUNT" in os.environ and not dist.is_initialized():
-        join_group("nccl" if on_cuda else "gloo", timeout)
-
+    require_environment(num_gpus=torch.cuda.device_count() if on_cuda else None)
     bf16 = mixed_precision == "bf16" or (mixed_precision == "auto" and on_cuda)
-    return Accelerator(
-        cpu=not on_cuda,
-        mixed_precision="bf16" if bf16 else "no",
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timeout),
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-        ],
-    )
+    try:
+        if "TORCHELASTIC_RESTART_COUNT" in os.environ and not dist.is_initialized():
+            join_group("nccl" if on_cuda else "gloo", timeout)
+        return Accelerator(
+            cpu=not on_cuda,
+            mixed_precision="bf16" if bf16 else "no",
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timeout),
+                DistributedDataParallelKwargs(
+                    broadcast_buffers=False, gradient_as_bucket_view=True
+                ),
+            ],
+        )
+    except dist.DistError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} cannot meet the "
+            f"others ({reason}); start all of them with torchrun, under one --rdzv-endpoint"
+        ) from error
+
+
+def require_environment(num_gpus: int | None) -> None:
+    """Check that torchrun's environment is there as a whole or not at all.
+
+    Args:
+        num_gpus: of this machine; None on CPUs.
+
+    Raises:
+        UserError: naming the variable that is missing or wrong.
+    """
+    numbers = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        text = os.environ.get(name)
+        if text and not re.fullmatch("[0-9]+", text):
+            raise UserError(f"{name} is '{text}', which is no number; {_START}")
+        if text:
+            numbers[name] = int(text)
+
+    # One process needs none of them
+    rank = numbers.get("RANK", 0)
+    world_size = numbers.get("WORLD_SIZE", 1)
+    if "LOCAL_RANK" not in numbers and rank == 0 and world_size == 1:
+        return
+
+    # Several need all, but for the number of those on this machine
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            present = ", ".join(f"{key}={os.environ[key]}" for key in numbers)
+            raise UserError(f"{present} without {name}; {_START}")
+    local_rank = numbers["LOCAL_RANK"]
+    for name, value, end in (
+        ("RANK", rank, world_size),
+        ("LOCAL_RANK", local_rank, numbers.get("LOCAL_WORLD_SIZE", world_size)),
+    ):
+        if value >= end:
+            raise UserError(f"{name} is {value} of {end} processes; {_START}")
+    if num_gpus is not None and local_rank >= num_gpus:
+        raise UserError(
+            f"process {local_rank} of this machine has no GPU, there are {num_gpus}; "
+            f"set torchrun --nproc-per-node {num_gpus}, or run.device=cpu"
+        )
 
 
 def join_group(backend: str, timeout: timedelta) -> None:

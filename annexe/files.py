@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -17,6 +18,9 @@ from typing import Any
 from annexe.errors import UserError
 
 log = logging.getLogger(__name__)
+
+# What the system says of a disk that takes no more
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 def require_writable(path: Path) -> None:
@@ -43,6 +47,21 @@ def part_of(path: Path) -> Path:
 
 
 @contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Name ``path`` in the errors of its disk, which do not say what was written.
+
+    Raises:
+        OSError: the same error, about ``path``.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in FULL_DISK:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise
+
+
+@contextmanager
 def replaced(path: Path, *, concurrent: bool = False) -> Iterator[Path]:
     """Write a file or a folder under another name, and rename it at the end.
 
@@ -62,16 +81,18 @@ def replaced(path: Path, *, concurrent: bool = False) -> Iterator[Path]:
         The part: a path in the same folder at which nothing exists yet.
 
     Raises:
-        OSError: if a file would replace a folder, or a folder a file.
+        OSError: naming the file, for a disk that takes no more; and if a file would replace a
+            folder, or a folder a file.
     """
     # What is written has a name of its own until it is whole
     part = part_of(path)
     if concurrent:
         part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
-        remove(part)
-        yield part
-        _rename_over(part, path)
+        with named(path):
+            remove(part)
+            yield part
+            _rename_over(part, path)
     except BaseException:
         remove(part)
         raise
@@ -111,6 +132,27 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
+def append_text(path: Path, text: str) -> None:
+    """Append ``text`` in UTF-8 to a file, which is made if it does not exist.
+
+    An error or an interruption leaves the file as it was. A kill can leave the first part of
+    ``text``.
+
+    Raises:
+        OSError: naming the file.
+    """
+    unwritten = memoryview(text.encode())
+    # Without a buffer, which would try once more when the file is closed
+    with named(path), path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            while unwritten:
+                unwritten = unwritten[file.write(unwritten) :]
+        except BaseException:
+            file.truncate(size)
+            raise
+
+
 @contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Keep other processes out of ``folder`` by a lock on its file ``.lock``.
@@ -136,13 +178,14 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
             if not wait:
                 raise UserError(
                     f"'{folder}' is being written to by {holder}; "
-                    "wait for it, end it, or set another run.output_dir"
+                    "wait for it, end it, or choose another folder"
                 ) from None
             log.info("waiting for %s, which writes to '%s'", holder, folder)
             fcntl.lockf(file, fcntl.LOCK_EX)
 
         # Leave a name for the next process that comes
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        name = f"process {os.getpid()} on {socket.gethostname()}\n"
+        with named(folder):
+            file.truncate(0)
+            os.write(file.fileno(), name.encode())
         yield
