@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
+import reprlib
 from collections.abc import Iterable
+from typing import Any
 
 _MANY_CHOICES = 12  # more are not listed where the nearest one is known
 
@@ -43,3 +46,21 @@ def require_multiple(where: str, name: str, value: int, of: int, needed_by: str)
         raise UserError(
             f"{where}.{name} is {value}; it must be a multiple of {of}, for {needed_by}"
         )
+
+
+def explain_mismatch(message: str, value: Any) -> tuple[str, str]:
+    """What msgspec found wrong with ``value``: where in it, and in which way.
+
+    "Expected `int` >= 0 - at `$.masks[0].slot`" becomes "masks[0].slot" and "is -1, expected int >=
+    0". The place of ``value`` itself is empty.
+    """
+    problem, _, path = message.replace("`", "").partition(" - at $")
+    missing = re.fullmatch(r"Object missing required field (\w+)", problem)
+    if missing:
+        return f"{path}.{missing[1]}".removeprefix("."), "is missing"
+
+    # Follow the path to the value
+    for key, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):
+        value = value[key or int(index)]
+    expected = problem[0].lower() + problem[1:]
+    return path.removeprefix("."), f"is {reprlib.repr(value)}, {expected}"

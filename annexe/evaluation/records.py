@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +15,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
-from annexe.errors import UserError
+from annexe.errors import UserError, explain_mismatch
 from annexe.evaluation.truth import Truth
 from annexe.files import write_text
 from annexe.metrics.depth import DepthSums
@@ -205,24 +204,12 @@ def parse(line: str) -> Record:
 
 
 def _explain(message: str, line: dict[str, Any]) -> str:
-    """A message of msgspec about a line, with the value that it is about.
-
-    "Expected `int` >= 0 - at `$.masks[0].slot`" becomes "masks[0].slot is -1, expected int >= 0".
-    """
-    problem, _, path = message.replace("`", "").partition(" - at $")
-    missing = re.fullmatch(r"Object missing required field (\w+)", problem)
-    if missing:
-        return f"{path}.{missing[1]} is missing".removeprefix(".")
-
-    # Follow the path to the value
-    value: Any = line
-    name = ""
-    for key, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):
-        value = value[key or int(index)]
-        name = key or name
-    hint = f" ({_HINTS[name]})" if name in _HINTS else ""
-    expected = problem[0].lower() + problem[1:]
-    return f"{path.removeprefix('.')} is {reprlib.repr(value)}, {expected}{hint}"
+    """A message of msgspec about a line, with the value that it is about and what helps with it."""
+    place, problem = explain_mismatch(message, line)
+    names = re.findall(r"[a-z_]+", place)
+    has_hint = problem != "is missing" and names and names[-1] in _HINTS
+    hint = f" ({_HINTS[names[-1]]})" if has_hint else ""
+    return f"{place} {problem}{hint}"
 
 
 def _check_known(record: Record, truth: Truth) -> tuple:
