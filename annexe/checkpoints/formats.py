@@ -14,9 +14,13 @@ class Format:
 
     Args:
         part: what it fills: ``rgb_encoder``, ``depth_branch``, ``language_model``, or ``model``
-            for `Annexe` itself.
+            for `Annexe` itself. Formats that nothing takes fill ''.
         setting: the YAML setting that takes such a checkpoint.
-        signature: a key that every file of this format has, behind an optional prefix.
+        signatures: every file of this format has one of these keys, behind an optional prefix.
+        requires: a key that every file has besides, behind any prefix; '' asks for none.
+        takes_prefix: whether a prefix before its names is allowed.
+        advice: what to do with a file that no setting takes, a clause.
+        note: what the keys do not tell, a sentence.
         rename: from a name of ours to their key.
         rename_older: from their key to the one that some files have instead.
         split_qkv: patterns of our names that are one third of a fused query-key-value tensor of
@@ -28,7 +32,11 @@ class Format:
     name: str
     part: str
     setting: str
-    signature: str
+    signatures: tuple[str, ...]
+    requires: str = ""
+    takes_prefix: bool = True
+    advice: str = ""
+    note: str = ""
     rename: Substitutions = ()
     rename_older: Substitutions = ()
     split_qkv: tuple[tuple[str, int], ...] = ()
@@ -121,19 +129,46 @@ _MINIGPT: Substitutions = (
 )
 _MINIGPT_OLDER: Substitutions = ((r"lm_head\.0\.", "lm_head."),)
 
-# Whole models come first: they hold the keys of their parts
+TEXT_ALONE = "model.language_model.path takes the folder of a Llama, of text alone"
+_WHICH_DEPTH = (
+    "V1, V2 and V2 metric have the same names; config.json in its folder says which it is, or "
+    "model.depth_branch.version for a file alone."
+)
+UNQUANTIZED = (
+    "take the model that it was made from; model.language_model.dtype=nf4 or int8 quantizes that "
+    "as it is loaded"
+)
+
+
+def not_taken(name: str, advice: str, *signatures: str, takes_prefix: bool = True) -> Format:
+    """A format that is known, and that no setting takes."""
+    return Format(name, "", "", signatures, takes_prefix=takes_prefix, advice=advice)
+
+
+# Whole models come first: they hold the keys of their parts. So do quantized ones and those that
+# share keys with what is taken
 FORMATS = (
+    not_taken("weights quantized with GPTQ or AWQ", UNQUANTIZED, "qweight"),
+    not_taken("weights quantized with bitsandbytes", UNQUANTIZED, "weight.absmax", "SCB"),
+    not_taken(
+        "weights quantized to float8 or with compressed-tensors",
+        UNQUANTIZED,
+        "weight_scale",
+        "weight_scale_inv",
+        "weight_packed",
+    ),
     Format(
         name="annexe run",
         part="model",
         setting="model.init_from",
-        signature="projector.linear.weight",
+        signatures=("projector.linear.weight",),
+        takes_prefix=False,
     ),
     Format(
         name="ANNEXE training run (released code)",
         part="model",
         setting="model.init_from",
-        signature="mask_decoder.deconv1.weight",
+        signatures=("mask_decoder.deconv1.weight",),
         rename=(
             *_MINIGPT,
             (r"^depth_branch\.", ""),
@@ -146,15 +181,39 @@ FORMATS = (
         name="MiniGPT-v2",
         part="model",
         setting="model.init_from",
-        signature="llama_proj.weight",
+        signatures=("llama_proj.weight",),
+        requires="lora_A.weight",
         rename=_MINIGPT,
         rename_older=_MINIGPT_OLDER,
+    ),
+    not_taken(
+        "the projector of MiniGPT-4, without adapters",
+        "model.init_from takes the checkpoint of MiniGPT-v2, whose projector has another width",
+        "llama_proj.weight",
+    ),
+    not_taken(
+        "a LoRA adapter of peft, or a model with one",
+        "merge it into its base with peft (merge_and_unload), and give that folder to "
+        "model.language_model.path",
+        "self_attn.q_proj.lora_A.weight",
+        "self_attn.v_proj.lora_A.weight",
+        "mlp.down_proj.lora_A.weight",
+    ),
+    not_taken(
+        "a vision-language model such as LLaVA",
+        TEXT_ALONE,
+        "multi_modal_projector.linear_1.weight",
+        "multi_modal_projector.weight",
+        "mm_projector.weight",
+        "mm_projector.0.weight",
+        "visual.merger.mlp.0.weight",
+        "visual.merger.linear_fc1.weight",
     ),
     Format(
         name="EVA-CLIP ViT (LAVIS, timm)",
         part="rgb_encoder",
         setting="model.rgb_encoder.weights",
-        signature="blocks.0.attn.q_bias",
+        signatures=("blocks.0.attn.q_bias",),
         # The file's own last norm is another one than our outer norm
         rename=((r"^norm\.", "ln_vision."), (r"^vit\.", "")),
     ),
@@ -162,16 +221,17 @@ FORMATS = (
         name="BLIP-2 vision model (transformers)",
         part="rgb_encoder",
         setting="model.rgb_encoder.weights",
-        signature="encoder.layers.0.self_attn.qkv.bias",
+        signatures=("encoder.layers.0.self_attn.qkv.bias",),
         rename=_BLIP2,
         split_qkv=((r"\.attn\.q_bias", 0), (r"\.attn\.v_bias", 2)),
         without_key_bias="self_attn.qkv.bias",
     ),
     Format(
-        name="Depth Anything V2",
+        name="Depth Anything (original code)",
         part="depth_branch",
         setting="model.depth_branch.weights",
-        signature="depth_head.scratch.refinenet1.out_conv.weight",
+        note=_WHICH_DEPTH,
+        signatures=("depth_head.scratch.refinenet1.out_conv.weight",),
         rename=(*_DINOV2, *_DEPTH_HEAD),
         split_qkv=(
             (rf"{_DINOV2_BLOCK}attention\.q_proj\.", 0),
@@ -181,17 +241,54 @@ FORMATS = (
         positions_as_dinov2=True,
     ),
     Format(
-        name="Depth Anything V2 (transformers)",
+        name="Depth Anything (transformers)",
         part="depth_branch",
         setting="model.depth_branch.weights",
-        signature="neck.fusion_stage.layers.0.projection.weight",
+        note=_WHICH_DEPTH,
+        signatures=("neck.fusion_stage.layers.0.projection.weight",),
         rename=((r"^model\.", ""),),
         positions_as_dinov2=True,
+    ),
+    not_taken(
+        "a DINOv2 or another plain ViT",
+        "model.rgb_encoder.weights takes EVA-CLIP, model.depth_branch.weights Depth Anything",
+        "blocks.0.attn.qkv.weight",
+        "encoder.layer.0.attention.attention.query.weight",
+        "encoder.layers.0.self_attn.q_proj.weight",
+        "visual.transformer.resblocks.0.attn.in_proj_weight",
+    ),
+    not_taken(
+        "a Llama in Meta's own format",
+        "take it in the format of transformers: a folder whose name ends with -hf, or one "
+        "converted by convert_llama_weights_to_hf.py of transformers",
+        "layers.0.attention.wq.weight",
+    ),
+    not_taken(
+        "Qwen2, or a Llama with biases",
+        f"{TEXT_ALONE}; its config.json says which it is",
+        "model.layers.0.self_attn.q_proj.bias",
+    ),
+    not_taken(
+        "another language model than Llama, such as Qwen3, Phi, Gemma or Mixtral",
+        TEXT_ALONE,
+        "model.layers.0.self_attn.q_norm.weight",
+        "model.layers.0.self_attn.qkv_proj.weight",
+        "model.layers.0.mlp.gate_up_proj.weight",
+        "model.layers.0.mlp.gate.weight",
+        "model.layers.0.block_sparse_moe.gate.weight",
+        "model.layers.0.pre_feedforward_layernorm.weight",
+        "transformer.wte.weight",
+        "gpt_neox.embed_in.weight",
+        "model.decoder.embed_tokens.weight",
     ),
     Format(
         name="Llama (transformers)",
         part="language_model",
         setting="model.language_model.path",
-        signature="model.embed_tokens.weight",
+        signatures=("model.embed_tokens.weight",),
+        takes_prefix=False,
+        note="Mistral and others have the same names; config.json, in the folder that the setting "
+        "takes, says which it is.",
     ),
+    not_taken("a model with a language model inside", TEXT_ALONE, "model.embed_tokens.weight"),
 )

@@ -6,33 +6,33 @@ therefore named as the checkpoint would name it; what fills nothing is left over
 
 from __future__ import annotations
 
-import json
 import logging
-import pickle
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from annexe.checkpoints.formats import FORMATS, OLD_DINOV2_NAMES, Format, substitute
-from annexe.checkpoints.run_folder import DAMAGED, require_checkpoint
+from annexe.checkpoints.formats import (
+    FORMATS,
+    OLD_DINOV2_NAMES,
+    TEXT_ALONE,
+    UNQUANTIZED,
+    Format,
+    not_taken,
+    substitute,
+)
+from annexe.checkpoints.tensor_files import read_config, read_tensors
 from annexe.errors import UserError, unknown_name_error
 
 log = logging.getLogger(__name__)
 
-_SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-_WRAPPERS = ("model", "state_dict", "module")  # keys under which files keep their tensors
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of weights as they are
 
 
 @dataclass
@@ -40,6 +40,7 @@ class KeyReport:
     """Where the tensors of a checkpoint went; missing and left-over ones by the checkpoint's names.
 
     Attributes:
+        prefix: what stands before the names of its format.
         matched: our name to the key that fills it.
         missing: our name to the key that is not there.
         unexpected: keys that fill nothing.
@@ -49,11 +50,27 @@ class KeyReport:
 
     source: str
     format: Format
+    prefix: str = ""
     matched: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     unexpected: list[str] = field(default_factory=list)
     misfits: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
+
+    def without_place(self) -> list[str]:
+        """Keys that fill nothing although the model cannot be the same without them.
+
+        They are adapters, of other ranks or modules than ours, and tensors beside those that fill a
+        module of an encoder. Whole modules may be left over: heads, or the blocks behind our last.
+        """
+        filled = set()
+        if self.format.part != "model":
+            filled = {_group_of(key.removeprefix(self.prefix)) for key in self.matched.values()}
+        found = []
+        for key in self.unexpected:
+            if "lora_" in key or _group_of(key.removeprefix(self.prefix)) in filled:
+                found.append(key)
+        return found
 
     def __str__(self) -> str:
         parts = [f"{len(self.matched)} tensors from '{self.source}' ({self.format.name})"]
@@ -69,8 +86,8 @@ class KeyReport:
 
 
 def _group_of(key: str) -> str:
-    """The module that a key belongs to; every block of ``blocks`` is one of its own."""
-    found = re.match(r"(?:blocks\.)?[^.]+(?:\.\d+)?", key)
+    """The module that a key belongs to; every block is one of its own."""
+    found = re.match(r"(?:blocks\.|encoder\.layers\.)?[^.]+(?:\.\d+)?", key)
     assert found is not None
     return found[0]
 
@@ -95,119 +112,6 @@ def require_source(block: str, setting: str, path: str | None, init: str | None)
         )
 
 
-def read_tensors(source: str | Path, *, shapes_only: bool = False) -> dict[str, Tensor]:
-    """All tensors of a checkpoint by key.
-
-    A checkpoint is a ``.pth`` or safetensors file, a Hugging Face folder, or a run of ours. Nothing
-    is executed: pickled objects other than tensors and plain containers are refused.
-
-    Args:
-        shapes_only: give tensors on the meta device, which hold no data.
-
-    Raises:
-        UserError: for a missing, truncated or unsafe file, or one that is no checkpoint.
-    """
-    path = Path(source)
-    if not path.exists():
-        raise UserError(f"no checkpoint '{path}'; check the path")
-    tensors: dict[str, Tensor] = {}
-    for file in _files(path):
-        tensors |= _read_file(file, shapes_only)
-    if not tensors:
-        raise UserError(f"'{path}' holds no tensors; give a checkpoint")
-
-    # Saved from inside DistributedDataParallel
-    if all(key.startswith("module.") for key in tensors):
-        return {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
-    return tensors
-
-
-def _files(path: Path) -> list[Path]:
-    """The files of weights of a checkpoint: itself, or those of a folder."""
-    if path.is_file():
-        return [path]
-    if (path / "checkpoints").is_dir():  # a run of ours
-        path = require_checkpoint(str(path), "best")
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (path / name).is_file():
-            return [path / name]
-        if (path / f"{name}.index.json").is_file():
-            return _shards(path / f"{name}.index.json")
-    raise UserError(
-        f"folder '{path}' holds no weights; give one with model.safetensors or pytorch_model.bin"
-    )
-
-
-def _shards(index: Path) -> list[Path]:
-    """The files that an index of shards names."""
-    names = set(json.loads(index.read_text())["weight_map"].values())
-    for name in sorted(names):
-        if not (index.parent / name).is_file():
-            raise UserError(f"'{index}' names '{name}', which is not there; fetch it again")
-    return [index.parent / name for name in sorted(names)]
-
-
-def _read_file(file: Path, shapes_only: bool) -> dict[str, Tensor]:
-    """The tensors of one file, by key."""
-    with file.open("rb") as stream:
-        head = stream.read(9)
-    try:
-        # safetensors: eight bytes of length, then JSON
-        if head[8:9] == b"{":
-            return _read_safetensors(file, shapes_only)
-
-        # torch.save: a zip file or, by old releases, a bare pickle
-        is_zip = head[:2] == b"PK"
-        if not is_zip and head[:1] != b"\x80":
-            raise UserError(
-                f"'{file}' is not a checkpoint: neither safetensors nor written by torch.save"
-            )
-        device = "meta" if shapes_only else "cpu"
-        content = torch.load(file, map_location=device, weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        raise _unpickling_error(file, error) from None
-    except UserError:
-        raise
-    except DAMAGED as error:
-        detail = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"'{file}' is damaged or cut short ({type(error).__name__}: {detail}); fetch it again"
-        ) from None
-
-    # The tensors may lie under a name of their own
-    for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-            break
-    items = content.items() if isinstance(content, Mapping) else ()
-    return {key: value for key, value in items if isinstance(value, Tensor)}
-
-
-def _unpickling_error(file: Path, error: pickle.UnpicklingError) -> UserError:
-    """The error for a pickle that holds more than tensors, or was not written by torch.save."""
-    names = re.findall(r"(?:GLOBAL|global) `?([\w.]+)", str(error))
-    if not names:
-        return UserError(f"'{file}' is not a checkpoint: a pickle that torch.save did not write")
-    return UserError(
-        f"'{file}' holds the pickled object {names[0]}, which could run code; nothing was loaded. "
-        "Save its tensors alone"
-    )
-
-
-def _read_safetensors(file: Path, shapes_only: bool) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; on the meta device where only shapes are wanted."""
-    tensors = {}
-    with safe_open(file, framework="pt") as opened:
-        for key in opened.keys():  # noqa: SIM118 (not a dict)
-            if not shapes_only:
-                tensors[key] = opened.get_tensor(key)
-                continue
-            header = opened.get_slice(key)
-            dtype = _SAFETENSORS_DTYPES.get(header.get_dtype())
-            tensors[key] = torch.empty(header.get_shape(), dtype=dtype, device="meta")
-    return tensors
-
-
 def recognize(keys: Collection[str], source: object = "checkpoint") -> tuple[Format, str]:
     """The format that ``keys`` are of, and the prefix before its names.
 
@@ -215,15 +119,64 @@ def recognize(keys: Collection[str], source: object = "checkpoint") -> tuple[For
         UserError: if they are of none.
     """
     for known_format in FORMATS:
-        for key in keys:
-            prefix, found, rest = key.rpartition(known_format.signature)
-            if found and not rest and (not prefix or prefix.endswith(".")):
-                return known_format, prefix
+        prefix = _prefix_of(known_format.signatures, keys)
+        if prefix is None or (prefix and not known_format.takes_prefix):
+            continue
+        if known_format.requires and _prefix_of((known_format.requires,), keys) is None:
+            continue
+        return known_format, prefix if known_format.part else ""
     shown = ", ".join(sorted(keys)[:3])
-    names = "; ".join(known_format.name for known_format in FORMATS)
+    names = "; ".join(known_format.name for known_format in FORMATS if known_format.part)
     raise UserError(
         f"'{source}' is of no known format (its keys begin with {shown}). Known: {names}"
     )
+
+
+def _prefix_of(signatures: tuple[str, ...], keys: Collection[str]) -> str | None:
+    """What stands before the first key that ends with a signature; the shortest, None if none."""
+    prefixes = []
+    for signature in signatures:
+        for key in keys:
+            prefix = key.removesuffix(signature)
+            if prefix != key and (not prefix or prefix.endswith(".")):
+                prefixes.append(prefix)
+    return min(prefixes, key=len, default=None)
+
+
+def recognize_source(source: str | Path, keys: Collection[str]) -> tuple[Format, str]:
+    """As `recognize`, with what the config.json says that belongs to the checkpoint ``source``.
+
+    Raises:
+        UserError: if it is of no known format, or config.json cannot be read.
+    """
+    found, prefix = recognize(keys, source)
+    config = read_config(source)
+    if config is None:
+        return found, prefix
+    model_type = config.get("model_type")
+
+    # Quantized weights may have the names of plain ones
+    method = quantization_of(config)
+    if method is not None:
+        return not_taken(f"{model_type}, quantized with {method}", UNQUANTIZED), ""
+
+    # Language models have names in common
+    is_language_model = found.part == "language_model"
+    if is_language_model and model_type == "llama":
+        return replace(found, note=""), prefix
+    if is_language_model or (not found.part and isinstance(model_type, str)):
+        advice = found.advice or TEXT_ALONE
+        return not_taken(f"{model_type} (transformers)", advice), ""
+    return found, prefix
+
+
+def quantization_of(config: Mapping[str, Any]) -> str | None:
+    """The method by which the weights are quantized that a config.json describes, or None."""
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return None
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return str(method or "an unnamed method")
 
 
 def match(
@@ -237,7 +190,7 @@ def match(
         UserError: for a checkpoint of no known format.
     """
     source_format, prefix = recognize(tensors, source)
-    report = KeyReport(str(source), source_format)
+    report = KeyReport(str(source), source_format, prefix)
     found: dict[str, Tensor] = {}
     used = set()
 
@@ -259,14 +212,26 @@ def match(
 
         # Its values in our shape
         tensor = _adapt(tensors[theirs], target, key=theirs, name=renamed, report=report)
-        if tensor.shape == target.shape:
+        misfit = _misfit(tensor, target)
+        if misfit is None:
             report.matched[name] = theirs
             found[name] = tensor
         else:
-            shapes = f"{tuple(tensor.shape)} there and {tuple(target.shape)} here"
-            report.misfits.append(f"{theirs} is {shapes}")
+            report.misfits.append(f"{theirs} {misfit}")
     report.unexpected = [key for key in tensors if key not in used]
     return report, found
+
+
+def _misfit(tensor: Tensor, target: Tensor) -> str | None:
+    """What keeps the checkpoint's ``tensor`` from filling ``target``, or None."""
+    if tensor.shape != target.shape:
+        return f"is {tuple(tensor.shape)} there and {tuple(target.shape)} here"
+    if tensor.dtype not in _DTYPES:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return f"is {dtype}, the code of a quantized weight"
+    if not tensor.is_meta and not tensor.isfinite().all():
+        return "holds values that are not finite"
+    return None
 
 
 def _adapt(tensor: Tensor, target: Tensor, *, key: str, name: str, report: KeyReport) -> Tensor:
@@ -334,21 +299,22 @@ def load(
         UserError: for a checkpoint of another part, a missing tensor or one of another shape.
     """
     tensors = read_tensors(source)
-    source_format, _ = recognize(tensors, source)
+    source_format, _ = recognize_source(source, tensors)
     if source_format.part != part:
         wanted = ", ".join(other.name for other in FORMATS if other.part == part)
+        advice = source_format.advice or f"{source_format.setting} takes it"
         raise UserError(
-            f"'{source}' is a checkpoint of {source_format.name}: {source_format.setting} takes it."
-            f" Here goes one of: {wanted}"
+            f"'{source}' is a checkpoint of {source_format.name}: {advice}. "
+            f"Here goes one of: {wanted}"
         )
     parameters = module.state_dict()
     report, found = match(source, tensors, parameters)
 
-    # Adapters that would be left over are a fault too: the ranks or modules differ
+    # What is missing, what does not fit, and what changes the model and would be left over
     needed = set(parameters if required is None else required)
     faults = [f"missing {key}" for name, key in report.missing.items() if name in needed]
     faults += report.misfits
-    faults += [f"no place for {key}" for key in report.unexpected if "lora_" in key]
+    faults += [f"no place for {key}" for key in report.without_place()]
     if faults:
         shown = "; ".join(faults[:3])
         block = source_format.setting.rpartition(".")[0]

@@ -12,8 +12,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from annexe.checkpoints.public import read_tensors, recognize
+from annexe.checkpoints.public import recognize_source
 from annexe.checkpoints.run_folder import require_checkpoint, saved_config
+from annexe.checkpoints.tensor_files import read_tensors
 from annexe.errors import UserError
 from annexe.files import replaced
 from annexe.models.language_model.base_model import DTYPES, load_llama
@@ -57,7 +58,7 @@ def inspect_file(path: Path) -> None:
         UserError: for a file that is no checkpoint, or of no known format.
     """
     tensors = read_tensors(path, shapes_only=True)
-    source_format, prefix = recognize(tensors, path)
+    source_format, prefix = recognize_source(path, tensors)
 
     # Tensors and parameters of every module
     num_tensors: Counter[str] = Counter()
@@ -74,7 +75,11 @@ def inspect_file(path: Path) -> None:
 
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
     say(f"format: {source_format.name}")
-    say(f"taken by: {source_format.setting}")
+    say(f"taken by: {source_format.setting or 'no setting'}")
+    if source_format.advice:
+        say(f"instead: {source_format.advice}")
+    if source_format.note:
+        say(f"note: {source_format.note}")
     say(f"stored as: {', '.join(sorted(dtypes))}")
 
 
