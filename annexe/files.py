@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -18,6 +19,10 @@ from typing import Any
 from annexe.errors import UserError
 
 log = logging.getLogger(__name__)
+
+# Bytes at either end of a file by which it is told from others
+_HEAD = 1024
+_TAIL = 64
 
 # What the system says of a disk that takes no more
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
@@ -151,6 +156,20 @@ def append_text(path: Path, text: str) -> None:
         except BaseException:
             file.truncate(size)
             raise
+
+
+def digest_of_file(path: str | Path) -> bytes:
+    """Hash of a file's size, beginning and end, for files that are too many to be read.
+
+    A PNG ends with a checksum of all its pixels, and begins with its palette. A JPEG with other
+    pixels is almost always of another size.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(_HEAD)
+        file.seek(max(size - _TAIL, 0))
+        content += file.read(_TAIL)
+    return hashlib.sha256(size.to_bytes(8, "little") + content).digest()
 
 
 @contextmanager

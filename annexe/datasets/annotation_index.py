@@ -8,7 +8,8 @@ processes share the pages of the file:
     int64[A + 1] where each of the A records starts, and where the last one ends
     int64[I + 1] first record of each of the I images, and A
     int64[I]     slots that each image uses
-    footer       JSON: stems, number of records, where the integers start, state of the folder
+    footer       JSON: stems, number of records, where the integers start, state of the folder,
+                 wordings that cannot be told from others
     trailer      a mark, the length of the footer, a CRC-32 of all before the trailer
 """
 
@@ -28,13 +29,14 @@ from typing import BinaryIO
 import numpy as np
 
 from annexe.datasets.annotations import Annotation, read_annotations
+from annexe.datasets.image_names import annotation_files, is_annotation_file
 from annexe.errors import UserError
 from annexe.files import replaced
 from annexe.terminal import track
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1  # raise it when records change, so that older files are not read
+_VERSION = 2  # raise it when records or checks change, so that older files are not read
 _TRAILER = struct.Struct("<8sQI")  # mark, bytes of the footer, CRC-32 of all before the trailer
 _MARK = b"annexe\x00\x01"
 _CHUNK = 1 << 20  # bytes that are read at once
@@ -55,6 +57,8 @@ class Index:
     Attributes:
         stems: names of the images, in the order of the rows.
         num_slots: int64[I], slots that each image uses.
+        repeated_ids: stem -> wordings whose id an earlier wording of their annotation has, of the
+            images with any.
 
     Raises:
         StaleIndex: the file belongs to another state of the folder.
@@ -83,6 +87,7 @@ class Index:
                 f"the annotation files of '{folder}' changed while they were in use; start again"
             )
         self.stems: list[str] = footer["stems"]
+        self.repeated_ids: dict[str, int] = footer["repeated_ids"]
 
         # Three arrays of integers, one behind the other
         num_images = len(self.stems)
@@ -107,6 +112,11 @@ class Index:
             records = range(self._first[row], self._first[row + 1])
             self._last = (row, [self._decode(record) for record in records])
         return self._last[1]
+
+    def content(self, row: int) -> bytes:
+        """All annotations of the image in ``row`` in one form, whatever the form of their file."""
+        start, end = self._starts[[self._first[row], self._first[row + 1]]]
+        return self._data[start:end]
 
     def annotation(self, row: int, annotation: int) -> Annotation:
         """One annotation of the image in ``row``; the others are not decoded.
@@ -166,7 +176,7 @@ def open_index(folder: Path) -> Index:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replaced(path, concurrent=True) as part, part.open("wb") as file:
-            _write(file, sorted(folder.glob("*.json")), state)
+            _write(file, [folder / name for name in annotation_files(folder)], state)
     except OSError as error:
         raise UserError(
             f"cannot write the index of '{folder}' to '{path.parent}' ({error.strerror}); "
@@ -191,7 +201,7 @@ def folder_state(folder: Path) -> str:
     """Hash of name, size and time of every annotation file in ``folder``."""
     files = []
     for entry in os.scandir(folder):
-        if entry.name.endswith(".json"):
+        if is_annotation_file(entry.name):
             stat = _stat(entry)
             files.append((entry.name, stat.st_size, stat.st_mtime_ns))
     return hashlib.sha256(f"{_VERSION} {sorted(files)!a}".encode()).hexdigest()
@@ -241,6 +251,7 @@ def _write(file: BinaryIO, paths: list[Path], state: str) -> None:
     starts = [0]
     first = [0]
     num_slots = []
+    repeated_ids = {}
     bar = track(
         map(_read, paths),
         f"indexing {paths[0].parent if paths else 'nothing'}",
@@ -249,14 +260,18 @@ def _write(file: BinaryIO, paths: list[Path], state: str) -> None:
         disable=os.environ.get("RANK", "0") != "0",
         stderr=True,
     )
-    for image_annotations in bar:
+    for path, image_annotations in zip(paths, bar, strict=True):
         last_slot = -1
+        num_repeated = 0
         for annotation in image_annotations:
             counted.write(_encode(annotation))
             starts.append(counted.length)
             last_slot = max(last_slot, *annotation.slots, -1)
+            num_repeated += len(annotation.repeated_ids)
         first.append(len(starts) - 1)
         num_slots.append(last_slot + 1)
+        if num_repeated:
+            repeated_ids[path.stem] = num_repeated
 
     # Integers, at a multiple of their size
     counted.write(b" " * (-counted.length % 8))
@@ -269,6 +284,7 @@ def _write(file: BinaryIO, paths: list[Path], state: str) -> None:
         "num_records": len(starts) - 1,
         "numbers_at": integers_at,
         "stems": [path.stem for path in paths],
+        "repeated_ids": repeated_ids,
     }
     content = json.dumps(footer).encode()
     counted.write(content)

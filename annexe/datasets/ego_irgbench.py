@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import logging
 import os
-import re
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,14 +22,16 @@ from annexe import prompts
 from annexe.datasets.annotation_index import Annotations, ImageRow, open_index
 from annexe.datasets.annotations import Annotation, read_annotations
 from annexe.datasets.image_names import (
-    CATEGORIES,
+    annotation_files,
     annotation_folders,
-    category,
-    check_known,
-    read_list,
+    is_utf8,
+    read_stems,
+    warn_of_ignored,
 )
 from annexe.datasets.pixels import PIXEL_FILES, PixelReader
+from annexe.datasets.target_groups import target_group
 from annexe.errors import UserError, unknown_name_error
+from annexe.files import digest_of_file
 from annexe.registry import register
 from annexe.structures.sample import Sample, Turn
 
@@ -257,15 +259,9 @@ class EgoIRGBench:
             phrase: what the annotation calls the target.
 
         Returns:
-            ``right_hand``, ``left_hand``, or the HOI4D category. The category that the phrase names
-            counts, else the one in the stem: an image can show two.
+            As `target_group`.
         """
-        words = phrase.lower()
-        hand = re.match(r"(?:the )?(left|right) hand$", words)
-        if hand:
-            return f"{hand[1]}_hand"
-        named = [name for name in CATEGORIES.values() if name in words]
-        return (named or [category(stem)])[0].replace(" ", "_")
+        return target_group(phrase, stem)
 
     def extra_scores(self, overlaps: Iterable[tuple[int, int, int]]) -> dict[str, float]:
         """No scores beside those that every data set gets."""
@@ -274,15 +270,19 @@ class EgoIRGBench:
     # Files
 
     def fingerprint(self) -> str:
-        """Hash of every file's name and size: it tells whether a run's data have changed."""
+        """Hash of the data of this split: it tells whether a run's data have changed.
+
+        It covers the stems in their order, all that annotations say, and of photos, depth maps and
+        id maps what `digest_of_file` covers: of a PNG all pixels. It does not depend on where
+        the data are, on times of files, nor on how JSON is written.
+        """
         digest = hashlib.sha256()
         root = str(self.root)  # strings: for 80,000 files pathlib takes as long as the disk
-        for stem, (index, _) in self._rows_by_stem.items():
-            files = [os.path.join(index.folder, f"{stem}.json")]
+        for stem, (index, row) in self._rows_by_stem.items():
+            digest.update(json.dumps(stem).encode())
+            digest.update(hashlib.sha256(index.content(row)).digest())
             for folder, ending in PIXEL_FILES:
-                files.append(os.path.join(root, folder, f"{stem}{ending}"))
-            sizes = [os.stat(file).st_size for file in files]
-            digest.update(f"{stem}:{sizes}".encode())
+                digest.update(digest_of_file(os.path.join(root, folder, f"{stem}{ending}")))
         return digest.hexdigest()
 
     def _rows_of(self, split: str) -> dict[str, ImageRow]:
@@ -300,9 +300,9 @@ class EgoIRGBench:
             return rows
 
         # Leave out what the list says
-        excluded = set(read_list(self.exclude, "datasets.ego_irgbench.exclude"))
-        on_disk = itertools.chain(*annotation_folders(self.root).values())
-        check_known(excluded, on_disk, self.exclude, self.root)
+        folder = self.root / "dataset_split"
+        known = set(itertools.chain(*annotation_folders(self.root).values()))
+        excluded = set(read_stems(self.exclude, "datasets.ego_irgbench.exclude", known, folder))
         left = {stem: row for stem, row in rows.items() if stem not in excluded}
         num_excluded = len(rows) - len(left)
         log.info(
@@ -317,11 +317,14 @@ class EgoIRGBench:
     def _rows_on_disk(self, split: str) -> dict[str, ImageRow]:
         """Rows of the images whose annotation files lie in the folder of the split."""
         folder = self.root / "dataset_split" / split
-        if not any(folder.glob("*.json")):
+        names = annotation_files(folder)
+        if not names:
             raise MissingSplit(
                 f"split '{split}' has no files: '{folder}' holds no *.json; "
                 "choose another split or another data_root"
             )
+        others = set(os.listdir(folder)).difference(names)
+        warn_of_ignored(f"'{folder}'", "files", (name for name in others if name[0] != "."))
         return open_index(folder).rows()
 
     def _rows_in_list(self, split: str, split_dir: Path) -> dict[str, ImageRow]:
@@ -331,10 +334,15 @@ class EgoIRGBench:
             raise MissingSplit(
                 f"split '{split}' has no list '{path}'; choose another split or another split_dir"
             )
-        stems = set(read_list(path, "datasets.ego_irgbench.split_dir"))
+        parent = self.root / "dataset_split"
+        folders = annotation_folders(self.root)
+        known = set(itertools.chain(*folders.values()))
+        stems = set(read_stems(path, "datasets.ego_irgbench.split_dir", known, parent))
+
+        # Their rows, each in one folder
         rows: dict[str, ImageRow] = {}
-        for folder in annotation_folders(self.root):
-            rows_of_folder = open_index(self.root / "dataset_split" / folder).rows()
+        for folder in folders:
+            rows_of_folder = open_index(parent / folder).rows()
             for stem in stems & rows_of_folder.keys():
                 if stem in rows:
                     first, _ = rows[stem]
@@ -344,7 +352,6 @@ class EgoIRGBench:
                         "remove one of the two"
                     )
                 rows[stem] = rows_of_folder[stem]
-        check_known(stems, rows, path, self.root)
         return dict(sorted(rows.items(), key=lambda item: f"{item[0]}.json"))
 
     def _require_annotations(self) -> None:
@@ -353,10 +360,24 @@ class EgoIRGBench:
                 f"split '{self.split}' is empty: its lists leave no image; "
                 "fix datasets.ego_irgbench.exclude or split_dir"
             )
+        num_repeated = 0
         for stem, (index, row) in self._rows_by_stem.items():
+            if not is_utf8(stem):
+                raise UserError(
+                    f"the name of {str(index.folder / stem)!r}.json is not UTF-8; rename the files "
+                    "of this image, or leave it out by the quarantine of annexe doctor --json"
+                )
             if index.num_annotations(row) == 0:
                 # Reading the file itself says what is wrong with it
                 read_annotations(index.folder / f"{stem}.json")
+            num_repeated += index.repeated_ids.get(stem, 0)
+        if num_repeated:
+            log.warning(
+                "split '%s': %d wordings have the id of an earlier one of their annotation; they "
+                "are trained on and never evaluated (annexe doctor lists them)",
+                self.split,
+                num_repeated,
+            )
 
     def _require_pixel_files(self) -> None:
         """Look for every photo, depth map and id map.

@@ -13,10 +13,9 @@ from annexe.datasets.image_names import (
     SPLITS,
     annotation_folders,
     category,
-    check_known,
     fields,
     leaks,
-    read_list,
+    read_stems,
 )
 from annexe.errors import UserError
 from annexe.terminal import say, table
@@ -76,8 +75,8 @@ def run(arguments: argparse.Namespace) -> None:
     # Every image once, whichever folder holds it
     stems = sorted(set().union(*annotation_folders(arguments.root).values()))
     if arguments.exclude:
-        excluded = set(read_list(arguments.exclude, "--exclude"))
-        check_known(excluded, stems, arguments.exclude, arguments.root)
+        folder = arguments.root / "dataset_split"
+        excluded = set(read_stems(arguments.exclude, "--exclude", set(stems), folder))
         stems = [stem for stem in stems if stem not in excluded]
     if not stems:
         raise UserError(
