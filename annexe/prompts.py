@@ -36,6 +36,7 @@ _TARGET = re.compile(
     r"(?: (?:is|are))? ?<MSK_?(\d{0,4})>",
     re.IGNORECASE,
 )
+_NUMBERED = re.compile(r"<MSK_(\d{1,4})>")
 
 
 def analysis_prompt(instruction: str = ANALYSIS_INSTRUCTIONS[0]) -> str:
@@ -51,16 +52,39 @@ def query_prompt(query: str) -> str:
 def phrases_of(answer: str) -> dict[int, str]:
     """Slot -> phrase, for every target that an answer names.
 
-    ``The mask of the right hand is <MSK_0>`` gives slot 0; a bare ``<MSK>`` counts as slot 0. An
-    answer without placeholders is a list of phrases: ``the right hand and the mug`` gives slots 0
-    and 1. One that says there is no target gives none.
+    ``The mask of the right hand is <MSK_0>`` gives slot 0, and bare ``<MSK>`` get the free slots in
+    turn. An answer without placeholders is a list of phrases: ``the right hand and the mug`` gives
+    slots 0 and 1. One that says there is no target gives none.
     """
+    answer = number_placeholders(answer, [])
+
     # The expression takes milliseconds on a long answer without placeholders
     matches = _TARGET.findall(answer) if "<msk" in answer.lower() else []
     named = {int(slot or 0): phrase.strip() for phrase, slot in matches}
     if named or not answer or answer in NO_TARGET.values():
         return named
     return dict(enumerate(answer.split(" and ")))
+
+
+def number_placeholders(answer: str, slots: list[int]) -> str:
+    """An answer whose placeholders all have a number.
+
+    The k-th bare ``<MSK>`` stands for the k-th used slot that no numbered placeholder names. Where
+    the used slots do not suffice, the lowest free numbers follow.
+
+    Args:
+        answer: with placeholders ``<MSK>`` and ``<MSK_k>``.
+        slots: the used ones, in ascending order.
+    """
+    if "<MSK>" not in answer:
+        return answer
+
+    # Slots that are left for the bare ones
+    named = {int(slot) for slot in _NUMBERED.findall(answer)}
+    num_bare = answer.count("<MSK>")
+    spare = [slot for slot in range(len(slots) + len(named) + num_bare) if slot not in slots]
+    free = iter(slot for slot in (*slots, *spare) if slot not in named)
+    return re.sub("<MSK>", lambda _: f"<MSK_{next(free)}>", answer)
 
 
 def texts() -> list[str]:

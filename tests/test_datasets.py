@@ -205,6 +205,14 @@ def test_label(scenes: Path) -> None:
             {1: "The hand and the mug"},
         ),
         ("The mug is <MSK_3>.", {3: "The mug"}),
+        (
+            "The mask of right hand is <MSK>, the mask of trash can is <MSK>.",
+            {0: "right hand", 1: "trash can"},
+        ),
+        (
+            "The mask of the mug is <MSK>, the mask of the hand is <MSK_0>.",
+            {0: "the hand", 1: "the mug"},
+        ),
         ("<MSK_0>", {0: ""}),
         (prompts.NO_TARGET_ANSWER, {}),
         ("", {}),

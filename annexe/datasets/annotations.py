@@ -23,13 +23,13 @@ import msgspec
 from msgspec import Meta, Struct
 
 from annexe.errors import UserError, explain_mismatch
+from annexe.prompts import number_placeholders
 
 MAX_ID = 255  # id maps have 8 bits
 
 _RESTORE = "restore it from the original data"
 _FIX_ENTRY = "fix it or remove the annotation"
 
-_NUMBERED_PLACEHOLDER = re.compile(r"<MSK_(\d{1,4})>")
 _UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
@@ -273,24 +273,3 @@ def _annotation(entry: _Entry) -> Annotation:
     )
     annotation.answer = number_placeholders(entry.answer, list(annotation.slots))
     return annotation
-
-
-def number_placeholders(answer: str, slots: list[int]) -> str:
-    """An answer whose placeholders all have a number.
-
-    The k-th bare ``<MSK>`` stands for the k-th used slot that no numbered placeholder names. Where
-    the used slots do not suffice, the lowest free numbers follow.
-
-    Args:
-        answer: with placeholders ``<MSK>`` and ``<MSK_k>``.
-        slots: the used ones, in ascending order.
-    """
-    if "<MSK>" not in answer:
-        return answer
-
-    # Slots that are left for the bare ones
-    named = {int(slot) for slot in _NUMBERED_PLACEHOLDER.findall(answer)}
-    num_bare = answer.count("<MSK>")
-    spare = [slot for slot in range(len(slots) + len(named) + num_bare) if slot not in slots]
-    free = iter(slot for slot in (*slots, *spare) if slot not in named)
-    return re.sub("<MSK>", lambda _: f"<MSK_{next(free)}>", answer)

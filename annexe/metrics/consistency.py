@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 
 from annexe.metrics.grounding import Overlap, QueryResult
 from annexe.metrics.text import normalize
-from annexe.prompts import NO_TARGET
+from annexe.prompts import NO_TARGET, number_placeholders
 from annexe.rle import Rle, area
 
 PLACEHOLDER = re.compile(r"<MSK_?(\d{0,4})>")
@@ -84,9 +84,10 @@ class ParaphraseAgreement:
 class AnswerContradictions:
     """How often the answer and the masks say different things.
 
-    An answer with placeholders names their slots. One without placeholders names some slot, unless
-    it is a refusal. An answer contradicts the masks where other slots than those it names have a
-    mask, or where only one of the two refuses.
+    An answer with placeholders names their slots, where the k-th bare `<MSK>` stands for the k-th
+    mask. One without placeholders names some slot, unless it is a refusal. An answer contradicts
+    the masks where other slots than those it names have a mask, or where only one of the two
+    refuses.
     """
 
     def __init__(self) -> None:
@@ -96,7 +97,8 @@ class AnswerContradictions:
     def add(self, query: QueryResult, answer: str) -> None:
         """Adds one query and its predicted answer."""
         predicted = {mask.slot for mask in query.masks}
-        named = {int(slot or 0) for slot in PLACEHOLDER.findall(answer)}
+        numbered = number_placeholders(answer, sorted(predicted))
+        named = {int(slot or 0) for slot in PLACEHOLDER.findall(numbered)}
         is_refusal = normalize(answer) in {normalize(text) for text in NO_TARGET.values()}
         contradicts = predicted != named if named else bool(predicted) == is_refusal
         self.num_queries += 1
