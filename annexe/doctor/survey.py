@@ -11,15 +11,26 @@ from typing import Any
 
 import numpy as np
 
-from annexe.datasets.image_names import SPLITS, annotation_folders, category, fields, leaks
+from annexe.datasets.image_names import (
+    SPLITS,
+    annotation_folders,
+    category,
+    fields,
+    is_utf8,
+    leaks,
+    read_subset,
+    subset_files,
+)
 from annexe.datasets.pixels import PIXEL_FILES
-from annexe.doctor.image_checks import ERROR, PROBLEMS, ImageReport, check_image
+from annexe.doctor.image_checks import check_image
+from annexe.doctor.problems import ERROR, PROBLEMS, ImageReport
 from annexe.errors import UserError
 from annexe.terminal import track
 from annexe.workers import in_processes
 
 MAX_EXAMPLES = 20  # of one problem in one image
 _ENDINGS = {**dict(PIXEL_FILES), "dataset_split": ".json"}
+_SHOWN = 80  # characters of a line
 _MISNAMED = (".jpg", ".jpeg", ".png", ".json")
 
 Image = tuple[str, str]
@@ -210,7 +221,9 @@ def check_names(root: Path, result: Survey) -> None:
     for stem, splits in splits_of.items():
         if len(splits) > 1:
             result.add("stem-in-two-splits", stem, " and ".join(splits))
-        if fields(stem) is None:
+        if not is_utf8(stem):
+            result.add("name-not-utf-8", stem, ascii(stem), splits[0])
+        elif fields(stem) is None:
             result.add("stem-pattern", stem, stem, splits[0])
         elif category(stem) == "other":
             result.add("stem-category", stem, stem, splits[0])
@@ -220,11 +233,17 @@ def check_names(root: Path, result: Survey) -> None:
     folders += [f"dataset_split/{split}" for split in result.splits]
     for folder in folders:
         _check_folder(root, folder, set(splits_of), result)
-    for path in sorted((root / "subsets").glob("*.txt")):
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-        listed = {line.strip() for line in lines} - {""}
-        for stem in sorted(listed - splits_of.keys()):
-            result.add("subset-stem", stem, f"subsets/{path.name}")
+    paths, others = subset_files(root)
+    for path in paths:
+        try:
+            subset = read_subset(path, splits_of.keys())
+        except UserError as error:
+            result.add("unreadable-list", path.stem, str(error))
+            continue
+        for line in subset.ignored:
+            result.add("subset-stem", line[:_SHOWN], f"subsets/{path.name}")
+    for name in others:
+        result.add("other-file", name, f"subsets/{name}")
 
 
 def _check_folder(root: Path, folder: str, known: set[str], result: Survey) -> None:
@@ -233,7 +252,9 @@ def _check_folder(root: Path, folder: str, known: set[str], result: Survey) -> N
     names = os.listdir(root / folder) if (root / folder).is_dir() else ()
     for name in sorted(names):
         stem, suffix = os.path.splitext(name)
-        if suffix == ending:
+        if name.startswith("."):
+            result.add("other-file", name, f"{folder}/{name}")
+        elif suffix == ending:
             if stem not in known:
                 result.add("orphan-file", stem, f"{folder}/{name}")
         elif suffix.lower() in _MISNAMED:

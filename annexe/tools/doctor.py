@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from annexe.datasets.image_names import GROUPS
-from annexe.doctor.image_checks import ERROR, NOTE, PROBLEMS, WARNING
+from annexe.doctor.problems import ERROR, NOTE, PROBLEMS, WARNING
 from annexe.doctor.survey import Survey, survey
 from annexe.errors import UserError
 from annexe.files import require_writable, write_json
