@@ -13,6 +13,7 @@ from annexe.checkpoints.run_folder import find_checkpoint
 from annexe.datasets.collate import Collator
 from annexe.errors import UserError
 from annexe.models.annexe import Annexe
+from annexe.models.language_model.float8 import Float8Linear
 from annexe.trainer import set_up, train
 from annexe.training import losses
 from tests.test_training import lines_of_log
@@ -65,6 +66,56 @@ def test_a_float8_base_gives_about_the_same_and_its_adapters_learn_about_the_sam
         logits_and_gradients(exact), logits_and_gradients(model), strict=True
     ):
         assert 0 < (close - expected).norm() / expected.norm() < 0.1
+
+
+@pytest.fixture
+def layouts(monkeypatch) -> list[tuple[bool, bool]]:
+    """Of every float8 product: whether its left factor lies in rows and its right one in columns.
+
+    The kernels of GPUs take no other layout; that of CPUs takes any.
+    """
+    seen = []
+    scaled_mm = torch._scaled_mm
+
+    def spy(left: torch.Tensor, right: torch.Tensor, **settings: object) -> torch.Tensor:
+        seen.append((left.is_contiguous(), right.t().is_contiguous()))
+        return scaled_mm(left, right, **settings)
+
+    monkeypatch.setattr(torch, "_scaled_mm", spy)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "backend", ["none", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
+def test_float8_products_have_the_layout_of_gpu_kernels(layouts, backend):
+    torch.manual_seed(0)
+    layer = Float8Linear(torch.nn.Linear(64, 64, bias=False))
+    assert layer.weight.is_contiguous()
+    assert layer.transposed_weight.is_contiguous()
+    heads = torch.randn(2, 4, 6, 16)
+
+    def run(weight: torch.Tensor) -> torch.Tensor:
+        """Input and gradient of the layer come transposed, as they may from attention."""
+        tokens = heads.transpose(1, 2).flatten(2)
+        turned = (tokens.transpose(1, 2).contiguous() * weight[:, None]).transpose(1, 2)
+        return layer(tokens * weight).transpose(1, 2).sin() + layer(turned).transpose(1, 2)
+
+    weight = torch.randn(64, requires_grad=True)
+    expected = run(weight)
+    expected.sum().backward()
+    expected_gradient, weight.grad = weight.grad, None
+    assert layouts == [(True, True)] * 4
+
+    # What is computed again in the backward pass are no products, as `compile_blocks` has it
+    if backend != "none":
+        with torch._functorch.config.patch(activation_memory_budget=0.9):
+            output = torch.compile(run, backend=backend)(weight)
+            output.sum().backward()
+        assert layouts == [(True, True)] * 8
+        pairs = [(output, expected), (weight.grad, expected_gradient)]
+        for found, wanted in pairs:
+            assert (found - wanted).norm() < 0.02 * wanted.norm()
 
 
 @pytest.mark.parametrize("dtype", ["nf4", "float8"])

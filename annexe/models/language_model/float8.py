@@ -10,6 +10,11 @@ The rows of one product are the columns of the other, so the weight is kept twic
     backward   gradient [..., out] @ weight      transposed_weight [in, out], scales [in, 1]
 
 At a byte for each number of each copy, that is as much memory as bfloat16 takes.
+
+The kernels of GPUs take the left factor of a product row by row and the right one column by column.
+Both copies of the weight are therefore contiguous, and their transpose is the right factor. The
+product is an operator of our own: torch.compile may lay out what goes into an operator of its own
+library as it likes, but not what goes into this one.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import mm_flop, register_flop_formula
 
 from annexe.errors import UserError
 
@@ -44,21 +50,55 @@ def quantize_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return (matrix.float() / scales).to(_DTYPE), scales
 
 
+@torch.library.custom_op("annexe::float8_matmul", mutates_args=())
+def float8_matmul(x_codes: Tensor, x_scales: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """Multiply two float8 matrices, the second one transposed.
+
+    Args:
+        x_codes: e4m3[k, n].
+        x_scales: float32[k, 1].
+        codes: e4m3[m, n].
+        scales: float32[m, 1].
+
+    Returns:
+        bfloat16[k, m].
+    """
+    return torch._scaled_mm(
+        x_codes.contiguous(),
+        codes.contiguous().t(),
+        scale_a=x_scales.contiguous(),
+        scale_b=scales.contiguous().t(),
+        out_dtype=torch.bfloat16,
+    )
+
+
+@float8_matmul.register_fake
+def _(x_codes: Tensor, x_scales: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    return x_codes.new_empty(len(x_codes), len(codes), dtype=torch.bfloat16)
+
+
+# torch.compile weighs what to compute again in the backward pass by these
+@register_flop_formula(torch.ops.annexe.float8_matmul)
+def _count_operations(
+    x_shape: torch.Size, _x_scales: Any, shape: torch.Size, *_others: Any, **_kwargs: Any
+) -> int:
+    return mm_flop(x_shape, shape[::-1])
+
+
 def scaled_matmul(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """Multiply with the transpose of a float8 matrix.
 
     Args:
         x: float[..., n], quantized row by row on the way.
-        codes: e4m3[m, n], contiguous, as the kernels want it; m and n are multiples of 16.
+        codes: e4m3[m, n], contiguous; m and n are multiples of 16.
         scales: float32[m, 1].
 
     Returns:
         bfloat16[..., m].
     """
+    assert codes.is_contiguous()  # or every product would copy it
     x_codes, x_scales = quantize_rows(x.flatten(0, -2).contiguous())
-    output = torch._scaled_mm(
-        x_codes, codes.t(), scale_a=x_scales, scale_b=scales.t(), out_dtype=torch.bfloat16
-    )
+    output = float8_matmul(x_codes, x_scales, codes, scales)
     return output.unflatten(0, x.shape[:-1])
 
 
@@ -102,7 +142,7 @@ class Float8Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
         codes, scales = quantize_rows(linear.weight)
-        transposed_codes, transposed_scales = quantize_rows(linear.weight.t())
+        transposed_codes, transposed_scales = quantize_rows(linear.weight.t().contiguous())
 
         # They are int8 on the outside, for what cannot send or count float8.
         self.weight = nn.Parameter(codes.view(torch.int8), requires_grad=False)
