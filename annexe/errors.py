@@ -8,6 +8,9 @@ import reprlib
 from collections.abc import Iterable
 from typing import Any
 
+_SHOWN = reprlib.Repr()
+_SHOWN.maxlevel = 1
+_SHOWN.maxlist = _SHOWN.maxdict = 3
 _MANY_CHOICES = 12  # more are not listed where the nearest one is known
 
 
@@ -48,6 +51,11 @@ def require_multiple(where: str, name: str, value: int, of: int, needed_by: str)
         )
 
 
+def shown(value: Any) -> str:
+    """A value in one short line, the beginning of what is long."""
+    return _SHOWN.repr(value)
+
+
 def explain_mismatch(message: str, value: Any) -> tuple[str, str]:
     """What msgspec found wrong with ``value``: where in it, and in which way.
 
@@ -63,4 +71,4 @@ def explain_mismatch(message: str, value: Any) -> tuple[str, str]:
     for key, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):
         value = value[key or int(index)]
     expected = problem[0].lower() + problem[1:]
-    return path.removeprefix("."), f"is {reprlib.repr(value)}, {expected}"
+    return path.removeprefix("."), f"is {shown(value)}, {expected}"

@@ -13,7 +13,6 @@ from __future__ import annotations
 import codecs
 import json
 import re
-import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 from msgspec import Meta, Struct
 
-from annexe.errors import UserError, explain_mismatch
+from annexe.errors import UserError, explain_mismatch, shown
 from annexe.prompts import number_placeholders
 
 MAX_ID = 255  # id maps have 8 bits
@@ -162,7 +161,7 @@ def parse(content: bytes) -> ParsedFile:
     except (ValueError, RecursionError) as error:  # also for thousands of digits or brackets
         return _refused("not-json", f"is not JSON ({error})")
     if not isinstance(entries, list) or not entries:
-        problem = f"holds no list of annotations but {reprlib.repr(entries)}"
+        problem = f"holds no list of annotations but {shown(entries)}"
         return _refused("no-annotations", problem, "it must be a JSON list with at least one")
 
     # JSON to annotations; only escapes can write half of a surrogate pair
@@ -205,7 +204,7 @@ def _problems(value: Any, may_have_halves: bool) -> Iterator[tuple[str, str]]:
     """Code and description of all that is wrong with one entry of a file."""
     # Objects and their keys
     if not isinstance(value, dict):
-        yield "wrong-field", f"{reprlib.repr(value)} is no object"
+        yield "wrong-field", f"{shown(value)} is no object"
         return
     questions = value.get("questions")
     objects = [value, *(questions if isinstance(questions, list) else [])]
@@ -220,12 +219,17 @@ def _problems(value: Any, may_have_halves: bool) -> Iterator[tuple[str, str]]:
         for name, field_type in _FIELDS.items():
             yield from _field_problems(value, name, field_type)
         return
+    except UnicodeEncodeError:
+        yield "wrong-field", "a key has half of a surrogate pair"
+        return
 
     # What a type does not say
     outside = [mask_id for mask_id in entry.masks_idx if not 0 <= mask_id <= MAX_ID]
     if outside:
-        shown = reprlib.repr(outside[0])
-        yield "id-range", f"field 'masks_idx' has the id {shown}, expected 0 to {MAX_ID}"
+        yield (
+            "id-range",
+            f"field 'masks_idx' has the id {shown(outside[0])}, expected 0 to {MAX_ID}",
+        )
     if not entry.questions:
         yield "no-questions", "field 'questions' is empty"
     if may_have_halves:
@@ -245,6 +249,8 @@ def _field_problems(value: dict[str, Any], name: str, field_type: Any) -> Iterat
         code = "missing-field" if problem == "is missing" else "wrong-field"
         separator = "." if place and not place.startswith("[") else ""
         yield code, f"field '{name}{separator}{place}' {problem}"
+    except UnicodeEncodeError:
+        yield "wrong-field", f"field '{name}': a key has half of a surrogate pair"
 
 
 def _texts(entry: _Entry) -> Iterator[tuple[str, str]]:

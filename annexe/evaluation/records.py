@@ -95,10 +95,7 @@ def split_kinds(records: Iterable[Record]) -> tuple[list[ImageRecord], list[Quer
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
     """Write JSON lines, all of them or nothing."""
-    lines = []
-    for record in records:
-        lines.append(json.dumps(msgspec.to_builtins(record), ensure_ascii=False) + "\n")
-    write_text(path, "".join(lines))
+    write_text(path, "".join(map(line_of, records)))
 
 
 def read_records(path: Path) -> list[Record]:
@@ -184,6 +181,11 @@ def require_complete(records: list[Record], truth: Truth) -> None:
 # Lines
 
 
+def line_of(record: Record) -> str:
+    """A record as a line of JSON."""
+    return json.dumps(msgspec.to_builtins(record), ensure_ascii=False) + "\n"
+
+
 def parse(line: str) -> Record:
     """The record in a line of JSON.
 
@@ -201,6 +203,8 @@ def parse(line: str) -> Record:
         return msgspec.convert(value, Record)
     except msgspec.ValidationError as error:
         raise BadLine(_explain(str(error), value)) from None
+    except UnicodeEncodeError:
+        raise BadLine("a key has half of a surrogate pair; remove it") from None
 
 
 def _explain(message: str, line: dict[str, Any]) -> str:
