@@ -18,7 +18,7 @@ from annexe.prompts import NO_TARGET, number_placeholders
 from annexe.rle import Rle, area
 
 PLACEHOLDER = re.compile(r"<MSK_?(\d{0,4})>")
-HANDS = ("left_hand", "right_hand")
+HANDS = ("left_hand", "right_hand", "hand")  # the last: a hand whose side is not told
 
 
 class Agreement(NamedTuple):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
 
+from annexe.datasets.target_groups import HANDS
 from annexe.report.tables import Metrics
 
 COLUMNS = {
@@ -19,7 +20,6 @@ COLUMNS = {
     "answer/exact_match": "Exact match",
 }
 TARGET_KINDS = {"single": "one target", "multi": "several targets", "none": "no target"}
-HANDS = ("right_hand", "left_hand")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ _BLOCKS = {
     "wording": _Block("Wording", str, lambda part: "query_form"),
     "group": _Block(
         "Hand or object among the targets",
-        lambda part: (part not in HANDS, part != HANDS[0], part),
+        lambda part: (HANDS.index(part) if part in HANDS else len(HANDS), part),
         lambda part: "hand" if part in HANDS else "category",
     ),
 }

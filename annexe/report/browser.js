@@ -53,7 +53,7 @@ async function detailOf(row) {
 
 // Filters: of one of them any chosen value will do, and all of them have to be met.
 
-const isHand = (group) => group.endsWith("_hand");
+const isHand = (group) => group.endsWith("hand");
 const TARGETS = { single: "one target", multi: "several targets", none: "no target" };
 const FACETS = [
   { name: "result", title: "Result", valuesOf: (row) => [row.verdict], order: page.verdicts.map(({ name }) => name) },

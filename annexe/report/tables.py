@@ -271,7 +271,7 @@ def bars(metrics: Metrics) -> list[Bar]:
         if key.startswith(prefix):
             name = key.removeprefix(prefix).replace("_", " ")
             found.append(Bar(name, value, constant.get(key)))
-    return sorted(found, key=lambda bar: (not bar.name.endswith(" hand"), -bar.value, bar.name))
+    return sorted(found, key=lambda bar: (not bar.name.endswith("hand"), -bar.value, bar.name))
 
 
 def _row(metric: Metric, all_columns: list[Column], interval: list[float] | None) -> Row:
