@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import pickle
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DepthAnythingForDepthEstimation,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from annexe import prompts
 from annexe.build import build_model
@@ -206,6 +212,92 @@ def test_the_transformers_form_of_depth_anything_gives_the_same_model(weights_fi
     second = DepthAnythingV2(518, weights=str(tmp_path / "folder"), size="vits")
     other = second.state_dict()
     assert all(torch.equal(value, other[name]) for name, value in first.state_dict().items())
+
+
+@pytest.fixture(scope="session")
+def depth_folder(tmp_path_factory) -> Path:
+    """A folder as transformers writes it, of Depth Anything V2 at a small size."""
+    folder = tmp_path_factory.mktemp("depth") / "folder"
+    torch.manual_seed(0)
+    DepthAnythingV2(56, init="random", size="small").model.save_pretrained(folder)
+    return folder
+
+
+def variant(folder: Path, out: Path, backbone: dict | None = None, **changes: object) -> Path:
+    """A copy of a folder whose config.json says something else."""
+    shutil.copytree(folder, out)
+    config = json.loads((folder / "config.json").read_text())
+    config["backbone_config"] |= backbone or {}
+    (out / "config.json").write_text(json.dumps(config | changes))
+    return out
+
+
+def test_config_json_says_which_depth_anything_a_folder_holds(depth_folder, tmp_path):
+    v1_blocks = {"out_indices": [3, 4, 5, 6], "out_features": [f"stage{i}" for i in (3, 4, 5, 6)]}
+    v1 = variant(depth_folder, tmp_path / "v1", v1_blocks)
+    cases = {
+        depth_folder: {None: None, "v2": None, "v1": "version=v2"},
+        v1: {None: "version=v1", "v2": "version=v1", "v1": None},
+        v1 / "model.safetensors": {None: "version=v1", "v1": None},
+        variant(depth_folder, tmp_path / "metric", depth_estimation_type="metric", max_depth=20): {
+            None: "predicts meters", "v2": "predicts meters", "v1": "predicts meters",
+        },
+        variant(depth_folder, tmp_path / "prompt", model_type="prompt_depth_anything"): {
+            None: "a model of type 'prompt_depth_anything'",
+        },
+        variant(depth_folder, tmp_path / "heads", {"num_attention_heads": 6}): {
+            None: "num_attention_heads 6, and here that is 3",
+        },
+        variant(depth_folder, tmp_path / "broken", {"hidden_size": "x"}): {None: "is damaged"},
+    }  # fmt: skip
+    for source, answers in cases.items():
+        for version, message in answers.items():
+            settings = {"weights": str(source), "version": version, "size": "small"}
+            if message is None:
+                DepthAnythingV2(56, **settings)
+                continue
+            with pytest.raises(UserError, match=message):
+                DepthAnythingV2(56, **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "message"),
+    [
+        ("depth_anything_v2_vits.safetensors", None, None),
+        ("depth_anything_v2_vits.safetensors", "v2", None),
+        ("depth_anything_v2_vits.safetensors", "v1", "by its name"),
+        ("depth_anything_vits14.safetensors", "v1", None),
+        ("depth_anything_vits14.safetensors", None, r"set model\.depth_branch\.version=v1"),
+        ("depth_anything_v2_metric_hypersim_vits.safetensors", None, "predicts meters"),
+        ("depth_anything_v2_metric_vkitti_vits.safetensors", "v2", "predicts meters"),
+        ("latest.safetensors", None, "nothing tells which Depth Anything"),
+        ("latest.safetensors", "v1", None),
+        ("latest.safetensors", "v3", "unknown setting"),
+    ],
+)
+def test_a_depth_file_alone_is_asked_about(depth_folder, tmp_path, name, version, message):
+    shutil.copy(depth_folder / "model.safetensors", tmp_path / name)
+    settings = {"weights": str(tmp_path / name), "version": version, "size": "small"}
+    if message is None:
+        blocks = DepthAnythingV2(56, **settings).out_indices
+        assert blocks == ((3, 4, 5, 6) if version == "v1" else (2, 3, 5, 6))
+        return
+    with pytest.raises(UserError, match=message):
+        DepthAnythingV2(56, **settings)
+
+
+def test_depth_anything_v1_equals_the_library(depth_folder, tmp_path):
+    v1_blocks = {"out_indices": [3, 4, 5, 6], "out_features": [f"stage{i}" for i in (3, 4, 5, 6)]}
+    folder = variant(depth_folder, tmp_path / "v1", v1_blocks)
+    ours = DepthAnythingV2(56, weights=str(folder), version="v1", size="small").eval()
+    theirs = DepthAnythingForDepthEstimation.from_pretrained(folder).eval()
+    v2 = DepthAnythingV2(56, weights=str(depth_folder), size="small").eval()
+    images = torch.rand(2, 3, 56, 56)
+    with torch.no_grad():
+        depth = ours(images).depth
+        expected = theirs(ours.normalize(images)).predicted_depth
+        torch.testing.assert_close(depth, expected, atol=1e-4, rtol=0)
+        assert (v2(images).depth - depth).abs().max() > 0.01
 
 
 # --- Key lists ------------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
-"""Depth Anything V2 (transformers): the depth map and the depth-aware features of its DPT neck.
+"""Depth Anything V2 or V1 (transformers): depth map and depth-aware features of its DPT neck.
 
 Legend: B images, S image side, G = S / 14 patches a side, D width of the backbone, C fusion width.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +17,8 @@ from torch import Tensor, nn
 from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
 
 from annexe.checkpoints import public as checkpoints
-from annexe.errors import unknown_name_error
+from annexe.checkpoints.tensor_files import read_config
+from annexe.errors import UserError, unknown_name_error
 from annexe.models.image_ops import Normalize, upsample_bilinear
 from annexe.registry import register
 
@@ -31,7 +34,7 @@ class Size:
     hidden: int  # D
     layers: int
     heads: int
-    out_indices: tuple[int, int, int, int]  # blocks whose output the neck takes, from 1
+    out_indices: tuple[int, int, int, int]  # blocks that the neck of V2 takes, from 1
     neck: tuple[int, int, int, int]  # width of each map before fusion
     fusion: int  # C
     head: int = 32
@@ -44,6 +47,23 @@ SIZES = {
     "vitb": Size(768, 12, 12, (3, 6, 9, 12), (96, 192, 384, 768), 128),
     "vitl": Size(1024, 24, 16, (5, 12, 18, 24), (256, 512, 1024, 1024), 256),
 }
+
+# V1 has the same keys and shapes as V2, but its neck takes the last four blocks
+VERSIONS = ("v2", "v1")
+_NOT_METRIC = (
+    "it predicts meters and the depth branch inverse depth up to scale and shift; take the "
+    "relative model of the same size, which has no 'metric' in its name"
+)
+# What a config.json may say otherwise without a tensor of another name or shape
+_MEANING = ("patch_size", "reassemble_factors", "head_in_index")
+_BACKBONE_MEANING = (
+    "num_attention_heads",
+    "patch_size",
+    "hidden_act",
+    "layer_norm_eps",
+    "apply_layernorm",
+    "out_indices",
+)
 
 # What is trained: names of parameters begin with one of these
 TRAINED = {
@@ -81,6 +101,109 @@ def initialize(neck: Any, head: Any) -> None:
     nn.init.ones_(head.conv3.bias)
 
 
+def tapped_blocks(sizes: Size, version: str) -> tuple[int, ...]:
+    """Blocks of the backbone whose output the neck takes, from 1."""
+    if version == "v1":
+        return tuple(range(sizes.layers - 3, sizes.layers + 1))
+    return sizes.out_indices
+
+
+def require_version(
+    weights: str, version: str | None, network: DepthAnythingConfig, sizes: Size
+) -> None:
+    """Check that a checkpoint is of the version that is asked for: its tensors do not tell.
+
+    Args:
+        weights: file or folder. What a config.json says about it counts, else its name.
+        version: the setting; None is V2, if ``weights`` says so.
+        network: what it is loaded into.
+        sizes: of the network.
+
+    Raises:
+        UserError: for another version, a metric or another model, or where nothing tells.
+    """
+    content = read_config(weights)
+    if content is not None:
+        _require_config(weights, content, network, sizes)
+        return
+
+    # Names under which files are published
+    name = Path(weights).name.lower()
+    named = None
+    if re.search(r"depth[-_]?anything[-_]?v2", name):
+        named = "v2"
+    elif re.search(r"depth[-_]?anything[-_]?(v1|vit)", name):
+        named = "v1"
+    if "metric" in name:
+        raise UserError(f"'{weights}' is a metric model by its name: {_NOT_METRIC}")
+    if named is None and version is None:
+        raise UserError(
+            f"nothing tells which Depth Anything '{weights}' is, for V1, V2 and V2 metric have the "
+            f"same keys; set {_SETTINGS}.version to v2 or v1 (a metric model does not go here)"
+        )
+    wanted = version or "v2"
+    if named is not None and named != wanted:
+        raise UserError(
+            f"'{weights}' is Depth Anything {named.upper()} by its name and {_SETTINGS}.version is "
+            f"{wanted}; set {_SETTINGS}.version={named}, or rename the file if its name is wrong"
+        )
+
+
+def _require_config(
+    weights: str, content: dict[str, Any], network: DepthAnythingConfig, sizes: Size
+) -> None:
+    """Compare what a config.json says about ``weights`` with what they are loaded into.
+
+    Raises:
+        UserError: if they differ in anything that names and shapes of tensors do not show.
+    """
+    # The kind of model
+    model_type = content["model_type"]
+    if model_type != network.model_type:
+        raise UserError(
+            f"'{weights}' holds a model of type '{model_type}'; {_SETTINGS}.weights takes Depth "
+            f"Anything ('{network.model_type}')"
+        )
+    if content.get("depth_estimation_type", "relative") != "relative":
+        raise UserError(f"'{weights}' is a metric model by its config.json: {_NOT_METRIC}")
+
+    # All it says, completed by the library's defaults
+    try:
+        theirs = DepthAnythingConfig.from_dict(content)
+    except Exception as error:  # the library's checks raise whatever they like
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"the config.json of '{weights}' is damaged ({type(error).__name__}: {reason}); "
+            "fetch it again"
+        ) from None
+    ours: Any = network.backbone_config
+    backbone: Any = theirs.backbone_config
+    if backbone.model_type != ours.model_type:
+        raise UserError(
+            f"'{weights}' has a backbone of type '{backbone.model_type}'; "
+            f"{_SETTINGS}.weights takes one of type '{ours.model_type}'"
+        )
+
+    # The version, known by the blocks that the neck takes
+    blocks = tuple(backbone.out_indices)
+    for version in VERSIONS:
+        if blocks == tapped_blocks(sizes, version) != tuple(ours.out_indices):
+            raise UserError(
+                f"'{weights}' is Depth Anything {version.upper()} by its config.json (its neck "
+                f"takes the blocks {blocks}); set {_SETTINGS}.version={version}"
+            )
+
+    # All else
+    pairs = [(name, theirs, network) for name in _MEANING]
+    pairs += [(name, backbone, ours) for name in _BACKBONE_MEANING]
+    for name, there, here in pairs:
+        if getattr(there, name) != getattr(here, name):
+            raise UserError(
+                f"'{weights}' is no published Depth Anything: its config.json says {name} "
+                f"{getattr(there, name)}, and here that is {getattr(here, name)}; take another one"
+            )
+
+
 def pointwise(convolution: nn.Conv2d, tokens: Tensor) -> Tensor:
     """A 1 x 1 convolution of pixels that lie in rows, float[..., C] -> float[..., C']."""
     return F.linear(tokens, convolution.weight.flatten(1), convolution.bias)
@@ -88,12 +211,14 @@ def pointwise(convolution: nn.Conv2d, tokens: Tensor) -> Tensor:
 
 @register("depth_branch", "depth_anything_v2")
 class DepthAnythingV2(nn.Module):
-    """Depth Anything V2 (NeurIPS 2024) in one backbone pass.
+    """Depth Anything V2 (NeurIPS 2024) or V1 (CVPR 2024) in one backbone pass.
 
     Args:
         image_size: side of the square input, in pixels.
         weights: checkpoint of this size; its positions are resized to the image size.
         init: ``random`` declares that the weights are meant to be random.
+        version: ``v2`` or ``v1``. Without one it is V2, and ``weights`` has to say that it is: by
+            the config.json of its folder, or by the name under which the file is published.
         size: ``tiny`` or ``small`` (from scratch), ``vits``, ``vitb`` or ``vitl`` (as published).
         statistics: mean and standard deviation that pixels are normalized by: ``imagenet``,
             ``clip`` or ``annexe``.
@@ -101,7 +226,8 @@ class DepthAnythingV2(nn.Module):
             coarsest fusion layer with its input convolution, and the head) or ``none``.
 
     Raises:
-        UserError: for an unknown ``trained`` or ``size``, or a checkpoint of another size.
+        UserError: for an unknown ``version``, ``trained`` or ``size``, or a checkpoint of another
+            version or size, or of a metric model.
     """
 
     def __init__(
@@ -110,6 +236,7 @@ class DepthAnythingV2(nn.Module):
         *,
         weights: str | None = None,
         init: str | None = None,
+        version: str | None = None,
         size: str = "vitb",
         statistics: str = "imagenet",
         trained: str = "all",
@@ -122,10 +249,12 @@ class DepthAnythingV2(nn.Module):
             raise unknown_name_error(f"setting {_SETTINGS}.trained", trained, TRAINED)
         if size not in SIZES:
             raise unknown_name_error(f"setting {_SETTINGS}.size", size, SIZES)
+        if version is not None and version not in VERSIONS:
+            raise unknown_name_error(f"setting {_SETTINGS}.version", version, VERSIONS)
         sizes = SIZES[size]
         self.num_channels = sizes.fusion
         self.grid = image_size // PATCH
-        self.out_indices = sizes.out_indices
+        self.out_indices = tapped_blocks(sizes, version or "v2")
 
         # The library's network
         backbone = Dinov2Config(
@@ -134,7 +263,7 @@ class DepthAnythingV2(nn.Module):
             hidden_size=sizes.hidden,
             num_hidden_layers=sizes.layers,
             num_attention_heads=sizes.heads,
-            out_indices=list(sizes.out_indices),  # type: ignore[call-arg]  # set by a property
+            out_indices=list(self.out_indices),  # type: ignore[call-arg]  # set by a property
             apply_layernorm=True,
             reshape_hidden_states=False,
         )
@@ -160,6 +289,7 @@ class DepthAnythingV2(nn.Module):
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]  # is wrapped
         if weights is not None:
             checkpoints.load(self, "depth_branch", weights)
+            require_version(weights, version, network, sizes)
 
         # What is trained. The last five never take part in a forward pass and get no gradient
         for name, parameter in self.model.named_parameters():
