@@ -6,6 +6,7 @@ import argparse
 import importlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -15,7 +16,8 @@ from rich.logging import RichHandler
 from annexe import __version__
 from annexe.config import Config
 from annexe.errors import UserError, unknown_name_error
-from annexe.terminal import say
+from annexe.files import FULL_DISK
+from annexe.terminal import escape_unprintable, say
 
 # Sub-commands, in the order in which they are listed; each is a module of `annexe.tools`
 TOOLS = (
@@ -33,6 +35,11 @@ TOOLS = (
     "bench",
 )
 
+_SHOWN = 200  # characters of a text that cannot be written
+
+# What a DataLoader says of a worker that died
+_DEAD_WORKER = re.compile(r"DataLoader worker \(pid.*\) (is killed|exited)|Too many open files")
+
 
 def exit_on_user_error(work: Callable[[], None]) -> None:
     """Run ``work`` with logging set up, and end the process in one line where it fails.
@@ -40,6 +47,8 @@ def exit_on_user_error(work: Callable[[], None]) -> None:
     A mistake of the user, or a file that cannot be used, ends in one line on standard error and
     exit code 2. An interruption ends in exit code 130.
     """
+    escape_unprintable()
+
     # Libraries log warnings; annexe logs more, on the main process of a job
     handler = RichHandler(show_path=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
@@ -53,7 +62,23 @@ def exit_on_user_error(work: Callable[[], None]) -> None:
         sys.exit(130)
     except UserError as error:
         _exit_with(str(error))
+    except RuntimeError as error:
+        if not _DEAD_WORKER.search(str(error)):
+            raise
+        reason = str(error).partition(". ")[0]
+        _exit_with(
+            f"a process that loads batches is gone ({reason}); give it memory, "
+            "'/dev/shm' too (docker run --shm-size=8g, or --ipc=host), or set fewer "
+            "run.num_workers, 0 for none"
+        )
+    except UnicodeEncodeError as error:
+        # File names that are not UTF-8 reach Python with surrogates in them
+        if not any("\ud800" <= character <= "\udfff" for character in error.object):
+            raise
+        _exit_with(f"a name is not UTF-8: {error.object[:_SHOWN]!a}; rename it")
     except OSError as error:
+        if error.filename is None and error.errno in FULL_DISK:
+            _exit_with(f"the disk takes no more ({error.strerror}); make room")
         if error.filename is None:
             raise  # not about a file
         _exit_with(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
@@ -12,6 +14,13 @@ from rich.table import Column, Table
 Item = TypeVar("Item")
 
 _STDERR = Console(stderr=True)
+
+
+def escape_unprintable() -> None:
+    """Print what has no character in the encoding of the output, such as odd names, as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def say(text: str, *, style: str | None = None, stderr: bool = False) -> None:
