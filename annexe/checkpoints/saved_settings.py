@@ -32,13 +32,15 @@ _REMOVED = {
 # where weights come from, precision, memory, what is dropped in training, how answers are given
 _FREE = (
     *("init", "init_from", "weights", "path", "initializer_range"),
-    *("dtype", "checkpointed_blocks", "dropout"),
+    *("dtype", "checkpointed_blocks", "dropout", "max_position_embeddings"),
     *("presence_threshold", "constrain_answers"),
 )
 # Settings of a Llama that its folder replaces
 _SIZES_OF_LLAMA = ("hidden_size", "num_layers", "num_heads", "mlp_dim")
 # Settings of the model that change what weights compute and not their shapes
-_UNSEEN_IN_SHAPES = ("num_heads", "statistics", "alpha")
+_UNSEEN_IN_SHAPES = ("num_heads", "statistics", "alpha", "version")
+# Settings that mean the same where they are null
+_SAME_AS_NULL = {"model.depth_branch.version": "v2"}
 # Settings of a run that fix its random numbers, or what the optimizer keeps
 _FIXED_OF_RUN = ("run.seed", "run.optimizer")
 # Settings that say where a run is, not what it is
@@ -93,7 +95,9 @@ def changed_settings(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Chang
     after = flatten(here)
     changes: Changes = {}
     for name in [*before, *(name for name in after if name not in before)]:
-        old, new = before.get(name), after.get(name)
+        null = _SAME_AS_NULL.get(name)
+        old = null if before.get(name) is None else before[name]
+        new = null if after.get(name) is None else after[name]
         if old != new and name not in _PLACES:
             changes[name] = (old, new)
     return changes
