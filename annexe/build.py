@@ -16,7 +16,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
@@ -24,21 +24,14 @@ import annexe.datasets
 import annexe.models  # noqa: F401  (both register their components)
 from annexe.checkpoints.run_folder import load_progress, require_checkpoint, saved_config
 from annexe.checkpoints.training_state import load_weights
-from annexe.config import (
-    PARTS,
-    Config,
-    RunConfig,
-    is_released,
-    merge_strictly,
-    read_yaml,
-    setting_error,
-)
+from annexe.config import PARTS, Config, RunConfig, is_released
 from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.errors import UserError, unknown_name_error
 from annexe.models.annexe import Annexe
 from annexe.models.compile import compile_blocks
 from annexe.models.language_model.tokenizer import TextTokenizer, load_tokenizer
 from annexe.registry import import_plugins, lookup
+from annexe.settings import merge_strictly, read_options, read_path, read_settings, setting_error
 
 
 def load_config(
@@ -54,21 +47,20 @@ def load_config(
         UserError: for a missing file, bad YAML, an unknown key or component, or a value of the
             wrong type.
     """
-    # The file and the form of the options
+    # The file
     path = Path(cfg_path)
-    base = read_yaml(path)
+    base = read_settings(path)
+    if not isinstance(base, DictConfig):
+        raise UserError(f"{path} is a list; write a block of settings: model, datasets and run")
     if is_released(base):
         raise UserError(
             f"{path} is of the released ANNEXE code; turn it into ours: "
             f"annexe convert-config {path} NEW.yaml"
         )
-    for option in options:
-        if "=" not in option or option.startswith("="):
-            raise UserError(f"option '{option}' is not of the form a.b=c")
 
     # Options over the file over the defaults
     try:
-        overrides = OmegaConf.from_dotlist(list(options))
+        overrides = read_options(options)
         if onto_checkpoint:
             base = _onto_checkpoint(base, overrides)
         _drop_settings_of_other_types(base, overrides)
@@ -92,14 +84,19 @@ def load_config(
     return config
 
 
-def _onto_checkpoint(base: DictConfig | ListConfig, overrides: DictConfig) -> Any:
+def _onto_checkpoint(base: DictConfig, overrides: DictConfig) -> Any:
     """``base`` over the model settings of the checkpoint that it or ``overrides`` names.
 
     Without model settings of its own, ``base`` stays as it is.
     """
     checkpoint = OmegaConf.select(OmegaConf.merge(base, overrides), "run.checkpoint")
-    if checkpoint is None or ("model" not in base and "model" not in overrides):
+    if isinstance(checkpoint, str):
+        checkpoint = read_path(checkpoint, "run.checkpoint", optional=True)
+    has_model = any(settings.get("model") is not None for settings in (base, overrides))
+    if not isinstance(checkpoint, str) or not has_model:
         return base
+    if base.get("model") is None:
+        base["model"] = {}
     saved = {"model": saved_config(require_checkpoint(checkpoint, "best"))["model"]}
     for part in PARTS:
         chosen = OmegaConf.select(base, f"model.{part}.type")
@@ -112,7 +109,8 @@ def _drop_settings_of_other_types(base: Any, overrides: DictConfig) -> None:
     """A part whose type an option changes takes none of the old type's settings along."""
     for part in PARTS:
         chosen = OmegaConf.select(overrides, f"model.{part}.type")
-        if chosen is not None and chosen != OmegaConf.select(base, f"model.{part}.type"):
+        before = OmegaConf.select(base, f"model.{part}.type")
+        if chosen is not None and before is not None and chosen != before:
             base.model[part] = {}
 
 
@@ -192,7 +190,7 @@ def _options(component: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 def _hints(component: Callable[..., Any]) -> dict[str, Any]:
     constructor = component.__init__ if inspect.isclass(component) else component
-    return typing.get_type_hints(constructor)
+    return typing.get_type_hints(constructor, include_extras=True)
 
 
 def build_dataset(config: Config, split: str, *, cached: bool = True) -> EgoIRGBench:

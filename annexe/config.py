@@ -1,4 +1,4 @@
-"""Every setting of a run: YAML plus ``a.b=c`` overrides, merged strictly onto dataclasses.
+"""Every setting of a run, with its default; `annexe.settings` reads them.
 
 Three blocks: ``model`` and ``datasets`` name registered components (`annexe.registry`), ``run`` is
 `RunConfig`. Components are checked in `annexe.build`.
@@ -7,15 +7,13 @@ Three blocks: ``model`` and ``datasets`` name registered components (`annexe.reg
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, cast
 
-import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from annexe.errors import UserError, unknown_name_error
+from annexe.settings import Block, PathSetting
 
 
 @dataclass
@@ -97,7 +95,7 @@ _FINITE = ("learning_rate", "min_learning_rate", "warmup_learning_rate", "weight
 class RunConfig:
     """Training and evaluation settings; everything is written under ``output_dir``."""
 
-    output_dir: str = "runs/annexe"
+    output_dir: PathSetting = "runs/annexe"
     seed: int = 0
     device: str = "auto"  # auto, cpu or cuda
     mixed_precision: str = "auto"  # auto, fp32 or bf16
@@ -129,7 +127,7 @@ class RunConfig:
 
     # Loading
     num_workers: int = 4
-    store_patches: str | None = None  # folder: a frozen RGB encoder runs once a photo
+    store_patches: PathSetting | None = None  # folder: a frozen RGB encoder runs once a photo
 
     # Logging, validation and checkpoints, in optimizer steps
     log_every: int = 20
@@ -138,11 +136,11 @@ class RunConfig:
     validation_metric: str = "grounding/ciou"
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
-    resume: str | None = None  # auto, or a run folder or checkpoint
+    resume: PathSetting | None = None  # auto, or a run folder or checkpoint
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     # Evaluation
-    checkpoint: str | None = None
+    checkpoint: PathSetting | None = None
     split: str = "test"
     queries_per_annotation: int | str = 1  # or all
     max_new_tokens: int = 50
@@ -226,8 +224,8 @@ def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 class Config:
     """A whole YAML file."""
 
-    model: dict[str, Any] | None = None
-    datasets: dict[str, Any] = field(default_factory=dict)
+    model: Block | None = None
+    datasets: Block = field(default_factory=dict)
     run: RunConfig = field(default_factory=RunConfig)
     imports: list[str] = field(default_factory=list)
 
@@ -246,24 +244,6 @@ class Config:
 
 
 PARTS = ("rgb_encoder", "depth_branch", "language_model", "pixel_decoder")
-
-
-def read_yaml(path: Path) -> DictConfig | ListConfig:
-    """A YAML file as it stands.
-
-    Raises:
-        UserError: for a missing file or bad YAML.
-    """
-    if not path.is_file():
-        raise UserError(
-            f"no configuration file '{path}'; give a YAML file such as "
-            "train_configs/annexe_tiny.yaml"
-        )
-    try:
-        return OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"cannot read '{path}': {reason}; fix the YAML") from None
 
 
 def is_released(config: DictConfig | ListConfig) -> bool:
@@ -297,48 +277,3 @@ def to_plain(block: Any, *, resolve: bool = False) -> dict[str, Any]:
     settings = OmegaConf.to_container(block, resolve=resolve)
     assert isinstance(settings, dict)
     return cast("dict[str, Any]", settings)
-
-
-def merge_strictly(schema: Any, settings: Any, where: str = "") -> Any:
-    """``settings`` over the defaults of ``schema``, a dataclass or an instance of one.
-
-    Args:
-        where: the place of the block in the configuration, for messages.
-
-    Returns:
-        An instance of the dataclass.
-
-    Raises:
-        UserError: for an unknown key, a value of the wrong type, or a value where a block belongs.
-    """
-    defaults = OmegaConf.structured(schema)
-    try:
-        settings = OmegaConf.create(settings)
-        _require_blocks(OmegaConf.to_container(defaults), settings, where)
-        return OmegaConf.to_object(OmegaConf.merge(defaults, settings))
-    except OmegaConfBaseException as error:
-        raise setting_error(where, error) from None
-
-
-def _require_blocks(defaults: Any, settings: Any, where: str) -> None:
-    """Refuse a plain value where the defaults have a block."""
-    if not isinstance(settings, DictConfig):
-        block = where or "all of it"
-        raise UserError(f"{block} is '{settings}'; it must be a block of settings")
-    for key, block in defaults.items():
-        if isinstance(block, dict) and settings.get(key) is not None:
-            _require_blocks(block, settings[key], f"{where}.{key}".lstrip("."))
-
-
-def setting_error(where: str, error: OmegaConfBaseException) -> UserError:
-    """The error for a setting under ``where`` that OmegaConf refused.
-
-    It was refused for its name, its value or its absence.
-    """
-    key = f"{where}.{error.full_key or ''}".strip(".") or "block"
-    if isinstance(error, ConfigKeyError) and error.object_type is not None:
-        names = [each.name for each in fields(error.object_type)]
-        return unknown_name_error(f"setting {key}: no", error.key, names)
-    if isinstance(error, MissingMandatoryValue):
-        return UserError(f"setting {key} is missing and has no default; add it")
-    return UserError(f"setting {key}: {str(error).splitlines()[0]}")

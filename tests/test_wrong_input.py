@@ -69,7 +69,7 @@ def one_line(caught: pytest.ExceptionInfo[UserError], *parts: str) -> None:
         ("run.max_steps=many", ("run.max_steps", "'many'")),
         ("run.learning_rate=fast", ("run.learning_rate", "'fast'")),
         ("run.betas=[0.9]", ("run.betas", "two numbers")),
-        ("run.output_dir=null", ("run.output_dir", "None")),
+        ("run.output_dir=null", ("run.output_dir is null", "leave it out")),
         ("model.rgb_encoder.depth=deep", ("model.rgb_encoder.depth", "'deep'")),
         ("model.rgb_encoder=5", ("model.rgb_encoder", "block of settings")),
         ("datasets.ego_irgbench=5", ("datasets.ego_irgbench", "block of settings")),
@@ -106,7 +106,7 @@ def test_wrong_option(option: str, parts: tuple[str, ...]) -> None:
     [
         ("run: {seed: 1\n", "fix the YAML"),
         ("run:\n  seed: 1\n  seed: 2\n", "duplicate key seed"),
-        ("- run\n- model\n", "fix the YAML"),
+        ("- run\n- model\n", "is a list"),
         ("\x00\x01", "fix the YAML"),
         ("only words", "only words"),
         ("model: {type: annexe}\n", "model.rgb_encoder is missing"),

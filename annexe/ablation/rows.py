@@ -7,15 +7,15 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
 from annexe.build import load_config
 from annexe.checkpoints.run_folder import find_checkpoint
-from annexe.config import Config, merge_strictly, read_yaml
+from annexe.config import Config
 from annexe.errors import UserError, unknown_name_error
 from annexe.report.tables import GROUPS, MEAN_ACCURACY
+from annexe.settings import PathSetting, as_option, merge_strictly, read_settings, read_yaml
 
 TRAIN = "train.py"
 EVALUATE = "eval_scripts/eval_egoirgbench.py"
@@ -60,8 +60,8 @@ class Row:
 class Ablation:
     """A file of rows; a row's options are put over these."""
 
-    config: str = MISSING
-    evaluate: str = MISSING
+    config: PathSetting = MISSING
+    evaluate: PathSetting = MISSING
     metrics: list[str] = MISSING
     rows: dict[str, Row | None] = MISSING  # nothing behind a name: a row without changes
     options: list[str] = field(default_factory=list)
@@ -144,7 +144,7 @@ def read_ablation(
             f"no file of rows '{path}'; give one such as train_configs/grounding_ablation.yaml"
         )
     # The file, strictly
-    content = read_yaml(path)
+    content = read_settings(path)
     try:
         ablation = merge_strictly(Ablation, content)
     except UserError as error:
@@ -230,12 +230,13 @@ def runs_of(ablation: Ablation, out: Path, name: str, seeds: Iterable[int]) -> l
     for seed in seeds:
         folder = out / base / f"seed-{seed}"
         command = ["python", TRAIN, "--cfg-path", ablation.config, "--options", *options]
-        command += [f"run.seed={seed}", f"run.output_dir={folder}", "run.resume=auto"]
+        command += [f"run.seed={seed}", as_option("run.output_dir", folder), "run.resume=auto"]
         training = Stage(folder, command, _made_from(command, ablation.config))
 
         eval_folder = out / name / f"seed-{seed}" / "eval"
         command = ["python", EVALUATE, "--cfg-path", ablation.evaluate, "--dataset", dataset]
-        command += ["--options", f"run.checkpoint={folder}", f"run.output_dir={eval_folder}"]
+        command += ["--options", as_option("run.checkpoint", folder)]
+        command += [as_option("run.output_dir", eval_folder)]
         command += evaluation_options
         made_from = [*training.made_from, *_made_from(command, ablation.evaluate)]
         evaluation = Stage(eval_folder, command, made_from)
@@ -249,8 +250,7 @@ def _data_options(config: Config) -> list[str]:
     options = []
     for name in _OF_DATA:
         if name in settings:
-            value: Any = "null" if settings[name] is None else settings[name]
-            options.append(f"datasets.{dataset}.{name}={value}")
+            options.append(as_option(f"datasets.{dataset}.{name}", settings[name]))
     return options
 
 

@@ -33,6 +33,7 @@ from annexe.datasets.target_groups import target_group
 from annexe.errors import UserError, unknown_name_error
 from annexe.files import digest_of_file
 from annexe.registry import register
+from annexe.settings import PathSetting
 from annexe.structures.sample import Sample, Turn
 
 if TYPE_CHECKING:
@@ -86,12 +87,12 @@ class EgoIRGBench:
         seed: int,
         cache_dir: Path | None,
         *,
-        data_root: str,
+        data_root: PathSetting,
         queries_per_image: int = 8,
         answer_format: str = "sentence",
         cache: bool = True,
-        exclude: str | None = None,
-        split_dir: str | None = None,
+        exclude: PathSetting | None = None,
+        split_dir: PathSetting | None = None,
     ) -> None:
         # Check the settings
         if answer_format not in ANSWER_FORMATS:

@@ -20,6 +20,7 @@ from annexe.datasets.annotations import Annotation
 from annexe.datasets.pixels import read_id_map, read_image
 from annexe.errors import UserError, unknown_name_error
 from annexe.registry import register
+from annexe.settings import PathSetting
 from annexe.structures.sample import Sample, Turn
 
 SPLITS = ("train", "val", "test_indomain", "test_outdomain")
@@ -80,7 +81,13 @@ class EgoHOS:
     num_slots = 1
 
     def __init__(
-        self, split: str, image_size: int, seed: int, cache_dir: Path | None, *, data_root: str
+        self,
+        split: str,
+        image_size: int,
+        seed: int,
+        cache_dir: Path | None,
+        *,
+        data_root: PathSetting,
     ) -> None:
         # Find the photos
         if split not in SPLITS:

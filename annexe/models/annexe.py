@@ -22,6 +22,7 @@ from annexe.models.language_model.llama import Llama
 from annexe.models.mask_postprocessing import postprocess, split_by_query
 from annexe.models.rgb_encoder import EvaViT, Projector
 from annexe.prompts import ANSWER_OPENING, NO_TARGET
+from annexe.settings import PathSetting
 from annexe.structures.batch import ANALYSIS, Batch, QueryIndex
 from annexe.structures.prediction import Grounding, Predictions, RawResponse, Response
 
@@ -92,7 +93,7 @@ class Annexe(nn.Module):
         language_model: Llama,
         pixel_decoder: PixelDecoder,
         *,
-        init_from: str | None = None,
+        init_from: PathSetting | None = None,
         init: str | None = None,
         patches_per_token: int = 4,
         image_token_head: bool = False,

@@ -21,6 +21,7 @@ from annexe.checkpoints.tensor_files import read_config
 from annexe.errors import UserError, unknown_name_error
 from annexe.models.image_ops import Normalize, upsample_bilinear
 from annexe.registry import register
+from annexe.settings import PathSetting
 
 # Side of a patch, in pixels
 PATCH = 14
@@ -234,7 +235,7 @@ class DepthAnythingV2(nn.Module):
         self,
         image_size: int,
         *,
-        weights: str | None = None,
+        weights: PathSetting | None = None,
         init: str | None = None,
         version: str | None = None,
         size: str = "vitb",

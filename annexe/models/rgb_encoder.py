@@ -16,6 +16,7 @@ from annexe.checkpoints import public as checkpoints
 from annexe.errors import UserError, require_multiple, require_sizes
 from annexe.models.image_ops import Normalize
 from annexe.registry import register
+from annexe.settings import PathSetting
 
 _SETTINGS = "model.rgb_encoder"
 
@@ -47,7 +48,7 @@ class EvaViT(nn.Module):
         self,
         *,
         image_size: int,
-        weights: str | None = None,
+        weights: PathSetting | None = None,
         init: str | None = None,
         statistics: str = "clip",
         patch_size: int = 14,

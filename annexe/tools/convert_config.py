@@ -11,10 +11,11 @@ import yaml
 from omegaconf import OmegaConf
 
 from annexe import terminal
-from annexe.config import is_released, read_yaml, to_plain
+from annexe.config import is_released, to_plain
 from annexe.errors import UserError
 from annexe.files import write_text
 from annexe.models.image_ops import STATISTICS
+from annexe.settings import read_yaml
 
 HELP = "turn a YAML file of the released ANNEXE code into ours"
 

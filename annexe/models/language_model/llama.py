@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -35,6 +35,7 @@ from annexe.models.language_model.float8 import to_float8
 from annexe.models.language_model.kv_cache import Prefill, PrefillCache
 from annexe.models.language_model.tokenizer import TextTokenizer
 from annexe.registry import register
+from annexe.settings import PathSetting
 from annexe.structures.batch import PackedText
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,8 @@ class Lora:
     Raises:
         UserError: for a negative rank or a dropout outside [0, 1).
     """
+
+    WHEN_NULL: ClassVar[dict[str, Any]] = {"rank": 0}  # `lora: null` in YAML: no adapters
 
     rank: int = 64
     alpha: float = 16
@@ -129,7 +132,7 @@ class Llama(nn.Module):
         self,
         tokenizer: TextTokenizer,
         *,
-        path: str | None = None,
+        path: PathSetting | None = None,
         init: str | None = None,
         dtype: str = "float32",
         hidden_size: int = 4096,

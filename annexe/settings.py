@@ -1,0 +1,318 @@
+"""Settings from YAML files and ``a.b=c`` options, each read as its own type asks.
+
+YAML guesses types: it makes a number of 007, a flag of ``on`` and a comment of what follows `` #``.
+Here a scalar stays the text that was typed until the type of its setting is known.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Union
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from annexe.errors import UserError, unknown_name_error
+
+PathSetting = Annotated[str, "path"]
+"""A file or a folder. ``~`` and ``$NAME`` are expanded; one that may be null takes ``false``."""
+
+Block = Annotated[dict[str, Any], "block"]
+"""Settings that are not read yet: every scalar is a text, or null."""
+
+_NO = ("", "false", "no", "none", "off")
+_YES = ("on", "true", "yes")
+_VARIABLE = re.compile(r"\$([A-Za-z_]\w*)")
+_YAML_STARTS = ("[", "{", '"', "'")  # of an option's value that is YAML and not a plain text
+
+# What a value of a type has to be, for messages
+_KINDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text (in quotes, where YAML would read a list or a block)",
+}
+
+
+class _TextLoader(yaml.SafeLoader):
+    """Reads every scalar as the text that stands in the file, and nothing as null."""
+
+
+for _tag in ("bool", "int", "float", "timestamp"):
+    _TextLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", yaml.SafeLoader.construct_yaml_str)
+
+
+def read_yaml(path: Path) -> DictConfig | ListConfig:
+    """A YAML file as YAML understands it.
+
+    Raises:
+        UserError: for a missing file or bad YAML.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"no configuration file '{path}'; give a YAML file such as "
+            "train_configs/annexe_tiny.yaml"
+        )
+    try:
+        return OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot read '{path}': {reason}; fix the YAML") from None
+
+
+def read_settings(path: Path) -> DictConfig | ListConfig:
+    """A YAML file whose scalars are the texts that stand in it, for `merge_strictly`.
+
+    Raises:
+        UserError: for a missing file or bad YAML.
+    """
+    as_yaml = read_yaml(path)  # refuses more than PyYAML, such as a key that stands twice
+    if not as_yaml:
+        return as_yaml
+    with path.open(encoding="utf-8") as file:
+        return OmegaConf.create(yaml.load(file, Loader=_TextLoader))
+
+
+def read_options(options: Sequence[str]) -> DictConfig:
+    """Options of the form ``a.b=c`` as nested settings, for `merge_strictly`.
+
+    A value that begins with a bracket or a quotation mark is YAML. Any other is the text itself.
+
+    Raises:
+        UserError: for an option of another form.
+        yaml.YAMLError: for a list, a block or a quoted text that does not end.
+    """
+    settings = OmegaConf.create()
+    for option in options:
+        name, sign, text = option.partition("=")
+        if not name or not sign:
+            raise UserError(f"option '{option}' is not of the form a.b=c")
+        is_yaml = text.lstrip().startswith(_YAML_STARTS) or _by_yaml(text) is None
+        value = yaml.load(text, Loader=_TextLoader) if is_yaml else text
+        OmegaConf.update(settings, name, value)
+    return settings
+
+
+def as_option(name: str, value: object) -> str:
+    """The option that sets ``name`` to a value, whatever text it is."""
+    if value is None:
+        return f"{name}=null"
+    text = str(value)
+    is_plain = not text.lstrip().startswith(_YAML_STARTS) and _by_yaml(text) is not None
+    return f"{name}={text if is_plain else json.dumps(text, ensure_ascii=False)}"
+
+
+def merge_strictly(schema: Any, settings: Any, where: str = "") -> Any:
+    """``settings`` over the defaults of ``schema``, a dataclass or an instance of one.
+
+    Args:
+        settings: scalars may be texts, as `read_settings` and `read_options` give them.
+        where: the place of the block in the configuration, for messages.
+
+    Returns:
+        An instance of the dataclass.
+
+    Raises:
+        UserError: for an unknown key, a value of the wrong type, or a value where a block belongs.
+    """
+    kind = schema if isinstance(schema, type) else type(schema)
+    try:
+        settings = OmegaConf.to_container(OmegaConf.create(settings))
+        checked = OmegaConf.create(_read_block(settings, kind, where))
+        merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), checked))
+    except OmegaConfBaseException as error:
+        raise setting_error(where, error) from None
+    _expand_paths(merged, where)
+    return merged
+
+
+def setting_error(where: str, error: OmegaConfBaseException) -> UserError:
+    """The error for a setting under ``where`` that OmegaConf refused."""
+    key = f"{where}.{error.full_key or ''}".strip(".") or "block"
+    if isinstance(error, MissingMandatoryValue):
+        return UserError(f"setting {key} is missing and has no default; add it")
+    reason = str(error).splitlines()[0]
+    if isinstance(error, InterpolationKeyError):
+        reason += "; an environment variable is ${oc.env:NAME}, or $NAME in a path"
+    return UserError(f"setting {key}: {reason}")
+
+
+# Values by their types
+
+
+def _read(value: Any, hint: Any, key: str) -> Any:
+    """A setting's value as its type asks.
+
+    Raises:
+        UserError: if it is of another type.
+    """
+    if isinstance(value, str) and ("${" in value or value == "???"):
+        return value  # refers to another setting, or is missing: OmegaConf knows
+    kinds = _members(hint)
+    if value is None:
+        return _read_null(kinds, key)
+    if len(kinds) == 1:
+        return _read_one(value, kinds[0], key)
+
+    # Several types: the one that YAML sees, else text
+    seen = _by_yaml(value) if isinstance(value, str) else value
+    if type(seen) in kinds:
+        return seen
+    return _read_one(value, str if str in kinds else kinds[0], key)
+
+
+def _members(hint: Any) -> list[Any]:
+    """The types that a setting may have; ``NoneType`` is one of them where it may be null."""
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        members = [each for each in typing.get_args(hint) if each is not type(None)]
+        return members if len(members) == len(typing.get_args(hint)) else [*members, type(None)]
+    return [hint]
+
+
+def _read_null(kinds: list[Any], key: str) -> Any:
+    """What null means: null where that may be, else a block's defaults."""
+    if type(None) in kinds or Any in kinds:
+        return None
+    for kind in kinds:
+        if is_dataclass(kind):
+            return dict(getattr(kind, "WHEN_NULL", {}))
+        if kind is Block or typing.get_origin(kind) is dict:
+            return {}
+    raise UserError(f"{key} is null; give it a value, or leave it out")
+
+
+def _read_one(value: Any, kind: Any, key: str) -> Any:
+    """A value that is not null as one type asks."""
+    # Blocks and lists
+    if kind is Block:
+        _require(isinstance(value, dict), key, value, "a block of settings")
+        return value
+    if is_dataclass(kind):
+        return _read_block(value, kind, key)
+    if typing.get_origin(kind) is dict:
+        _require(isinstance(value, dict), key, value, "a block of settings")
+        of_values = typing.get_args(kind)[1]
+        return {name: _read(each, of_values, f"{key}.{name}") for name, each in value.items()}
+    if typing.get_origin(kind) is list:
+        example = " ".join(str(value).split())
+        _require(isinstance(value, list), key, value, f"a list, such as [{example}]")
+        (of_items,) = typing.get_args(kind)
+        return [_read(each, of_items, f"{key}[{i}]") for i, each in enumerate(value)]
+
+    # Scalars
+    if kind in (str, PathSetting):
+        _require(isinstance(value, str), key, value, _KINDS[str])
+        return value
+    if kind in (bool, int, float):
+        scalar = _scalar(value, kind)
+        _require(scalar is not None, key, value, _KINDS[kind])
+        return scalar
+    return _resolved(value)
+
+
+def _read_block(value: Any, kind: Any, where: str) -> dict[str, Any]:
+    """The settings of a dataclass, each as its field asks."""
+    _require(isinstance(value, dict), where or "all of it", value, "a block of settings")
+    hints = typing.get_type_hints(kind, include_extras=True)
+    names = [field.name for field in fields(kind)]
+    read = {}
+    for name, each in value.items():
+        key = f"{where}.{name}".lstrip(".")
+        if name not in names:
+            raise unknown_name_error(f"setting {key}: no", name, names)
+        read[name] = _read(each, hints[name], key)
+    return read
+
+
+def _scalar(value: Any, kind: type) -> bool | int | float | None:
+    """A flag or number from a text or a value, or None if it is something else."""
+    text = value.strip().lower() if isinstance(value, str) else None
+    seen = _by_yaml(value) if isinstance(value, str) else value
+    if kind is bool:
+        if text in ("y", "n"):
+            return text == "y"
+        return bool(seen) if isinstance(seen, int) and seen in (0, 1) else None
+    if isinstance(seen, bool):
+        return None
+    if kind is int:
+        return seen if isinstance(seen, int) else None
+    try:
+        return float(seen) if isinstance(seen, str | int | float) else None
+    except ValueError:
+        return None
+
+
+def _by_yaml(text: str) -> Any:
+    """The number, flag, null or text that YAML makes of a plain scalar."""
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
+    except (yaml.YAMLError, OmegaConfBaseException):
+        return text
+
+
+def _resolved(value: Any) -> Any:
+    """A value for which no type is known, as YAML understands it."""
+    if isinstance(value, dict):
+        return {name: _resolved(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_resolved(each) for each in value]
+    is_plain = isinstance(value, str) and "${" not in value and value != "???"
+    return _by_yaml(value) if is_plain else value
+
+
+def _require(holds: bool, key: str, value: Any, what: str) -> None:
+    """Raise a `UserError` on a value that is not ``what`` its setting needs."""
+    if not holds:
+        shown = " ".join(str(value).split())
+        raise UserError(f"{key} is '{shown}'; it must be {what}")
+
+
+# Paths
+
+
+def _expand_paths(block: Any, where: str) -> None:
+    """Expand every path of a dataclass and of those in it."""
+    hints = typing.get_type_hints(type(block), include_extras=True)
+    for field in fields(block):
+        key = f"{where}.{field.name}".lstrip(".")
+        value = getattr(block, field.name)
+        kinds = _members(hints[field.name])
+        if is_dataclass(value):
+            _expand_paths(value, key)
+        elif isinstance(value, str) and PathSetting in kinds:
+            path = read_path(value, key, optional=type(None) in kinds)
+            setattr(block, field.name, path)
+
+
+def read_path(text: str, key: str, *, optional: bool) -> str | None:
+    """The path that a setting names, with ``~`` and ``$NAME`` expanded.
+
+    Args:
+        key: the setting, for messages.
+        optional: ``false`` and other words of its kind mean none.
+
+    Raises:
+        UserError: for an unknown user or variable, and for a word that is no path.
+    """
+    if optional and text.lower() in _NO:
+        return None
+    if optional and text.lower() in _YES:
+        raise UserError(f"{key} is '{text}'; it must be a path, or null for none")
+    if not text.strip():
+        raise UserError(f"{key} is empty; name a file or folder ('.' is the present one)")
+    for name in _VARIABLE.findall(text):
+        if name not in os.environ:
+            raise UserError(f"{key} is '{text}', but ${name} is not set; export it")
+    expanded = os.path.expanduser(os.path.expandvars(text))
+    if text.startswith("~") and expanded == text:
+        user = text.partition("/")[0]
+        raise UserError(f"{key} is '{text}', but there is no user of {user}; write './{text}'")
+    return expanded
