@@ -528,6 +528,14 @@ def test_constant_depth_prediction_is_scored():
     assert sums["sum_absolute_normalised"] == 1
 
 
+def test_a_reversed_depth_map_is_no_better_than_a_constant_one():
+    rng = np.random.default_rng(6)
+    distance = random_distance(rng)
+    constant = depth_errors(np.zeros_like(distance), distance)
+    for reversed_map in (distance, -1 / np.maximum(distance, 1), distance + rng.random((8, 9))):
+        assert depth_errors(reversed_map, distance) == pytest.approx(constant)
+
+
 def test_depth_merge_equals_all_at_once_in_any_order():
     rng = np.random.default_rng(5)
     sums = [depth_errors(rng.random((8, 9)), random_distance(rng)) for _ in range(20)]

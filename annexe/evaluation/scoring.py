@@ -5,6 +5,7 @@ The records are the lines of ``predictions.jsonl``; nothing here needs a model.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
-from annexe.datasets.image_names import read_list
+from annexe.datasets.image_names import read_subsets, subset_files, warn_of_ignored
 from annexe.evaluation.matching import Measured, blind_masks, measure_records
 from annexe.evaluation.records import (
     ImageRecord,
@@ -39,8 +40,18 @@ from annexe.metrics import (
 )
 from annexe.metrics.consistency import Agreement
 from annexe.metrics.grounding import QueryResult
+from annexe.metrics.released import (
+    class_pixels,
+    mask_names,
+    match_names,
+    mean_target_iou,
+    refuses,
+)
 from annexe.prompts import NO_TARGET
+from annexe.rle import Rle
 from annexe.workers import num_cores
+
+log = logging.getLogger(__name__)
 
 PROTOCOLS = ("standard", "annexe_release", "earl_release")
 TARGET_KINDS = ("none", "single", "multi")  # by the number of targets
@@ -172,7 +183,7 @@ def score_all(
     if has_text and "annexe_release" in protocols:
         metrics["annexe_release"] = _annexe_release(model, truth)
     if has_text and "earl_release" in protocols:
-        metrics["earl_release"] = _earl_release(model)
+        metrics["earl_release"] = _earl_release(model, truth)
     return Scores(metrics, scores)
 
 
@@ -335,17 +346,44 @@ def _annexe_release(system: System, truth: Truth) -> dict[str, float]:
     for image in system.images:
         metric.add_analysis(image.analysis, truth.annotations(image.image)[0].caption)
     for query, result in zip(system.queries, system.results, strict=True):
-        reference = truth.dataset.reference(truth.annotations(query.image)[query.annotation])
+        annotation = truth.annotations(query.image)[query.annotation]
         height, width = truth.size(query.image)
-        metric.add_query(query.answer, reference, result, height * width)
+        pixels = class_pixels(
+            result, _predicted_masks(query), _true_masks(query, truth), height * width
+        )
+        metric.add_query(query.answer, truth.dataset.reference(annotation), pixels)
     return metric.compute()
 
 
-def _earl_release(system: System) -> dict[str, float]:
+def _earl_release(system: System, truth: Truth) -> dict[str, float]:
     metric = EarlRelease()
-    for result in system.results:
-        metric.add(result)
+    for image in system.images:
+        metric.add_analysis(image.analysis, truth.annotations(image.image)[0].caption)
+    for query, result in zip(system.queries, system.results, strict=True):
+        annotation = truth.annotations(query.image)[query.annotation]
+        names = mask_names(query.answer, {mask.slot: mask.phrase for mask in query.masks})
+        phrases = {slot: annotation.phrase(slot) for slot in annotation.slots}
+        iou = mean_target_iou(
+            result,
+            _predicted_masks(query),
+            _true_masks(query, truth),
+            match_names(names, phrases),
+            refused=refuses(query.answer),
+        )
+        metric.add_query(query.answer, truth.dataset.reference(annotation), iou)
     return metric.compute()
+
+
+def _predicted_masks(query: QueryRecord) -> dict[int, Rle]:
+    """Slot -> predicted mask."""
+    return {mask.slot: mask.rle for mask in query.masks}
+
+
+def _true_masks(query: QueryRecord, truth: Truth) -> dict[int, Rle]:
+    """Slot -> true mask."""
+    masks = truth.masks(query.image)
+    slots = truth.annotations(query.image)[query.annotation].slots
+    return {slot: masks[mask_id] for slot, mask_id in slots.items()}
 
 
 # Scores of single queries
@@ -424,11 +462,21 @@ def _scores_of_part(scores: list[QueryScore], results: list[QueryResult]) -> dic
 
 def _subsets(model: System, truth: Truth) -> dict[str, dict[str, float]]:
     """Standard metrics on every list of stems of the data root that has predictions."""
+    folder = truth.dataset.root / "subsets"
     subsets = {}
-    for path in sorted((truth.dataset.root / "subsets").glob("*.txt")):
-        chosen = model.of(set(read_list(path, "subsets")))
+    absent = []
+    for subset in read_subsets(truth.dataset.root):
+        warn_of_ignored(f"'{folder / subset.name}.txt'", "lines", subset.ignored)
+        chosen = model.of(set(subset.stems))
         if chosen.images or chosen.queries:
-            subsets[path.stem] = _standard(chosen, truth)
+            subsets[subset.name] = _standard(chosen, truth)
+        else:
+            absent.append(subset.name)
+
+    # What is not used
+    warn_of_ignored(f"'{folder}'", "files", subset_files(truth.dataset.root)[1])
+    if absent:
+        log.info("subsets without a predicted image: %s", ", ".join(absent))
     return subsets
 
 

@@ -30,8 +30,8 @@ def depth_errors(disparity: np.ndarray, distance: np.ndarray) -> DepthSums | Non
     """Returns the error sums of one image, plain numbers for `DepthMetrics.update`.
 
     The disparity is fitted to the inverse distance by least squares (scale and shift, as in MiDaS,
-    Ranftl et al. 2020), then turned into distance. A constant disparity is scored as any other: it
-    fits the mean.
+    Ranftl et al. 2020; the scale is not below 0), then turned into distance. A constant disparity
+    is scored as any other: it fits the mean, and so does one that has near and far reversed.
 
     Args:
         disparity: float[H, W], large = near, any scale and shift.
@@ -90,13 +90,16 @@ class DepthMetrics:
 
 
 def _fit(disparity: np.ndarray, inverse_distance: np.ndarray) -> np.ndarray:
-    """Returns scale * disparity + shift closest to the inverse distance; all float64[num_valid]."""
+    """Returns scale * disparity + shift closest to the inverse distance; all float64[num_valid].
+
+    The scale is not below 0: near and far in a reversed map are not exchanged.
+    """
     centered = disparity - disparity.mean()
     mean = inverse_distance.mean()
     variance = np.square(centered).sum()
     scale = 0.0
     if variance > 0:
-        scale = (centered * (inverse_distance - mean)).sum() / variance
+        scale = max(0.0, (centered * (inverse_distance - mean)).sum() / variance)
     return scale * centered + mean
 
 

@@ -117,6 +117,12 @@ def measure(
     )
 
 
+def overlap_of(first: Rle, second: Rle) -> Overlap:
+    """Returns the overlap of two masks."""
+    union = area([first, second])
+    return Overlap(area([first]) + area([second]) - union, union)
+
+
 class GroundingMetrics:
     """cIoU, gIoU, N-acc, T-acc, precision over queries and over single targets, presence."""
 

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import nltk
 import numpy as np
 from nltk.corpus import wordnet
+from nltk.tokenize import NLTKWordTokenizer
+from nltk.tokenize.punkt import PunktSentenceTokenizer
 from nltk.translate.meteor_score import single_meteor_score
 from pycocoevalcap.cider.cider_scorer import CiderScorer, cook_refs, cook_test
 
@@ -44,9 +46,14 @@ _PLACEHOLDER = re.compile(r"<msk(_\d+)?>")
 _APOSTROPHE = re.compile("['\u2019]")
 _PUNCTUATION = re.compile(r"[^\w\s]|_")
 
+# The two parts of nltk's word_tokenize. The first is without its list of English abbreviations,
+# which nltk downloads
+_SENTENCES = PunktSentenceTokenizer()
+_WORDS = NLTKWordTokenizer()
+
 
 class TextPair(NamedTuple):
-    """One scored answer or analysis, both sides normalized."""
+    """One scored answer or analysis, both sides as they are compared."""
 
     prediction: str
     reference: str
@@ -119,6 +126,19 @@ def normalize(text: str) -> str:
     text = _PLACEHOLDER.sub(" ", text.lower())
     text = _APOSTROPHE.sub("", text)
     return " ".join(_PUNCTUATION.sub(" ", text).split())
+
+
+@functools.lru_cache(maxsize=2**16)
+def word_tokenize(text: str) -> str:
+    """Returns the tokens of nltk's `word_tokenize` with a space between them.
+
+    Case, punctuation and placeholders stay: `<MSK_0>` is the three tokens `<`, `MSK_0` and `>`. An
+    abbreviation inside of a text, such as `e.g.`, ends a sentence here, where nltk knows it.
+    """
+    tokens: list[str] = []
+    for sentence in _SENTENCES.tokenize(text):
+        tokens += _WORDS.tokenize(sentence)
+    return " ".join(tokens)
 
 
 @functools.cache

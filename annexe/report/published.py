@@ -11,6 +11,7 @@ DATASET = "ego_irgbench"
 COLUMNS = ("analysis/meteor", "analysis/cider", "answer/meteor", "answer/cider", "grounding/ciou")
 _RELEASED = "ANNEXE's released script"
 _EARL = "EARL's script"
+_NO_SYNONYMS = "; METEOR without synonyms"
 
 PUBLISHED: dict[str, dict[str, tuple[str, tuple[float, ...]]]] = {
     "test": {
@@ -44,7 +45,16 @@ OURS = {
             "grounding/batch_class_iou",
         ),
     ),
-    "earl_release": (f"{_EARL}, re-implemented", (*[None] * 4, "grounding/mean_target_iou")),
+    "earl_release": (
+        f"{_EARL}, re-implemented",
+        (
+            "analysis/meteor_raw",
+            "analysis/cider_raw",
+            "answer/meteor_raw",
+            "answer/cider_raw",
+            "grounding/mean_target_iou",
+        ),
+    ),
 }
 """Block of the metrics -> the protocol behind it, and its keys in the order of ``COLUMNS``."""
 
@@ -79,15 +89,15 @@ def _our_rows(metrics: Metrics) -> list[PublishedRow]:
     """A row for each protocol that the metrics have."""
     rows = []
     for block, (protocol, keys) in OURS.items():
-        if block in metrics:
-            values = [_value(metrics[block], key) for key in keys]
-            if any(value is not None for value in values):
-                rows.append(PublishedRow("This model", True, protocol, values))
+        scores = metrics.get(block, {})
+        values = []
+        for key in keys:
+            # METEOR has another name where WordNet was missing
+            without_synonyms = key.replace("/meteor", "/meteor_without_synonyms")
+            if key not in scores and without_synonyms in scores:
+                protocol = f"{protocol.removesuffix(_NO_SYNONYMS)}{_NO_SYNONYMS}"
+                key = without_synonyms
+            values.append(scores.get(key))
+        if any(value is not None for value in values):
+            rows.append(PublishedRow("This model", True, protocol, values))
     return rows
-
-
-def _value(scores: dict[str, Any], key: str | None) -> float | None:
-    """A score, or METEOR under its name without WordNet; None where there is none."""
-    if key is None:
-        return None
-    return scores.get(key, scores.get(key.replace("/meteor", "/meteor_without_synonyms")))
