@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from annexe import prompts
+from annexe.errors import UserError
 from annexe.structures.batch import ANALYSIS, BLOCK, Batch, PackedText, QueryIndex, round_up
 from annexe.structures.sample import Sample
 
@@ -279,6 +280,8 @@ class Collator:
             `Padding`.
         unpad: the language model reads the tokens of all images in one row without padding, by
             attention that skips blocks.
+        max_positions: of the language model, for the prefix and any text behind it.
+        num_generated: positions of these that generated tokens will take.
         keep_samples: the batch brings its samples along; their pixels slow down the way from one
             process to another.
     """
@@ -292,12 +295,16 @@ class Collator:
         responses: bool = True,
         pad_to_multiple_of: int = 1,
         unpad: bool = False,
+        max_positions: int | None = None,
+        num_generated: int = 0,
         keep_samples: bool = True,
     ) -> None:
         self.tokenizer = tokenizer
         self.num_image_tokens = num_image_tokens
         self.num_slots = num_slots
         self.responses = responses
+        self.max_positions = max_positions
+        self.num_generated = num_generated
         self.keep_samples = keep_samples
         self.padding = Padding.to_multiple_of(pad_to_multiple_of, unpad=unpad)
 
@@ -306,6 +313,8 @@ class Collator:
         ids = self._encode(samples)
         prefix = [self.tokenizer.bos_id, *ids[prompts.PREFIX]]
         branches = [self._branches(sample, ids) for sample in samples]
+        for sample, own in zip(samples, branches, strict=True):
+            self._require_room(sample, len(prefix), own)
         text = pack(branches, prefix, self.num_image_tokens, self.padding)
 
         # Queries and their slots
@@ -356,6 +365,31 @@ class Collator:
             response_ids = [*ids[response], self.tokenizer.eos_id] if self.responses else []
             branches.append((ids[prompt], response_ids))
         return branches
+
+    def _require_room(self, sample: Sample, prefix_length: int, branches: list[Branch]) -> None:
+        """Check that the language model has a position for every token of a sample.
+
+        Raises:
+            UserError: naming the sample, what it takes and what there is.
+        """
+        if self.max_positions is None:
+            return
+        longest = max(len(prompt) + len(response) for prompt, response in branches)
+        parts = {
+            "of the prompt's beginning": prefix_length,
+            "of the image": self.num_image_tokens,
+            "of its longest text": longest,
+            "to generate (run.max_new_tokens)": self.num_generated,
+        }
+        num_needed = sum(parts.values())
+        if num_needed > self.max_positions:
+            counts = ", ".join(f"{number} {what}" for what, number in parts.items() if number)
+            raise UserError(
+                f"'{sample.stem}' takes {num_needed} tokens ({counts}), and the language model has "
+                f"{self.max_positions} positions (max_position_embeddings); shorten the text or "
+                "leave it out. Only a model with init: random can have more: raise "
+                "model.language_model.max_position_embeddings"
+            )
 
     def _slot_ids(self, samples: list[Sample]) -> Tensor:
         """Mask id of every slot, uint8[queries of the samples, K], 0 = slot unused."""

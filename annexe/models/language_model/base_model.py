@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from annexe.checkpoints.formats import UNQUANTIZED
+from annexe.checkpoints.public import quantization_of
+from annexe.checkpoints.tensor_files import CONFIG, contents_of, read_json, require_real_files
 from annexe.errors import UserError
 from annexe.models.language_model.attention import NAME
 
@@ -27,16 +28,6 @@ FLOAT8 = "float8"
 
 # Magnitude of an input from which on LLM.int8() multiplies its column in 16 bits (its section 3.2).
 _INT8_OUTLIER_THRESHOLD = 6.0
-# What transformers and its libraries raise for a folder that is damaged.
-_LOADING_ERRORS = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    EOFError,
-    KeyError,
-    SafetensorError,
-    UnpicklingError,
-)
 
 
 def load_llama(path: str, dtype: str) -> LlamaForCausalLM:
@@ -50,21 +41,13 @@ def load_llama(path: str, dtype: str) -> LlamaForCausalLM:
         The model, on torch's default device if it is quantized, else on the CPU.
 
     Raises:
-        UserError: for a folder that holds no Llama, is damaged, or lacks a tensor.
+        UserError: for a folder that holds no Llama, or a quantized one, is damaged, or lacks a
+            tensor.
     """
-    if not (Path(path) / "config.json").is_file():
-        raise UserError(
-            f"no Llama in '{path}' (config.json is missing); give its Hugging Face folder"
-        )
+    require_llama(Path(path))
 
-    # Read the folder.
+    # Read the folder. Of what is damaged in it the libraries raise whatever they like.
     try:
-        model_type = AutoConfig.from_pretrained(path, local_files_only=True).model_type
-        if model_type != "llama":
-            raise UserError(
-                f"'{path}' holds a model of type '{model_type}'; "
-                "model.language_model.path takes a llama"
-            )
         loaded: Any = LlamaForCausalLM.from_pretrained(
             path,
             dtype=DTYPES.get(dtype, torch.bfloat16),
@@ -75,13 +58,12 @@ def load_llama(path: str, dtype: str) -> LlamaForCausalLM:
             device_map={"": "cpu"} if dtype in QUANTIZED else None,
         )
         model, info = loaded
-    except UserError:
+    except (MemoryError, torch.OutOfMemoryError):
         raise
-    except _LOADING_ERRORS as error:
-        first_line = (str(error).splitlines() or [""])[0]
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"cannot load the Llama in '{path}' ({type(error).__name__}: {first_line}); "
-            "fetch it again"
+            f"cannot load the Llama in '{path}' ({type(error).__name__}: {reason}); fetch it again"
         ) from None
 
     # Insist on every tensor.
@@ -98,6 +80,30 @@ def load_llama(path: str, dtype: str) -> LlamaForCausalLM:
         len(info["unexpected_keys"]),
     )
     return quantize(model, dtype)
+
+
+def require_llama(folder: Path) -> None:
+    """Check by its small files that a folder holds a Llama in plain weights.
+
+    Raises:
+        UserError: if it does not, saying what it holds.
+    """
+    if not (folder / CONFIG).is_file():
+        what = f"; {contents_of(folder)}" if folder.is_dir() else ""
+        raise UserError(
+            f"no Llama in '{folder}' ({CONFIG} is missing{what}); give its Hugging Face folder"
+        )
+    require_real_files(folder)
+    content = read_json(folder / CONFIG)
+    model_type = content.get("model_type") if isinstance(content, dict) else None
+    if model_type != "llama":
+        raise UserError(
+            f"'{folder}' holds a model of type '{model_type}'; "
+            "model.language_model.path takes a llama"
+        )
+    method = quantization_of(content)
+    if method is not None:
+        raise UserError(f"the Llama in '{folder}' is quantized with {method}; {UNQUANTIZED}")
 
 
 def random_llama(config: LlamaConfig, dtype: str) -> LlamaForCausalLM:
@@ -124,11 +130,25 @@ def random_llama(config: LlamaConfig, dtype: str) -> LlamaForCausalLM:
     return quantize(model, dtype)
 
 
+def _require_no_biases(blocks: nn.Module, dtype: str) -> None:
+    """Refuse linear layers with biases, for which quantized layers have no place.
+
+    Raises:
+        UserError: naming the first one.
+    """
+    for name, module in blocks.named_modules():
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            raise UserError(
+                f"model.language_model.dtype {dtype} takes no biases, and '{name}' of this Llama "
+                "has one; set it to bfloat16"
+            )
+
+
 def quantize(model: LlamaForCausalLM, dtype: str) -> LlamaForCausalLM:
     """Put bitsandbytes' layers in place of the linear layers of every block.
 
     int8 is LLM.int8() (NeurIPS 2022), nf4 is NF4 with double quantization (QLoRA, NeurIPS 2023).
-    Other types leave the model as it is. Embedding and head stay bfloat16.
+    float8 comes later, other types leave the model as it is. Embedding and head stay bfloat16.
 
     Args:
         model: changed in place.
@@ -138,8 +158,10 @@ def quantize(model: LlamaForCausalLM, dtype: str) -> LlamaForCausalLM:
         The model, on torch's default device if it was quantized.
 
     Raises:
-        UserError: if bitsandbytes is needed and not installed.
+        UserError: if bitsandbytes is needed and not installed, or layers have biases.
     """
+    if dtype not in DTYPES:
+        _require_no_biases(model.model.layers, dtype)
     if dtype not in QUANTIZED:
         return model
     try:

@@ -100,6 +100,34 @@ def add_adapters(model: LlamaForCausalLM, lora: Lora) -> PeftModel:
     return get_peft_model(model, config)
 
 
+def _require_same_words(tokenizer: TextTokenizer, num_rows: int, path: str | None) -> None:
+    """Check that tables of ``num_rows`` have a row for every word, and placeholders come behind.
+
+    Raises:
+        UserError: naming the words without a row, or the setting to change.
+    """
+    if num_rows == tokenizer.vocab_size:
+        return
+
+    # Words without a row
+    words = tokenizer.base.get_vocab()
+    beyond = sorted((index, word) for word, index in words.items() if index >= num_rows)
+    if beyond:
+        shown = ", ".join(f"'{word}' ({index})" for index, word in beyond[:3])
+        raise UserError(
+            f"the tokenizer of the Llama in '{path}' has {len(beyond)} words beyond the {num_rows} "
+            f"rows of its tables: {shown}. Take them out of tokenizer.json and "
+            "tokenizer_config.json, or add rows with resize_token_embeddings of transformers and "
+            "save the model again"
+        )
+
+    # Rows without a word, or a setting that asks for more
+    raise UserError(
+        f"the tables of the Llama in '{path}' have {num_rows} rows, where {tokenizer.vocab_size} "
+        f"are expected; set {_SETTINGS}.vocab_size={num_rows}"
+    )
+
+
 @register("language_model", "llama")
 class Llama(nn.Module):
     """Llama 2 with LoRA, and ``num_slots`` mask placeholders of our own beside its tables.
@@ -117,6 +145,8 @@ class Llama(nn.Module):
         num_heads: attention heads of a block.
         mlp_dim: width of the hidden layer of a block's MLP.
         vocab_size: rows of the tables, where they have more than the tokenizer has words.
+        max_position_embeddings: positions that it takes, for the prefix and the longest text of an
+            image together.
         initializer_range: standard deviation of random weights, and of the placeholders'.
         checkpointed_blocks: blocks, from the first on, that recompute their activations in the
             backward pass instead of keeping them (activation checkpointing). This is slower and
@@ -140,6 +170,7 @@ class Llama(nn.Module):
         num_heads: int = 32,
         mlp_dim: int = 11008,
         vocab_size: int | None = None,
+        max_position_embeddings: int = 2048,
         initializer_range: float = 0.02,
         checkpointed_blocks: int = 0,
         lora: Lora = Lora(),  # noqa: B008
@@ -151,7 +182,13 @@ class Llama(nn.Module):
         known_dtypes = (*DTYPES, *QUANTIZED, FLOAT8)
         if dtype not in known_dtypes:
             raise unknown_name_error(f"setting {_SETTINGS}.dtype", dtype, known_dtypes)
-        require_sizes(_SETTINGS, num_layers=num_layers, num_heads=num_heads, mlp_dim=mlp_dim)
+        require_sizes(
+            _SETTINGS,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            mlp_dim=mlp_dim,
+            max_position_embeddings=max_position_embeddings,
+        )
         needed_by = f"rotary positions in {num_heads} heads"
         require_multiple(_SETTINGS, "hidden_size", hidden_size, 2 * num_heads, needed_by)
         if checkpointed_blocks < 0:
@@ -178,18 +215,14 @@ class Llama(nn.Module):
                 num_hidden_layers=num_layers,
                 num_attention_heads=num_heads,
                 intermediate_size=mlp_dim,
+                max_position_embeddings=max_position_embeddings,
                 initializer_range=initializer_range,
                 attn_implementation=NAME,  # type: ignore[call-arg]  # all of them take it
                 bos_token_id=tokenizer.bos_id,
                 eos_token_id=tokenizer.eos_id,
             )
             model = random_llama(config, dtype)
-        num_words = model.config.vocab_size
-        if num_words != tokenizer.vocab_size:
-            raise UserError(
-                f"the Llama in '{path}' has {num_words} words and its tokenizer "
-                f"{tokenizer.vocab_size}; take both from one folder"
-            )
+        _require_same_words(tokenizer, model.config.vocab_size, path)
 
         # Recompute activations, as transformers does for all blocks alike.
         for block in model.model.layers[:checkpointed_blocks]:
@@ -223,6 +256,16 @@ class Llama(nn.Module):
         return self.model
 
     @property
+    def max_positions(self) -> int:
+        """Positions that it takes; above, rotary embeddings are others than it was trained with."""
+        config = self.llama.config
+        rope = config.rope_parameters or {}
+        if rope.get("rope_type") == "longrope":
+            # Its factors change for every position of a sequence that is longer than this
+            return rope.get("original_max_position_embeddings", config.max_position_embeddings)
+        return config.max_position_embeddings
+
+    @property
     def supports_cuda_graphs(self) -> bool:
         """Whether a CUDA graph can hold it. In int8 products the host looks for outliers."""
         return self.dtype != "int8"
@@ -230,7 +273,7 @@ class Llama(nn.Module):
     @property
     def uses_flex_attention(self) -> bool:
         """Whether attention skips blocks (FlexAttention): compiled, on a GPU, with wide heads."""
-        head_dim = self.hidden_size // self.llama.config.num_attention_heads
+        head_dim = self.llama.config.head_dim
         on_gpu = self.mask_head.weight.is_cuda
         return self.compiled and on_gpu and head_dim >= _MIN_FLEX_HEAD_DIM
 

@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from annexe import prompts
+from annexe.checkpoints.tensor_files import read_config, require_real_files
 from annexe.errors import UserError
 
 PLACEHOLDER = re.compile(r"<MSK_(\d+)>")
@@ -37,7 +38,10 @@ class TextTokenizer:
     ) -> None:
         self.base = base
         self.num_slots = num_slots
-        self.vocab_size = max(len(base), vocab_size or 0)
+        num_ids = (
+            max(base.get_vocab().values(), default=-1) + 1
+        )  # more than words, if ids have gaps
+        self.vocab_size = max(len(base), num_ids, vocab_size or 0)
         self.bos_id = base.bos_token_id
         self.eos_id = base.eos_token_id
         self.full_stop_id = self.encode(".")[0]  # as it stands behind a placeholder
@@ -116,7 +120,7 @@ def load_tokenizer(
         vocab_size: as of `TextTokenizer`.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, or it is damaged or cannot begin and end a text.
     """
     if not Path(folder).is_dir():
         raise UserError(
@@ -130,7 +134,42 @@ def load_tokenizer(
                 f"no tokenizer in '{folder}' ({name} is missing); "
                 "give a complete Hugging Face folder"
             )
-    return TextTokenizer(AutoTokenizer.from_pretrained(str(folder)), num_slots, vocab_size)
+
+    # The library looks into config.json, too. It raises whatever it likes for damaged files.
+    require_real_files(Path(folder))
+    read_config(folder)
+    try:
+        base = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"cannot load the tokenizer in '{folder}' ({type(error).__name__}: {reason}); "
+            "fetch tokenizer.json and tokenizer_config.json again"
+        ) from None
+    _require_special_tokens(base, folder)
+    return TextTokenizer(base, num_slots, vocab_size)
+
+
+def _require_special_tokens(base: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Check that a tokenizer can begin a prompt, end a response and write a full stop.
+
+    Raises:
+        UserError: for one that cannot.
+    """
+    for name, does in (("bos_token", "begin a prompt"), ("eos_token", "end a response")):
+        if getattr(base, name) is None:
+            raise UserError(
+                f"the tokenizer in '{folder}' has no {name}, so it cannot {does}; set {name} in "
+                "its tokenizer_config.json to the word that the model was trained with, such as "
+                f"'{'<s>' if name == 'bos_token' else '</s>'}' for Llama 2"
+            )
+    if not base(".", add_special_tokens=False)["input_ids"]:
+        raise UserError(
+            f"the tokenizer in '{folder}' has no word for a full stop, so it is not that of a "
+            "language model; fetch its tokenizer.json again"
+        )
 
 
 def train_tokenizer(texts: Iterable[str], num_slots: int) -> TextTokenizer:
