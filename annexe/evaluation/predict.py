@@ -89,6 +89,8 @@ def predict(
         model.num_image_tokens,
         model.pixel_decoder.num_slots,
         responses=False,
+        max_positions=model.language_model.max_positions,
+        num_generated=max_new_tokens,
     )
     loader = DataLoader(
         EvaluationSet(dataset, queries_per_annotation),
