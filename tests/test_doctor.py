@@ -176,13 +176,66 @@ def photo_as(file_format: str, mode: str = "RGB") -> Fault:
 
 def depth_in_palette_colors(planted: Planted) -> None:
     values = np.asarray(Image.open(planted.depth)) % 200
-    save(planted.depth, Image.fromarray(values).convert("P"), format="PNG")
+    image = Image.fromarray(values).convert("P")
+    image.putpalette(np.random.default_rng(0).integers(0, 256, 768).tolist())
+    save(planted.depth, image, format="PNG")
 
 
 def rotated(planted: Planted) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     save(planted.photo, Image.open(planted.photo), format="JPEG", exif=exif)
+
+
+def ids_in_grays(planted: Planted) -> None:
+    """Ids as the grays of a palette that lists them from the highest to the lowest."""
+    ids = np.asarray(Image.open(planted.mask))
+    grays = np.unique(ids)[::-1]
+    image = Image.fromarray((len(grays) - 1 - np.searchsorted(grays[::-1], ids)).astype(np.uint8))
+    image = image.convert("P")
+    image.putpalette(np.repeat(grays, 3).tolist())
+    save(planted.mask, image, format="PNG")
+
+
+def interpolated(ids: np.ndarray) -> np.ndarray:
+    height, width = ids.shape
+    half = Image.fromarray(ids * 20).resize((width // 2, height // 2), Image.Resampling.BILINEAR)
+    return np.array(half.resize((width, height), Image.Resampling.NEAREST)) // 20
+
+
+def map_as(kind: str, file_format: str, change: Callable[[np.ndarray], np.ndarray]) -> Fault:
+    """A depth map or id map with other values, in another format under its old name."""
+
+    def write(planted: Planted) -> None:
+        path = getattr(planted, kind)
+        save(path, Image.fromarray(change(np.array(Image.open(path)))), format=file_format)
+
+    return write
+
+
+def with_value(value: float) -> Callable[[np.ndarray], np.ndarray]:
+    """The same map in floating point, with another value in one corner."""
+
+    def change(pixels: np.ndarray) -> np.ndarray:
+        pixels = pixels.astype(np.float32)
+        pixels[0, 0] = value
+        return pixels
+
+    return change
+
+
+def huge_photo(planted: Planted) -> None:
+    """The header of a photo of 20000 x 20000 pixels; one of its size in memory is 1.2 GB."""
+    content = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(content, "JPEG")
+    head, mark, tail = content.getvalue().partition(b"\xff\xc0\x00\x11\x08")
+    size = (20000).to_bytes(2, "big") * 2
+    planted.photo.write_bytes(head + mark + size + tail[4:])
+
+
+def photo_is_a_folder(planted: Planted) -> None:
+    planted.photo.unlink()
+    planted.photo.mkdir()
 
 
 def question(entries: list[dict[str, Any]], annotation: int, index: int = 0) -> dict[str, Any]:
@@ -363,6 +416,9 @@ FAULTS: list[tuple[str, str, Fault]] = [
     ("truncated-image", "photo cut short", lambda p: cut(p.photo, 0.9)),
     ("truncated-image", "depth cut short", lambda p: cut(p.depth, 0.5)),
     ("truncated-image", "id map cut short", lambda p: cut(p.mask, 0.8)),
+    ("unreadable-file", "photo is a folder", photo_is_a_folder),
+    ("large-image", "photo of 400 million pixels", huge_photo),
+    ("photo-bits", "photo of 16 bits", map_as("photo", "PNG", lambda p: p[..., 0] * np.uint16(99))),
     ("photo-format", "photo is a PNG", photo_as("PNG")),
     ("photo-colour", "gray photo", photo_as("JPEG", "L")),
     ("photo-rotated", "EXIF rotation", rotated),
@@ -372,13 +428,26 @@ FAULTS: list[tuple[str, str, Fault]] = [
     ("mask-channels", "id map in colors", pixels("mask", in_colors)),
     ("mask-channels", "id map with alpha", pixels("mask", with_alpha)),
     ("mask-values", "ids of 16 bits", pixels("mask", lambda ids: ids.astype(np.uint16) * 300)),
-    ("mask-many-ids", "interpolated ids", pixels("mask", many_ids)),
+    ("mask-values", "negative ids", map_as("mask", "TIFF", lambda ids: ids - np.int32(1))),
+    ("mask-values", "half an id", map_as("mask", "TIFF", with_value(1.5))),
+    ("mask-values", "an id that is no number", map_as("mask", "TIFF", with_value(np.nan))),
+    ("mask-lossy", "JPEG under the name of a PNG", map_as("mask", "JPEG", np.copy)),
+    ("mask-palette", "ids are the grays of a palette", ids_in_grays),
+    ("mask-interpolated", "resized with interpolation", pixels("mask", interpolated)),
+    ("mask-many-ids", "many ids", pixels("mask", many_ids)),
     ("mask-empty", "empty id map", pixels("mask", np.zeros_like)),
     ("depth-size", "depth of half the size", pixels("depth", halved)),
     ("depth-channels", "depth in colors", pixels("depth", in_colors)),
     ("depth-palette", "depth in palette colors", depth_in_palette_colors),
+    ("depth-values", "no number", map_as("depth", "TIFF", with_value(np.nan))),
+    ("depth-values", "infinite distance", map_as("depth", "TIFF", with_value(np.inf))),
+    ("depth-values", "negative distance", map_as("depth", "TIFF", lambda d: d - np.int32(9))),
+    ("depth-values", "17 bits", map_as("depth", "TIFF", lambda d: d + np.int32(65535))),
+    ("depth-lossy", "JPEG", map_as("depth", "JPEG", lambda depth: (depth >> 4).astype(np.uint8))),
     ("depth-empty", "nothing measured", pixels("depth", np.zeros_like)),
     ("depth-flat", "one distance", pixels("depth", lambda depth: np.full_like(depth, 700))),
+    ("depth-flat", "one distance and holes", pixels("depth", lambda d: np.minimum(d, 7))),
+    ("depth-bits", "meters", map_as("depth", "TIFF", lambda depth: depth / np.float32(1000))),
     ("depth-bits", "8 bits", pixels("depth", lambda depth: (depth >> 4).astype(np.uint8))),
 ]
 WITHOUT_IMAGE = (
@@ -392,6 +461,8 @@ WITHOUT_IMAGE = (
     "other-file",
 )
 """Problems that belong to no image, or to one of another name."""
+OF_EGOHOS = {"mask-unknown-ids", "split-size"}
+"""Problems that EgoHOS alone can have; its own tests plant them."""
 
 
 @pytest.mark.parametrize(("code", "name", "fault"), FAULTS, ids=[name for _, name, _ in FAULTS])
@@ -415,7 +486,7 @@ def in_split(example: str) -> str:
 
 
 def test_every_problem_is_planted() -> None:
-    assert {code for code, _, _ in FAULTS} == PROBLEMS.keys() and len(PROBLEMS) >= 25
+    assert {code for code, _, _ in FAULTS} == PROBLEMS.keys() - OF_EGOHOS
 
 
 def reader_refuses(root: Path, split: str) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import zlib
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -15,8 +16,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save
 
+from annexe.datasets.image_files import (
+    IdMap,
+    UnreadableImage,
+    check_depth,
+    check_id_map,
+    load,
+    opened,
+    report_faults,
+)
 from annexe.errors import UserError
 from annexe.files import replaced
 
@@ -26,7 +37,7 @@ PIXEL_FILES = (("RGB", ".jpg"), ("depth", ".png"), ("mask", ".png"))
 """Folder and ending of photo, depth map and id map."""
 
 _FIX = "restore it, or leave it out (annexe doctor lists all such of a data set; see its `exclude`)"
-_DAMAGES = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # that Pillow raises
+_CACHE_FORMAT = 2  # entries of the first one may hold pixels of files that are refused now
 
 
 @dataclass
@@ -40,7 +51,9 @@ class Pixels:
     present_ids: np.ndarray  # int64[I], ids in the map at its original size
 
 
-def read_image(path: Path, mode: str | None = None, at_least: int | None = None) -> Image.Image:
+def read_image(
+    path: Path, mode: str | None = None, at_least: int | None = None, *, fix: str = _FIX
+) -> Image.Image:
     """Decode an image file completely.
 
     Args:
@@ -48,23 +61,16 @@ def read_image(path: Path, mode: str | None = None, at_least: int | None = None)
         mode: convert to this mode, such as ``RGB``.
         at_least: a JPEG may be decoded at a half, quarter or eighth of its size, as long as no side
             gets shorter than this many pixels.
+        fix: what the user can do about a file that cannot be read.
 
     Raises:
-        UserError: if it is missing, no image, or cut short.
+        UserError: if it is missing, no image, cut short, or has more bits than ``mode``.
     """
     try:
-        image: Image.Image = Image.open(path)
-        if at_least:
-            # Pillow calls decoding a JPEG at a part of its size a draft
-            image.draft(mode, (at_least, at_least))
-        image.load()
-        if mode and image.mode != mode:  # converting to the same mode would make a copy
-            image = image.convert(mode)
-    except FileNotFoundError:
-        raise UserError(f"missing file '{path}'; {_FIX}") from None
-    except _DAMAGES as error:
-        raise UserError(f"cannot read image '{path}' ({error}); {_FIX}") from None
-    return image
+        with opened(path) as image:
+            return load(image, mode, at_least)
+    except UnreadableImage as error:
+        raise _cannot_read(path, error, fix) from None
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -74,10 +80,19 @@ def image_size(path: Path) -> tuple[int, int]:
         UserError: if it is missing or no image.
     """
     try:
-        with Image.open(path) as header:
+        with opened(path) as header:
             return header.height, header.width
-    except _DAMAGES as error:
-        raise UserError(f"cannot read image '{path}' ({error}); {_FIX}") from None
+    except UnreadableImage as error:
+        raise _cannot_read(path, error, _FIX) from None
+
+
+def _cannot_read(path: Path, error: UnreadableImage, fix: str) -> UserError:
+    """The error for a file, with the fix that belongs to its fault or else ``fix``."""
+    fault = error.fault
+    fix = fault.fix or fix
+    if fault.code == "missing-file":
+        return UserError(f"missing file '{path}'; {fix}")
+    return UserError(f"cannot read image '{path}' ({fault.problem}); {fix}")
 
 
 def require_ids(absent: set[int], id_map: Path) -> None:
@@ -92,19 +107,27 @@ def require_ids(absent: set[int], id_map: Path) -> None:
         )
 
 
-def read_id_map(path: Path) -> np.ndarray:
+def read_id_map(
+    path: Path, named: Collection[int] = (), *, known: Collection[int] | None = None
+) -> np.ndarray:
     """Read a one-channel id map as uint8[H, W].
 
+    Args:
+        path: the file.
+        named: ids that annotations name; they tell whether a palette of grays is ambiguous.
+        known: all ids that have a meaning; None where any may have one.
+
     Raises:
-        UserError: if it cannot be read, has several channels, or ids above 255.
+        UserError: if it cannot be read, or has a fault; see `check_id_map`.
     """
-    ids = np.asarray(read_image(path))
-    if ids.ndim != 2 or (ids.size and ids.max() > 255):
-        raise UserError(
-            f"mask '{path}' has shape {ids.shape}; "
-            "it must be a one-channel id map with ids up to 255"
-        )
-    return ids.astype(np.uint8)
+    return _sound_id_map(path, check_id_map(read_image(path), named=named, known=known))[0]
+
+
+def _sound_id_map(path: Path, id_map: IdMap) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and present ids of a checked map, whose faults are reported first."""
+    report_faults("id map", path, id_map.faults)
+    assert id_map.ids is not None
+    return id_map.ids, id_map.present
 
 
 class PixelReader:
@@ -122,7 +145,8 @@ class PixelReader:
     def __init__(self, root: Path, size: int, cache_dir: Path | None) -> None:
         self.root = root
         self.size = size
-        key = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
+        digest = hashlib.sha256(b"%d:%s" % (_CACHE_FORMAT, os.fsencode(root.resolve())))
+        key = digest.hexdigest()[:12]
         self.cache_dir = cache_dir / f"pixels-{size}-{key}" if cache_dir else None
 
     def files(self, stem: str) -> tuple[Path, Path, Path]:
@@ -143,61 +167,54 @@ class PixelReader:
             UserError: if a file cannot be read or does not fit the others, or an id is missing.
         """
         if self.cache_dir is None:
-            pixels = self._decode(stem)
+            pixels = self._decode(stem, ids)
         else:
-            pixels = self._read_cached(stem, self.cache_dir / f"{stem}.safetensors")
+            pixels = self._read_cached(stem, ids, self.cache_dir / f"{stem}.safetensors")
         require_ids(set(ids) - set(pixels.present_ids.tolist()), self.files(stem)[2])
         return pixels
 
-    def _read_cached(self, stem: str, entry: Path) -> Pixels:
+    def _read_cached(self, stem: str, ids: Collection[int], entry: Path) -> Pixels:
         """The pixels in the file ``entry``, which is made first unless it is up to date."""
         # Size and time of the source files say whether the entry is up to date
-        stats = [path.stat() for path in self.files(stem) if path.exists()]
+        try:
+            stats = [path.stat() for path in self.files(stem)]
+        except OSError:
+            return self._decode(stem, ids)  # which says what is wrong with the file
         source = np.array([[stat.st_size, stat.st_mtime_ns] for stat in stats], np.int64)
         pixels = _load_entry(entry, source)
         if pixels is None:
-            pixels = self._decode(stem)
+            pixels = self._decode(stem, ids)
             _save_entry(entry, pixels, source)
         return pixels
 
-    def _decode(self, stem: str) -> Pixels:
+    def _decode(self, stem: str, ids: Collection[int]) -> Pixels:
         """Read the three files, check that they fit, and resize them."""
         photo_path, depth_path, mask_path = self.files(stem)
 
-        # Photo and id map. Bicubic resizing averages well from twice the size on; at S = 448, 1080
-        # rows are decoded in full.
+        # Photo. Bicubic resizing averages well from twice the size on; at S = 448, 1080 rows are
+        # decoded in full.
         photo = read_image(photo_path, "RGB", at_least=2 * self.size)
-        id_map = read_id_map(mask_path)
-        with Image.open(photo_path) as header:
-            width, height = header.size
-        if id_map.shape != (height, width):
-            raise UserError(
-                f"mask '{mask_path}' is {id_map.shape[1]} x {id_map.shape[0]} but its photo is "
-                f"{width} x {height}; both must have one size"
-            )
+        height, width = image_size(photo_path)
 
-        # Depth: no distance is averaged with another
+        # Id map
+        mask = read_image(mask_path)
+        checked = check_id_map(mask, named=ids, photo_size=(width, height))
+        id_map, present_ids = _sound_id_map(mask_path, checked)
+
+        # Depth
+        depth = read_image(depth_path)
+        report_faults("depth map", depth_path, check_depth(depth, (width, height)))
+
+        # Resize; no distance is averaged with another, and no id
         square = (self.size, self.size)
-        depth_map = read_image(depth_path).resize(square, Image.Resampling.NEAREST)
-        depth = np.asarray(depth_map, dtype=np.float32)
-        if depth.ndim != 2:
-            raise UserError(
-                f"depth map '{depth_path}' has several channels; it must have one, the distance"
-            )
-        if depth.size and not 0 <= depth.min() <= depth.max() <= 65535:
-            raise UserError(
-                f"depth map '{depth_path}' has values outside 0 to 65535; "
-                "write it as 8- or 16-bit PNG"
-            )
-
-        # Resize photo and masks
-        masks = Image.fromarray(id_map)
+        small_depth = depth.resize(square, Image.Resampling.NEAREST)
+        small_ids = Image.fromarray(id_map).resize(square, Image.Resampling.NEAREST)
         return Pixels(
             image=np.asarray(photo.resize(square, Image.Resampling.BICUBIC)),
-            depth=depth,
-            target_ids=np.asarray(masks.resize(square, Image.Resampling.NEAREST)),
+            depth=np.asarray(small_depth, dtype=np.float32),
+            target_ids=np.asarray(small_ids),
             original_size=(height, width),
-            present_ids=np.flatnonzero(masks.histogram()),
+            present_ids=present_ids,
         )
 
 
@@ -209,7 +226,7 @@ def _load_entry(entry: Path, source: np.ndarray) -> Pixels | None:
         source: int64[3, 2], size in bytes and time in ns of the source files.
     """
     try:
-        data = load(entry.read_bytes())
+        data = load_arrays(entry.read_bytes())
         if not np.array_equal(data["checksum"], _checksum(data)):
             raise ValueError("its checksum differs")
         if not np.array_equal(data["source"], source):
@@ -229,9 +246,11 @@ def _load_entry(entry: Path, source: np.ndarray) -> Pixels | None:
 
 
 def _save_entry(entry: Path, pixels: Pixels, source: np.ndarray) -> None:
+    """Write pixels to a file of the cache, distances with 16 bits where these suffice."""
+    depth = pixels.depth.astype(np.uint16)
     arrays = {
         "image": pixels.image,
-        "depth": pixels.depth.astype(np.uint16),
+        "depth": depth if np.array_equal(depth, pixels.depth) else pixels.depth,
         "target_ids": pixels.target_ids,
         "original_size": np.array(pixels.original_size),
         "present_ids": pixels.present_ids,

@@ -11,9 +11,9 @@ NOTE = "note"
 
 PROBLEMS = {
     # Files
-    "missing-photo": (ERROR, "no RGB/STEM.jpg"),
-    "missing-depth": (ERROR, "no depth/STEM.png"),
-    "missing-mask": (ERROR, "no mask/STEM.png"),
+    "missing-photo": (ERROR, "an image without its photo"),
+    "missing-depth": (ERROR, "an image without its depth map"),
+    "missing-mask": (ERROR, "an image without its id map"),
     "empty-file": (ERROR, "a file of zero bytes"),
     "orphan-file": (WARNING, "a photo, depth map or id map that no annotation file belongs to"),
     "extension": (WARNING, "a file whose ending the reader does not know, such as .JPG"),
@@ -71,29 +71,41 @@ PROBLEMS = {
     "id-range": (ERROR, "an id outside 0 to 255"),
     "target-without-pixels": (ERROR, "an id in masks_idx that is not in the id map"),
     # Pixels
+    "unreadable-file": (ERROR, "an image file that the system does not give"),
     "unreadable-image": (ERROR, "a file that cannot be decoded as an image"),
     "truncated-image": (ERROR, "an image that is cut short"),
+    "large-image": (ERROR, "an image of more pixels than are decoded"),
+    "photo-bits": (ERROR, "a photo with more than 8 bits a channel"),
     "photo-format": (WARNING, "a photo that is no JPEG"),
     "photo-colour": (WARNING, "a photo that is not RGB"),
     "photo-rotated": (
         WARNING,
         "a photo whose EXIF data ask for a rotation, which the reader leaves out",
     ),
-    "photo-blank": (WARNING, "a photo of one colour"),
+    "photo-blank": (WARNING, "a photo of one color"),
     "mask-size": (ERROR, "an id map of another size than its photo"),
+    "mask-lossy": (ERROR, "an id map in a format that changes ids, such as JPEG"),
     "mask-channels": (ERROR, "an id map with several channels"),
-    "mask-values": (ERROR, "an id map with ids above 255"),
+    "mask-values": (ERROR, "an id map with values that are no whole numbers from 0 to 255"),
+    "mask-palette": (ERROR, "an id map with a palette of grays that may be its ids"),
+    "mask-unknown-ids": (ERROR, "a label with ids that the data set does not have"),
     "mask-many-ids": (
         WARNING,
         "an id map with more than 32 ids: resized with interpolation, or once a JPEG?",
     ),
+    "mask-interpolated": (
+        WARNING,
+        "an id map whose borders lead over ids in between: resized with interpolation?",
+    ),
     "mask-empty": (WARNING, "an id map without any id"),
     "depth-size": (WARNING, "a depth map of another size than its photo"),
     "depth-channels": (ERROR, "a depth map with several channels"),
-    "depth-palette": (WARNING, "a depth map in palette colours, whose numbers are no distances"),
+    "depth-palette": (ERROR, "a depth map with a palette, whose numbers are no distances"),
+    "depth-values": (ERROR, "a depth map with values that are no distances of 16 bits"),
+    "depth-lossy": (WARNING, "a depth map in a format that changes distances, such as JPEG"),
     "depth-empty": (NOTE, "a depth map without any measured pixel"),
     "depth-flat": (WARNING, "a depth map of one distance"),
-    "depth-bits": (WARNING, "depth maps of 8 bits among some of 16"),
+    "depth-bits": (WARNING, "a depth map of other bits than most: is its unit another one?"),
 }
 """Code -> severity and meaning.
 
@@ -116,7 +128,7 @@ class ImageReport:
         photo_size: width, height.
         photo_hash: of the decoded pixels.
         unnamed_ids: ids of the map that no annotation names.
-        depth_bits: 8 or 16.
+        depth_bits: 8, 16 or 32.
         holes: share of the depth map that was not measured.
     """
 

@@ -174,9 +174,11 @@ def survey(root: Path, num_workers: int) -> Survey:
     for same_photo in by_photo.values():
         check_duplicates(same_photo, result)
     if len(by_bits) > 1:
-        found = f"{len(by_bits[8])} maps of 8 bits, {len(by_bits[16])} of 16"
-        for split, stem in by_bits[8]:
-            result.add("depth-bits", stem, found, split)
+        usual = max(by_bits, key=lambda bits: (len(by_bits[bits]), bits))
+        counts = [f"{len(images)} maps of {bits} bits" for bits, images in sorted(by_bits.items())]
+        for bits in sorted(by_bits.keys() - {usual}):
+            for split, stem in by_bits[bits]:
+                result.add("depth-bits", stem, ", ".join(counts), split)
     return result
 
 

@@ -135,6 +135,6 @@ def read_true_masks(id_map: Path, ids: list[int]) -> dict[int, Rle]:
     Raises:
         UserError: the id map cannot be read, or an id has no pixel in it, as in training.
     """
-    masks = encode_ids(read_id_map(id_map), ids)
+    masks = encode_ids(read_id_map(id_map, ids), ids)
     require_ids({mask_id for mask_id, rle in masks.items() if not area([rle])}, id_map)
     return masks
