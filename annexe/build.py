@@ -6,6 +6,7 @@ The one file that knows both the configuration and the components.
 from __future__ import annotations
 
 import inspect
+import logging
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, field, is_dataclass, make_dataclass
@@ -22,7 +23,15 @@ from torch import nn
 
 import annexe.datasets
 import annexe.models  # noqa: F401  (both register their components)
-from annexe.checkpoints.run_folder import load_progress, require_checkpoint, saved_config
+from annexe.checkpoints.manifest import describe_changes, explain_versions
+from annexe.checkpoints.run_folder import (
+    find_checkpoint,
+    is_of_run,
+    load_progress,
+    require_checkpoint,
+    saved_config,
+)
+from annexe.checkpoints.saved_settings import compare_start, require_same_meaning
 from annexe.checkpoints.training_state import load_weights
 from annexe.config import PARTS, Config, RunConfig, is_released
 from annexe.datasets.ego_irgbench import EgoIRGBench
@@ -32,6 +41,10 @@ from annexe.models.compile import compile_blocks
 from annexe.models.language_model.tokenizer import TextTokenizer, load_tokenizer
 from annexe.registry import import_plugins, lookup
 from annexe.settings import merge_strictly, read_options, read_path, read_settings, setting_error
+
+log = logging.getLogger(__name__)
+
+_PUBLISHED_ALPHA = 16  # of the adapters of MiniGPT-v2 and of the released code
 
 
 def load_config(
@@ -47,9 +60,10 @@ def load_config(
         UserError: for a missing file, bad YAML, an unknown key or component, or a value of the
             wrong type.
     """
-    # The file
     path = Path(cfg_path)
     base = read_settings(path)
+    if is_of_run(path):
+        base = OmegaConf.create(saved_config(path.parent))
     if not isinstance(base, DictConfig):
         raise UserError(f"{path} is a list; write a block of settings: model, datasets and run")
     if is_released(base):
@@ -275,12 +289,60 @@ def _cast_frozen_matrices(model: nn.Module) -> None:
                     parameter.data = parameter.data.to(torch.bfloat16)
 
 
+def filled_config(folder: Path) -> dict[str, Any]:
+    """As `saved_config`, with the default of every setting that a version before did not have.
+
+    Raises:
+        UserError: for a setting that this version does not know.
+    """
+    saved = saved_config(folder)
+    try:
+        saved["model"] = check_model(saved["model"])
+        saved["run"] = asdict(merge_strictly(RunConfig, saved["run"], "run"))
+    except UserError as error:
+        raise UserError(f"'{folder / 'config.yaml'}': {error}{explain_versions(folder)}") from None
+    return saved
+
+
+def check_start(spec: dict[str, Any]) -> None:
+    """Compare a checked ``model`` block with that of what ``init_from`` names.
+
+    Raises:
+        UserError: for settings under which the weights from there mean something else.
+    """
+    if spec.get("init_from") is None:
+        return
+    folder = _run_of(Path(spec["init_from"]))
+    lora = spec["language_model"].get("lora")
+    if folder is not None:
+        changes = compare_start(folder, filled_config(folder)["model"], spec)
+        if changes:
+            log.warning("model.init_from '%s' had %s", folder, describe_changes(changes))
+    elif lora is not None and lora["rank"] > 0 and lora["alpha"] != _PUBLISHED_ALPHA:
+        log.warning(
+            "model.language_model.lora.alpha is %g; MiniGPT-v2 and the released code train "
+            "adapters with %g, and files do not say it",
+            *(lora["alpha"], _PUBLISHED_ALPHA),
+        )
+
+
+def _run_of(path: Path) -> Path | None:
+    """The checkpoint of a run of ours that ``path`` is, or lies in; None if it is none."""
+    folder = find_checkpoint(path, "best")
+    if folder is not None:
+        return folder
+    is_ours = path.suffix == ".safetensors" and (path.parent / "config.yaml").is_file()
+    return path.parent if is_ours else None
+
+
 def restore_model(config: Config, checkpoint: Path, accelerator: Accelerator) -> Annexe:
     """The trained model on this process's device, ready to answer.
 
     Raises:
         UserError: for a damaged checkpoint, or one of another model than configured.
     """
+    model_here = {"model": config.require_model()}
+    require_same_meaning(checkpoint, {"model": filled_config(checkpoint)["model"]}, model_here)
     tokenizer = build_tokenizer(config, checkpoint / "tokenizer")
 
     # Frozen random weights are not in a checkpoint: the seed makes them again

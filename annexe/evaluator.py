@@ -14,11 +14,10 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from annexe.build import build_dataset, restore_model
+from annexe.build import build_dataset, filled_config, restore_model
 from annexe.checkpoints.run_folder import (
     load_progress,
     require_checkpoint,
-    saved_config,
     without_sources,
 )
 from annexe.config import Config, device_settings
@@ -95,7 +94,7 @@ def restore(config: Config, accelerator: Accelerator) -> Evaluation:
             "give a training run's output folder or one of its checkpoints"
         )
     checkpoint = require_checkpoint(run.checkpoint, "best")
-    saved = saved_config(checkpoint)
+    saved = filled_config(checkpoint)
     config = replace(config, model=without_sources(config.model or saved["model"], checkpoint))
 
     dataset = build_dataset(config, run.split, cached=False)

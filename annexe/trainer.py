@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -21,7 +21,21 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
-from annexe.build import build_dataset, build_model, build_tokenizer
+from annexe.build import (
+    build_dataset,
+    build_model,
+    build_tokenizer,
+    check_start,
+    filled_config,
+)
+from annexe.checkpoints.manifest import (
+    Changes,
+    changes_since,
+    describe_changes,
+    make_manifest,
+    read_manifest,
+    with_changes,
+)
 from annexe.checkpoints.run_folder import (
     Progress,
     find_checkpoint,
@@ -29,6 +43,7 @@ from annexe.checkpoints.run_folder import (
     require_checkpoint,
     saved_config,
 )
+from annexe.checkpoints.saved_settings import require_same_meaning
 from annexe.checkpoints.training_state import (
     frozen_fingerprint,
     load_optimizer,
@@ -85,6 +100,11 @@ def set_up(config: Config) -> Trainer:
 
     # What is refused comes before what takes time
     resumed = _checkpoint_to_resume(run, output)
+    if resumed:
+        changes = require_same_meaning(resumed, filled_config(resumed), as_dict(config))
+    else:
+        changes = {}
+        check_start(config.require_model())
 
     # Processes and data
     accelerator = make_accelerator(**device_settings(run))
@@ -123,7 +143,7 @@ def set_up(config: Config) -> Trainer:
     optimizer = build_optimizer(model, run)
     progress = Progress()
     if resumed:
-        load_optimizer(resumed, optimizer, accelerator)
+        load_optimizer(resumed, model, optimizer, accelerator)
         progress = _load_progress(resumed, run)
         model.calibrated_thresholds = progress.thresholds
 
@@ -146,7 +166,9 @@ def set_up(config: Config) -> Trainer:
     )
 
     # What is written and scored on the way
-    fingerprint = train_set.fingerprint() if accelerator.is_main_process else ""
+    manifest = {}
+    if accelerator.is_main_process:
+        manifest = _make_manifest(train_set.fingerprint(), resumed, progress.step, changes)
     logger = RunLogger(config, output, progress, enabled=accelerator.is_main_process)
     validator = None
     if validation_set is not None:
@@ -166,6 +188,7 @@ def set_up(config: Config) -> Trainer:
         optimizer,
         config=as_dict(config),
         frozen=frozen,
+        manifest=manifest,
         accelerator=accelerator,
         keep=run.keep_checkpoints,
     )
@@ -177,7 +200,7 @@ def set_up(config: Config) -> Trainer:
         optimizer=optimizer,
         batches=batches,
         train_set=train_set,
-        fingerprint=fingerprint,
+        manifest=manifest,
         progress=progress,
         validator=validator,
         logger=logger,
@@ -212,15 +235,27 @@ def _checkpoint_to_resume(run: RunConfig, output: Path) -> Path | None:
     if load_progress(resumed).step > run.max_steps:
         raise UserError(f"'{resumed}' is past run.max_steps {run.max_steps}; raise it to go on")
 
-    # The seed fixes the order of samples and random frozen weights
-    saved = saved_config(resumed)["run"]
-    for name in ("seed", "optimizer"):
-        if getattr(run, name) != saved[name]:
-            raise UserError(
-                f"run.{name} is {getattr(run, name)} but '{resumed}' was trained with "
-                f"{saved[name]}; set run.{name}={saved[name]}"
-            )
     return resumed
+
+
+def _make_manifest(
+    fingerprint: str, resumed: Path | None, step: int, changes: Changes
+) -> dict[str, Any]:
+    """The manifest of a run; what changed since the checkpoint it goes on from is told and kept.
+
+    Args:
+        fingerprint: a hash of the data.
+        resumed: the checkpoint, if there is one.
+        step: where it stands.
+        changes: settings that differ from its own.
+    """
+    if resumed is None:
+        return make_manifest(fingerprint, [])
+    saved = read_manifest(resumed)
+    changes = changes | changes_since(saved, fingerprint)
+    if changes:
+        log.warning("'%s' goes on with changes: %s", resumed, describe_changes(changes))
+    return make_manifest(fingerprint, with_changes(saved, step, changes))
 
 
 def _load_progress(resumed: Path, run: RunConfig) -> Progress:
@@ -307,7 +342,7 @@ class Trainer:
         optimizer: over the model's trained parameters.
         batches: this rank's micro-batches from a `Progress` on.
         train_set: the data that the batches are of.
-        fingerprint: a hash of the data's files.
+        manifest: versions, a hash of the data, and what changed where the run was resumed.
         progress: where the run stands; counted on as it trains.
         validator: scores the model on val, if it is to be.
         logger: writes log lines, the progress bar and the manifest.
@@ -325,7 +360,7 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         batches: Callable[[Progress], Iterable[Batch]],
         train_set: EgoIRGBench,
-        fingerprint: str,
+        manifest: dict[str, Any],
         progress: Progress,
         validator: Validator | None,
         logger: RunLogger,
@@ -339,7 +374,7 @@ class Trainer:
         self.optimizer = optimizer
         self.batches = batches
         self.train_set = train_set
-        self.fingerprint = fingerprint
+        self.manifest = manifest
         self.progress = progress
         self.validator = validator
         self.logger = logger
@@ -461,7 +496,7 @@ class Trainer:
         started = time.perf_counter()
         self._read_counters()
         size = self.save_checkpoint(progress=self.progress)
-        self.logger.write_manifest(self.progress, self.fingerprint)
+        self.logger.write_manifest(self.progress, self.manifest)
         seconds = time.perf_counter() - started
         step = self.progress.step
         log.info("step %d: checkpoint of %.2f GB written in %.1f s", step, size / 1e9, seconds)

@@ -222,7 +222,7 @@ def test_other_frozen_weights_are_refused(make_config, tmp_path):
     train(make_config(*options))
     fingerprint = find_checkpoint(tmp_path / "run") / "frozen.json"
     values = json.loads(fingerprint.read_text())
-    name = "language_model.model.base_model.model.model.embed_tokens.weight"
+    name = "language_model.llama.embed_tokens.weight"
     values[name][3] += 0.01
     fingerprint.write_text(json.dumps(values))
     manifest = fingerprint.with_name("files.json")

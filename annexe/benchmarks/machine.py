@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 
 from annexe import __version__
 from annexe.benchmarks.units import Record
-from annexe.training.run_log import git_commit
+from annexe.checkpoints.manifest import git_commit
 from annexe.workers import num_cores
 
 

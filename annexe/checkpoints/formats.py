@@ -5,7 +5,17 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from annexe.checkpoints.names import OUR_NAMES
+
 Substitutions = tuple[tuple[str, str], ...]  # regular expression, replacement; applied in turn
+
+# What older releases of transformers call DINOv2's attention, in models and in files on the hub
+OLD_DINOV2_NAMES: Substitutions = (
+    (r"attention\.attention\.query\.", "attention.q_proj."),
+    (r"attention\.attention\.key\.", "attention.k_proj."),
+    (r"attention\.attention\.value\.", "attention.v_proj."),
+    (r"attention\.output\.dense\.", "attention.o_proj."),
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,7 @@ class Format:
             theirs, and which: 0 query, 1 key, 2 value.
         without_key_bias: end of the keys whose key third has to be zero, for our module has none.
         positions_as_dinov2: positions are resized as DINOv2 does it, not as EVA.
+        spelling: what brings names of different releases, theirs and ours, to one form.
     """
 
     name: str
@@ -42,6 +53,7 @@ class Format:
     split_qkv: tuple[tuple[str, int], ...] = ()
     without_key_bias: str | None = None
     positions_as_dinov2: bool = False
+    spelling: Substitutions = OLD_DINOV2_NAMES
 
     def keys_for(self, name: str) -> list[str]:
         """The keys under which a file may hold our tensor ``name``, the likeliest first."""
@@ -63,14 +75,6 @@ def substitute(name: str, substitutions: Substitutions) -> str:
         name = re.sub(pattern, replacement, name)
     return name
 
-
-# What older releases of transformers call DINOv2's attention, in models and in files on the hub
-OLD_DINOV2_NAMES: Substitutions = (
-    (r"attention\.attention\.query\.", "attention.q_proj."),
-    (r"attention\.attention\.key\.", "attention.k_proj."),
-    (r"attention\.attention\.value\.", "attention.v_proj."),
-    (r"attention\.output\.dense\.", "attention.o_proj."),
-)
 
 _DEPTH_HEAD: Substitutions = (
     (r"model\.neck\.reassemble_stage\.layers\.(\d)\.projection", r"depth_head.projects.\1"),
@@ -163,6 +167,7 @@ FORMATS = (
         setting="model.init_from",
         signatures=("projector.linear.weight",),
         takes_prefix=False,
+        spelling=OUR_NAMES,
     ),
     Format(
         name="ANNEXE training run (released code)",

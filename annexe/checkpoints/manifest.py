@@ -109,7 +109,10 @@ def explain_versions(checkpoint: Path) -> str:
 
 def shown(value: object) -> str:
     """A value of a setting as it stands in YAML."""
-    return value if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, str):
+        return value
+    is_whole = isinstance(value, float) and value.is_integer()
+    return f"{value:.0f}" if is_whole else json.dumps(value)
 
 
 def _versions_of(manifest: dict[str, Any]) -> dict[str, str]:

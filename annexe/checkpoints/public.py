@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from annexe.checkpoints.formats import (
     FORMATS,
-    OLD_DINOV2_NAMES,
     TEXT_ALONE,
     UNQUANTIZED,
     Format,
@@ -194,15 +193,15 @@ def match(
     found: dict[str, Tensor] = {}
     used = set()
 
-    # Their keys without the prefix, as newer releases of transformers name them
+    # Their keys without the prefix, whichever release named them
     keys = {}
     for key in tensors:
         if key.startswith(prefix):
-            keys[substitute(key.removeprefix(prefix), OLD_DINOV2_NAMES)] = key
+            keys[substitute(key.removeprefix(prefix), source_format.spelling)] = key
 
     for name, target in ours.items():
         # Their key for it
-        renamed = substitute(name, OLD_DINOV2_NAMES)
+        renamed = substitute(name, source_format.spelling)
         candidates = source_format.keys_for(renamed)
         theirs = next((keys[candidate] for candidate in candidates if candidate in keys), None)
         if theirs is None:

@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 
+from annexe.checkpoints.saved_settings import upgraded
 from annexe.config import to_plain
 from annexe.errors import UserError
 from annexe.registry import import_plugins
@@ -112,13 +113,23 @@ def require_checkpoint(where: str, which: str) -> Path:
     return folder
 
 
+def is_of_run(path: Path) -> bool:
+    """Whether a file is the configuration that a run or one of its checkpoints was saved with."""
+    folder = path.parent
+    is_saved = (folder / MANIFEST).is_file() or (folder / "checkpoints").is_dir()
+    return path.name == "config.yaml" and is_saved
+
+
 def saved_config(folder: Path) -> dict[str, Any]:
-    """The resolved configuration that a checkpoint was trained with; its plug-ins are imported.
+    """The resolved configuration of a checkpoint or run; its plug-ins are imported.
+
+    One that an older version wrote gets today's names.
 
     Raises:
-        UserError: for a plug-in that cannot be imported.
+        UserError: for a plug-in that cannot be imported, or a setting that is gone.
     """
-    saved = to_plain(OmegaConf.load(folder / "config.yaml"))
+    file = folder / "config.yaml"
+    saved = upgraded(to_plain(OmegaConf.load(file)), file)
     import_plugins(saved["imports"])
     return saved
 

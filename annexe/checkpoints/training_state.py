@@ -2,14 +2,15 @@
 
 ``<output_dir>/checkpoints/step-00001000/`` appears complete or not at all. It holds
 
-    model.safetensors   the trained tensors
+    model.safetensors   the trained tensors, by names of our own (`annexe.checkpoints.names`)
     adapter/            the same adapters for peft, if there is LoRA
     tokenizer/          words and merges
-    optimizer.pt        moments and settings of every group of parameters
+    optimizer.pt        moments by the same names, and settings of every group of parameters
     state.json          `Progress`
     frozen.json         a few values of the frozen weights, to recognize them by
     rng-<rank>.pt       random state of every process
     config.yaml         the resolved configuration
+    manifest.json       versions, hash of the data, and what changed when the run was resumed
     files.json          every file's size, written last
 
 However many processes write it, any number can resume from it.
@@ -33,6 +34,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from annexe.checkpoints.manifest import MANIFEST_FILE, explain_versions
+from annexe.checkpoints.names import in_first_order, our_name
 from annexe.checkpoints.run_folder import (
     DAMAGED,
     MANIFEST,
@@ -48,9 +51,29 @@ from annexe.files import part_of, remove, replaced
 _NUM_PROBED_VALUES = 8  # of every probed frozen parameter
 
 
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter by our name for it, in the order of the model."""
+    parameters: dict[str, nn.Parameter] = {}
+    for library_name, parameter in model.named_parameters():
+        name = our_name(library_name)
+        assert name not in parameters, f"two parameters are called {name} in files"
+        parameters[name] = parameter
+    return parameters
+
+
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every trainable parameter by its name."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    """Every trainable parameter by our name for it."""
+    return {name: p.detach() for name, p in _parameters(model).items() if p.requires_grad}
+
+
+def saved_tensors(folder: Path) -> dict[str, Tensor]:
+    """The trained tensors of a checkpoint by our names, which older versions did not write.
+
+    Raises:
+        UserError: for a damaged file.
+    """
+    tensors = _read(folder / "model.safetensors", load_file)
+    return {our_name(name): tensor for name, tensor in tensors.items()}
 
 
 def frozen_fingerprint(model: nn.Module) -> dict[str, list[float]]:
@@ -79,7 +102,7 @@ def frozen_fingerprint(model: nn.Module) -> dict[str, list[float]]:
 def _frozen_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         name: parameter
-        for name, parameter in model.named_parameters()
+        for name, parameter in _parameters(model).items()
         if parameter.is_floating_point() and not parameter.requires_grad
     }
 
@@ -97,6 +120,7 @@ def save_checkpoint(
     progress: Progress,
     config: dict[str, Any],
     frozen: dict[str, list[float]],
+    manifest: dict[str, Any],
     accelerator: Accelerator,
     keep: int,
 ) -> int:
@@ -107,6 +131,7 @@ def save_checkpoint(
     Args:
         config: the resolved configuration, as plain values.
         frozen: the model's `frozen_fingerprint`, taken before anything was loaded or sharded.
+        manifest: see `annexe.checkpoints.manifest`.
 
     Returns:
         Its size in bytes (on the main process).
@@ -119,7 +144,7 @@ def save_checkpoint(
 
     # Gather what is sharded, which takes every process
     tensors = to_full_cpu(trained_tensors(model))
-    moments = to_full_cpu(optimizer.state_dict())
+    moments = _by_names(to_full_cpu(optimizer.state_dict()), _names_of_groups(model, optimizer))
     if is_main:
         _require_finite(tensors, progress.step, folder.parent)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -144,6 +169,7 @@ def save_checkpoint(
                 torch.save(moments, part / "optimizer.pt")
                 (part / "state.json").write_text(json.dumps(asdict(progress), indent=1))
                 (part / "frozen.json").write_text(json.dumps(frozen, indent=1))
+                (part / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1))
                 OmegaConf.save(OmegaConf.create(config), part / "config.yaml")
                 size = _seal(part)
 
@@ -171,17 +197,109 @@ class _HasExtras(Protocol):
         """Write it to the folder of a checkpoint.
 
         Args:
-            tensors: the trained tensors of the component, by name.
+            tensors: the trained tensors of the component, by its own names for them.
         """
 
 
 def _save_extras(model: nn.Module, folder: Path, tensors: dict[str, Tensor]) -> None:
-    """What components save beside their tensors, which they are given without their prefix."""
+    """What components save beside their tensors."""
     for component, module in model.named_children():
         if isinstance(module, _HasExtras):
-            prefix = f"{component}."
-            names = [name for name in tensors if name.startswith(prefix)]
-            module.save_extras(folder, {name.removeprefix(prefix): tensors[name] for name in names})
+            of_component = {}
+            for name, parameter in module.named_parameters():
+                if parameter.requires_grad:
+                    of_component[name] = tensors[our_name(f"{component}.{name}")]
+            module.save_extras(folder, of_component)
+
+
+def _names_of_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    """Our names of the parameters of every group, in their order."""
+    names = {parameter: name for name, parameter in _parameters(model).items()}
+    groups = []
+    for group in optimizer.param_groups:
+        groups.append([names[parameter] for parameter in group["params"]])
+    return groups
+
+
+def _by_names(state: dict[str, Any], groups: list[list[str]]) -> dict[str, Any]:
+    """A state of an optimizer with names in place of positions.
+
+    Args:
+        state: as ``state_dict`` of an optimizer gives it.
+        groups: the names of the parameters of every group.
+    """
+    names = [name for group in groups for name in group]
+    param_groups = []
+    for group, names_of_group in zip(state["param_groups"], groups, strict=True):
+        param_groups.append({**group, "params": names_of_group})
+    moments = {names[position]: value for position, value in state["state"].items()}
+    return {**state, "state": moments, "param_groups": param_groups}
+
+
+def _by_positions(
+    saved: dict[str, Any], groups: list[list[str]], parameters: list[nn.Parameter], folder: Path
+) -> dict[str, Any]:
+    """Undo `_by_names`, for parameters in an order that may be another one.
+
+    Args:
+        saved: of this version, or of one up to 0.2, whose states have positions.
+        groups: the names of the parameters of every group, as they are now.
+        parameters: these parameters, one group after another.
+        folder: of the checkpoint, for messages.
+
+    Raises:
+        UserError: for a state of other parameters, or of positions whose order is not known.
+    """
+    # The parameters that the saved groups had
+    saved_groups = [group["params"] for group in saved["param_groups"]]
+    by_position = any(isinstance(each, int) for group in saved_groups for each in group)
+    if by_position:
+        saved_groups = _first_order_of(groups, folder)
+    num_saved = sum(len(group["params"]) for group in saved["param_groups"])
+    same = [set(group) for group in saved_groups] == [set(group) for group in groups]
+    names = [name for group in groups for name in group]
+    if not same or num_saved != len(names):
+        raise _misfit(folder, "its parameters are others, or in other groups")
+
+    # Their positions now
+    position_of = {name: position for position, name in enumerate(names)}
+    saved_names = [name for group in saved_groups for name in group]
+    state = {}
+    for key, moments in saved["state"].items():
+        name = saved_names[key] if by_position else key
+        position = position_of[name]
+        for value in moments.values():
+            if value.ndim and value.shape != parameters[position].shape:
+                shapes = f"{tuple(value.shape)} and {tuple(parameters[position].shape)}"
+                raise _misfit(folder, f"moments and weights of {name} are {shapes}")
+        state[position] = moments
+    param_groups = []
+    for group, names_of_group in zip(saved["param_groups"], groups, strict=True):
+        param_groups.append({**group, "params": [position_of[name] for name in names_of_group]})
+    return {**saved, "state": state, "param_groups": param_groups}
+
+
+def _first_order_of(groups: list[list[str]], folder: Path) -> list[list[str]]:
+    """The groups in the order that versions up to 0.2 gave positions in.
+
+    Raises:
+        UserError: where it is not known.
+    """
+    ordered = []
+    for group in groups:
+        names = in_first_order(group)
+        if names is None:
+            raise _misfit(folder, "its moments have no names, and their order is not certain")
+        ordered.append(names)
+    return ordered
+
+
+def _misfit(folder: Path, reason: str) -> UserError:
+    """The error for an optimizer's state that does not belong to the model."""
+    return UserError(
+        f"'{folder / 'optimizer.pt'}' does not fit: {reason}{explain_versions(folder)}. Go on with "
+        f"the versions that it was written with, or start a new run with model.init_from={folder}"
+    )
 
 
 @contextmanager
@@ -206,7 +324,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
             frozen and not those that the checkpoint was trained with.
     """
     _require_same_frozen(folder, model)
-    tensors = _read(folder / "model.safetensors", load_file)
+    tensors = saved_tensors(folder)
 
     # Compare names and shapes
     parameters = trained_tensors(model)
@@ -220,18 +338,20 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     if faults:
         shown = "; ".join(sorted(faults)[:3])
         raise UserError(
-            f"checkpoint '{folder}' is of another model ({len(faults)} tensors differ: {shown}); "
-            "use the model settings in its config.yaml, or another checkpoint"
+            f"checkpoint '{folder}' is of another model ({len(faults)} tensors differ: {shown}"
+            f"{explain_versions(folder)}); use the model settings in its config.yaml, or another "
+            "checkpoint"
         )
 
-    for name, parameter in parameters.items():
-        parameter.copy_(tensors[name])
+    for name, tensor in parameters.items():
+        tensor.copy_(tensors[name])
 
 
 def _require_same_frozen(folder: Path, model: nn.Module) -> None:
     """Check the frozen weights of ``model`` against those that a checkpoint was trained with."""
-    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    for name, values in json.loads((folder / "frozen.json").read_text()).items():
+    frozen = {name: p for name, p in _parameters(model).items() if not p.requires_grad}
+    for saved_name, values in json.loads((folder / "frozen.json").read_text()).items():
+        name = our_name(saved_name)
         saved = torch.tensor(values)
         present = torch.tensor(_probe(frozen[name]) if name in frozen else [])
         same_shape = present.shape == saved.shape
@@ -239,19 +359,19 @@ def _require_same_frozen(folder: Path, model: nn.Module) -> None:
             raise UserError(
                 f"the frozen weights of {name.partition('.')[0]} are not those that '{folder}' was "
                 f"trained with ({name} differs): take the same files; with init: random also the "
-                "same kind of device"
+                f"same kind of device and versions of the libraries{explain_versions(folder)}"
             )
 
 
 def load_optimizer(
-    folder: Path, optimizer: torch.optim.Optimizer, accelerator: Accelerator
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator
 ) -> None:
     """Restore the optimizer's moments and this process's random state.
 
-    Betas and weight decay stay as configured.
+    Moments go to the parameters of their names. Betas and weight decay stay as configured.
 
     Raises:
-        UserError: for a damaged file.
+        UserError: for a damaged file, or one of other parameters.
     """
     configured = []
     for group in optimizer.param_groups:
@@ -259,8 +379,9 @@ def load_optimizer(
 
     # Lay the moments out as their parameters are; steps are counted in scalars
     load = partial(torch.load, weights_only=True, map_location="cpu")
-    saved = _read(folder / "optimizer.pt", load)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    groups = _names_of_groups(model, optimizer)
+    saved = _by_positions(_read(folder / "optimizer.pt", load), groups, parameters, folder)
     for index, state in saved["state"].items():
         for name, value in state.items():
             if value.ndim:

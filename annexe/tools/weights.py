@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from annexe.checkpoints.names import our_name
 from annexe.checkpoints.public import recognize_source
 from annexe.checkpoints.run_folder import require_checkpoint, saved_config
 from annexe.checkpoints.tensor_files import read_tensors
+from annexe.checkpoints.training_state import saved_tensors
 from annexe.errors import UserError
 from annexe.files import replaced
 from annexe.models.language_model.base_model import DTYPES, load_llama
@@ -23,7 +25,7 @@ from annexe.models.language_model.tokenizer import load_tokenizer
 from annexe.terminal import say, table
 
 HELP = "inspect a checkpoint, or export a run for peft and transformers"
-_LLAMA = "language_model.model."  # names of its tensors begin with
+_LLAMA = "language_model.llama."  # names of its tensors begin with
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,7 +117,7 @@ def export_run(run_folder: str, out: Path, *, merge: bool) -> None:
 def _write_export(part: Path, checkpoint: Path, settings: dict[str, Any], *, merge: bool) -> None:
     """Fill the folder ``part``; ``settings`` are those of the language model."""
     # What is in every export
-    tensors = load_file(checkpoint / "model.safetensors")
+    tensors = saved_tensors(checkpoint)
     heads = {name: tensor for name, tensor in tensors.items() if not name.startswith(_LLAMA)}
     save_file(heads, part / "heads.safetensors", metadata={"format": "pt"})
     shutil.copytree(checkpoint / "tokenizer", part / "tokenizer")
@@ -131,12 +133,7 @@ def _write_export(part: Path, checkpoint: Path, settings: dict[str, Any], *, mer
             "vocabulary as it is"
         )
     else:
-        llama_tensors = {
-            name.removeprefix(_LLAMA): tensor
-            for name, tensor in tensors.items()
-            if name.startswith(_LLAMA)
-        }
-        _save_llama(settings, llama_tensors, part)
+        _save_llama(settings, tensors, part)
 
     # The adapter merged into its base
     if merge and adapter.is_dir():
@@ -161,9 +158,17 @@ The `<MSK_k>` placeholders are rows of our own in heads.safetensors (mask_embedd
 
 
 def _save_llama(settings: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
-    """Save a language model that was trained whole, in its own sizes, under ``folder``/llama."""
+    """Save a language model that was trained whole, in its own sizes, under ``folder``/llama.
+
+    Args:
+        settings: of the language model.
+        tensors: all that was trained, by our names.
+    """
     tokenizer = load_tokenizer(folder / "tokenizer", 1, settings["vocab_size"])
     sizes = {name: value for name, value in settings.items() if name not in ("type", "lora")}
     language_model = Llama(tokenizer, lora=Lora(rank=0), **sizes)
-    language_model.model.load_state_dict(tensors)
+    state = {}
+    for name in language_model.model.state_dict():
+        state[name] = tensors[our_name(f"language_model.model.{name}")]
+    language_model.model.load_state_dict(state)
     language_model.model.save_pretrained(str(folder / "llama"))

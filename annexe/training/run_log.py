@@ -5,10 +5,8 @@ Where it is enabled, Weights & Biases gets the records of log.jsonl too.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,23 +26,11 @@ from rich.progress import (
 )
 from torch import Tensor
 
-from annexe import __version__
+from annexe.checkpoints.manifest import MANIFEST_FILE
 from annexe.checkpoints.run_folder import Progress
 from annexe.config import Config, as_dict
 from annexe.errors import UserError
 from annexe.files import write_text
-
-PACKAGES = (
-    "torch",
-    "transformers",
-    "peft",
-    "timm",
-    "accelerate",
-    "omegaconf",
-    "numpy",
-    "pycocotools",
-    "nltk",
-)
 
 
 class LossWindow:
@@ -139,19 +125,16 @@ class RunLogger:
                     values[f"{record['kind']}/{key}"] = value
             self.wandb.log(values, record["step"])
 
-    def write_manifest(self, progress: Progress, fingerprint: str) -> None:
-        """Write what is needed to tell and repeat the run."""
+    def write_manifest(self, progress: Progress, manifest: dict[str, Any]) -> None:
+        """Write what is needed to tell and repeat the run.
+
+        Args:
+            manifest: that of its checkpoints, see `annexe.checkpoints.manifest`.
+        """
         if not self.enabled:
             return
-        manifest = {
-            "annexe": __version__,
-            "git_commit": git_commit(),
-            "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-            "data_fingerprint": fingerprint,
-            "progress": asdict(progress),
-            "config": as_dict(self.config),
-        }
-        write_text(self.output / "manifest.json", json.dumps(manifest, indent=1))
+        manifest = {**manifest, "progress": asdict(progress), "config": as_dict(self.config)}
+        write_text(self.output / MANIFEST_FILE, json.dumps(manifest, indent=1))
 
     @contextmanager
     def bar(self, done: int, total: int) -> Iterator[Callable[[int], None]]:
@@ -180,15 +163,6 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"] if line.endswith("\n") else math.inf
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-def git_commit() -> str | None:
-    """Commit of the source tree, where it is a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def start_wandb(config: Config, output: Path) -> Any:
