@@ -364,9 +364,10 @@ class EgoIRGBench:
         num_repeated = 0
         for stem, (index, row) in self._rows_by_stem.items():
             if not is_utf8(stem):
+                path = index.folder / f"{stem}.json"
                 raise UserError(
-                    f"the name of {str(index.folder / stem)!r}.json is not UTF-8; rename the files "
-                    "of this image, or leave it out by the quarantine of annexe doctor --json"
+                    f"the name of {str(path)!r} is not UTF-8; rename the files of this image, or "
+                    "leave it out by datasets.ego_irgbench.exclude (annexe doctor writes a list)"
                 )
             if index.num_annotations(row) == 0:
                 # Reading the file itself says what is wrong with it
