@@ -7,6 +7,10 @@ a query without a target. The index of an annotation is the index of its categor
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
+import logging
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,13 +21,21 @@ from PIL import Image
 
 from annexe import prompts
 from annexe.datasets.annotations import Annotation
-from annexe.datasets.pixels import read_id_map, read_image
+from annexe.datasets.image_names import is_utf8, read_stems, warn_of_ignored
+from annexe.datasets.pixels import image_size, read_id_map, read_image
 from annexe.errors import UserError, unknown_name_error
+from annexe.files import digest_of_file
 from annexe.registry import register
 from annexe.settings import PathSetting
 from annexe.structures.sample import Sample, Turn
 
-SPLITS = ("train", "val", "test_indomain", "test_outdomain")
+log = logging.getLogger(__name__)
+
+SPLITS = {"train": 8993, "val": 1124, "test_indomain": 1126, "test_outdomain": 500}
+"""Split -> how many photos were published."""
+
+PIXEL_FILES = (("image", ".jpg"), ("label", ".png"))
+"""Folder and ending of photo and label."""
 
 
 class Category(NamedTuple):
@@ -55,7 +67,7 @@ CATEGORIES = {
 }
 """Id in a label image -> category."""
 
-LAST_ID = 8
+KNOWN_IDS = range(9)
 """Ids 6 to 8 are objects that other objects touch: background, as in the published protocol."""
 
 
@@ -69,10 +81,11 @@ class EgoHOS:
         seed: nothing is drawn here, so it has no effect.
         cache_dir: nothing is cached here, so it has no effect.
         data_root: folder with a folder of each split, which holds image/*.jpg and label/*.png.
+        exclude: file of stems to leave out: one a line, or a report of `annexe doctor`.
 
     Raises:
-        UserError: for an unknown split, a folder without photos, or a label that is damaged or
-            does not fit its photo.
+        UserError: for an unknown split, a folder without photos, a photo without a label or a label
+            without a photo, or a label that is damaged or does not fit its photo.
     """
 
     has_text = False
@@ -88,21 +101,32 @@ class EgoHOS:
         cache_dir: Path | None,
         *,
         data_root: PathSetting,
+        exclude: PathSetting | None = None,
     ) -> None:
-        # Find the photos
         if split not in SPLITS:
             raise unknown_name_error("run.split of EgoHOS", split, SPLITS)
         self.root = Path(data_root)
         self.split = split
         self.image_size = image_size
         self.folder = self.root / split
-        self.stems = sorted(path.stem for path in (self.folder / "image").glob("*.jpg"))
-        if not self.stems:
+
+        # Find the photos and their labels
+        stems = stems_of(self.root, split)
+        if not stems:
             folders = ", ".join(f"{name}/" for name in SPLITS)
             raise UserError(
                 f"datasets.egohos.data_root: no photos '{self.folder / 'image'}/*.jpg'; "
                 f"give the folder that holds {folders}"
             )
+        if len(stems) != SPLITS[split]:
+            log.warning(
+                "'%s' has %d photos, the published split has %d: scores are not comparable",
+                self.folder,
+                len(stems),
+                SPLITS[split],
+            )
+        self.stems = self._without_excluded(stems, exclude)
+        self._require_files()
 
         # Every label is read once here, so that what is wrong shows before hours of work
         with ThreadPoolExecutor() as pool:
@@ -209,46 +233,90 @@ class EgoHOS:
         return scores
 
     def fingerprint(self) -> str:
-        """Hash of every file's name and size: it tells whether a run's data have changed."""
+        """Hash of the data of this split: it tells whether a run's data have changed.
+
+        It covers the stems in their order, and of the files what `digest_of_file` covers.
+        """
         digest = hashlib.sha256()
         for stem in self.stems:
             photo, _, label = self.files(stem)
-            digest.update(f"{stem}:{photo.stat().st_size},{label.stat().st_size}".encode())
+            digest.update(json.dumps(stem).encode())
+            digest.update(digest_of_file(photo))
+            digest.update(digest_of_file(label))
         return digest.hexdigest()
+
+    def _without_excluded(self, stems: list[str], exclude: str | None) -> list[str]:
+        """The stems that the list ``exclude`` leaves."""
+        if exclude is None:
+            return stems
+        known = set(itertools.chain(*(stems_of(self.root, split) for split in SPLITS)))
+        excluded = set(read_stems(Path(exclude), "datasets.egohos.exclude", known, self.root))
+        left = [stem for stem in stems if stem not in excluded]
+        log.info(
+            "%s leaves out %d of %d photos of split '%s'",
+            exclude,
+            len(stems) - len(left),
+            len(stems),
+            self.split,
+        )
+        if not left:
+            raise UserError(
+                f"split '{self.split}' is empty: its list leaves no photo; "
+                "fix datasets.egohos.exclude"
+            )
+        return left
+
+    def _require_files(self) -> None:
+        """Look for every photo and label, and say which files are not used."""
+        for folder, ending in PIXEL_FILES:
+            path = self.folder / folder
+            names = set(os.listdir(path)) if path.is_dir() else set()
+            others = {name for name in names if not _belongs(name, ending) and name[0] != "."}
+            warn_of_ignored(f"'{path}'", f"files that do not end in {ending}", others)
+            for stem in self.stems:
+                if not is_utf8(stem):
+                    raise UserError(f"the name {stem!a} in '{path}' is not UTF-8; rename it")
+                if f"{stem}{ending}" in names:
+                    continue
+                alike = sorted(name for name in others if os.path.splitext(name)[0] == stem)
+                found = f" ('{alike[0]}' is there: convert or rename it)" if alike else ""
+                raise UserError(
+                    f"missing file '{path / stem}{ending}'{found}; restore it, or leave '{stem}' "
+                    "out by datasets.egohos.exclude (annexe doctor lists all)"
+                )
 
     def _read_ids(self, stem: str) -> np.ndarray:
         """The label as uint8[H, W], objects that other objects touch left out."""
-        ids = read_id_map(self.files(stem)[2])
+        ids = read_id_map(self.files(stem)[2], known=KNOWN_IDS)
         return np.where(ids <= max(CATEGORIES), ids, 0).astype(np.uint8)
 
     def _read_annotations(self, stem: str) -> list[Annotation]:
         """One annotation for each category; the label is checked against its photo."""
-        # Label and photo have to fit
         photo, _, label = self.files(stem)
-        ids = read_id_map(label)
-        try:
-            with Image.open(photo) as header:
-                width, height = header.size
-        except OSError as error:
-            raise UserError(
-                f"cannot read image '{photo}' ({error}); restore it from the original data"
-            ) from None
-        if ids.shape != (height, width):
-            raise UserError(
-                f"label '{label}' is {ids.shape[1]} x {ids.shape[0]} but its photo is "
-                f"{width} x {height}; both must have one size"
-            )
+        height, width = image_size(photo)
+        ids = read_id_map(label, known=KNOWN_IDS, photo_size=(width, height))
 
         # Which categories are there
         present = np.flatnonzero(np.bincount(ids.reshape(-1))).tolist()
-        if present[-1] > LAST_ID:
-            raise UserError(
-                f"label '{label}' has the id {present[-1]}; EgoHOS knows 0 to {LAST_ID}"
-            )
         return [
             _annotation(category, mask_id if mask_id in present else 0)
             for mask_id, category in CATEGORIES.items()
         ]
+
+
+def stems_of(root: Path, split: str) -> list[str]:
+    """Names of the photos of a split, and of labels without a photo, in ascending order."""
+    stems: set[str] = set()
+    for folder, ending in PIXEL_FILES:
+        path = root / split / folder
+        names = os.listdir(path) if path.is_dir() else []
+        stems.update(name[: -len(ending)] for name in names if _belongs(name, ending))
+    return sorted(stems)
+
+
+def _belongs(name: str, ending: str) -> bool:
+    """Whether a file of this name belongs to the data; hidden ones are the file system's."""
+    return name.endswith(ending) and not name.startswith(".")
 
 
 def _annotation(category: Category, mask_id: int) -> Annotation:

@@ -108,7 +108,11 @@ def require_ids(absent: set[int], id_map: Path) -> None:
 
 
 def read_id_map(
-    path: Path, named: Collection[int] = (), *, known: Collection[int] | None = None
+    path: Path,
+    named: Collection[int] = (),
+    *,
+    known: Collection[int] | None = None,
+    photo_size: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """Read a one-channel id map as uint8[H, W].
 
@@ -116,11 +120,14 @@ def read_id_map(
         path: the file.
         named: ids that annotations name; they tell whether a palette of grays is ambiguous.
         known: all ids that have a meaning; None where any may have one.
+        photo_size: width and height of the photo, where that is known.
 
     Raises:
         UserError: if it cannot be read, or has a fault; see `check_id_map`.
     """
-    return _sound_id_map(path, check_id_map(read_image(path), named=named, known=known))[0]
+    image = read_image(path)
+    checked = check_id_map(image, named=named, known=known, photo_size=photo_size)
+    return _sound_id_map(path, checked)[0]
 
 
 def _sound_id_map(path: Path, id_map: IdMap) -> tuple[np.ndarray, np.ndarray]:
