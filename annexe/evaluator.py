@@ -21,9 +21,10 @@ from annexe.checkpoints.run_folder import (
     without_sources,
 )
 from annexe.config import Config, device_settings
+from annexe.datasets.image_names import read_subsets
 from annexe.distributed import make_accelerator
 from annexe.errors import UserError
-from annexe.evaluation.predict import plan_batches, predict
+from annexe.evaluation.predict import plan_batches, predict, require_records
 from annexe.evaluation.records import Record, read_records, split_kinds, write_records
 from annexe.evaluation.scoring import Scores, score_all
 from annexe.evaluation.truth import LabeledDataset, Truth
@@ -74,6 +75,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         truth = Truth(evaluation.dataset)
         records = join(shards, output / "predictions.jsonl")
         scores = score_records(records, truth, evaluation)
+        show(scores.metrics, output)  # before anything is written: a full disk costs no result
         if config.run.report:
             report(output / "report.html", scores, records, truth, evaluation)
         write_results(output, scores.metrics, shards)
@@ -98,6 +100,8 @@ def restore(config: Config, accelerator: Accelerator) -> Evaluation:
     config = replace(config, model=without_sources(config.model or saved["model"], checkpoint))
 
     dataset = build_dataset(config, run.split, cached=False)
+    if dataset.has_text:
+        read_subsets(dataset.root)  # what is wrong with a list is said before hours of work
     _warn_of_other_answers(dataset, saved)
     model = restore_model(config, checkpoint, accelerator)
     meta = {
@@ -218,8 +222,8 @@ def predict_missing(evaluation: Evaluation, shards: BatchShards) -> None:
         autocast=accelerator.autocast,
     )
     tracked = track(predicted, "predicting", len(missing), disable=not accelerator.is_main_process)
-    for index, records in zip(missing, tracked, strict=True):
-        write_records(shards.file(index), records)
+    for index, images in zip(missing, tracked, strict=True):
+        write_records(shards.file(index), require_records(images))
     accelerator.wait_for_everyone()
     seconds = time.perf_counter() - started
     log.info("%d of %d batches predicted in %.1f s", len(missing), len(shards.batches), seconds)
@@ -270,9 +274,8 @@ def report(
 
 
 def write_results(output: Path, metrics: dict[str, Any], shards: BatchShards) -> None:
-    """Write metrics.json, after all other files, remove the files of the batches, and print."""
+    """Write metrics.json, after all other files, then remove the files of the batches."""
     write_json(output / "metrics.json", metrics)
-    show(metrics, output)
     shutil.rmtree(shards.root)
 
 

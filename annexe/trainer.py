@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from annexe.build import (
     build_dataset,
@@ -53,6 +53,7 @@ from annexe.checkpoints.training_state import (
 from annexe.config import Config, RunConfig, as_dict, device_settings
 from annexe.datasets.collate import Collator
 from annexe.datasets.ego_irgbench import EgoIRGBench
+from annexe.datasets.loader import make_loader
 from annexe.datasets.sampler import MicroBatches
 from annexe.distributed import distribute, make_accelerator, sum_over_ranks
 from annexe.errors import UserError
@@ -64,7 +65,6 @@ from annexe.models.annexe import Annexe
 from annexe.models.compile import compile_blocks
 from annexe.models.language_model.tokenizer import TextTokenizer, train_tokenizer
 from annexe.structures.batch import Batch
-from annexe.structures.sample import Sample
 from annexe.training import losses
 from annexe.training.cuda_graphs import PAD_TO_MULTIPLE_OF, GraphedPass
 from annexe.training.feature_cache import stored_patches
@@ -300,14 +300,7 @@ def training_loader(
     device: torch.device,
 ) -> DataLoader:
     """One rank's micro-batches, made by ``num_workers`` processes."""
-    return DataLoader(
-        cast("Dataset[Sample]", train_set),  # it offers all of that and does without torch
-        batch_sampler=batches,
-        collate_fn=collate,
-        pin_memory=device.type == "cuda",
-        num_workers=num_workers,
-        generator=torch.Generator(),  # for the workers' seed: the run's random state stays as it is
-    )
+    return make_loader(train_set, batches, collate, num_workers=num_workers, device=device)
 
 
 def _training_batches(

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
+from pathlib import Path
 from typing import TypeVar
 
 import cv2
+
+from annexe.errors import UserError
+
+log = logging.getLogger(__name__)
 
 Job = TypeVar("Job")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+SHARED_MEMORY = Path("/dev/shm")  # of Linux, for what processes share
 _JOBS_AT_ONCE = 4  # that a process gets in one message
+_BYTES_OF_LOCKS = 2**20  # more than the locks of a pool take
 
 
 def num_cores() -> int:
@@ -23,6 +33,14 @@ def num_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def free_shared_memory() -> int | None:
+    """Bytes that processes can still share, 0 if they may not; None where no limit is known."""
+    if not SHARED_MEMORY.is_dir():
+        return None
+    is_writable = os.access(SHARED_MEMORY, os.W_OK)
+    return shutil.disk_usage(SHARED_MEMORY).free if is_writable else 0
 
 
 def in_processes(
@@ -33,18 +51,32 @@ def in_processes(
     Args:
         work: a function that can be pickled.
         jobs: its arguments.
-        num_workers: processes of one thread each; with one or none the work is done right here.
+        num_workers: processes of one thread each; with one or none the work is done right here,
+            and also where shared memory has no room for the locks of processes.
+
+    Raises:
+        UserError: if a process dies.
     """
+    free = free_shared_memory()
+    if num_workers > 1 and free is not None and free < _BYTES_OF_LOCKS:
+        log.warning("'%s' is full: one process does the work of %d", SHARED_MEMORY, num_workers)
+        num_workers = 1
     if num_workers <= 1:
         yield from map(work, jobs)
         return
 
     # Started from scratch: a fork would copy this process, which may hold threads and a GPU
     spawn = get_context("spawn")
-    with ProcessPoolExecutor(
-        num_workers, mp_context=spawn, initializer=cv2.setNumThreads, initargs=(0,)
-    ) as pool:
-        yield from pool.map(work, jobs, chunksize=_JOBS_AT_ONCE)
+    try:
+        with ProcessPoolExecutor(
+            num_workers, mp_context=spawn, initializer=cv2.setNumThreads, initargs=(0,)
+        ) as pool:
+            yield from pool.map(work, jobs, chunksize=_JOBS_AT_ONCE)
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"one of {num_workers} processes was ended from outside, most likely for want of "
+            "memory; take fewer (--workers, or the cores that taskset gives)"
+        ) from error
 
 
 def in_threads(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from annexe.datasets.pixels import read_image
 from annexe.errors import UserError
@@ -13,6 +13,8 @@ from annexe.structures.sample import Sample, Turn
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 MIN_SIDE = 32  # pixels
+_MAX_NAME = 200  # bytes: pictures of its answers have longer names
+_FIX = "save it again as JPEG or PNG, or leave it out"
 _ORIENTATION = 0x0112  # tag of EXIF
 _FIRST_TRANSPOSED = 5  # from this orientation on width and height change places
 
@@ -62,12 +64,14 @@ def photo_files(paths: list[Path]) -> list[Path]:
     """The photos among files and folders, each once; of a folder those with a known ending.
 
     Raises:
-        UserError: for a path that does not exist, a folder without photos, a file that is no photo,
-            and two photos of one name.
+        UserError: for a path that does not exist, a folder without photos, and two photos of one
+            name.
     """
     # Every file once, however it was named
     found: dict[Path, Path] = {}
     for path in paths:
+        if not path.exists():
+            raise UserError(f"no photo '{path}'; give image files, or folders of them")
         inside = sorted(path.glob("[!.]*")) if path.is_dir() else []
         photos = [file for file in inside if file.is_file() and file.suffix.lower() in ENDINGS]
         if path.is_dir() and not photos:
@@ -80,7 +84,6 @@ def photo_files(paths: list[Path]) -> list[Path]:
     # Predictions are stored under the name without its ending
     by_stem: dict[str, Path] = {}
     for file in found.values():
-        photo_size(file)
         other = by_stem.setdefault(file.stem, file)
         if other != file:
             raise UserError(
@@ -89,41 +92,82 @@ def photo_files(paths: list[Path]) -> list[Path]:
     return list(by_stem.values())
 
 
-def photo_size(path: Path) -> tuple[int, int]:
-    """Height and width of a photo that stands upright, from its header.
+def refused_photos(files: list[Path]) -> dict[Path, str]:
+    """The photos whose header alone shows that they cannot be read as they are, and why."""
+    reasons: dict[Path, str] = {}
+    for file in files:
+        try:
+            check_header(file)
+        except UserError as error:
+            reasons[file] = str(error)
+    return reasons
+
+
+def check_header(path: Path) -> tuple[int, int]:
+    """Width and height of a photo as it is stored, if its header promises one that can be read.
 
     Raises:
-        UserError: if it is missing, no image, a TIFF, too small, or of more than 8 bits a channel.
+        UserError: if it is missing, no image, a TIFF, too small, too large, or of more than 8 bits
+            a channel, or if it has a name that cannot be used.
     """
-    # The header alone; the name is written to JSON, which has to be UTF-8
+    # The name is written to JSON, which has to be UTF-8
     try:
         path.stem.encode()
         with Image.open(path) as header:
             width, height = header.size
             mode = header.mode
             file_format = header.format
-            orientation = header.getexif().get(_ORIENTATION, 1)
+            # How the bytes of a PNG are stored, such as RGB;16B
+            stored = str(header.tile[0][3]) if file_format == "PNG" and header.tile else mode
     except FileNotFoundError:
         raise UserError(f"no photo '{path}'; give image files, or folders of them") from None
     except UnicodeEncodeError:
         raise UserError(f"the name of photo {str(path)!r} is not UTF-8; rename it") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:
         raise UserError(
-            f"cannot read photo '{path}' ({error}); save it again as JPEG or PNG"
+            f"photo '{path}' has more than {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} "
+            "million pixels; scale it down"
         ) from None
+    except Exception as error:  # Pillow's readers raise anything where a file is damaged
+        raise _unreadable(path, error) from None
 
     # What cannot be read as it is; Pillow turns TIFF upright by itself, some of them twice
+    if len(path.stem.encode()) > _MAX_NAME:
+        raise UserError(f"the name of photo '{path}' is too long; rename it")
     if file_format == "TIFF":
         raise UserError(f"photo '{path}' is TIFF; save it as JPEG or PNG")
-    if mode.startswith(("I", "F")):
+    if mode.startswith(("I", "F")) or "16" in stored:
         raise UserError(
-            f"photo '{path}' has more than 8 bits a channel (mode {mode}); save it with 8"
+            f"photo '{path}' has more than 8 bits a channel (mode {stored}); save it with 8"
         )
     if min(width, height) < MIN_SIDE:
         raise UserError(
             f"photo '{path}' is {width} x {height}; no side may be below {MIN_SIDE} pixels"
         )
+    return width, height
+
+
+def photo_size(path: Path) -> tuple[int, int]:
+    """Height and width of a photo that stands upright.
+
+    Raises:
+        UserError: if it cannot be read as it is: see `check_header`.
+    """
+    width, height = check_header(path)
+    try:
+        with Image.open(path) as header:
+            orientation = header.getexif().get(_ORIENTATION, 1)
+    except Exception as error:  # Pillow's readers raise anything where a file is damaged
+        raise _unreadable(path, error) from None
     return (width, height) if orientation >= _FIRST_TRANSPOSED else (height, width)
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    """The error for a photo that Pillow cannot read."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):
+        reason = "not an image" if path.stat().st_size else "the file is empty"
+    return UserError(f"cannot read photo '{path}' ({reason}); {_FIX}")
 
 
 def read_photo(path: Path, at_least: int | None = None) -> Image.Image:
@@ -136,4 +180,9 @@ def read_photo(path: Path, at_least: int | None = None) -> Image.Image:
     Raises:
         UserError: if it cannot be read.
     """
-    return ImageOps.exif_transpose(read_image(path, "RGB", at_least))
+    try:
+        return ImageOps.exif_transpose(read_image(path, "RGB", at_least, fix=_FIX))
+    except UserError:
+        raise
+    except Exception as error:  # Pillow's readers raise anything where a file is damaged
+        raise _unreadable(path, error) from None

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from annexe.datasets.collate import Collator
+from annexe.datasets.loader import make_loader
+from annexe.errors import UserError
 from annexe.evaluation.records import ImageRecord, PredictedMask, QueryRecord, Record
 from annexe.metrics import depth_errors
 from annexe.models.annexe import Annexe
 from annexe.models.mask_postprocessing import postprocess
+from annexe.structures.batch import Batch
 from annexe.structures.prediction import RawResponse
 from annexe.structures.sample import Sample
 from annexe.workers import in_threads
+
+Answers = list[Record] | UserError
+"""The records of an image, or why it cannot be read."""
+_Predicted = tuple[Sample, list[RawResponse]]
+"""A sample with the responses to its questions."""
 
 
 class Questions(Protocol):
@@ -30,7 +38,7 @@ class Questions(Protocol):
 
 
 class EvaluationSet(Dataset):
-    """The images of a data set as evaluation samples."""
+    """The images of a data set as evaluation samples, or why one cannot be read."""
 
     def __init__(self, dataset: Questions, queries_per_annotation: int | str) -> None:
         self.dataset = dataset
@@ -39,8 +47,26 @@ class EvaluationSet(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Sample:
-        return self.dataset.evaluation_sample(index, self.queries_per_annotation)
+    def __getitem__(self, index: int) -> Sample | UserError:
+        try:
+            return self.dataset.evaluation_sample(index, self.queries_per_annotation)
+        except UserError as error:
+            return error
+
+
+class ReadableOnes:
+    """Makes a batch of the samples that could be read."""
+
+    def __init__(self, collate: Collator) -> None:
+        self.collate = collate
+
+    def __call__(
+        self, items: list[Sample | UserError]
+    ) -> tuple[Batch | None, list[UserError | None]]:
+        """The batch, None where no sample could be read, and for every item its error."""
+        samples = [item for item in items if not isinstance(item, UserError)]
+        errors = [item if isinstance(item, UserError) else None for item in items]
+        return self.collate(samples) if samples else None, errors
 
 
 def plan_batches(num_images: int, batch_size: int) -> list[list[int]]:
@@ -65,8 +91,8 @@ def predict(
     num_workers: int,
     device: torch.device,
     autocast: Any,
-) -> Iterator[list[Record]]:
-    """Predict batch by batch.
+) -> Iterator[list[Answers]]:
+    """Predict batch by batch; an image that cannot be read costs its own answers alone.
 
     Args:
         model: in training or evaluation mode, which it has again at the end.
@@ -81,7 +107,8 @@ def predict(
         autocast: context manager under which the model runs.
 
     Yields:
-        The records of each batch: for every image its own, then those of its questions.
+        What came of each image of a batch: its own record, then those of its questions, or why it
+        cannot be read. See `require_records`.
     """
     # Batches, loaded ahead of the device
     collate = Collator(
@@ -92,35 +119,56 @@ def predict(
         max_positions=model.language_model.max_positions,
         num_generated=max_new_tokens,
     )
-    loader = DataLoader(
+    loader = make_loader(
         EvaluationSet(dataset, queries_per_annotation),
-        batch_sampler=batches,
-        collate_fn=collate,
+        batches,
+        ReadableOnes(collate),
         num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),
+        device=device,
     )
 
-    def raw_responses() -> Iterator[list[tuple[Sample, list[RawResponse]]]]:
-        """Every sample of a batch with the responses to its questions."""
-        for batch in loader:
-            with autocast():
-                responses = iter(model.generate_raw(batch.to(device), max_new_tokens))
-            yield [(sample, list(islice(responses, len(sample.turns)))) for sample in batch.samples]
+    def raw_responses() -> Iterator[list[_Predicted | UserError]]:
+        """Every sample of a batch with the responses to its questions, or its error."""
+        for batch, errors in loader:
+            samples: list[_Predicted] = []
+            if batch is not None:
+                with autocast():
+                    responses = iter(model.generate_raw(batch.to(device), max_new_tokens))
+                for sample in batch.samples:
+                    samples.append((sample, list(islice(responses, len(sample.turns)))))
+            readable = iter(samples)
+            yield [next(readable) if error is None else error for error in errors]
 
     # Records, made behind the device
     training = model.training
     model.eval()
-    for records in in_threads(_records_of_image, raw_responses(), num_workers):
-        yield list(chain.from_iterable(records))
+    yield from in_threads(_answers, raw_responses(), num_workers)
     model.train(training)
     model.text_decoder.release()
 
 
-def _records_of_image(predicted: tuple[Sample, list[RawResponse]]) -> list[Record]:
+def require_records(images: list[Answers]) -> list[Record]:
+    """The records of a batch of which every image is needed.
+
+    Raises:
+        UserError: the first image that cannot be read.
+    """
+    records: list[Record] = []
+    for answers in images:
+        if isinstance(answers, UserError):
+            raise answers
+        records += answers
+    return records
+
+
+def _answers(predicted: _Predicted | UserError) -> Answers:
+    """The records of an image, or its error as it is."""
+    return predicted if isinstance(predicted, UserError) else _records_of_image(*predicted)
+
+
+def _records_of_image(sample: Sample, raw_responses: list[RawResponse]) -> list[Record]:
     """The records of one image: its own, then those of its questions."""
     # The image: every response has its analysis and depth
-    sample, raw_responses = predicted
     first = raw_responses[0]
     depth = depth_errors(first.depth, sample.depth)
     records: list[Record] = [

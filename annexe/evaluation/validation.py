@@ -7,7 +7,7 @@ from typing import NamedTuple
 from accelerate import Accelerator
 
 from annexe.distributed import gather_lists
-from annexe.evaluation.predict import Questions, predict
+from annexe.evaluation.predict import Questions, predict, require_records
 from annexe.evaluation.records import Record
 from annexe.evaluation.scoring import calibrate_thresholds, score
 from annexe.evaluation.truth import Truth
@@ -85,5 +85,5 @@ class Validator:
         # All batches have to run, and those that filled up are left out
         records: list[Record] = []
         for batch in list(predicted)[: len(of_rank)]:
-            records += batch
+            records += require_records(batch)
         return gather_lists(self.accelerator, records)

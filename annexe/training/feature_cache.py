@@ -1,6 +1,6 @@
 """Patches of a frozen RGB encoder on disk, so that no photo is encoded in every epoch.
 
-Legend: P patches of a photo, E width of the encoder, S image side.
+Legend: B photos of a batch, P patches of a photo, E width of the encoder, S image side.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -20,11 +19,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import BatchSampler, Dataset
 
 from annexe.datasets.ego_irgbench import EgoIRGBench
+from annexe.datasets.loader import make_loader
 from annexe.errors import UserError
-from annexe.files import locked, part_of, replaced
+from annexe.files import locked, named, part_of, replaced
 from annexe.terminal import track
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class IndexedPhotos(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, Tensor]:
         image = self.dataset.evaluation_sample(index).image  # uint8[S, S, 3]
-        return index, torch.from_numpy(image).permute(2, 0, 1)
+        return index, torch.tensor(image).permute(2, 0, 1)
 
 
 class StoredPatches(Sequence[Tensor]):
@@ -168,21 +168,28 @@ def _store(
         accelerator.wait_for_everyone()
 
         # Every process writes the patches of its photos to their places
-        photos = Subset(
+        of_process = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+        loader = make_loader(
             IndexedPhotos(dataset),
-            range(accelerator.process_index, len(dataset), accelerator.num_processes),
+            BatchSampler(of_process, batch_size, drop_last=False),
+            _stack,
+            num_workers=num_workers,
+            device=accelerator.device,
         )
-        loader = DataLoader(
-            photos, batch_size=batch_size, num_workers=num_workers, generator=torch.Generator()
-        )
-        with part.open("r+b") as file, torch.no_grad(), accelerator.autocast():
+        with named(path), part.open("r+b") as file, torch.no_grad(), accelerator.autocast():
             for indices, batch in track(loader, "storing patches", disable=not is_main):
                 patches = encoder(batch.to(accelerator.device).float() / 255)
                 values = patches.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy()
-                for index, photo in zip(indices.tolist(), values, strict=True):
-                    os.pwrite(file.fileno(), photo.tobytes(), index * photo.nbytes)
+                for index, photo in zip(indices, values, strict=True):
+                    file.seek(index * photo.nbytes)
+                    file.write(photo.tobytes())
         accelerator.wait_for_everyone()
     accelerator.wait_for_everyone()  # until the main process has renamed the file
+
+
+def _stack(items: list[tuple[int, Tensor]]) -> tuple[list[int], Tensor]:
+    """Photos with their indices to a batch: uint8[B, 3, S, S]."""
+    return [index for index, _ in items], torch.stack([photo for _, photo in items])
 
 
 def _name(encoder: PatchEncoder, dataset: EgoIRGBench, settings: dict[str, Any]) -> str:

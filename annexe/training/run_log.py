@@ -30,7 +30,7 @@ from annexe.checkpoints.manifest import MANIFEST_FILE
 from annexe.checkpoints.run_folder import Progress
 from annexe.config import Config, as_dict
 from annexe.errors import UserError
-from annexe.files import write_text
+from annexe.files import append_text, write_text
 
 
 class LossWindow:
@@ -116,8 +116,7 @@ class RunLogger:
             record["images_per_second"] = num_images / (now - previous_time)
             self.previous = (now, record["images"])
             self.loss = f"loss {record['loss']:.3f}"
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        append_text(self.path, json.dumps(record) + "\n")
         if self.wandb:
             values = {}
             for key, value in record.items():
