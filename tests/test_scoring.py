@@ -718,6 +718,20 @@ def test_the_example_of_the_page_runs(
             "image\tannotation\tquery_id\tanswer\nA\t0\t0\tx\nA\t0\t0\ty\n",
             "line 3: query 0 of this annotation stands",
         ),
+        (
+            "image\tannotation\tquery_id\tanswer\n\nA\t0\t0\ta\tmug\n",
+            "line 3 has 5 cells for 4 columns; give answers with tabs as .jsonl",
+        ),
+        (
+            "image\tannotation\tquery_id\tanswer\tpresence\tanswer\nA\t0\t0\ta\t1\tb\n",
+            "has the column 'answer' twice",
+        ),
+        (
+            "image\tannotation\tquery_id\tanswer\tpresence\nA\t0\t0\tx\tnan\n",
+            "line 2 is wrong (presence is nan",
+        ),
+        ("image\tannotation\tquery_id\tanswer\nA\t1_0\t0\tx\n", "'1_0' is no number"),
+        ("i\0m\0a\0g\0e\0", "it holds zero bytes"),
     ],
 )
 def test_tables_that_cannot_be_converted(answers: str, part: str, annexe, tmp_path):
@@ -746,7 +760,18 @@ def test_masks_that_cannot_be_converted(annexe, tmp_path):
     row = {"image": "A", "annotation": 0, "query_id": 0, "answer": "x"}
     for text, part in (
         *(("[1]", "line 1 is wrong"), ("{", "line 1 is wrong"), ("{}", "line 1 has no image")),
-        (json.dumps(row | {"image": ["A"]}), "image must be a string"),
+        (json.dumps(row | {"image": ["A"]}), "image is ['A'], expected str, got array"),
+        (json.dumps(row | {"query_id": 0.0}), "query_id is 0.0, expected int | str, got float"),
+        (json.dumps(row | {"query_id": False}), "query_id is False"),
+        (json.dumps(row | {"query_id": [0]}), "query_id is [0]"),
+        (json.dumps(row | {"query_id": None}), "has no query_id"),
+        (json.dumps(row | {"annotation": True}), "annotation is True, expected int, got bool"),
+        (json.dumps(row | {"annotation": -1}), "annotation is -1, expected int >= 0"),
+        (json.dumps(row | {"answer": 5}), "answer is 5"),
+        (json.dumps(row | {"presence": float("nan")}), "presence is nan"),
+        (json.dumps(row | {"presence": 2}), "presence is 2"),
+        (json.dumps(row | {"analysis": {}}), "analysis is {}"),
+        (json.dumps(row)[:-1] + ', "answer": "y"}', "the key 'answer' stands twice"),
         (json.dumps(row | {"answer": "\ud800"}), "surrogates not allowed"),
     ):
         answers.write_text(f"{text}\n")
@@ -770,6 +795,122 @@ def test_odd_tables_and_masks_that_are_converted(annexe, tmp_path):
     (query,) = read_records(out)
     assert query.answer == answer
     assert (decode(query.masks[0].rle) == inside[..., 0] // 255).all()
+
+
+HEADER = "image\tannotation\tquery_id\tanswer"
+
+
+def converted(annexe: Callable[..., str], folder: Path, table: bytes | str) -> list[QueryRecord]:
+    """The queries that the masks in a folder and a table are converted to."""
+    answers = folder / "answers.tsv"
+    answers.write_bytes(table.encode() if isinstance(table, str) else table)
+    printed = annexe("convert-predictions", folder / "masks", answers, folder / "out.jsonl")
+    assert "error" not in printed
+    return split_kinds(read_records(folder / "out.jsonl"))[1]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_tables_of_any_encoding_and_line_end(annexe, tmp_path, encoding, line_end):
+    (tmp_path / "masks").mkdir()
+    text = line_end.join([HEADER, "A\t0\t0\tdas Gefäß", "", "A\t0\t1\t", ""])
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    queries = converted(annexe, tmp_path, (mark + text).encode(encoding))
+    assert [query.answer for query in queries] == ["das Gefäß", ""]
+
+
+def test_what_is_not_used_is_counted_and_named(annexe, tmp_path, caplog):
+    folder = tmp_path / "masks" / "A"
+    folder.mkdir(parents=True)
+    Image.new("L", (4, 3), 1).save(folder / "0_0_0.PNG", "PNG")
+    for name in ("notes.txt", ".DS_Store", "._0_0_0.png"):
+        (folder / name).write_text("")
+    table = f"{HEADER}\tpresense\t\nA\t0\t0\tx\t0.5\n"
+    (query,) = converted(annexe, tmp_path, table)
+    assert len(query.masks) == 1
+    assert "3 files that are no images ignored, such as 'A/.DS_Store'" in caplog.text
+    assert "1 columns ignored, such as 'presense'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("0_0_0.jpg", "0_0_0.jpg' is no PNG"),
+        ("0_0_0.BMP", "0_0_0.BMP' is no PNG"),
+        ("mask.png", "mask.png' is not named"),
+        ("deep/0_0_0.png", "0_0_0.png' is not named"),
+        ("00_0_0.png", "are of one slot"),
+        ("0_0_0.PNG", "are of one slot"),
+        ("0_1_0.png", "no row of"),
+    ],
+)
+def test_images_that_are_no_masks(annexe, tmp_path, name, part):
+    folder = tmp_path / "masks" / "A"
+    (folder / "deep").mkdir(parents=True)
+    Image.new("L", (4, 3)).save(folder / "0_0_0.png")
+    Image.new("L", (4, 3)).save(folder / name)
+    answers = tmp_path / "answers.tsv"
+    answers.write_text(f"{HEADER}\nA\t0\t0\tx\n")
+    out = tmp_path / "out.jsonl"
+    assert part in annexe("convert-predictions", tmp_path / "masks", answers, out)
+    assert not out.exists()
+
+
+def palette_image(indices: np.ndarray, *colors: tuple[int, int, int]) -> Image.Image:
+    image = Image.fromarray(indices.astype(np.uint8), "P")
+    image.putpalette([level for color in colors for level in color])
+    return image
+
+
+BLACK, WHITE, RED = (0, 0, 0), (255, 255, 255), (255, 0, 0)
+SHAPE = np.eye(4, 6)
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (palette_image(SHAPE, BLACK, WHITE), SHAPE),
+        (palette_image(2 * SHAPE, BLACK, RED, WHITE), SHAPE),
+        (palette_image(1 - SHAPE, WHITE, BLACK), SHAPE),
+        (palette_image(np.zeros((4, 6)), WHITE, BLACK), np.ones((4, 6))),
+        (palette_image(np.zeros((4, 6)), BLACK, WHITE), np.zeros((4, 6))),
+        (palette_image(SHAPE, WHITE, RED), "palette"),
+        (palette_image(SHAPE, BLACK, BLACK), "palette"),
+        (palette_image(2 * SHAPE, WHITE, RED, BLACK), "palette"),
+        (Image.fromarray(SHAPE > 0), SHAPE),
+        (Image.fromarray((SHAPE * 65535).astype(np.uint16)), SHAPE),
+        (Image.fromarray((SHAPE * 7).astype(np.uint8)), SHAPE),
+        (Image.merge("LA", [Image.new("L", (6, 4)), Image.fromarray(np.uint8(SHAPE))]), "transpar"),
+    ],
+)
+def test_masks_of_every_kind_of_png(annexe, tmp_path, image, expected):
+    (tmp_path / "masks" / "A").mkdir(parents=True)
+    image.save(tmp_path / "masks" / "A" / "0_0_0.png")
+    answers = tmp_path / "answers.tsv"
+    answers.write_text(f"{HEADER}\nA\t0\t0\tx\n")
+    words = ("convert-predictions", tmp_path / "masks", answers, tmp_path / "out.jsonl")
+    if isinstance(expected, str):
+        assert expected in annexe(*words)
+    else:
+        annexe(*words)
+        (query,) = read_records(tmp_path / "out.jsonl")
+        assert np.array_equal(decode(query.masks[0].rle), expected > 0)
+
+
+def test_jpeg_bytes_and_shades_do_not_pass_unsaid(annexe, tmp_path, caplog):
+    path = tmp_path / "masks" / "A" / "0_0_0.png"
+    path.parent.mkdir(parents=True)
+    answers = tmp_path / "answers.tsv"
+    answers.write_text(f"{HEADER}\nA\t0\t0\tx\n")
+    words = ("convert-predictions", tmp_path / "masks", answers, tmp_path / "out.jsonl")
+    Image.new("L", (40, 30)).save(path, "JPEG")
+    assert "0_0_0.png' is JPEG, not PNG" in annexe(*words)
+    path.write_bytes(b"nothing")
+    message = annexe(*words)
+    assert "take it away to refuse the question" in message and "doctor" not in message
+    Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4)).save(path)
+    annexe(*words)
+    assert "0_0_0.png' has several values beside 0" in caplog.text
 
 
 def test_nothing_predicted_is_refused_everywhere(truth: Truth, records: list[Record]):

@@ -3,28 +3,54 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import csv
+import io
 import json
+import logging
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
+from msgspec import Meta, Struct
+from PIL import Image
 
+from annexe.datasets.image_names import warn_of_ignored
 from annexe.datasets.pixels import read_image
-from annexe.errors import UserError
+from annexe.errors import UserError, explain_mismatch
 from annexe.files import require_writable, write_text
 from annexe.rle import Rle, encode
 from annexe.terminal import say, track
 
+log = logging.getLogger(__name__)
+
 HELP = "make predictions.jsonl of mask images and a table of answers"
 
 REQUIRED = ("image", "annotation", "query_id", "answer")
-_NAME = re.compile(r"(?P<annotation>\d+)_(?P<query_id>.+)_(?P<slot>\d+)\.png")
+OPTIONAL = ("presence", "analysis")
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+_PATTERN = "IMAGE/ANNOTATION_QUERY_SLOT.png"
+_NAME = re.compile(
+    r"(?P<annotation>\d+)_(?P<query_id>.+)_(?P<slot>\d+)\.png", re.ASCII | re.IGNORECASE
+)
+_UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 Key = tuple[str, int, str]  # image, annotation, query id as text
+
+
+class _Row(Struct):
+    """The types in a row of a table."""
+
+    image: str
+    annotation: Annotated[int, Meta(ge=0)]
+    query_id: int | str
+    answer: str
+    presence: Annotated[float, Meta(ge=0, le=1)] | None = None
+    analysis: str | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,16 +72,27 @@ def run(arguments: argparse.Namespace) -> None:
     require_writable(arguments.out)
     masks = find_masks(arguments.masks)
     lines, analyses = read_answers(arguments.answers, masks)
-    if masks:
-        path = next(iter(next(iter(masks.values())).values()))
+    unused = [path for slots in masks.values() for path in slots.values()]
+    if unused:
         raise UserError(
-            f"no row of '{arguments.answers}' belongs to mask '{path}'; add one, or rename the file"
+            f"no row of '{arguments.answers}' belongs to mask '{unused[0]}'{_number(unused)}; "
+            "add one, or rename the file"
         )
 
     # The mask images, last because they take the longest
+    graded = []
     for line in track(lines, "reading masks", transient=True):
         for mask in line["masks"]:
-            mask["rle"] = read_mask(mask["rle"])
+            path = mask["rle"]
+            mask["rle"], is_graded = read_mask(path)
+            if is_graded:
+                graded.append(path)
+    if graded:
+        log.warning(
+            "mask '%s'%s has several values beside 0: every pixel that is not 0 is inside",
+            graded[0],
+            _number(graded),
+        )
 
     # Lines of photos, then those of queries
     images = []
@@ -67,27 +104,121 @@ def run(arguments: argparse.Namespace) -> None:
     say(f"{len(lines):,} queries with {num_masks:,} masks in '{arguments.out}'")
 
 
+# Masks
+
+
 def find_masks(folder: Path) -> dict[Key, dict[int, Path]]:
-    """Query -> slot -> mask file of every PNG below the folder.
+    """Query -> slot -> mask file of every PNG below the folder; other files are counted and named.
 
     Raises:
-        UserError: there is no such folder, or a file has another name.
+        UserError: there is no such folder, an image is no PNG or has another name, or two images
+            are of one slot.
     """
     if not folder.is_dir():
-        raise UserError(
-            f"no folder '{folder}'; give the one that holds IMAGE/ANNOTATION_QUERY_SLOT.png"
-        )
+        raise UserError(f"no folder '{folder}'; give the one that holds {_PATTERN}")
     masks: dict[Key, dict[int, Path]] = {}
-    for path in sorted(folder.rglob("*.png")):
+    ignored: list[str] = []
+    no_png: list[Path] = []
+    misnamed: list[Path] = []
+    for path in _files_below(folder):
+        # Files that are no image, and those that programs hide
+        parts = path.relative_to(folder).parts
+        if path.suffix.lower() not in IMAGE_ENDINGS or any(part[0] == "." for part in parts):
+            ignored.append(str(Path(*parts)))
+            continue
+
+        # Images
         match = _NAME.fullmatch(path.name)
-        if not match or path.parent.parent != folder:
-            raise UserError(
-                f"mask '{path}' is not named IMAGE/ANNOTATION_QUERY_SLOT.png; "
-                "rename it or take it away"
-            )
-        key = (path.parent.name, int(match["annotation"]), match["query_id"])
-        masks.setdefault(key, {})[int(match["slot"])] = path
+        if path.suffix.lower() != ".png":
+            no_png.append(path)
+        elif match is None or len(parts) != 2:
+            misnamed.append(path)
+        else:
+            key = (parts[0], int(match["annotation"]), match["query_id"])
+            other = masks.setdefault(key, {}).setdefault(int(match["slot"]), path)
+            if other != path:
+                raise UserError(f"'{other}' and '{path}' are of one slot; keep one")
+    if no_png:
+        raise UserError(
+            f"mask '{no_png[0]}'{_number(no_png)} is no PNG; save masks as PNG, for JPEG changes "
+            "them along their borders"
+        )
+    if misnamed:
+        raise UserError(
+            f"mask '{misnamed[0]}' is not named {_PATTERN}{_number(misnamed)}; "
+            "rename it or take it away"
+        )
+    warn_of_ignored(f"'{folder}'", "files that are no images", ignored)
     return masks
+
+
+def read_mask(path: Path) -> tuple[Rle, bool]:
+    """The mask in an image: the pixels that are not 0, or not black.
+
+    Returns:
+        The mask, and whether the image has shades, as a map of probabilities has.
+
+    Raises:
+        UserError: the file is no PNG, or may be read in two ways.
+    """
+    image = read_image(path, fix="make it again, or take it away to refuse the question")
+    if image.format != "PNG":
+        raise UserError(f"mask '{path}' is {image.format}, not PNG; save it as PNG")
+    if image.mode == "P":
+        return encode(_inside_of_palette(image, path)), False
+    pixels = np.asarray(image)  # [H, W] or [H, W, channels]
+    inside = pixels > 0
+    is_graded = False
+    if inside.ndim == 3:
+        # Transparent pixels could be inside as well as outside
+        num_colors = len(image.getbands()) - ("A" in image.getbands())
+        if (pixels[..., num_colors:] != np.iinfo(pixels.dtype).max).any():
+            raise UserError(f"mask '{path}' is transparent; save it in gray, with 0 outside")
+        inside = np.any(inside[..., :num_colors], axis=2)
+    elif inside.any():
+        is_graded = bool(pixels[inside].min() != pixels.max())
+    return encode(inside), is_graded
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """All files in a folder and the folders in it, in order."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            yield from _files_below(path)
+        else:
+            yield path
+
+
+def _inside_of_palette(image: Image.Image, path: Path) -> np.ndarray:
+    """The mask in an image with a palette, bool[H, W].
+
+    Index 0 is outside if it is black and the others are not. In a palette with white first it is
+    the other way round.
+
+    Raises:
+        UserError: colors and indices tell different masks.
+    """
+    indices = np.asarray(image)
+    colors = np.reshape(image.getpalette("RGB") or [], (-1, 3))
+    is_lit = np.zeros(256, bool)
+    is_lit[: len(colors)] = colors.any(axis=1)
+    used = np.unique(indices)
+    if np.array_equal(is_lit[used], used > 0):
+        return indices > 0
+    if is_lit[0] and not is_lit[1:].any():
+        return indices == 0
+    raise UserError(
+        f"mask '{path}' has a palette in which 0 is not the one black color; "
+        "save it in gray, with 0 outside"
+    )
+
+
+def _number(paths: list[Path]) -> str:
+    """How many files a message is about, where it is more than the one that it names."""
+    return f" ({len(paths):,} such files)" if len(paths) > 1 else ""
+
+
+# Answers
 
 
 def read_answers(
@@ -142,66 +273,139 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         UserError: the table cannot be read, or a row is damaged or incomplete.
     """
-    # The lines of the file
-    try:
-        with path.open(encoding="utf-8-sig") as file:  # a spreadsheet program puts a mark in front
-            lines = list(file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"cannot read answers '{path}' ({error}); give a .tsv or .jsonl file"
-        ) from None
-    if path.suffix not in (".tsv", ".jsonl"):
+    ending = path.suffix.lower()
+    if ending not in (".tsv", ".jsonl"):
         raise UserError(
             f"answers '{path}' are neither .tsv (with a header) nor .jsonl; "
             "save them as one of these"
         )
-
-    # Row by row
-    is_table = path.suffix == ".tsv"
-    csv.field_size_limit(sys.maxsize)
-    rows: Iterable[Any] = lines
-    if is_table:
-        rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-    for line_number, line in enumerate(rows, start=2 if is_table else 1):
+    lines = _read_lines(path)
+    rows: Iterator[tuple[int, Any]] = _tsv_rows(path, lines)
+    parse: Callable[[Any], Any] = _typed
+    if ending == ".jsonl":
+        rows = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+        parse = _parse_json
+    ignored: set[str] = set()
+    for line_number, line in rows:
         where = f"'{path}', line {line_number}"
         try:
-            row = _typed(line) if is_table else json.loads(line)
+            row = parse(line)
             missing = [name for name in REQUIRED if row.get(name) is None]
             json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no character
-            if not missing and not isinstance(row["image"], str):
-                raise ValueError("image must be a string")
-            if not missing and not isinstance(row["annotation"], int):
-                raise ValueError("annotation must be a number")
+            if not missing:
+                msgspec.convert(row, _Row)
+        except msgspec.ValidationError as error:
+            reason = " ".join(explain_mismatch(str(error), row))
+            raise UserError(f"{where} is wrong ({reason}); fix it or remove it") from None
         except (ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"{where} is wrong ({error}); fix it or remove it") from None
         if missing:
             raise UserError(
                 f"{where} has no {', '.join(missing)}; a row needs {', '.join(REQUIRED)}"
             )
+        ignored.update(row.keys() - {*REQUIRED, *OPTIONAL})
         yield where, row
+    warn_of_ignored(f"'{path}'", "columns", ignored)
 
 
-def read_mask(path: Path) -> Rle:
-    """RLE of the pixels that are not 0, in any channel but alpha.
+def _read_lines(path: Path) -> list[str]:
+    """The lines of a text in UTF-8 or UTF-16, with any line ends.
 
     Raises:
-        UserError: the file is no image.
+        UserError: the file cannot be read, or is no such text.
     """
-    image = read_image(path)
-    inside = np.asarray(image) > 0
-    if inside.ndim == 3:
-        num_colors = len(image.getbands()) - ("A" in image.getbands())
-        inside = np.any(inside[..., :num_colors], axis=2)
-    return encode(inside)
+    try:
+        content = path.read_bytes()
+        is_utf_16 = content.startswith(_UTF_16_MARKS)
+        text = content.decode("utf-16" if is_utf_16 else "utf-8-sig")
+        reason = "it holds zero bytes" if "\0" in text else None
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except UnicodeDecodeError as error:
+        reason = f"byte {error.start} is not {error.encoding.upper()}"
+    if reason is not None:
+        raise UserError(
+            f"cannot read answers '{path}' ({reason}); give a .tsv or .jsonl file in UTF-8"
+        )
+    return list(io.StringIO(text, newline=None))  # only line ends split, no other separators
 
 
-def _typed(row: dict[str, str]) -> dict[str, Any]:
-    """A row of text with its numbers as numbers; empty fields are left out."""
+def _tsv_rows(path: Path, lines: list[str]) -> Iterator[tuple[int, dict[str, str | None]]]:
+    """Line number and cells by column of every row below the header.
+
+    Raises:
+        UserError: a column stands twice, or a row has more cells than there are columns.
+    """
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+    header = [name.strip() for name in next(reader, [])]
+    named = [name for name in header if name]
+    for name in named:
+        if named.count(name) > 1:
+            raise UserError(f"'{path}' has the column '{name}' twice; keep one")
+    quoted = []
+    for cells in reader:
+        if not any(cells):
+            continue
+
+        # A tab in a cell would push all others to the right
+        num_cells = max(number for number, cell in enumerate(cells, start=1) if cell)
+        if num_cells > len(header):
+            raise UserError(
+                f"'{path}', line {reader.line_num} has {num_cells} cells for {len(header)} "
+                "columns; give answers with tabs as .jsonl"
+            )
+        row: dict[str, str | None] = dict.fromkeys(named)
+        row.update((name, cell) for name, cell in zip(header, cells, strict=False) if name)
+        if any(len(cell) > 1 and cell[0] == cell[-1] == '"' for cell in cells):
+            quoted.append(reader.line_num)
+        yield reader.line_num, row
+    if quoted:
+        log.warning(
+            "'%s': %d rows have cells in quotation marks, the first in line %d; they are kept as "
+            "they are: if a program put them there, give .jsonl",
+            *(path, len(quoted), quoted[0]),
+        )
+
+
+def _parse_json(line: str) -> Any:
+    """The value in a line of JSON.
+
+    Raises:
+        ValueError: it is no JSON, or a key stands twice.
+    """
+    return json.loads(line, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object without a key that stands twice.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key '{twice}' stands twice")
+    return values
+
+
+def _typed(row: dict[str, str | None]) -> dict[str, Any]:
+    """A row of text with its numbers as numbers; empty fields are left out, but for the answer.
+
+    Raises:
+        ValueError: a number is none.
+    """
     typed: dict[str, Any] = {name: text for name, text in row.items() if text or name == "answer"}
-    if row.get("annotation"):
-        typed["annotation"] = int(row["annotation"])
-    if (row.get("query_id") or "").isdecimal():
-        typed["query_id"] = int(row["query_id"])
-    if row.get("presence"):
-        typed["presence"] = float(row["presence"])
+    annotation = typed.get("annotation")
+    if annotation:
+        if not (annotation.isascii() and annotation.strip().isdigit()):
+            raise ValueError(f"annotation {annotation!r} is no number")
+        typed["annotation"] = int(annotation)
+    query_id = typed.get("query_id", "")
+    if query_id.isascii() and query_id.isdigit():
+        typed["query_id"] = int(query_id)
+    if "presence" in typed:
+        typed["presence"] = float(typed["presence"])
     return typed
