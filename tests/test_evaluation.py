@@ -213,6 +213,42 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
     same_files(tmp_path / "straight", tmp_path / "interrupted")
 
 
+def test_an_interrupted_evaluation_keeps_no_answer_to_an_old_question(
+    trained, scenes, make_config, tmp_path, monkeypatch
+):
+    root = tmp_path / "data"
+    shutil.copytree(scenes, root)
+    folders = (f"run.checkpoint={trained}", f"datasets.ego_irgbench.data_root={root}")
+    config = make_config(*folders, f"run.output_dir={tmp_path / 'eval'}", NO_REPORT)
+    write = evaluator.write_records
+
+    def write_and_stop(path, records):
+        write(path, records)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluator, "write_records", write_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(config)
+    monkeypatch.setattr(evaluator, "write_records", write)
+
+    # Another question of the same length
+    path = min((root / "dataset_split" / "test").iterdir())
+    entries = json.loads(path.read_text())
+    old = entries[0]["questions"][0]["query"]
+    for question in entries[0]["questions"]:
+        question["query"] = question["query"][::-1]
+    path.write_text(json.dumps(entries))
+    evaluate(config)
+    asked = [line.get("query") for line in read_lines(tmp_path / "eval" / "predictions.jsonl")]
+    assert old not in asked and any(
+        question["query"] in asked for question in entries[0]["questions"]
+    )
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def same_files(one: Path, other: Path) -> None:
     for name in ("predictions.jsonl", "metrics.json"):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name

@@ -71,7 +71,7 @@ class LabeledDataset(Protocol):
         """
 
     def fingerprint(self) -> str:
-        """Hash of the names and sizes of all files."""
+        """Hash of the data: it changes with what predictions and scores depend on."""
 
 
 class Truth:
