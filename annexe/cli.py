@@ -11,13 +11,11 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from rich.logging import RichHandler
-
 from annexe import __version__
 from annexe.config import Config
 from annexe.errors import UserError, unknown_name_error
 from annexe.files import FULL_DISK
-from annexe.terminal import escape_unprintable, say
+from annexe.terminal import escape_unprintable, log_handler, say
 
 # Sub-commands, in the order in which they are listed; each is a module of `annexe.tools`
 TOOLS = (
@@ -50,8 +48,7 @@ def exit_on_user_error(work: Callable[[], None]) -> None:
     escape_unprintable()
 
     # Libraries log warnings; annexe logs more, on the main process of a job
-    handler = RichHandler(show_path=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.basicConfig(level=logging.WARNING, handlers=[log_handler()])
     is_main = os.environ.get("RANK", "0") == "0"
     logging.getLogger("annexe").setLevel(logging.INFO if is_main else logging.ERROR)
 

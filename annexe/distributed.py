@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from datetime import timedelta
@@ -9,14 +10,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from annexe.errors import UserError
+
+# What keeps DDP from sending buffers around at every step, by its name in this torch
+_DDP_ARGUMENTS = inspect.signature(DistributedDataParallel.__init__).parameters
+_SYNC_BUFFERS = "forward_sync_buffers"
+if _SYNC_BUFFERS not in _DDP_ARGUMENTS:
+    _SYNC_BUFFERS = "broadcast_buffers"  # until torch 2.12
 
 _START = "start with torchrun, or unset RANK, WORLD_SIZE and LOCAL_RANK for one process"
 
@@ -42,6 +50,8 @@ def make_accelerator(*, device: str, mixed_precision: str, timeout_minutes: floa
     # Group of processes
     timeout = timedelta(minutes=timeout_minutes)
     require_environment(num_gpus=torch.cuda.device_count() if on_cuda else None)
+    if not on_cuda:
+        _share_cores()
     bf16 = mixed_precision == "bf16" or (mixed_precision == "auto" and on_cuda)
     try:
         if "TORCHELASTIC_RESTART_COUNT" in os.environ and not dist.is_initialized():
@@ -49,12 +59,7 @@ def make_accelerator(*, device: str, mixed_precision: str, timeout_minutes: floa
         return Accelerator(
             cpu=not on_cuda,
             mixed_precision="bf16" if bf16 else "no",
-            kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timeout),
-                DistributedDataParallelKwargs(
-                    broadcast_buffers=False, gradient_as_bucket_view=True
-                ),
-            ],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
         )
     except dist.DistError as error:
         reason = str(error).strip().partition("\n")[0]
@@ -62,6 +67,15 @@ def make_accelerator(*, device: str, mixed_precision: str, timeout_minutes: floa
             f"process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} cannot meet the "
             f"others ({reason}); start all of them with torchrun, under one --rdzv-endpoint"
         ) from error
+
+
+def _share_cores() -> None:
+    """Give each of several processes on this machine's cores its part, unless the user did."""
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
+    if num_processes > 1 and not os.environ.get("OMP_NUM_THREADS"):
+        num_threads = max(1, torch.get_num_threads() // num_processes)
+        torch.set_num_threads(num_threads)
+        os.environ["OMP_NUM_THREADS"] = str(num_threads)
 
 
 def require_environment(num_gpus: int | None) -> None:
@@ -142,7 +156,14 @@ def distribute(
     # The one layout that FSDP takes, and that DDP's buckets are made for
     model.to(memory_format=torch.contiguous_format)
     if parallel == "ddp":
-        return accelerator.prepare_model(model)
+        prepared = accelerator.prepare_model(model, evaluation_mode=True)
+        on_gpu = accelerator.device.type == "cuda"
+        return DistributedDataParallel(
+            prepared,
+            device_ids=[accelerator.device.index] if on_gpu else None,
+            gradient_as_bucket_view=True,
+            **{_SYNC_BUFFERS: False},  # they are constants
+        )
 
     # Shard by block, then what is left
     for block in blocks:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from rich import get_console, progress
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.table import Column, Table
 
 Item = TypeVar("Item")
@@ -21,6 +23,24 @@ def escape_unprintable() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def log_handler() -> logging.Handler:
+    """What writes log records to standard output: each a line, wrapped on a terminal alone."""
+    if get_console().is_terminal:
+        handler: logging.Handler = RichHandler(show_path=False)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        return handler
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    return handler
+
+
+class _OneLine(logging.Formatter):
+    """Formats a record as one line; only a traceback stands on lines of its own."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return " ".join(super().formatMessage(record).splitlines())
 
 
 def say(text: str, *, style: str | None = None, stderr: bool = False) -> None:

@@ -7,6 +7,7 @@ K slots.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -97,7 +98,10 @@ def add_adapters(model: LlamaForCausalLM, lora: Lora) -> PeftModel:
         lora_dropout=lora.dropout,
         target_modules=lora.targets,
     )
-    return get_peft_model(model, config)
+    # peft asks by a name that transformers gave up, and nothing that it is given keeps it from that
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        return get_peft_model(model, config)
 
 
 def _require_same_words(tokenizer: TextTokenizer, num_rows: int, path: str | None) -> None:
