@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -643,6 +644,27 @@ def test_the_data_set_leaves_out_the_quarantine(
         "train", 56, 0, None, data_root=str(planted.root), exclude=str(tmp_path / "report.json")
     )
     assert dataset.stems == [planted.second] and dataset[0, 0].stem == planted.second
+
+
+def test_full_disk_costs_the_report_alone(
+    planted: Planted,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    def take_nothing(path: Path, _: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr("annexe.tools.doctor.write_json", take_nothing)
+    report = str(tmp_path / "report.json")
+    words = ["annexe", "doctor", str(planted.root), "--json", report, "--workers", "1"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1].startswith("sound: 4 images")
+    assert ended.value.code == 2 and printed.err.count("\n") == 1
+    assert report in printed.err and "No space left" in printed.err
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from annexe import cli
 from annexe.build import build_dataset, load_config
 from annexe.datasets.egohos import CATEGORIES, EgoHOS
+from annexe.doctor.egohos_survey import survey_egohos
+from annexe.doctor.problems import ERROR
 from annexe.errors import UserError
 from annexe.evaluation.records import PredictedMask, QueryRecord, read_records, split_kinds
 from annexe.evaluation.scoring import score_all
@@ -192,26 +197,116 @@ def label_of(height: int, width: int, value: int) -> Callable[[Path], None]:
     return lambda folder: Image.fromarray(ids).save(folder / "label" / "0001.png")
 
 
-@pytest.mark.parametrize(
-    ("damage", "parts"),
-    [
-        (shutil.rmtree, ("data_root", "test_outdomain")),
-        (lambda folder: (folder / "label" / "0001.png").unlink(), ("missing file", "0001.png")),
-        (
-            lambda folder: (folder / "image" / "0001.jpg").write_bytes(b"no photo"),
-            ("cannot read image", "0001.jpg"),
-        ),
-        (label_of(20, 30, 0), ("0001.png", "30 x 20", "480 x 480")),
-        (label_of(480, 480, 9), ("0001.png", "id 9", "0 to 8")),
-    ],
-)
-def test_bad_input_gives_one_clear_error(root, tmp_path, damage, parts):
+def label_in_grays(folder: Path) -> None:
+    """Label 1 as the grays of a palette, in descending order."""
+    ids = np.asarray(Image.open(folder / "label" / "0001.png"))
+    image = Image.fromarray(8 - ids).convert("P")
+    image.putpalette(np.repeat(np.arange(8, -1, -1), 3).tolist())
+    image.save(folder / "label" / "0001.png")
+
+
+def rename(folder: str, ending: str) -> Callable[[Path], object]:
+    """Another ending for file 1 of a folder."""
+    names = {"image": "0001.jpg", "label": "0001.png"}
+    return lambda split: (split / folder / names[folder]).rename(split / folder / f"0001{ending}")
+
+
+DAMAGES = {
+    "missing-photo": (
+        lambda folder: (folder / "image" / "0001.jpg").unlink(),
+        ("missing file", "0001.jpg", "exclude"),
+    ),
+    "extension": (rename("image", ".JPG"), ("missing file", "0001.jpg", "'0001.JPG' is there")),
+    "missing-mask": (rename("label", ".tif"), ("missing file", "0001.png", "exclude")),
+    "unreadable-image": (
+        lambda folder: (folder / "image" / "0001.jpg").write_bytes(b"no photo"),
+        ("cannot read image", "0001.jpg", "not an image", "exclude"),
+    ),
+    "empty-file": (
+        lambda folder: (folder / "label" / "0001.png").write_bytes(b""),
+        ("cannot read image", "0001.png", "empty", "exclude"),
+    ),
+    "mask-size": (label_of(20, 30, 0), ("0001.png", "30 x 20", "480 x 480")),
+    "mask-unknown-ids": (label_of(480, 480, 9), ("0001.png", "id 9", "0 to 8")),
+    "mask-palette": (label_in_grays, ("0001.png", "palette")),
+}
+"""Problem -> what makes it in the folder of a split, and words of the reader's message."""
+
+
+@pytest.mark.parametrize("code", DAMAGES)
+def test_doctor_finds_what_the_reader_refuses(code, root, tmp_path, monkeypatch):
     shutil.copytree(root / "test_indomain", tmp_path / "test_outdomain")
-    assert len(opened(tmp_path, "test_outdomain")) == 4
+    damage, parts = DAMAGES[code]
     damage(tmp_path / "test_outdomain")
     with pytest.raises(UserError) as caught:
         opened(tmp_path, "test_outdomain")
     assert all(part in str(caught.value) for part in parts) and "\n" not in str(caught.value)
+
+    # The doctor names it, and its report as `exclude` leaves it out
+    report = tmp_path / "report.json"
+    monkeypatch.setattr(
+        sys, "argv", ["annexe", "doctor", str(tmp_path), "--json", str(report), "--workers", "1"]
+    )
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    found = json.loads(report.read_text())
+    assert (code, "0001") in {(problem["code"], problem["stem"]) for problem in found["problems"]}
+    assert found["quarantine"] == ["0001"]
+    dataset = EgoHOS("test_outdomain", 112, 0, None, data_root=str(tmp_path), exclude=str(report))
+    assert dataset.stems == ["0000", "0002", "0003"]
+
+
+def test_doctor_on_sound_data(root):
+    found = survey_egohos(root, 1)
+    codes = {(problem.code, problem.stem) for problem in found.problems}
+    missing = ("train", "val", "test_outdomain")
+    assert codes == {
+        ("split-size", "test_indomain"),
+        *(("missing-split", name) for name in missing),
+    }
+    assert not any(problem.severity == ERROR for problem in found.problems)
+    assert found.counts["size"]["test_indomain"]["images"] == len(SIZES)
+    dataset = opened(root)
+    for index, name in enumerate(NAMES):
+        num_images = sum(image[index].with_mask for image in dataset.annotations)
+        assert found.counts["targets"]["test_indomain"][name] == num_images
+    assert found.as_dict()["leaks"] == {}
+
+
+def test_what_is_not_read_is_told(root, tmp_path, caplog):
+    folder = tmp_path / "test_outdomain"
+    shutil.copytree(root / "test_indomain", folder)
+    shutil.copyfile(folder / "image" / "0001.jpg", folder / "image" / "more.jpeg")
+    with caplog.at_level(logging.WARNING):
+        assert len(opened(tmp_path, "test_outdomain")) == 4
+    assert "4 photos, the published split has 500" in caplog.text
+    assert "1 files that do not end in .jpg ignored, such as 'more.jpeg'" in caplog.text
+
+
+def test_wrong_exclude(root, tmp_path):
+    path = tmp_path / "list.txt"
+    for content, part in (("0009\n", "names 1 images"), ("0000\n0001\n0002\n0003", "is empty")):
+        path.write_text(content)
+        with pytest.raises(UserError, match=part):
+            EgoHOS("test_indomain", 112, 0, None, data_root=str(root), exclude=str(path))
+
+
+def test_fingerprint_covers_contents(root, tmp_path):
+    shutil.copytree(root / "test_indomain", tmp_path / "test_indomain")
+    first = opened(tmp_path).fingerprint()
+    assert first == opened(root).fingerprint()
+    path = tmp_path / "test_indomain" / "label" / "0002.png"
+    ids = np.array(Image.open(path))
+    ids[0, 0] = 5 - ids[0, 0]
+    Image.fromarray(ids).save(path)
+    assert opened(tmp_path).fingerprint() != first
+
+
+def test_folder_without_the_split(root):
+    with pytest.raises(UserError, match="data_root: no photos") as caught:
+        opened(root, "test_outdomain")
+    assert "test_outdomain/image" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_unknown_split_and_training_are_refused(root, make_config, tmp_path):

@@ -30,8 +30,16 @@ def check_image(root: Path, split: str, stem: str) -> ImageReport:
     named = check_annotations(root / "dataset_split" / split / f"{stem}.json", report)
     photo, depth, mask = (root / folder / f"{stem}{ending}" for folder, ending in PIXEL_FILES)
     check_photo(photo, report)
-    check_mask(mask, report, named=named)
+    present = check_mask(mask, report, named=named)
     _check_depth(depth, report)
+
+    # Ids in the map and in the annotations
+    if present is not None:
+        absent = sorted(named - present)
+        if absent:
+            shown = sorted(present)[:_SHOWN_IDS]
+            report.add("target-without-pixels", f"ids {absent}; the map has {shown}")
+        report.unnamed_ids = sorted(present - named)
     return report
 
 
@@ -73,25 +81,19 @@ def check_mask(
     *,
     named: Collection[int] = (),
     known: Collection[int] | None = None,
-) -> None:
-    """Check an id map; see `check_id_map`."""
+) -> set[int] | None:
+    """Check an id map as `check_id_map` does; its ids, or None where it has none to read."""
     mask = _decode(path, "mask", report)
     if mask is None:
-        return
+        return None
     id_map = check_id_map(mask, named=named, known=known, photo_size=report.photo_size)
     _add_faults(id_map.faults, report)
     if id_map.ids is None:
-        return
-
-    # Ids in the map and in the annotations
+        return None
     present = set(id_map.present.tolist()) - {0}
     if not present:
         report.add("mask-empty", _size(mask.size))
-    absent = sorted(set(named) - present)
-    if absent:
-        shown = sorted(present)[:_SHOWN_IDS]
-        report.add("target-without-pixels", f"ids {absent}; the map has {shown}")
-    report.unnamed_ids = sorted(present.difference(named))
+    return present
 
 
 def _check_depth(path: Path, report: ImageReport) -> None:

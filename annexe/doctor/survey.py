@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -81,6 +82,7 @@ class Survey:
         counts: what is counted -> split -> name -> how many.
         unnamed_ids: images whose map has ids that no annotation names.
         holes: share of the depth map that was not measured, for every image.
+        has_videos: stems name video, object and room, as those of HOI4D do.
     """
 
     splits: dict[str, list[str]]
@@ -88,6 +90,7 @@ class Survey:
     counts: dict[str, dict[str, Counter]] = field(default_factory=dict)
     unnamed_ids: int = 0
     holes: list[float] = field(default_factory=list)
+    has_videos: bool = True
 
     def add(self, code: str, stem: str, where: str, split: str | None = None) -> None:
         """Add a problem that occurs once."""
@@ -107,7 +110,7 @@ class Survey:
     @property
     def leaks(self) -> dict[str, dict[str, float]]:
         """What the images of train show of val and test: see `image_names.leaks`."""
-        return leaks(self.splits)
+        return leaks(self.splits) if self.has_videos else {}
 
     def depth_holes(self) -> dict[str, float]:
         """Mean and extremes of the share of a depth map that was not measured."""
@@ -151,15 +154,33 @@ def survey(root: Path, num_workers: int) -> Survey:
         images += [(split, stem) for stem in stems]
     if not images:
         raise UserError(
-            f"'{root / 'dataset_split'}' holds no SPLIT/*.json; give the folder that holds RGB/"
+            f"'{root / 'dataset_split'}' holds no SPLIT/*.json; give the folder that holds RGB/ "
+            "(of EgoHOS the one that holds test_indomain/)"
         )
     result = Survey(splits)
     check_names(root, result)
+    check_images(partial(check_image, root), images, num_workers, result)
+    return result
 
+
+def check_images(
+    check: Callable[[str, str], ImageReport],
+    images: list[Image],
+    num_workers: int,
+    result: Survey,
+) -> None:
+    """Check images one by one and compare them with each other.
+
+    Args:
+        check: of a split and a stem; it can be pickled.
+        images: all that are to be checked.
+        num_workers: processes; any number finds the same.
+        result: takes the problems and counts.
+    """
     # Every image by itself
     by_photo: dict[bytes, list[Image]] = defaultdict(list)
     by_bits: dict[int, list[Image]] = defaultdict(list)
-    reports = in_processes(partial(_check, root), images, min(num_workers, len(images)))
+    reports = in_processes(partial(_check, check), images, min(num_workers, len(images)))
     for report in track(reports, "checking", len(images), stderr=True):
         image = (report.split, report.stem)
         for code, where in report.problems.items():
@@ -179,11 +200,10 @@ def survey(root: Path, num_workers: int) -> Survey:
         for bits in sorted(by_bits.keys() - {usual}):
             for split, stem in by_bits[bits]:
                 result.add("depth-bits", stem, ", ".join(counts), split)
-    return result
 
 
-def _check(root: Path, image: Image) -> ImageReport:
-    return check_image(root, *image)
+def _check(check: Callable[[str, str], ImageReport], image: Image) -> ImageReport:
+    return check(*image)
 
 
 def _count(report: ImageReport, result: Survey) -> None:
@@ -191,7 +211,8 @@ def _count(report: ImageReport, result: Survey) -> None:
     split = report.split
     size = {"images": 1, "annotations": report.num_annotations, "queries": report.num_queries}
     result.count("size", split, size)
-    result.count("category", split, {category(report.stem): 1})
+    if result.has_videos:
+        result.count("category", split, {category(report.stem): 1})
     result.count("annotations with targets", split, report.kinds)
     result.count("targets", split, report.targets)
     if report.photo_size:
@@ -234,7 +255,8 @@ def check_names(root: Path, result: Survey) -> None:
     folders = [folder for folder, _ in PIXEL_FILES]
     folders += [f"dataset_split/{split}" for split in result.splits]
     for folder in folders:
-        _check_folder(root, folder, set(splits_of), result)
+        ending = _ENDINGS[folder.partition("/")[0]]
+        check_folder(root / folder, folder, ending, set(splits_of), result)
     paths, others = subset_files(root)
     for path in paths:
         try:
@@ -248,10 +270,17 @@ def check_names(root: Path, result: Survey) -> None:
         result.add("other-file", name, f"subsets/{name}")
 
 
-def _check_folder(root: Path, folder: str, known: set[str], result: Survey) -> None:
-    """Find files that belong to no image, or have an ending that the reader does not know."""
-    ending = _ENDINGS[folder.partition("/")[0]]
-    names = os.listdir(root / folder) if (root / folder).is_dir() else ()
+def check_folder(path: Path, folder: str, ending: str, known: set[str], result: Survey) -> None:
+    """Find files that belong to no image, or have an ending that the reader does not know.
+
+    Args:
+        path: the folder.
+        folder: its name in the report.
+        ending: that the reader looks for.
+        known: stems of all images.
+        result: takes the problems.
+    """
+    names = os.listdir(path) if path.is_dir() else ()
     for name in sorted(names):
         stem, suffix = os.path.splitext(name)
         if name.startswith("."):

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from annexe.datasets.image_names import GROUPS
+from annexe.doctor.egohos_survey import is_egohos, survey_egohos
 from annexe.doctor.problems import ERROR, NOTE, PROBLEMS, WARNING
 from annexe.doctor.survey import Survey, survey
 from annexe.errors import UserError
@@ -23,7 +24,9 @@ _COLORS = {NOTE: "cyan", WARNING: "yellow", ERROR: "red"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     parser.add_argument(
-        "root", type=Path, help="folder that holds RGB/, depth/, mask/ and dataset_split/"
+        "root",
+        type=Path,
+        help="folder that holds RGB/, depth/, mask/ and dataset_split/, or the splits of EgoHOS",
     )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write a report, with a list of stems to exclude"
@@ -42,13 +45,16 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--workers is {arguments.workers}; give at least 1")
     if arguments.json is not None:
         require_writable(arguments.json)
-    result = survey(arguments.root, arguments.workers or num_cores())
+    check = survey_egohos if is_egohos(arguments.root) else survey
+    result = check(arguments.root, arguments.workers or num_cores())
+
+    # What was found is shown first: a disk that is full takes no report
     verdict = verdict_of(result)
+    show(result)
+    say(verdict)
     if arguments.json:
         report = {"root": str(arguments.root), "verdict": verdict, **result.as_dict()}
         write_json(arguments.json, report)
-    show(result)
-    say(verdict)
     if any(problem.severity == ERROR for problem in result.problems):
         sys.exit(1)
 
@@ -72,7 +78,8 @@ def show(result: Survey) -> None:
     if holes:
         line = "depth not measured: mean {mean:.1%}, from {lowest:.1%} to {highest:.1%}"
         say(line.format(**holes))
-    say(f"images with ids that no annotation names, which does no harm: {result.unnamed_ids}")
+    if result.unnamed_ids:
+        say(f"images with ids that no annotation names, which does no harm: {result.unnamed_ids}")
 
     # Leaks
     if result.leaks:
