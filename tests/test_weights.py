@@ -7,8 +7,10 @@ import importlib.util
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -41,6 +43,7 @@ from annexe.models.language_model.tokenizer import TextTokenizer, load_tokenizer
 from annexe.models.pixel_decoder import QueryDecoder
 from annexe.models.rgb_encoder import EvaViT, Projector
 from annexe.structures.sample import Sample, Turn
+from annexe.tools.weights import export_run, inspect_file
 from annexe.trainer import train
 from tests.conftest import SHARED
 
@@ -426,6 +429,146 @@ def test_a_pickled_object_with_code_is_refused_and_not_run(tmp_path, zipped):
     assert not target.exists()
 
 
+def zipped(file: Path, name: str) -> None:
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(name, b"bytes")
+
+
+# What people have in place of weights, by the words that the message has to have
+OTHER_FILES = {
+    "pointer.safetensors": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 134\n",
+        "Git LFS pointer.*git lfs pull",
+    ),
+    "page.pth": (b"\n<!DOCTYPE html>\n<html><body>Sign in</body></html>", "web page"),
+    "denied.pth": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "web page"),
+    "answer.bin": (b'{"error": "gated repo"}', "text .JSON."),
+    "llama.gguf": (b"GGUF\x03\x00\x00\x00{" + bytes(40), "llama.cpp.*Hugging Face folder"),
+    "model.h5": (b"\x89HDF\r\n\x1a\n" + bytes(40), "TensorFlow.*model.safetensors"),
+    "model.tar.gz": (b"\x1f\x8b\x08" + bytes(40), "an archive; unpack it"),
+    "zeros.pth": (bytes(4096), "file of zeros.*fetch it again"),
+    "nothing.pth": (b"", "is empty; fetch it again"),
+    "short.safetensors": (b"\x40\x00\x00\x00\x00\x00\x00\x00{" + bytes(80), "damaged or cut short"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_FILES)
+def test_files_in_place_of_weights_are_named(tmp_path, name, capsys, monkeypatch):
+    content, message = OTHER_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        weights.load(nn.Linear(1, 1), "rgb_encoder", str(tmp_path / name))
+
+
+def test_archives_and_programs_are_told_from_weights(tmp_path):
+    zipped(tmp_path / "download.zip", "folder/eva_vit_g.pth")
+    torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "program.pt"))
+    torch.save({0: torch.zeros(2)}, tmp_path / "numbers.pth")
+    for name, message in {
+        "download.zip": "an archive .of eva_vit_g.pth.; unpack it",
+        "program.pt": "program of TorchScript",
+        "numbers.pth": "holds no tensors",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            weights.load(nn.Linear(1, 1), "rgb_encoder", str(tmp_path / name))
+
+
+ATTENTION = "model.layers.0.self_attn"
+# Keys of public models that no setting takes: what inspect says of them
+OTHER_MODELS = {
+    "consolidated.00.pth": (["norm.weight", "layers.0.attention.wq.weight"], "Meta's own"),
+    "minigpt4.pth": (["llama_proj.weight", "llama_proj.bias"], "projector of MiniGPT-4"),
+    "qwen2.pth": (["model.embed_tokens.weight", f"{ATTENTION}.q_proj.bias"], "Qwen2"),
+    "qwen3.pth": (["model.embed_tokens.weight", f"{ATTENTION}.q_norm.weight"], "Qwen3"),
+    "phi3.pth": (["model.embed_tokens.weight", f"{ATTENTION}.qkv_proj.weight"], "Phi"),
+    "llava.pth": (
+        ["language_model.model.embed_tokens.weight", "multi_modal_projector.linear_1.weight"],
+        "vision-language model",
+    ),
+    "llava_next.pth": (["model.embed_tokens.weight", "model.mm_projector.0.weight"], "LLaVA"),
+    "inside.pth": (["text.model.embed_tokens.weight"], "language model inside"),
+    "gptq.pth": (["model.embed_tokens.weight", f"{ATTENTION}.q_proj.qweight"], "GPTQ or AWQ"),
+    "nf4.pth": (["model.embed_tokens.weight", f"{ATTENTION}.q_proj.weight.absmax"], "bitsandbytes"),
+    "fp8.pth": (["model.embed_tokens.weight", f"{ATTENTION}.q_proj.weight_scale"], "float8"),
+    "adapter.pth": ([f"base_model.model.{ATTENTION}.q_proj.lora_A.weight"], "LoRA adapter of peft"),
+    "dinov2.pth": (["cls_token", "blocks.0.attn.qkv.weight"], "DINOv2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_models_that_no_setting_takes_are_named(tmp_path, name, capsys):
+    keys, words = OTHER_MODELS[name]
+    torch.save({key: torch.zeros(2, 2) for key in keys}, tmp_path / name)
+    inspect_file(tmp_path / name)
+    shown = capsys.readouterr().out
+    assert re.search(f"format: .*{words}", shown)
+    assert "taken by: no setting" in shown
+    assert "instead: " in shown
+    with pytest.raises(UserError, match=words):
+        weights.load(nn.Linear(1, 1), "model", str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "llama"}, "format: Llama .transformers.\ntaken by: model.language_model"),
+        ({"model_type": "mistral"}, "format: mistral .transformers.\ntaken by: no setting"),
+        (
+            {"model_type": "llama", "quantization_config": {"quant_method": "gptq"}},
+            "format: llama, quantized with gptq",
+        ),
+        (None, "Mistral and others have the same names"),
+    ],
+)  # fmt: skip
+def test_config_json_says_which_language_model_a_file_is_of(tmp_path, config, words, capsys):
+    file = tmp_path / "model.safetensors"
+    save_file({"model.embed_tokens.weight": torch.zeros(2, 2)}, file)
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    for source in (file, tmp_path):
+        inspect_file(source)
+        assert re.search(words, capsys.readouterr().out)
+
+
+def test_folders_without_weights_say_what_they_hold(tmp_path):
+    for name, message in {
+        "consolidated.00.pth": "Meta's own format",
+        "ggml-model.gguf": "it holds ggml-model.gguf",
+        "README.md": "no weights at all",
+    }.items():
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_bytes(b"x")
+        with pytest.raises(UserError, match=message):
+            weights.load(nn.Linear(1, 1), "rgb_encoder", str(folder))
+    index = tmp_path / "README" / "model.safetensors.index.json"
+    for content, message in {"{": "is damaged", "[]": "lists no files", "{}": "lists no"}.items():
+        index.write_text(content)
+        with pytest.raises(UserError, match=message):
+            weights.load(nn.Linear(1, 1), "rgb_encoder", str(index.parent))
+
+
+def test_values_that_are_no_weights_and_tensors_without_a_place_are_refused(tmp_path):
+    sizes = {"embed_dim": 32, "num_heads": 2, "mlp_dim": 64}
+    sound = eva(None, 28, 1, **sizes).vit.state_dict()
+    key = "blocks.0.mlp.fc1.bias"
+    not_finite = sound[key].clone()
+    not_finite[3] = torch.nan
+    for change, message in (
+        ({key: not_finite}, f"{key} holds values that are not finite"),
+        ({key: sound[key].to(torch.int8)}, f"{key} is int8, the code of a quantized weight"),
+        ({key: sound[key].to(torch.float8_e4m3fn)}, "is float8_e4m3fn, the code of"),
+        ({"blocks.0.gamma_1": torch.ones(32)}, r"no place for blocks\.0\.gamma_1"),
+        ({"blocks.1.gamma_1": torch.ones(32), "head.weight": torch.ones(2)}, None),
+    ):
+        torch.save(sound | change, tmp_path / "eva.pth")
+        if message is None:
+            eva(tmp_path / "eva.pth", 28, 1, **sizes)
+            continue
+        with pytest.raises(UserError, match=message):
+            eva(tmp_path / "eva.pth", 28, 1, **sizes)
+
+
 def test_every_block_has_to_say_where_its_weights_come_from(make_config):
     both_ways = "model.rgb_encoder.weights to a checkpoint, or model.rgb_encoder.init to random"
     for option, message in {
@@ -609,6 +752,35 @@ def test_an_exported_run_loads_with_peft_and_transformers_alone(
     # Merging rounds the sum to the base's precision
     assert (mine - merged).abs().max() <= tolerance
     assert (out / "heads.safetensors").is_file()
+
+
+@needs_parity
+@pytest.mark.parametrize("dtype", ["float32"])
+def test_an_adapter_is_merged_into_a_base_that_has_moved(llama_run, tmp_path):
+    shutil.move(tmp_path / "llama", tmp_path / "moved")
+    other = variant_of_llama(tmp_path / "moved", tmp_path / "other")
+    run = str(llama_run)
+    for base, message in {
+        None: "not at .* any more; say where it is: --base FOLDER",
+        tmp_path / "nowhere": "no Llama in",
+        other: "the frozen weights of language_model are not those",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            export_run(run, tmp_path / "exports" / "out", merge=True, base=base)
+        assert not (tmp_path / "exports").exists()
+    with pytest.raises(UserError, match="--base is not needed"):
+        export_run(run, tmp_path / "out", merge=False, base=tmp_path / "moved")
+    export_run(run, tmp_path / "out", merge=True, base=tmp_path / "moved")
+    assert (tmp_path / "out" / "llama" / "config.json").is_file()
+    assert not list(tmp_path.glob("*.part"))
+
+
+def variant_of_llama(folder: Path, out: Path) -> Path:
+    """A Llama of the same sizes and other weights."""
+    llama = LlamaForCausalLM.from_pretrained(folder)
+    llama.model.embed_tokens.weight.data += 0.1
+    llama.save_pretrained(out)
+    return out
 
 
 @needs_parity

@@ -323,7 +323,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
         UserError: naming the first tensors that are missing, left over or of another shape, or
             frozen and not those that the checkpoint was trained with.
     """
-    _require_same_frozen(folder, model)
+    require_same_frozen(folder, model)
     tensors = saved_tensors(folder)
 
     # Compare names and shapes
@@ -347,11 +347,20 @@ def load_weights(folder: Path, model: nn.Module) -> None:
         tensor.copy_(tensors[name])
 
 
-def _require_same_frozen(folder: Path, model: nn.Module) -> None:
-    """Check the frozen weights of ``model`` against those that a checkpoint was trained with."""
+def require_same_frozen(folder: Path, model: nn.Module, part: str = "") -> None:
+    """Check the frozen weights of ``model`` against those that a checkpoint was trained with.
+
+    Args:
+        part: such as ``language_model``, where ``model`` has that one alone.
+
+    Raises:
+        UserError: naming the first parameter that differs.
+    """
     frozen = {name: p for name, p in _parameters(model).items() if not p.requires_grad}
     for saved_name, values in json.loads((folder / "frozen.json").read_text()).items():
         name = our_name(saved_name)
+        if not name.startswith(part):
+            continue
         saved = torch.tensor(values)
         present = torch.tensor(_probe(frozen[name]) if name in frozen else [])
         same_shape = present.shape == saved.shape

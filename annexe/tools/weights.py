@@ -10,16 +10,17 @@ from typing import Any
 
 from peft import PeftModel
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
 from annexe.checkpoints.names import our_name
 from annexe.checkpoints.public import recognize_source
 from annexe.checkpoints.run_folder import require_checkpoint, saved_config
 from annexe.checkpoints.tensor_files import read_tensors
-from annexe.checkpoints.training_state import saved_tensors
+from annexe.checkpoints.training_state import require_same_frozen, saved_tensors
 from annexe.errors import UserError
-from annexe.files import replaced
-from annexe.models.language_model.base_model import DTYPES, load_llama
+from annexe.files import replaced, require_writable
+from annexe.models.language_model.base_model import DTYPES, load_llama, require_llama
 from annexe.models.language_model.llama import Llama, Lora
 from annexe.models.language_model.tokenizer import load_tokenizer
 from annexe.terminal import say, table
@@ -44,13 +45,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also write llama/, the language model with LoRA merged in",
     )
+    export.add_argument(
+        "--base",
+        type=Path,
+        metavar="FOLDER",
+        help="the Llama that the run was trained on, if it is not where it was",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
     if arguments.action == "inspect":
         inspect_file(arguments.file)
     else:
-        export_run(arguments.run_folder, arguments.out, merge=arguments.merge)
+        export_run(arguments.run_folder, arguments.out, merge=arguments.merge, base=arguments.base)
 
 
 def inspect_file(path: Path) -> None:
@@ -85,15 +92,18 @@ def inspect_file(path: Path) -> None:
     say(f"stored as: {', '.join(sorted(dtypes))}")
 
 
-def export_run(run_folder: str, out: Path, *, merge: bool) -> None:
+def export_run(run_folder: str, out: Path, *, merge: bool, base: Path | None = None) -> None:
     """Write the best checkpoint of a run in formats that peft and transformers read.
 
     ``out`` appears complete or not at all. It holds adapter/ (peft), heads.safetensors (every other
     trained tensor, by our names), tokenizer/, config.yaml and a README.md. A language model that
     was trained whole, or ``merge``, makes llama/ (transformers).
 
+    Args:
+        base: folder of the Llama that the run was trained on; None is where it was then.
+
     Raises:
-        UserError: where ``out`` exists, or the base of the adapter cannot be had.
+        UserError: where ``out`` exists or cannot be written, or the base cannot be had.
     """
     if out.exists():
         raise UserError(f"'{out}' exists already; choose another folder")
@@ -106,16 +116,61 @@ def export_run(run_folder: str, out: Path, *, merge: bool) -> None:
             "and is in no file, so there is nothing to merge into; export without --merge"
         )
 
-    out.parent.mkdir(parents=True, exist_ok=True)
+    # The base, before anything is written
+    llama = None
+    if settings["path"] is not None and (merge or not has_adapter):
+        settings["path"] = _base_folder(checkpoint, settings["path"], base)
+        if has_adapter:
+            llama = _load_base(checkpoint, settings)
+    elif base is not None:
+        raise UserError("--base is not needed for this export; leave it out, or add --merge")
+
+    require_writable(out)
     with replaced(out) as part:
         part.mkdir()
-        _write_export(part, checkpoint, settings, merge=merge)
+        _write_export(part, checkpoint, settings, llama)
     names = ", ".join(sorted(path.name for path in out.iterdir()))
     say(f"written: {names} under '{out}'")
 
 
-def _write_export(part: Path, checkpoint: Path, settings: dict[str, Any], *, merge: bool) -> None:
-    """Fill the folder ``part``; ``settings`` are those of the language model."""
+def _base_folder(checkpoint: Path, path: str, base: Path | None) -> str:
+    """Folder of the Llama that a checkpoint was trained on: ``base``, else ``path``.
+
+    Raises:
+        UserError: if there is no Llama.
+    """
+    folder = Path(path) if base is None else base
+    if base is None and not folder.is_dir():
+        raise UserError(
+            f"the Llama that '{checkpoint}' was trained on is not at '{path}' any more; "
+            "say where it is: --base FOLDER"
+        )
+    require_llama(folder)
+    return str(folder)
+
+
+def _load_base(checkpoint: Path, settings: dict[str, Any]) -> LlamaForCausalLM:
+    """The Llama under the adapter of a checkpoint.
+
+    Raises:
+        UserError: for another Llama than the checkpoint was trained on.
+    """
+    dtype = settings["dtype"] if settings["dtype"] in DTYPES else "bfloat16"
+    llama = load_llama(settings["path"], dtype).requires_grad_(False)
+    as_in_model = nn.ModuleDict({"language_model": nn.ModuleDict({"model": llama})})
+    require_same_frozen(checkpoint, as_in_model, "language_model")
+    return llama
+
+
+def _write_export(
+    part: Path, checkpoint: Path, settings: dict[str, Any], llama: LlamaForCausalLM | None
+) -> None:
+    """Fill the folder ``part``.
+
+    Args:
+        settings: of the language model.
+        llama: the base that the adapter is merged into, if it is to be.
+    """
     # What is in every export
     tensors = saved_tensors(checkpoint)
     heads = {name: tensor for name, tensor in tensors.items() if not name.startswith(_LLAMA)}
@@ -136,10 +191,9 @@ def _write_export(part: Path, checkpoint: Path, settings: dict[str, Any], *, mer
         _save_llama(settings, tensors, part)
 
     # The adapter merged into its base
-    if merge and adapter.is_dir():
-        dtype = settings["dtype"] if settings["dtype"] in DTYPES else "bfloat16"
-        llama = PeftModel.from_pretrained(load_llama(settings["path"], dtype), adapter)
-        llama.merge_and_unload().save_pretrained(part / "llama")
+    if llama is not None:
+        merged = PeftModel.from_pretrained(llama, adapter).merge_and_unload()
+        merged.save_pretrained(part / "llama")
     if (part / "llama").is_dir():
         load_tokenizer(checkpoint / "tokenizer", 1).save(part / "llama")
         contents.append("- llama/: `AutoModelForCausalLM.from_pretrained('llama')`")
