@@ -288,11 +288,14 @@ def test_sums_of_depth_errors_have_to_be_finite(value, truth, records, tmp_path)
         read_predictions(write_lines(tmp_path / "predictions.jsonl", [line]), truth)
 
 
-def test_other_keys_are_ignored_and_optional_ones_may_be_null(truth, records, queries, tmp_path):
+def test_other_keys_are_named_and_optional_ones_may_be_null(
+    truth, records, queries, tmp_path, caplog
+):
     line = msgspec.to_builtins(queries[0])
     line |= {"presence": None, "query": None, "slot_scores": None, "time": {"seconds": 3}}
     file = write_lines(tmp_path / "predictions.jsonl", [line])
     assert read_predictions(file, truth) == [replace(queries[0], presence=None)]
+    assert f"'{file}': 1 keys ignored, such as 'time'" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -314,6 +317,24 @@ def test_a_line_that_is_no_object(line: str, part: str, truth, records, tmp_path
     with pytest.raises(UserError, match="line 2") as caught:
         read_predictions(file, truth)
     assert part in str(caught.value)
+
+
+def test_a_key_that_stands_twice_and_a_byte_order_mark(truth, records, tmp_path):
+    file = write(tmp_path / "predictions.jsonl", records[:1])
+    text = file.read_text()
+    file.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert read_predictions(file, truth) == read_records(file) == records[:1]
+    file.write_text(text.replace('"analysis"', '"analysis": "other", "analysis"'))
+    with pytest.raises(UserError, match=r"line 1: not JSON \(the key 'analysis' stands twice\)"):
+        read_predictions(file, truth)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_are_none_are_not_written(number, queries, tmp_path):
+    file = tmp_path / "predictions.jsonl"
+    with pytest.raises(UserError, match="is no finite number"):
+        write_records(file, [queries[0], replace(queries[1], presence=number)])
+    assert not file.exists()
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["image", "query"])

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
+from annexe.datasets.image_names import warn_of_ignored
 from annexe.errors import UserError, explain_mismatch
 from annexe.evaluation.truth import Truth
 from annexe.files import write_text
@@ -63,6 +64,13 @@ class QueryRecord(Struct, kw_only=True, omit_defaults=True, tag_field="kind", ta
 
 Record = ImageRecord | QueryRecord
 
+# Keys of a line of either kind, and of a mask
+_KEYS = {
+    "image": {"kind", *ImageRecord.__struct_fields__},
+    "query": {"kind", *QueryRecord.__struct_fields__},
+    "mask": set(PredictedMask.__struct_fields__),
+}
+
 # What helps a reader of a message about a field
 _HINTS = {
     "annotation": "the index in the JSON list of the photo",
@@ -105,7 +113,7 @@ def read_records(path: Path) -> list[Record]:
         UserError: naming the first line that is no record.
     """
     records = []
-    with path.open(encoding="utf-8") as lines:  # `str.splitlines` also cuts inside of texts
+    with path.open(encoding="utf-8-sig") as lines:  # `str.splitlines` also cuts inside of texts
         for line_number, line in enumerate(lines, start=1):
             try:
                 records.append(parse(line))
@@ -123,12 +131,14 @@ def read_predictions(path: Path, truth: Truth) -> list[Record]:
     """
     records: list[Record] = []
     first_lines: dict[tuple, int] = {}
+    unused_keys: set[str] = set()
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             for line_number, line in enumerate(lines, start=1):
                 # Form, then the data's knowledge of it, then its masks
                 try:
-                    record = parse(line)
+                    value = _decode(line)
+                    record = _record_of(value)
                     key = _check_known(record, truth)
                     if key in first_lines:
                         raise BadLine(
@@ -140,6 +150,7 @@ def read_predictions(path: Path, truth: Truth) -> list[Record]:
                     raise UserError(f"'{path}', line {line_number}: {error}") from None
                 first_lines[key] = line_number
                 records.append(record)
+                unused_keys.update(_unused_keys(value))
     except FileNotFoundError:
         raise UserError(
             f"no predictions '{path}'; give a predictions.jsonl, of an evaluation or your own"
@@ -151,6 +162,7 @@ def read_predictions(path: Path, truth: Truth) -> list[Record]:
         ) from None
     if not records:
         raise UserError(f"'{path}' holds no predictions; give a file with one JSON object per line")
+    warn_of_ignored(f"'{path}'", "keys", unused_keys)
     return records
 
 
@@ -181,9 +193,34 @@ def require_complete(records: list[Record], truth: Truth) -> None:
 # Lines
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, as the hook of the decoder that gets its pairs.
+
+    Raises:
+        ValueError: naming a key that stands twice.
+    """
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key '{twice}' stands twice")
+    return values
+
+
 def line_of(record: Record) -> str:
-    """A record as a line of JSON."""
-    return json.dumps(msgspec.to_builtins(record), ensure_ascii=False) + "\n"
+    """A record as a line of JSON.
+
+    Raises:
+        UserError: a number in it is infinite or none, which JSON does not have.
+    """
+    try:
+        value = msgspec.to_builtins(record)
+        return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError:
+        raise UserError(
+            f"a prediction for image '{record.image}' is no finite number; check the weights of "
+            "the model, or compute with run.mixed_precision=fp32"
+        ) from None
 
 
 def parse(line: str) -> Record:
@@ -192,19 +229,40 @@ def parse(line: str) -> Record:
     Raises:
         BadLine: it is no JSON, or not of the form of a record.
     """
+    return _record_of(_decode(line))
+
+
+def _decode(line: str) -> dict[str, Any]:
+    """The object in a line of JSON, whose kind is known.
+
+    Raises:
+        BadLine: it is no such object.
+    """
     try:
-        value = json.loads(line)
+        value = json.loads(line, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:  # also for thousands of digits or brackets
         raise BadLine(f"not JSON ({error}); remove or fix it") from None
     kind = value.get("kind") if isinstance(value, dict) else None
     if kind not in ("image", "query"):
         raise BadLine("must be an object whose 'kind' is one of ['image', 'query']")
+    return value
+
+
+def _record_of(value: dict[str, Any]) -> Record:
     try:
         return msgspec.convert(value, Record)
     except msgspec.ValidationError as error:
         raise BadLine(_explain(str(error), value)) from None
     except UnicodeEncodeError:
         raise BadLine("a key has half of a surrogate pair; remove it") from None
+
+
+def _unused_keys(value: dict[str, Any]) -> set[str]:
+    """The keys of a line and of its masks that no record has."""
+    unused = value.keys() - _KEYS[value["kind"]]
+    for mask in value.get("masks", ()) if value["kind"] == "query" else ():
+        unused |= mask.keys() - _KEYS["mask"]
+    return unused
 
 
 def _explain(message: str, line: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from PIL import Image
 from annexe.datasets.image_names import warn_of_ignored
 from annexe.datasets.pixels import read_image
 from annexe.errors import UserError, explain_mismatch
+from annexe.evaluation.records import unique_keys
 from annexe.files import require_writable, write_text
 from annexe.rle import Rle, encode
 from annexe.terminal import say, track
@@ -284,7 +286,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     parse: Callable[[Any], Any] = _typed
     if ending == ".jsonl":
         rows = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
-        parse = _parse_json
+        parse = partial(json.loads, object_pairs_hook=unique_keys)
     ignored: set[str] = set()
     for line_number, line in rows:
         where = f"'{path}', line {line_number}"
@@ -366,29 +368,6 @@ def _tsv_rows(path: Path, lines: list[str]) -> Iterator[tuple[int, dict[str, str
             "they are: if a program put them there, give .jsonl",
             *(path, len(quoted), quoted[0]),
         )
-
-
-def _parse_json(line: str) -> Any:
-    """The value in a line of JSON.
-
-    Raises:
-        ValueError: it is no JSON, or a key stands twice.
-    """
-    return json.loads(line, object_pairs_hook=_object)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object without a key that stands twice.
-
-    Raises:
-        ValueError: naming the key.
-    """
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key '{twice}' stands twice")
-    return values
 
 
 def _typed(row: dict[str, str | None]) -> dict[str, Any]:
