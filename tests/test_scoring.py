@@ -398,6 +398,27 @@ def test_faults_of_the_truth_are_reported_as_such(annexe, scenes, records, queri
     assert f"cannot read image '{path}'" in annexe(*words)
 
 
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_the_photo_settles_the_size_of_masks(annexe, scenes, records, tmp_path, orientation):
+    """As it is stored: neither the id map nor an EXIF orientation does."""
+    root = tmp_path / "root"
+    shutil.copytree(scenes, root)
+    stem = next(query.image for query in split_kinds(records)[1] if query.masks)
+    file = write(tmp_path / "p.jsonl", [record for record in records if record.image == stem])
+    photo, id_map = root / "RGB" / f"{stem}.jpg", root / "mask" / f"{stem}.png"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.open(photo).save(photo, exif=exif)
+    words = ("score", file, "--data-root", root, "--split", "test", "--workers", 1)
+    assert "grounding/ciou" in annexe(*words)
+    ids = Image.open(id_map)
+    turned = ids.transpose(Image.Transpose.ROTATE_90)
+    for other in (turned, ids.resize((960, 540), Image.Resampling.NEAREST)):
+        other.save(id_map)
+        message = annexe(*words)
+        assert f"{stem}.png' is {other.width} x {other.height} but its photo is 1920 x" in message
+
+
 def test_wordings_of_one_id_and_ids_that_look_alike(scenes, tmp_path):
     root = tmp_path / "root"
     shutil.copytree(scenes, root)

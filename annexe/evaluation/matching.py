@@ -28,6 +28,7 @@ class ImageTask(NamedTuple):
     """All that is needed to measure the queries of one image, in whatever process."""
 
     id_map: Path
+    size: tuple[int, int]  # height and width of the photo
     masks: dict[int, Rle] | None  # true masks by id, if they were read before
     named_ids: list[int]  # ids that any annotation of the image names
     queries: list[QueryRecord]
@@ -121,6 +122,7 @@ def _task(stem: str, queries: list[QueryRecord], truth: Truth) -> ImageTask:
         }
     return ImageTask(
         id_map=truth.id_map(stem),
+        size=truth.size(stem),
         masks=truth.mask_cache.get(stem),
         named_ids=truth.named_ids(stem),
         queries=queries,
@@ -133,7 +135,7 @@ def _measure_image(task: ImageTask, *, baselines: bool) -> ImageResults:
     # The truth of every annotation
     masks = task.masks
     if masks is None:
-        masks = read_true_masks(task.id_map, task.named_ids)
+        masks = read_true_masks(task.id_map, task.named_ids, task.size)
     targets = {}
     for index, slots in task.slots.items():
         targets[index] = {slot: masks[mask_id] for slot, mask_id in slots.items()}

@@ -105,10 +105,12 @@ class Truth:
         """Mask id -> RLE, of every id that an annotation of the image names.
 
         Raises:
-            UserError: the id map cannot be read, or lacks one of them.
+            UserError: the id map cannot be read, is not of the photo's size, or lacks one of them.
         """
         if stem not in self.mask_cache:
-            self.mask_cache[stem] = read_true_masks(self.id_map(stem), self.named_ids(stem))
+            self.mask_cache[stem] = read_true_masks(
+                self.id_map(stem), self.named_ids(stem), self.size(stem)
+            )
         return self.mask_cache[stem]
 
     def named_ids(self, stem: str) -> list[int]:
@@ -123,18 +125,31 @@ class Truth:
         return self.dataset.pixels.files(stem)[2]
 
     def size(self, stem: str) -> tuple[int, int]:
-        """Height and width of an image."""
+        """Height and width of a photo as it is stored, whatever its EXIF orientation.
+
+        Raises:
+            UserError: the photo cannot be read.
+        """
         if stem not in self._sizes:
-            self._sizes[stem] = image_size(self.id_map(stem))
+            self._sizes[stem] = image_size(self.dataset.pixels.files(stem)[0])
         return self._sizes[stem]
 
 
-def read_true_masks(id_map: Path, ids: list[int]) -> dict[int, Rle]:
-    """Mask id -> RLE.
+def read_true_masks(id_map: Path, ids: list[int], size: tuple[int, int]) -> dict[int, Rle]:
+    """The masks of some ids of a map.
+
+    Args:
+        id_map: the file.
+        ids: those that annotations name.
+        size: height and width of the photo.
+
+    Returns:
+        Mask id -> RLE.
 
     Raises:
-        UserError: the id map cannot be read, or an id has no pixel in it, as in training.
+        UserError: the id map cannot be read, is not of the photo's size, or an id has no pixel in
+            it, as in training.
     """
-    masks = encode_ids(read_id_map(id_map, ids), ids)
+    masks = encode_ids(read_id_map(id_map, ids, photo_size=size[::-1]), ids)
     require_ids({mask_id for mask_id, rle in masks.items() if not area([rle])}, id_map)
     return masks
