@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -156,6 +157,7 @@ def distribute(
     # The one layout that FSDP takes, and that DDP's buckets are made for
     model.to(memory_format=torch.contiguous_format)
     if parallel == "ddp":
+        lay_out_gradients(model)
         prepared = accelerator.prepare_model(model, evaluation_mode=True)
         on_gpu = accelerator.device.type == "cuda"
         return DistributedDataParallel(
@@ -171,6 +173,29 @@ def distribute(
     fully_shard(model)
     register_fsdp_forward_method(model, "generate_raw")
     return accelerator.prepare_model(model, evaluation_mode=True)
+
+
+def lay_out_gradients(model: nn.Module) -> None:
+    """Give every gradient its parameter's strides along dimensions of size 1.
+
+    They mean nothing there, but DDP compares them and warns. cuDNN's gradient of a 1 x 1
+    convolution is channels-last, and differs in them.
+    """
+
+    def with_strides_of(parameter: Tensor) -> Callable[[Tensor], Tensor]:
+        wanted = parameter.stride()
+
+        def lay_out(gradient: Tensor) -> Tensor:
+            strides = []
+            for size, stride, other in zip(gradient.shape, gradient.stride(), wanted, strict=True):
+                strides.append(other if size == 1 else stride)
+            return gradient.as_strided(gradient.shape, strides)
+
+        return lay_out
+
+    for parameter in model.parameters():
+        if parameter.requires_grad and 1 in parameter.shape:
+            parameter.register_hook(with_strides_of(parameter))
 
 
 def to_full_cpu(value: Any) -> Any:

@@ -10,13 +10,16 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing
 from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
 
+from annexe.distributed import lay_out_gradients
 from annexe.evaluator import evaluate
 from annexe.trainer import train
 from tests.conftest import ROOT, SMALLEST, TINY, assert_same_but_for_rounding
@@ -194,3 +197,68 @@ def test_a_killed_rank_ends_the_job_and_a_restart_goes_on(scenes, tmp_path):
     losses = [[line["loss"] for line in lines_of_log(folder)] for folder in (straight, broken)]
     assert len(losses[0]) == 30
     assert losses[1] == losses[0]
+
+
+class _ChannelsLastGradient(torch.autograd.Function):
+    """Its gradient has cuDNN's strides for a 1 x 1 convolution."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        return weight.sum()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.ones(8, 1, 16, 1).permute(0, 2, 1, 3)
+
+
+class _Pointwise(torch.nn.Conv2d):
+    def forward(self, _):
+        return _ChannelsLastGradient.apply(self.weight)
+
+
+@pytest.mark.parametrize("laid_out", [False, True])
+def test_ddp_does_not_warn_of_strides_that_mean_nothing(laid_out: bool):
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    torch.set_warn_always(True)
+    try:
+        model = _Pointwise(16, 8, 1, bias=False)
+        if laid_out:
+            lay_out_gradients(model)
+        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            wrapped(0).backward()
+    finally:
+        torch.set_warn_always(False)
+        torch.distributed.destroy_process_group()
+    assert any("Grad strides" in str(each.message) for each in caught) is not laid_out
+    assert model.weight.grad.eq(1).all()
+
+
+def test_training_and_evaluation_start_without_warnings(scenes: Path, tmp_path: Path):
+    """With adapters and recomputed activations, by two processes and by one."""
+    folder = tmp_path / "run"
+    data = f"datasets.ego_irgbench.data_root={scenes}"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    train_options = [
+        *SMALLEST,
+        data,
+        f"run.output_dir={folder}",
+        "run.max_steps=2",
+        "model.language_model.lora.rank=4",
+        "model.language_model.checkpointed_blocks=1",
+    ]
+    training = [*torchrun, "2", "train.py", "--cfg-path", str(TINY), "--options", *train_options]
+    evaluation = [*torchrun, "1", "eval_scripts/eval_egoirgbench.py", "--cfg-path"]
+    evaluation += ["eval_configs/annexe_tiny.yaml", "--options", data, f"run.checkpoint={folder}"]
+    evaluation += [f"run.output_dir={tmp_path / 'eval'}", "run.device=cpu", "run.num_workers=1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+    for command in (training, evaluation):
+        ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+        assert ended.returncode == 0, ended.stderr
+        assert "Warning" not in ended.stderr + ended.stdout
+        records = [line for line in ended.stdout.splitlines() if " INFO " in line]
+        assert records and all(re.match(r"\d{4}-\d\d-\d\d ", line) for line in records)
+        if command is training:
+            assert f"2 process(es) on cpu:0, under '{folder}'" in records[0]  # in one line
