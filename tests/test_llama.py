@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from annexe.build import build_model
 from annexe.checkpoints.run_folder import find_checkpoint
@@ -14,6 +17,8 @@ from annexe.datasets.collate import Collator
 from annexe.errors import UserError
 from annexe.models.annexe import Annexe
 from annexe.models.language_model.float8 import Float8Linear
+from annexe.models.language_model.llama import Llama, Lora
+from annexe.models.language_model.tokenizer import load_tokenizer, train_tokenizer
 from annexe.trainer import set_up, train
 from annexe.training import losses
 from tests.test_training import lines_of_log
@@ -231,3 +236,168 @@ def test_other_frozen_weights_are_refused(make_config, tmp_path):
     manifest.write_text(json.dumps(sizes))
     with pytest.raises(UserError, match="the frozen weights of language_model are not those"):
         set_up(make_config(*options, "run.max_steps=3", "run.resume=auto"))
+
+
+# --- Folders that hold no sound Llama -------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def sound_folder(tmp_path_factory) -> Path:
+    """A small Llama with its tokenizer, as transformers writes them."""
+    folder = tmp_path_factory.mktemp("llama") / "sound"
+    tokenizer = train_tokenizer(["a hand holds a mug"], num_slots=4)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save(folder)
+    return folder
+
+
+def load(folder: Path, **settings: object) -> Llama:
+    return Llama(load_tokenizer(folder, 4), path=str(folder), lora=Lora(rank=4), **settings)
+
+
+def change(file: Path, **values: object) -> None:
+    """Set values in a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 134\n"
+# What is written over a file, or set in it, and the words of the message
+DAMAGES = [
+    ("config.json", "{", r"config.json' is damaged .*fetch it again"),
+    ("config.json", "[]", "describes no model"),
+    ("config.json", "<html>sign in</html>", "is a web page"),
+    ("config.json", {"model_type": "mistral"}, "holds a model of type 'mistral'"),
+    ("config.json", {"model_type": 5}, "holds a model of type '5'"),
+    ("config.json", {"hidden_size": "wide"}, "cannot load .*'hidden_size' expected int"),
+    ("config.json", {"num_attention_heads": 0}, "cannot load .*by zero"),
+    ("config.json", {"intermediate_size": 96}, "cannot load the Llama|is not complete"),
+    ("config.json", {"quantization_config": {"quant_method": "gptq"}}, "quantized with gptq; take"),
+    ("config.json", {"quantization_config": {}}, "quantized with an unnamed method"),
+    ("model.safetensors", POINTER, "is a Git LFS pointer.*git lfs pull"),
+    ("model.safetensors", "", "is empty"),
+    ("model.safetensors", "\x10" * 100, "cannot load the Llama"),
+    ("tokenizer.json", POINTER, "is a Git LFS pointer"),
+    ("tokenizer.json", "{}", "cannot load the tokenizer"),
+    ("tokenizer.json", "[1", "cannot load the tokenizer"),
+    ("tokenizer_config.json", "{", "cannot load the tokenizer"),
+    ("tokenizer_config.json", "[]", "cannot load the tokenizer"),
+    ("tokenizer_config.json", {"bos_token": None}, "has no bos_token, so it cannot begin a prompt"),
+    ("tokenizer_config.json", {"eos_token": None}, "has no eos_token, so it cannot end a response"),
+    ("tokenizer_config.json", {"tokenizer_class": "NoSuch"}, None),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), DAMAGES)
+def test_a_damaged_llama_folder_ends_in_one_line(sound_folder, tmp_path, name, content, message):
+    folder = tmp_path / "llama"
+    shutil.copytree(sound_folder, folder)
+    if isinstance(content, dict):
+        change(folder / name, **content)
+    else:
+        (folder / name).write_text(content)
+    if message is None:
+        load(folder)
+        return
+    with pytest.raises(UserError, match=message) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_config_json_says_what_it_holds(sound_folder, tmp_path):
+    tokenizer = load_tokenizer(sound_folder, 4)
+    for name, message in {
+        "consolidated.00.pth": "Meta's own format",
+        "adapter_model.safetensors": "a LoRA adapter of peft",
+        "llama-2-7b.Q4_K_M.gguf": "it holds llama-2-7b.Q4_K_M.gguf",
+    }.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_bytes(b"x")
+        if name.startswith("adapter"):
+            (folder / "adapter_config.json").write_text("{}")
+        with pytest.raises(UserError, match=message):
+            Llama(tokenizer, path=str(folder))
+
+
+def test_words_without_a_row_and_rows_without_a_word_say_what_helps(sound_folder, tmp_path):
+    # A word more, as [PAD] in many fine-tuned models
+    folder = tmp_path / "llama"
+    shutil.copytree(sound_folder, folder)
+    base = load_tokenizer(folder, 4).base
+    base.add_special_tokens({"pad_token": "[PAD]"})
+    base.save_pretrained(folder)
+    with pytest.raises(UserError, match=r"1 words beyond the \d+ rows of its tables: '\[PAD\]'"):
+        load(folder)
+
+    # The first thing that helps
+    model = LlamaForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(len(base))
+    model.save_pretrained(folder)
+    load(folder)
+
+    # Tables that are padded
+    model.resize_token_embeddings(len(base), pad_to_multiple_of=64)
+    model.save_pretrained(folder)
+    num_rows = model.config.vocab_size
+    message = rf"have {num_rows} rows.*set model\.language_model\.vocab_size={num_rows}"
+    with pytest.raises(UserError, match=message):
+        load(folder)
+    tokenizer = load_tokenizer(folder, 4, num_rows)
+    assert Llama(tokenizer, path=str(folder)).tokenizer.vocab_size == num_rows
+
+
+@pytest.mark.parametrize("dtype", ["nf4", "int8", "float8"])
+def test_biases_are_not_dropped_by_quantization(sound_folder, tmp_path, dtype):
+    folder = tmp_path / "llama"
+    shutil.copytree(sound_folder, folder)
+    config = LlamaConfig.from_pretrained(folder, attention_bias=True)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    load(folder, dtype="bfloat16")
+    with pytest.raises(UserError, match=r"takes no biases, and '0\.self_attn\.q_proj'"):
+        load(folder, dtype=dtype)
+
+
+def test_positions_of_the_language_model_are_a_limit(make_parts, make_config, sound_folder):
+    # In a batch, with and without responses
+    model, tokenizer, batch = make_parts()
+    assert model.language_model.max_positions == 2048
+    (sample,) = batch.samples[:1]
+    num_positions = int(batch.text.position_ids[0].max()) + 1
+    arguments = (tokenizer, model.num_image_tokens, 4)
+    Collator(*arguments, max_positions=num_positions)([sample])
+    message = rf"takes {num_positions} tokens .*has {num_positions - 1} positions"
+    with pytest.raises(UserError, match=message):
+        Collator(*arguments, max_positions=num_positions - 1)([sample])
+    prompts = Collator(*arguments, responses=False)([sample]).text
+    length = prompts.prefix_length + int(prompts.branch_length.max())
+    Collator(*arguments, responses=False, max_positions=length + 8, num_generated=8)([sample])
+    with pytest.raises(UserError, match=r"8 to generate \(run\.max_new_tokens\)"):
+        Collator(*arguments, responses=False, max_positions=length + 7, num_generated=8)([sample])
+
+    # In a run
+    option = "model.language_model.max_position_embeddings=64"
+    trainer = set_up(make_config(option, "run.max_steps=1", "run.warmup_steps=0"))
+    with pytest.raises(UserError, match=r"the language model has 64 positions"):
+        trainer.train()
+
+    # Of a folder its own count, or fewer where positions beyond change the others
+    assert load(sound_folder, max_position_embeddings=77).max_positions == 2048
+
+
+def test_a_long_rope_is_exact_up_to_its_first_length(sound_folder, tmp_path):
+    folder = tmp_path / "llama"
+    shutil.copytree(sound_folder, folder)
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 128,
+        "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 16.0,
+    }  # fmt: skip
+    change(folder / "config.json", rope_parameters=rope)
+    assert load(folder).max_positions == 128

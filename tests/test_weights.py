@@ -179,6 +179,36 @@ def test_the_transformers_form_of_eva_gives_the_same_model(weights_file, tmp_pat
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_config_json_tells_what_shapes_of_eva_do_not(tmp_path):
+    sizes = {"embed_dim": 32, "num_heads": 2, "mlp_dim": 64}
+    original = eva(None, 28, 1, **sizes).vit.state_dict()
+    renamed = {}
+    for key, value in original.items():
+        if key.endswith(("q_bias", "v_bias")):
+            continue
+        for ours, theirs in BLIP2_NAMES:
+            key = key.replace(ours, theirs)
+        renamed[f"vision_model.{key}"] = value
+    bias = torch.zeros(96)
+    renamed["vision_model.encoder.layers.0.self_attn.qkv.bias"] = bias
+    save_file(renamed, tmp_path / "model.safetensors")
+    for vision, message in (
+        ({"num_attention_heads": 2, "layer_norm_eps": 1e-6, "hidden_act": "gelu"}, None),
+        (
+            {"num_attention_heads": 4},
+            "num_attention_heads 4 by its config.json, and here that is 2",
+        ),
+        ({"num_attention_heads": 2, "layer_norm_eps": 1e-5}, "layer_norm_eps 1e-05"),
+    ):
+        config = {"model_type": "blip-2", "vision_config": vision}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        if message is None:
+            eva(tmp_path, 28, 1, **sizes)
+            continue
+        with pytest.raises(UserError, match=message):
+            eva(tmp_path, 28, 1, **sizes)
+
+
 # --- Depth branch ---------------------------------------------------------------------------------
 
 

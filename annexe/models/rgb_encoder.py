@@ -13,6 +13,7 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from annexe.checkpoints import public as checkpoints
+from annexe.checkpoints.tensor_files import read_config
 from annexe.errors import UserError, require_multiple, require_sizes
 from annexe.models.image_ops import Normalize
 from annexe.registry import register
@@ -103,8 +104,33 @@ class EvaViT(nn.Module):
         if weights is not None:
             required = [f"vit.{name}" for name in self.vit.state_dict()]
             checkpoints.load(self, "rgb_encoder", weights, required)
+            self._require_config(weights, num_heads)
         if frozen:
             self.requires_grad_(False)
+
+    def _require_config(self, weights: str, num_heads: int) -> None:
+        """Compare what a config.json says about ``weights``, which shapes do not, with ours.
+
+        Raises:
+            UserError: naming the first thing that differs.
+        """
+        content = read_config(weights) or {}
+        theirs = content.get("vision_config", content)
+        if not isinstance(theirs, dict):
+            return
+        norm = self.vit.blocks[0].norm1
+        assert isinstance(norm, nn.LayerNorm)
+        ours = {
+            "num_attention_heads": num_heads,
+            "layer_norm_eps": norm.eps,
+            "hidden_act": "gelu",
+        }
+        for name, value in ours.items():
+            if theirs.get(name, value) != value:
+                raise UserError(
+                    f"'{weights}' has {name} {theirs[name]} by its config.json, and here that is "
+                    f"{value}; set {_SETTINGS}.num_heads, or take an EVA-CLIP ViT"
+                )
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode ``images`` float[B, 3, S, S] in [0, 1] to patches float[B, P, D], row by row."""

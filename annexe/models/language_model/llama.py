@@ -266,7 +266,7 @@ class Llama(nn.Module):
         rope = config.rope_parameters or {}
         if rope.get("rope_type") == "longrope":
             # Its factors change for every position of a sequence that is longer than this
-            return rope.get("original_max_position_embeddings", config.max_position_embeddings)
+            return int(rope["original_max_position_embeddings"])
         return config.max_position_embeddings
 
     @property
@@ -278,6 +278,7 @@ class Llama(nn.Module):
     def uses_flex_attention(self) -> bool:
         """Whether attention skips blocks (FlexAttention): compiled, on a GPU, with wide heads."""
         head_dim = self.llama.config.head_dim
+        assert head_dim is not None
         on_gpu = self.mask_head.weight.is_cuda
         return self.compiled and on_gpu and head_dim >= _MIN_FLEX_HEAD_DIM
 

@@ -146,7 +146,7 @@ def load_tokenizer(
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"cannot load the tokenizer in '{folder}' ({type(error).__name__}: {reason}); "
-            "fetch tokenizer.json and tokenizer_config.json again"
+            "fetch its JSON files again"
         ) from None
     _require_special_tokens(base, folder)
     return TextTokenizer(base, num_slots, vocab_size)
