@@ -9,7 +9,8 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from annexe import __version__
 from annexe.config import Config
@@ -105,7 +106,13 @@ def run_script(
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cfg-path", required=True, metavar="YAML", help="configuration file")
+    parser.add_argument(
+        "--cfg-path",
+        required=True,
+        type=os.path.expanduser,
+        metavar="YAML",
+        help="configuration file",
+    )
     parser.add_argument(
         "--options",
         nargs="+",
@@ -159,7 +166,16 @@ def main() -> None:
         command.set_defaults(run=tool.run)
 
     arguments = parser.parse_args()
+    for name, value in vars(arguments).items():
+        setattr(arguments, name, _expand_home(value))
     exit_on_user_error(lambda: arguments.run(arguments))
+
+
+def _expand_home(value: Any) -> Any:
+    """A path, or each of a list, with ``~`` expanded: a shell leaves that of ``--out=~/x``."""
+    if isinstance(value, list):
+        return [_expand_home(each) for each in value]
+    return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -64,7 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         # What is measured
         if name != "metrics":
             help = "configuration file with a model block"
-            action.add_argument("--cfg-path", required=True, metavar="YAML", help=help)
+            path = os.path.expanduser
+            action.add_argument("--cfg-path", required=True, type=path, metavar="YAML", help=help)
             help = "settings put over the file"
             action.add_argument("--options", nargs="+", default=[], metavar="A.B=C", help=help)
         if name in ("train", "generate"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from annexe import terminal
@@ -21,7 +22,11 @@ HELP = "predict the GPU memory of a training step, and find settings that fit a 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--cfg-path", required=True, metavar="YAML", help="configuration file of a training run"
+        "--cfg-path",
+        required=True,
+        type=os.path.expanduser,
+        metavar="YAML",
+        help="configuration file of a training run",
     )
     parser.add_argument(
         "--options", nargs="+", default=[], metavar="A.B=C", help="settings put over the file"

@@ -29,6 +29,7 @@ from annexe.evaluation.records import ImageRecord, QueryRecord, Record, line_of
 from annexe.files import append_text, locked, part_of, replaced, write_text
 from annexe.models.language_model.tokenizer import PLACEHOLDER, TEMPLATE_TOKENS
 from annexe.rle import decode
+from annexe.settings import as_option
 from annexe.terminal import say, track
 
 HELP = "analyze photos of your own, answer questions about them, and draw the masks"
@@ -52,7 +53,12 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_folder", metavar="run", help="run folder, or one of its checkpoints")
+    parser.add_argument(
+        "run_folder",
+        metavar="run",
+        type=os.path.expanduser,
+        help="run folder, or one of its checkpoints",
+    )
     parser.add_argument(
         "photos",
         nargs="+",
@@ -96,7 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(reasons[files[0]])
     out = arguments.out
     checkpoint = require_checkpoint(arguments.run_folder, "best")
-    options = [f"run.output_dir={out}", *_SIMPLE, *arguments.options]
+    options = [as_option("run.output_dir", out), *_SIMPLE, *arguments.options]
     config = load_config(checkpoint / "config.yaml", options)
     readable = [file for file in files if file not in reasons]
     batches = plan_batches(len(readable), config.run.batch_size)

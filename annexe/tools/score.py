@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """What names the truth, for every command that scores."""
-    parser.add_argument("--data-root", required=True, metavar="DIR", help="folder that holds RGB/")
+    path = os.path.expanduser
+    parser.add_argument(
+        "--data-root", required=True, type=path, metavar="DIR", help="folder that holds RGB/"
+    )
     parser.add_argument("--split", required=True, help="split that was predicted")
     parser.add_argument(
-        "--split-dir", metavar="DIR", help="lists of the splits, as the evaluation had them"
+        "--split-dir",
+        type=path,
+        metavar="DIR",
+        help="lists of the splits, as the evaluation had them",
     )
     parser.add_argument(
-        "--exclude", metavar="FILE", help="images left out, as the evaluation left them out"
+        "--exclude",
+        type=path,
+        metavar="FILE",
+        help="images left out, as the evaluation left them out",
     )
     parser.add_argument(
         "--answer-format",
@@ -74,9 +84,20 @@ def truth_of(arguments: argparse.Namespace) -> Truth:
     return Truth(dataset)
 
 
+def require_output(path: Path, *inputs: Path) -> None:
+    """Check that a result can be written, and not over what it is made of.
+
+    Raises:
+        UserError: naming what is in the way.
+    """
+    require_writable(path)
+    if path.exists() and any(file.exists() and path.samefile(file) for file in inputs):
+        raise UserError(f"'{path}' is read, and would be written over; name another file")
+
+
 def run(arguments: argparse.Namespace) -> None:
     if arguments.out is not None:
-        require_writable(arguments.out)
+        require_output(arguments.out, arguments.predictions)
 
     # Read and check
     truth = truth_of(arguments)
@@ -99,9 +120,11 @@ def run(arguments: argparse.Namespace) -> None:
         "answer_format": arguments.answer_format,
         "data_fingerprint": truth.dataset.fingerprint(),
     }
+
+    # Shown first: a full disk costs no result
+    show(metrics)
     if arguments.out is not None:
         write_json(arguments.out, metrics)
-    show(metrics)
 
 
 def show(metrics: dict[str, Any]) -> None:

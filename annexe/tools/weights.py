@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -38,7 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "file", type=Path, help=".pth or safetensors file, Hugging Face folder or run folder"
     )
     export = actions.add_parser("export", help="write adapter, heads and tokenizer of a run")
-    export.add_argument("run_folder", metavar="run", help="run folder, or one of its checkpoints")
+    export.add_argument(
+        "run_folder",
+        metavar="run",
+        type=os.path.expanduser,
+        help="run folder, or one of its checkpoints",
+    )
     export.add_argument("out", type=Path, help="folder to make")
     export.add_argument(
         "--merge",
