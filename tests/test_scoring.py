@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -359,6 +360,42 @@ def test_errors_of_the_command(annexe, scenes, records, tmp_path):
     folder.mkdir()
     assert "folder' (a folder)" in annexe("score", file, *data, "--out", folder)
     assert "folder' (a folder)" in annexe("compare", file, file, *data, "--json", folder)
+
+    # No input is written over
+    before = file.read_bytes()
+    for words in (("score", file, *data, "--out"), ("compare", file, file, *data, "--json")):
+        assert "is read, and would be written over" in annexe(*words, file)
+    assert "written over" in annexe("convert-predictions", folder, file, file)
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["score", "compare", "convert-predictions"])
+def test_a_full_disk_costs_no_result_that_can_be_shown(
+    command, scenes, records, tmp_path, monkeypatch, capsys
+):
+    file = write(tmp_path / "p.jsonl", records[:40])
+    answers = tmp_path / "answers.tsv"
+    answers.write_text(f"{HEADER}\nA\t0\t0\tx\n")
+    (tmp_path / "masks").mkdir()
+    out = tmp_path / "out.json"
+    data = ["--data-root", scenes, "--split", "test", "--workers", 1]
+    words = {
+        "score": [file, *data, "--out", out],
+        "compare": [file, file, *data, "--json", out],
+        "convert-predictions": [tmp_path / "masks", answers, out],
+    }
+
+    def write_nothing(self: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", write_nothing)
+    monkeypatch.setattr(sys, "argv", ["annexe", command, *map(str, words[command])])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    printed, error = capsys.readouterr()
+    assert len(error.splitlines()) == 1 and f"'{out}' (No space left on device)" in error
+    assert command == "convert-predictions" or "grounding/ciou" in printed
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_lists_that_an_evaluation_had_are_there_for_scoring_too(annexe, scenes, records, tmp_path):

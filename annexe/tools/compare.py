@@ -9,11 +9,11 @@ from pathlib import Path
 from annexe.errors import UserError
 from annexe.evaluation.records import QueryRecord, Record, read_predictions, split_kinds
 from annexe.evaluation.scoring import score_by_video
-from annexe.files import require_writable, write_json
+from annexe.files import write_json
 from annexe.metrics import differences
 from annexe.metrics.bootstrap import Difference
 from annexe.terminal import say, table
-from annexe.tools.score import add_data_arguments, truth_of
+from annexe.tools.score import add_data_arguments, require_output, truth_of
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     if arguments.json is not None:
-        require_writable(arguments.json)
+        require_output(arguments.json, arguments.first, arguments.second)
 
     # The queries that both systems answered
     truth = truth_of(arguments)
@@ -56,6 +56,9 @@ def run(arguments: argparse.Namespace) -> None:
         sides.append(score_by_video(records, truth, workers=arguments.workers, progress=True))
     compared = differences(*sides)
     num_videos = len(sides[0].rows)
+
+    # Shown first: a full disk costs no result
+    show(compared, num_queries, len(common), num_videos)
     if arguments.json is not None:
         record = {
             "first": str(arguments.first),
@@ -66,7 +69,6 @@ def run(arguments: argparse.Namespace) -> None:
             "metrics": {name: difference._asdict() for name, difference in compared.items()},
         }
         write_json(arguments.json, record)
-    show(compared, num_queries, len(common), num_videos)
 
 
 def show(

@@ -24,9 +24,10 @@ from annexe.datasets.image_names import warn_of_ignored
 from annexe.datasets.pixels import read_image
 from annexe.errors import UserError, explain_mismatch
 from annexe.evaluation.records import unique_keys
-from annexe.files import require_writable, write_text
+from annexe.files import write_text
 from annexe.rle import Rle, encode
 from annexe.terminal import say, track
+from annexe.tools.score import require_output
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    require_writable(arguments.out)
+    require_output(arguments.out, arguments.answers)
     masks = find_masks(arguments.masks)
     lines, analyses = read_answers(arguments.answers, masks)
     unused = [path for slots in masks.values() for path in slots.values()]
