@@ -168,10 +168,15 @@ def parse(content: bytes) -> ParsedFile:
     may_have_halves = _SURROGATE_ESCAPE.search(text) is not None
     parsed = ParsedFile({}, [])
     for index, value in enumerate(entries):
-        problems = list(_problems(value, may_have_halves))
+        try:
+            entry = _entry(value)
+        except _BadEntry as error:
+            problems = error.problems
+        else:
+            problems = list(_problems(entry, may_have_halves))
+            if not problems:
+                parsed.annotations[index] = _annotation(entry)
         parsed.faults.extend(Fault(code, problem, index) for code, problem in problems)
-        if not problems:
-            parsed.annotations[index] = _annotation(msgspec.convert(value, _Entry))
     return parsed
 
 
@@ -200,42 +205,38 @@ def _number(text: str) -> int | float:
 # Annotations
 
 
-def _problems(value: Any, may_have_halves: bool) -> Iterator[tuple[str, str]]:
-    """Code and description of all that is wrong with one entry of a file."""
+class _BadEntry(Exception):
+    """An entry of a file that has not the documented form; code and description of each fault."""
+
+    def __init__(self, *problems: tuple[str, str]) -> None:
+        self.problems = list(problems)
+
+
+def _entry(value: Any) -> _Entry:
+    """An entry of a file in the documented form.
+
+    Raises:
+        _BadEntry: it has another form.
+    """
     # Objects and their keys
     if not isinstance(value, dict):
-        yield "wrong-field", f"{shown(value)} is no object"
-        return
+        raise _BadEntry(("wrong-field", f"{shown(value)} is no object"))
     questions = value.get("questions")
     objects = [value, *(questions if isinstance(questions, list) else [])]
-    for holder in objects:
-        if isinstance(holder, _RepeatedKey):
-            yield "duplicate-key", f"the key '{holder.key}' stands twice"
+    repeated = [holder.key for holder in objects if isinstance(holder, _RepeatedKey)]
+    if repeated:
+        raise _BadEntry(*(("duplicate-key", f"the key '{key}' stands twice") for key in repeated))
 
-    # Fields and their types: all at once, and one by one to find every fault
+    # All fields at once, and one by one to find every fault
     try:
-        entry = msgspec.convert(value, _Entry)
+        return msgspec.convert(value, _Entry)
     except msgspec.ValidationError:
+        problems: list[tuple[str, str]] = []
         for name, field_type in _FIELDS.items():
-            yield from _field_problems(value, name, field_type)
-        return
+            problems += _field_problems(value, name, field_type)
+        raise _BadEntry(*problems) from None
     except UnicodeEncodeError:
-        yield "wrong-field", "a key has half of a surrogate pair"
-        return
-
-    # What a type does not say
-    outside = [mask_id for mask_id in entry.masks_idx if not 0 <= mask_id <= MAX_ID]
-    if outside:
-        yield (
-            "id-range",
-            f"field 'masks_idx' has the id {shown(outside[0])}, expected 0 to {MAX_ID}",
-        )
-    if not entry.questions:
-        yield "no-questions", "field 'questions' is empty"
-    if may_have_halves:
-        for place, text in _texts(entry):
-            if _HALF_PAIR.search(text):
-                yield "wrong-field", f"field '{place}' has half of a surrogate pair"
+        raise _BadEntry(("wrong-field", "a key has half of a surrogate pair")) from None
 
 
 def _field_problems(value: dict[str, Any], name: str, field_type: Any) -> Iterator[tuple[str, str]]:
@@ -251,6 +252,22 @@ def _field_problems(value: dict[str, Any], name: str, field_type: Any) -> Iterat
         yield code, f"field '{name}{separator}{place}' {problem}"
     except UnicodeEncodeError:
         yield "wrong-field", f"field '{name}': a key has half of a surrogate pair"
+
+
+def _problems(entry: _Entry, may_have_halves: bool) -> Iterator[tuple[str, str]]:
+    """Code and description of what is wrong with an entry beside its form."""
+    outside = [mask_id for mask_id in entry.masks_idx if not 0 <= mask_id <= MAX_ID]
+    if outside:
+        yield (
+            "id-range",
+            f"field 'masks_idx' has the id {shown(outside[0])}, expected 0 to {MAX_ID}",
+        )
+    if not entry.questions:
+        yield "no-questions", "field 'questions' is empty"
+    if may_have_halves:
+        for place, text in _texts(entry):
+            if _HALF_PAIR.search(text):
+                yield "wrong-field", f"field '{place}' has half of a surrogate pair"
 
 
 def _texts(entry: _Entry) -> Iterator[tuple[str, str]]:
