@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 _HEAD = 1024
 _TAIL = 64
 
+_RUST_ERROR = re.compile(r"\bos error (\d+)\)")
 # What the system says of a disk that takes no more
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
@@ -55,14 +57,18 @@ def part_of(path: Path) -> Path:
 def named(path: Path) -> Iterator[None]:
     """Name ``path`` in the errors of its disk, which do not say what was written.
 
+    safetensors and tokenizers, written in Rust, have errors of their own for them.
+
     Raises:
-        OSError: the same error, about ``path``.
+        OSError: the error of the disk, about ``path``.
     """
     try:
         yield
-    except OSError as error:
-        if error.filename is None and error.errno in FULL_DISK:
-            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+    except Exception as error:
+        code = _RUST_ERROR.search(str(error))
+        number = int(code[1]) if code else getattr(error, "errno", None)
+        if number in FULL_DISK and getattr(error, "filename", None) is None:
+            raise OSError(number, os.strerror(number), str(path)) from error
         raise
 
 

@@ -60,7 +60,7 @@ from annexe.errors import UserError
 from annexe.evaluation.predict import plan_batches
 from annexe.evaluation.truth import Truth
 from annexe.evaluation.validation import Validator
-from annexe.files import locked
+from annexe.files import locked, named
 from annexe.models.annexe import Annexe
 from annexe.models.compile import compile_blocks
 from annexe.models.language_model.tokenizer import TextTokenizer, train_tokenizer
@@ -287,7 +287,8 @@ def _prepare_tokenizer(
         folder = Path(config.run.output_dir) / "tokenizer"
         if accelerator.is_main_process:
             num_slots = model["pixel_decoder"]["num_slots"]
-            train_tokenizer(train_set.texts(), num_slots).save(folder)
+            with named(folder):
+                train_tokenizer(train_set.texts(), num_slots).save(folder)
     accelerator.wait_for_everyone()
     return build_tokenizer(config, folder)
 

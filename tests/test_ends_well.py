@@ -5,18 +5,29 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from annexe import workers
+from annexe.cli import exit_on_user_error
+from annexe.datasets import loader
+from annexe.datasets.loader import make_loader, num_bytes
 from annexe.distributed import make_accelerator
 from annexe.errors import UserError
-from annexe.files import append_text, write_text
-from tests.conftest import ROOT
+from annexe.files import append_text, replaced, write_text
+from annexe.trainer import train
+from annexe.workers import in_processes
+from tests.conftest import ROOT, SMALLEST, TINY
+from tests.test_training import lines_of_log
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 WHOLE = dict(zip(TORCHRUN, ("1", "2", "1", "2", "localhost", "29400"), strict=True))
@@ -118,3 +129,195 @@ def test_a_line_that_does_not_fit_is_taken_back(tmp_path: Path) -> None:
     assert caught.value.filename == str(path)
     append_text(path, "second\n")
     assert path.read_text() == "first\nsecond\n"
+
+
+def test_errors_of_libraries_in_rust_are_named_too(tmp_path: Path) -> None:
+    def write() -> None:
+        with full_disk(1000), replaced(tmp_path / "file") as part:
+            save_file({"weight": torch.zeros(1000)}, part)
+
+    with pytest.raises(OSError, match="too large") as caught:
+        write()
+    assert caught.value.filename == str(tmp_path / "file")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_that_fills_up_ends_a_training_in_one_line(
+    make_config: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = make_config("run.max_steps=3", "run.checkpoint_every=1")
+    train(config)
+    log = (tmp_path / "run" / "log.jsonl").read_text()
+    more = make_config("run.max_steps=6", "run.resume=auto", "run.checkpoint_every=100")
+    with full_disk(len(log) + 100), pytest.raises(SystemExit, match="2"):
+        exit_on_user_error(lambda: train(more))
+    error = capsys.readouterr().err
+    assert f"cannot use '{tmp_path / 'run'}" in error
+    assert "File too large" in error
+    assert (tmp_path / "run" / "log.jsonl").read_text() == log
+
+    # With room it goes on
+    train(more)
+    assert [line["step"] for line in lines_of_log(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_an_error_of_the_disk_without_a_name_is_one_line(capsys: pytest.CaptureFixture) -> None:
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(SystemExit, match="2"):
+        exit_on_user_error(fail)
+    assert "the disk takes no more (No space left on device)" in capsys.readouterr().err
+
+
+# Workers and what they share
+
+
+class Numbers:
+    """A data set of which each item is its index."""
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+class Killed(Numbers):
+    """Its third item ends the process that reads it, as a system without memory does."""
+
+    def __getitem__(self, index: int) -> int:
+        if index == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return index
+
+
+class Gone(Numbers):
+    """Its third item is a file that cannot be opened any more."""
+
+    def __getitem__(self, index: int) -> int:
+        if index == 3:
+            raise PermissionError(errno.EACCES, "Permission denied", "photo.jpg")
+        return index
+
+
+def unsendable(items: list[int]) -> object:
+    """A batch, of which the second cannot be sent from one process to another."""
+    return (lambda: items) if 3 in items else items
+
+
+def load(dataset: Numbers, collate: Callable, num_workers: int = 1) -> list:
+    batches = [[0, 1], [2, 3], [4, 5]]
+    device = torch.device("cpu")
+    return list(make_loader(dataset, batches, collate, num_workers=num_workers, device=device))
+
+
+@pytest.mark.slow
+def test_a_batch_that_cannot_be_handed_over_is_one_line_in_time() -> None:
+    assert load(Numbers(), list) == [[0, 1], [2, 3], [4, 5]]
+    started = time.perf_counter()
+    with pytest.raises(
+        UserError, match=r"cannot hand over its batch .*run\.num_workers=0"
+    ) as caught:
+        load(Numbers(), unsendable)
+    assert time.perf_counter() - started < 30
+    for part in ("'/dev/shm' is full", "--shm-size", "--ipc=host", "ulimit -n"):
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_one_line_in_time(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        exit_on_user_error(lambda: load(Killed(), list))
+    error = capsys.readouterr().err
+    assert "a process that loads batches is gone" in error
+    assert "--shm-size" in error and "run.num_workers" in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_file_that_turns_bad_on_the_way_is_one_line(num_workers: int) -> None:
+    with pytest.raises(UserError, match=r"^cannot use 'photo.jpg' \(Permission denied\)"):
+        load(Gone(), list, num_workers)
+
+
+def test_shared_memory_is_measured_before_work_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def collate(items: list[int]) -> dict[str, object]:
+        return {"images": torch.zeros(len(items), 1000), "more": [torch.zeros(500)]}
+
+    size = 4 * (2 * 1000 + 500)
+    assert num_bytes(collate([0, 1])) == size
+
+    # Two workers load two batches ahead each, and the main process holds one
+    monkeypatch.setattr(loader, "free_shared_memory", lambda: 5 * size)
+    batches = [[0, 1]]
+    arguments = {"num_workers": 2, "device": torch.device("cpu")}
+    make_loader(Numbers(), batches, collate, **arguments)
+    for free, ranks in ((5 * size - 1, "1"), (5 * size, "2"), (0, "1")):
+        monkeypatch.setattr(loader, "free_shared_memory", lambda free=free: free)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        with pytest.raises(UserError, match=r"run\.num_workers=2 needs .* --shm-size"):
+            make_loader(Numbers(), batches, collate, **arguments)
+    make_loader(Numbers(), batches, collate, num_workers=0, device=torch.device("cpu"))
+
+
+def end(_: int) -> None:
+    os._exit(9)
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_one_line() -> None:
+    with pytest.raises(UserError, match="one of 2 processes was ended from outside"):
+        list(in_processes(end, range(4), 2))
+
+
+def test_without_room_for_locks_one_process_does_all(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(workers, "free_shared_memory", lambda: 0)
+    assert list(in_processes(lambda job: job + os.getpid(), [1, 2], 2)) == [
+        1 + os.getpid(),
+        2 + os.getpid(),
+    ]
+    assert "is full: one process does the work of 2" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("measured", [True, False])
+def test_a_training_with_little_shared_memory_names_the_fix(
+    measured: bool, scenes: Path, tmp_path: Path
+) -> None:
+    """In a mount namespace of its own; with and without the check before the start."""
+    in_namespace = ["unshare", "--mount", "bash", "-c"]
+    mount = "mount -t tmpfs -o size=4m tmpfs /dev/shm"
+    if subprocess.run([*in_namespace, mount], capture_output=True).returncode:
+        pytest.skip("this user may not mount in a namespace")
+    options = [
+        *SMALLEST,
+        f"datasets.ego_irgbench.data_root={scenes}",
+        f"run.output_dir={tmp_path / 'run'}",
+        "run.max_steps=6",
+        "run.num_workers=3",
+        "run.batch_size=8",
+        "model.rgb_encoder.image_size=336",
+    ]
+    code = (
+        "import sys; from annexe.cli import run_script; from annexe.datasets import loader; "
+        "from annexe.trainer import train; "
+        f"loader._PLENTY *= {int(measured)}; run_script(train, 'train')"
+    )
+    words = [sys.executable, "-c", code, "--cfg-path", str(TINY), "--options", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*in_namespace, f'{mount} && exec "$@"', "bash", *words],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,  # half a minute where nothing else runs
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    expected = "run.num_workers=3 needs" if measured else "a worker cannot hand over its batch"
+    assert expected in line
+    for fix in ("--shm-size", "--ipc=host", "run.num_workers=0"):
+        assert fix in line
+    assert "Traceback" not in done.stderr

@@ -24,7 +24,7 @@ from annexe.datasets.image_files import (
     UnreadableImage,
     check_depth,
     check_id_map,
-    load,
+    decode,
     opened,
     report_faults,
 )
@@ -67,8 +67,7 @@ def read_image(
         UserError: if it is missing, no image, cut short, or has more bits than ``mode``.
     """
     try:
-        with opened(path) as image:
-            return load(image, mode, at_least)
+        return decode(path, mode, at_least)
     except UnreadableImage as error:
         raise _cannot_read(path, error, fix) from None
 
@@ -155,6 +154,7 @@ class PixelReader:
         digest = hashlib.sha256(b"%d:%s" % (_CACHE_FORMAT, os.fsencode(root.resolve())))
         key = digest.hexdigest()[:12]
         self.cache_dir = cache_dir / f"pixels-{size}-{key}" if cache_dir else None
+        self.cache_is_full = False
 
     def files(self, stem: str) -> tuple[Path, Path, Path]:
         """Photo, depth map and id map of a stem."""
@@ -191,8 +191,22 @@ class PixelReader:
         pixels = _load_entry(entry, source)
         if pixels is None:
             pixels = self._decode(stem, ids)
-            _save_entry(entry, pixels, source)
+            self._cache(entry, pixels, source)
         return pixels
+
+    def _cache(self, entry: Path, pixels: Pixels, source: np.ndarray) -> None:
+        """Write a file of the cache, as long as the disk takes any."""
+        if self.cache_is_full:
+            return
+        try:
+            _save_entry(entry, pixels, source)
+        except OSError as error:
+            self.cache_is_full = True
+            log.warning(
+                "cannot write '%s' (%s): from here on files are resized anew in every epoch; "
+                "make room, or set cache: false in the data set's settings",
+                *(entry, error.strerror),
+            )
 
     def _decode(self, stem: str, ids: Collection[int]) -> Pixels:
         """Read the three files, check that they fit, and resize them."""

@@ -18,6 +18,7 @@ from annexe.datasets.image_names import (
     read_stems,
 )
 from annexe.errors import UserError
+from annexe.files import replaced
 from annexe.terminal import say, table
 
 HELP = "write split lists that share no video, object instance or room"
@@ -87,11 +88,13 @@ def run(arguments: argparse.Namespace) -> None:
     # Share out and write
     shares = {"train": train_share, "val": arguments.val, "test": arguments.test}
     lists = split(stems, arguments.by, shares, arguments.seed)
-    out.mkdir(parents=True)
-    for name, listed in lists.items():
-        text = "".join(f"{stem}\n" for stem in listed)
-        (out / f"{name}.txt").write_text(text, encoding="utf-8")
     show(lists)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replaced(out) as part:
+        part.mkdir()
+        for name, listed in lists.items():
+            text = "".join(f"{stem}\n" for stem in listed)
+            (part / f"{name}.txt").write_text(text, encoding="utf-8")
 
 
 def split(stems: list[str], by: str, shares: dict[str, float], seed: int) -> dict[str, list[str]]:
