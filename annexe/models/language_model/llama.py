@@ -266,7 +266,7 @@ class Llama(nn.Module):
         rope = config.rope_parameters or {}
         if rope.get("rope_type") == "longrope":
             # Its factors change for every position of a sequence that is longer than this
-            return int(rope["original_max_position_embeddings"])
+            return cast("int", rope["original_max_position_embeddings"])
         return config.max_position_embeddings
 
     @property
