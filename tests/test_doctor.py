@@ -667,6 +667,24 @@ def test_full_disk_costs_the_report_alone(
     assert report in printed.err and "No space left" in printed.err
 
 
+def test_names_that_are_not_utf_8(
+    doctor: Callable[..., tuple[int, str]], planted: Planted, tmp_path: Path
+) -> None:
+    """The doctor prints them as escapes, and its report leaves them out of a data set."""
+    planted.rename(os.fsdecode(b"mug\xff"))
+    touch(os.fsdecode(b"RGB/\xe4.bmp"))(planted)
+    touch(os.fsdecode(b"subsets/\xe4.txt"))(planted)
+    code, output = doctor(planted.root, "--json", tmp_path / "report.json")
+    assert code == 1
+    assert "name-not-utf-8" in output and "unreadable-list" in output and r"\udce4.bmp" in output
+    with pytest.raises(UserError, match=r"mug\\udcff\.json' is not UTF-8; rename"):
+        EgoIRGBench("train", 56, 0, None, data_root=str(planted.root))
+    dataset = EgoIRGBench(
+        "train", 56, 0, None, data_root=str(planted.root), exclude=str(tmp_path / "report.json")
+    )
+    assert dataset.stems == [planted.second]
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"), [((), "dataset_split"), (("--json", "/"), "cannot write '/' (a folder)")]
 )

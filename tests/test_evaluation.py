@@ -245,6 +245,19 @@ def test_an_interrupted_evaluation_keeps_no_answer_to_an_old_question(
     )
 
 
+def test_a_list_that_cannot_be_read_is_named_before_the_work(
+    trained, scenes, make_config, tmp_path, monkeypatch
+):
+    root = tmp_path / "data"
+    shutil.copytree(scenes, root)
+    (root / "subsets").mkdir(exist_ok=True)
+    (root / "subsets" / "mine.txt").write_bytes("STEM".encode("utf-16-le"))
+    folders = (f"run.checkpoint={trained}", f"datasets.ego_irgbench.data_root={root}")
+    monkeypatch.setattr(evaluator, "restore_model", None)  # not reached
+    with pytest.raises(UserError, match=r"subsets: '.*mine\.txt' is no list of stems \(it holds"):
+        evaluate(make_config(*folders, f"run.output_dir={tmp_path / 'eval'}", NO_REPORT))
+
+
 def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 

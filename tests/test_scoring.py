@@ -492,6 +492,26 @@ def test_what_refuses_phrases_is_what_the_data_says(scenes):
     assert reject["answer/exact_match"] == pytest.approx(num_without_target / len(refusals))
 
 
+def test_what_subsets_do_not_use_is_told(scenes, records, tmp_path, caplog):
+    root = tmp_path / "root"
+    shutil.copytree(scenes, root)
+    shutil.rmtree(root / "subsets", ignore_errors=True)
+    (root / "subsets").mkdir()
+    test, train = (
+        min((root / "dataset_split" / name).iterdir()).stem for name in ("test", "train")
+    )
+    (root / "subsets" / "some.txt").write_text(f"{test}.jpg\r\nnobody\r\n", encoding="utf-8-sig")
+    (root / "subsets" / "elsewhere.txt").write_text(train)
+    (root / "subsets" / "more.csv").touch()
+    caplog.set_level("INFO", "annexe")
+    metrics = score_all(records, truth_of(root), protocols=["standard"], workers=1).metrics
+    assert metrics["subsets"].keys() == {"some"}
+    assert metrics["subsets"]["some"]["num_images"] == 1
+    assert "some.txt': 1 lines ignored, such as 'nobody'" in caplog.text
+    assert "1 files ignored, such as 'more.csv'" in caplog.text
+    assert "subsets without a predicted image: elsewhere" in caplog.text
+
+
 def test_complete_demands_every_annotation(truth, records, queries):
     require_complete(records, truth)
     first = queries[0]

@@ -87,7 +87,7 @@ def _split(words: list[str]) -> tuple[list[str], str, list[str]]:
 def _category_in(words: list[str]) -> str | None:
     """The category whose whole name stands in ``words``, the last one of several."""
     text = f" {' '.join(words)} "
-    places = {}
+    places: dict[str, int] = {}
     for name in CATEGORIES.values():
         for form in _forms(name):
             places[name] = max(places.get(name, -1), text.rfind(f" {form} "))
