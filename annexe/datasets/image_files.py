@@ -120,28 +120,38 @@ def opened(path: Path) -> Iterator[Image.Image]:
         raise UnreadableImage(_fault_of(path, error)) from None
 
 
-def load(image: Image.Image, mode: str | None = None, at_least: int | None = None) -> Image.Image:
-    """Decode an opened image completely.
+def decode(path: Path, mode: str | None = None, at_least: int | None = None) -> Image.Image:
+    """Decode an image file completely.
 
     Args:
-        image: as `opened` gives it.
+        path: the file.
         mode: convert to this mode of 8 bits, such as ``RGB``.
         at_least: a JPEG may be decoded at a half, quarter or eighth of its size, as long as no side
             gets shorter than this many pixels.
 
     Raises:
-        UnreadableImage: if conversion would clip values of more than 8 bits.
+        UnreadableImage: if it is missing, damaged, no image, or conversion would clip values of
+            more than 8 bits.
     """
-    if at_least:
-        # Pillow calls decoding a JPEG at a part of its size a draft
-        image.draft(mode, (at_least, at_least))
-    image.load()
-    if mode is None or image.mode == mode:  # converting to the same mode would make a copy
-        return image
-    if image.mode.startswith(("I", "F")):
-        problem = f"more than 8 bits a channel, mode {image.mode}"
-        raise UnreadableImage(Fault("photo-bits", problem, "save it with 8 bits a channel"))
-    return image.convert(mode)
+    with opened(path) as image:
+        if at_least:
+            # Pillow calls decoding a JPEG at a part of its size a draft
+            image.draft(mode, (at_least, at_least))
+        image.load()
+        if image.format == "PNG":
+            _verify(path)
+        if mode is None or image.mode == mode:  # converting to the same mode would make a copy
+            return image
+        if image.mode.startswith(("I", "F")):
+            problem = f"more than 8 bits a channel, mode {image.mode}"
+            raise UnreadableImage(Fault("photo-bits", problem, "save it with 8 bits a channel"))
+        return image.convert(mode)
+
+
+def _verify(path: Path) -> None:
+    """Compare the checksums of a PNG, which decoding does not do for pixels."""
+    with Image.open(path) as image:
+        image.verify()
 
 
 def _fault_of(path: Path, error: Exception) -> Fault:

@@ -14,7 +14,7 @@ from annexe.datasets.image_files import (
     UnreadableImage,
     check_depth,
     check_id_map,
-    load,
+    decode,
     opened,
 )
 from annexe.datasets.pixels import PIXEL_FILES
@@ -52,8 +52,7 @@ def check_photo(path: Path, report: ImageReport) -> None:
             mode = header.mode
             file_format = header.format
         report.photo_size = size
-        with opened(path) as image:
-            photo = load(image, "RGB", at_least=1)
+        photo = decode(path, "RGB", at_least=1)
     except UnreadableImage as error:
         _add_unreadable(path, "photo", error, report)
         return
@@ -126,8 +125,7 @@ def _decode(path: Path, kind: str, report: ImageReport) -> Image.Image | None:
         report: takes the problem.
     """
     try:
-        with opened(path) as image:
-            return load(image)
+        return decode(path)
     except UnreadableImage as error:
         _add_unreadable(path, kind, error, report)
         return None
