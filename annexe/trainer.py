@@ -48,6 +48,7 @@ from annexe.checkpoints.training_state import (
     frozen_fingerprint,
     load_optimizer,
     load_weights,
+    names_of_groups,
     save_checkpoint,
 )
 from annexe.config import Config, RunConfig, as_dict, device_settings
@@ -141,9 +142,10 @@ def set_up(config: Config) -> Trainer:
     # Sharded parameters are others: the optimizer is made of those, then gets its moments back
     wrapped = distribute(accelerator, model, model.blocks(), run.parallel)
     optimizer = build_optimizer(model, run)
+    names = names_of_groups(model, optimizer)
     progress = Progress()
     if resumed:
-        load_optimizer(resumed, model, optimizer, accelerator)
+        load_optimizer(resumed, optimizer, names, accelerator)
         progress = _load_progress(resumed, run)
         model.calibrated_thresholds = progress.thresholds
 
@@ -186,6 +188,7 @@ def set_up(config: Config) -> Trainer:
         output,
         model,
         optimizer,
+        names,
         config=as_dict(config),
         frozen=frozen,
         manifest=manifest,

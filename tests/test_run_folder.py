@@ -166,6 +166,7 @@ def test_files_do_not_depend_on_the_names_of_libraries(make_parts, make_config, 
             tmp_path / name,
             model,
             optimizer,
+            training_state.names_of_groups(model, optimizer),
             progress=annexe.trainer.Progress(),
             config={},
             frozen=training_state.frozen_fingerprint(model),
@@ -204,7 +205,7 @@ def test_an_old_run_goes_on(old_run, old_config, caplog):
     # It goes on, and tells what changed
     trainer.train()
     message = next(line for line in caplog.messages if "goes on with changes" in line)
-    assert "transformers 5.17.0 -> " in message and "run.max_steps 3 -> 5" in message
+    assert "annexe 0.1.0 -> " in message and "run.max_steps 3 -> 5" in message
     assert len(message.splitlines()) == 1
     log = [json.loads(line) for line in (old_run / "log.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in log if line["kind"] == "train"]
@@ -306,7 +307,7 @@ def test_a_permuted_order_does_not_mix_up_moments(make_config, tmp_path, monkeyp
         assert norm == float(saved[name][moment].double().norm()), name
     trainer.train()
     weights = load_file(find_checkpoint(tmp_path / "other") / "model.safetensors")
-    assert_same_but_for_rounding(weights, expected)
+    assert_same_but_for_rounding(weights, expected, atol=1e-5)
 
 
 def test_a_permuted_order_does_not_mix_up_moments_by_position(old_config, monkeypatch):
@@ -338,11 +339,16 @@ def test_moments_of_other_shapes_are_refused(old_run, old_config):
 
 
 def test_a_checkpoint_that_does_not_fit_names_the_versions(old_run, old_config, monkeypatch):
-    monkeypatch.setattr(training_state, "our_name", lambda name: name)
+    rule = training_state.our_name
+
+    def rule_for_most(name: str) -> str:
+        return name if "attention.query.weight" in name else rule(name)
+
+    monkeypatch.setattr(training_state, "our_name", rule_for_most)
     with pytest.raises(UserError) as caught:
         set_up(old_config())
     message = str(caught.value)
-    assert "another model" in message and "transformers 5.17.0 (here " in message
+    assert "another model" in message and "written with annexe 0.1.0 (here " in message
     assert len(message.splitlines()) == 1
 
 

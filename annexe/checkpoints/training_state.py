@@ -117,6 +117,7 @@ def save_checkpoint(
     run_folder: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    names: list[list[str]],
     progress: Progress,
     config: dict[str, Any],
     frozen: dict[str, list[float]],
@@ -129,6 +130,7 @@ def save_checkpoint(
     Every process has to call this.
 
     Args:
+        names: those of the optimizer's parameters, see `names_of_groups`.
         config: the resolved configuration, as plain values.
         frozen: the model's `frozen_fingerprint`, taken before anything was loaded or sharded.
         manifest: see `annexe.checkpoints.manifest`.
@@ -144,7 +146,7 @@ def save_checkpoint(
 
     # Gather what is sharded, which takes every process
     tensors = to_full_cpu(trained_tensors(model))
-    moments = _by_names(to_full_cpu(optimizer.state_dict()), _names_of_groups(model, optimizer))
+    moments = _by_names(to_full_cpu(optimizer.state_dict()), names)
     if is_main:
         _require_finite(tensors, progress.step, folder.parent)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -212,8 +214,12 @@ def _save_extras(model: nn.Module, folder: Path, tensors: dict[str, Tensor]) -> 
             module.save_extras(folder, of_component)
 
 
-def _names_of_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
-    """Our names of the parameters of every group, in their order."""
+def names_of_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    """Our names of the parameters of every group, in their order.
+
+    They have to be asked for before the first step: later FSDP may have put whole parameters in the
+    place of the sharded ones that the optimizer has.
+    """
     names = {parameter: name for name, parameter in _parameters(model).items()}
     groups = []
     for group in optimizer.param_groups:
@@ -373,11 +379,17 @@ def require_same_frozen(folder: Path, model: nn.Module, part: str = "") -> None:
 
 
 def load_optimizer(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator
+    folder: Path,
+    optimizer: torch.optim.Optimizer,
+    names: list[list[str]],
+    accelerator: Accelerator,
 ) -> None:
     """Restore the optimizer's moments and this process's random state.
 
     Moments go to the parameters of their names. Betas and weight decay stay as configured.
+
+    Args:
+        names: those of the optimizer's parameters, see `names_of_groups`.
 
     Raises:
         UserError: for a damaged file, or one of other parameters.
@@ -389,8 +401,7 @@ def load_optimizer(
     # Lay the moments out as their parameters are; steps are counted in scalars
     load = partial(torch.load, weights_only=True, map_location="cpu")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    groups = _names_of_groups(model, optimizer)
-    saved = _by_positions(_read(folder / "optimizer.pt", load), groups, parameters, folder)
+    saved = _by_positions(_read(folder / "optimizer.pt", load), names, parameters, folder)
     for index, state in saved["state"].items():
         for name, value in state.items():
             if value.ndim:
