@@ -117,6 +117,12 @@ def test_meteor_equals_nltk():
     assert synonym.compute("answer")["answer/meteor"] > 0.99
 
 
+@pytest.mark.parametrize(("text", "meteor"), [("Mug.", 0.5), ("red mug", 0.9375)])
+def test_meteor_of_a_perfect_short_answer_is_what_the_page_says(text: str, meteor: float):
+    name = f"answer/{text_module.meteor_name()}"
+    assert text_metrics([("a", text, text, True)]).compute("answer")[name] == meteor
+
+
 def test_cider_equals_pycocoevalcap_and_sides_are_not_swapped():
     predictions = {key: [normalize(prediction)] for key, prediction, _, _ in PAIRS}
     references = {key: [normalize(reference)] for key, _, reference, _ in PAIRS}

@@ -472,6 +472,25 @@ def test_wordings_of_one_id_and_ids_that_look_alike(scenes, tmp_path):
     assert score_all(wordings_asked, truth).metrics["standard"]["num_queries"] == 2
 
 
+def test_ids_that_the_data_may_have_are_written_and_scored_again(scenes, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(scenes, root)
+    path = sorted((root / "dataset_split" / "test").iterdir())[0]
+    entries = json.loads(path.read_text())[:1]
+    ids = [0, "0", -5, 10**30, "", "ü/\u2028", 2.0]
+    entries[0]["questions"] = [{"query": "a", "id": query_id} for query_id in ids]
+    path.write_text(json.dumps(entries))
+    truth = truth_of(root)
+    asked = []
+    for turn in truth.dataset.evaluation_sample(0, "all").turns:
+        common = {"image": path.stem, "annotation": 0, "answer": "none", "masks": []}
+        asked.append(QueryRecord(query_id=turn.query_id, **common))
+    assert {query.query_id for query in asked} == {*ids}
+    file = write(tmp_path / "p.jsonl", asked)
+    assert read_predictions(file, truth) == asked
+    assert score_all(asked, truth).metrics["standard"]["num_queries"] == len(ids)
+
+
 def test_what_refuses_phrases_is_what_the_data_says(scenes):
     dataset = EgoIRGBench(
         "test", 1, 0, None, data_root=str(scenes), answer_format="phrases", cache=False
