@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from annexe.datasets.target_groups import target_group
 from annexe.metrics import (
     AnswerContradictions,
     ClusterBootstrap,
@@ -149,6 +150,14 @@ def test_object_without_hand(predicted: dict, counts: int):
         "consistency/object_without_hand": counts,
         "consistency/num_hand_and_object_queries": 1,
     }
+
+
+@pytest.mark.parametrize("phrase", ["my right hand", "the left hand.", "the hand of the person"])
+def test_hands_are_told_from_objects_by_words(phrase: str):
+    labels = {0: target_group(phrase, "photo"), 1: target_group("the clamp", "photo")}
+    metric = ObjectWithoutHand()
+    metric.add(measure({1: ELSEWHERE}, {0: TARGET, 1: ELSEWHERE}, labels))
+    assert metric.compute()["consistency/object_without_hand"] == 1
 
 
 def clusters_of(
