@@ -64,6 +64,8 @@ def named(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         code = _RUST_ERROR.search(str(error))
         number = int(code[1]) if code else getattr(error, "errno", None)
@@ -190,7 +192,7 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
         wait: wait for a lock that another process holds, instead of raising.
 
     Raises:
-        UserError: naming the process that holds the lock.
+        UserError: naming the process that holds the lock, or for a disk without locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+", encoding="utf-8") as file:
@@ -207,6 +209,10 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
                 ) from None
             log.info("waiting for %s, which writes to '%s'", holder, folder)
             fcntl.lockf(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise UserError(
+                f"cannot lock '{folder}' ({error.strerror}); choose a folder on a disk with locks"
+            ) from None
 
         # Leave a name for the next process that comes
         name = f"process {os.getpid()} on {socket.gethostname()}\n"

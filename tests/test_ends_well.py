@@ -18,9 +18,10 @@ import torch
 from safetensors.torch import save_file
 
 from annexe import workers
-from annexe.cli import exit_on_user_error
+from annexe.cli import exit_on_user_error, main
 from annexe.datasets import loader
 from annexe.datasets.loader import make_loader, num_bytes
+from annexe.datasets.pixels import PixelReader
 from annexe.distributed import make_accelerator
 from annexe.errors import UserError
 from annexe.files import append_text, replaced, write_text
@@ -142,6 +143,7 @@ def test_errors_of_libraries_in_rust_are_named_too(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_ends_a_training_in_one_line(
     make_config: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -155,6 +157,14 @@ def test_a_disk_that_fills_up_ends_a_training_in_one_line(
     assert f"cannot use '{tmp_path / 'run'}" in error
     assert "File too large" in error
     assert (tmp_path / "run" / "log.jsonl").read_text() == log
+
+    # A checkpoint that does not fit says what is left
+    more.run.checkpoint_every = 1
+    smallest = min((tmp_path / "run" / "checkpoints").rglob("model.safetensors")).stat().st_size
+    with full_disk(smallest - 1), pytest.raises(UserError, match="before it are intact") as caught:
+        train(more)
+    assert "File too large" in str(caught.value)
+    assert not list(tmp_path.rglob("*.part"))
 
     # With room it goes on
     train(more)
@@ -321,3 +331,35 @@ def test_a_training_with_little_shared_memory_names_the_fix(
     for fix in ("--shm-size", "--ipc=host", "run.num_workers=0"):
         assert fix in line
     assert "Traceback" not in done.stderr
+
+
+# Caches and lists
+
+
+def test_a_cache_that_is_full_costs_time_alone(
+    scenes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    reader = PixelReader(scenes, 32, tmp_path)
+    stems = sorted(path.stem for path in (scenes / "RGB").iterdir())[:2]
+    with full_disk(1000):
+        pixels = [reader.read(stem, []) for stem in stems]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "File too large): from here on files are resized anew" in caplog.text
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    expected = PixelReader(scenes, 32, None)
+    for stem, found in zip(stems, pixels, strict=True):
+        assert (found.image == expected.read(stem, []).image).all()
+
+
+def test_lists_of_a_split_are_written_all_or_none(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "lists"
+    words = ["annexe", "split", str(scenes), "--out", str(out), "--by", "instance", "--seed", "0"]
+    monkeypatch.setattr(sys, "argv", [*words, "--val", "0.3", "--test", "0.3"])
+    with full_disk(60), pytest.raises(SystemExit, match="2"):
+        main()
+    printed = capsys.readouterr()
+    assert f"cannot use '{out}' (File too large)" in printed.err
+    assert "train" in printed.out
+    assert os.listdir(tmp_path) == []
