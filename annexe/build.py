@@ -40,7 +40,14 @@ from annexe.models.annexe import Annexe
 from annexe.models.compile import compile_blocks
 from annexe.models.language_model.tokenizer import TextTokenizer, load_tokenizer
 from annexe.registry import import_plugins, lookup
-from annexe.settings import merge_strictly, read_options, read_path, read_settings, setting_error
+from annexe.settings import (
+    merge_strictly,
+    overlay,
+    read_options,
+    read_path,
+    read_settings,
+    setting_error,
+)
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +85,7 @@ def load_config(
         if onto_checkpoint:
             base = _onto_checkpoint(base, overrides)
         _drop_settings_of_other_types(base, overrides)
-        config = merge_strictly(Config, OmegaConf.merge(base, overrides))
+        config = merge_strictly(Config, overlay(base, overrides))
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {setting_error('', error)}") from None
     except UserError as error:
@@ -103,7 +110,7 @@ def _onto_checkpoint(base: DictConfig, overrides: DictConfig) -> Any:
 
     Without model settings of its own, ``base`` stays as it is.
     """
-    checkpoint = OmegaConf.select(OmegaConf.merge(base, overrides), "run.checkpoint")
+    checkpoint = OmegaConf.select(overlay(base, overrides), "run.checkpoint")
     if isinstance(checkpoint, str):
         checkpoint = read_path(checkpoint, "run.checkpoint", optional=True)
     has_model = any(settings.get("model") is not None for settings in (base, overrides))
@@ -116,7 +123,7 @@ def _onto_checkpoint(base: DictConfig, overrides: DictConfig) -> Any:
         chosen = OmegaConf.select(base, f"model.{part}.type")
         if chosen not in (None, saved["model"][part]["type"]):
             saved["model"][part] = {}
-    return OmegaConf.merge(saved, base)
+    return overlay(saved, base)
 
 
 def _drop_settings_of_other_types(base: Any, overrides: DictConfig) -> None:
@@ -154,7 +161,8 @@ def check_component(kind: str, spec: object, where: str, **defaults: str) -> dic
         UserError: for an unknown type or setting, or a value of the wrong type.
     """
     if not isinstance(spec, dict):
-        raise UserError(f"{where} is '{spec}'; it must be a block of settings")
+        shown = "null" if spec is None else spec
+        raise UserError(f"{where} is '{shown}'; it must be a block of settings")
     spec = {**defaults, **spec}
     component = lookup(kind, spec.get("type"), f"{where}.type")
     options = _options(component)

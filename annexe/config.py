@@ -153,6 +153,10 @@ class RunConfig:
             raise unknown_name_error(
                 "run.validation_metric", self.validation_metric, VALIDATION_METRICS
             )
+        if str(self.resume).lower() in ("on", "true", "yes"):
+            raise UserError(
+                f"run.resume is '{self.resume}'; set it to auto, or to a run folder or checkpoint"
+            )
         self._check_numbers()
         self._check_combinations()
 

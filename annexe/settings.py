@@ -28,10 +28,12 @@ PathSetting = Annotated[str, "path"]
 Block = Annotated[dict[str, Any], "block"]
 """Settings that are not read yet: every scalar is a text, or null."""
 
+_NULL = ("", "~", "null", "Null", "NULL")
 _NO = ("", "false", "no", "none", "off")
 _YES = ("on", "true", "yes")
 _VARIABLE = re.compile(r"\$([A-Za-z_]\w*)")
 _YAML_STARTS = ("[", "{", '"', "'")  # of an option's value that is YAML and not a plain text
+_EXPONENT = re.compile(r"[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+")  # a number in YAML 1.2 alone
 
 # What a value of a type has to be, for messages
 _KINDS: dict[Any, str] = {
@@ -95,8 +97,7 @@ def read_options(options: Sequence[str]) -> DictConfig:
         name, sign, text = option.partition("=")
         if not name or not sign:
             raise UserError(f"option '{option}' is not of the form a.b=c")
-        is_yaml = text.lstrip().startswith(_YAML_STARTS) or _by_yaml(text) is None
-        value = yaml.load(text, Loader=_TextLoader) if is_yaml else text
+        value = text if _is_plain(text) else yaml.load(text, Loader=_TextLoader)
         OmegaConf.update(settings, name, value)
     return settings
 
@@ -106,8 +107,25 @@ def as_option(name: str, value: object) -> str:
     if value is None:
         return f"{name}=null"
     text = str(value)
-    is_plain = not text.lstrip().startswith(_YAML_STARTS) and _by_yaml(text) is not None
-    return f"{name}={text if is_plain else json.dumps(text, ensure_ascii=False)}"
+    return f"{name}={text if _is_plain(text) else json.dumps(text, ensure_ascii=False)}"
+
+
+def _is_plain(text: str) -> bool:
+    """Whether an option's value is neither YAML nor null."""
+    return text.strip() not in _NULL and not text.lstrip().startswith(_YAML_STARTS)
+
+
+def overlay(lower: Any, upper: Any) -> DictConfig:
+    """The settings of ``upper`` over those of ``lower``, block by block; a list replaces a list."""
+    plain = (OmegaConf.to_container(OmegaConf.create(block)) for block in (lower, upper))
+    return OmegaConf.create(_overlay(*plain))
+
+
+def _overlay(lower: Any, upper: Any) -> Any:
+    if not (isinstance(lower, dict) and isinstance(upper, dict)):
+        return upper
+    shared = {name: _overlay(lower[name], upper[name]) for name in lower.keys() & upper.keys()}
+    return {**lower, **upper, **shared}
 
 
 def merge_strictly(schema: Any, settings: Any, where: str = "") -> Any:
@@ -159,12 +177,13 @@ def _read(value: Any, hint: Any, key: str) -> Any:
     kinds = _members(hint)
     if value is None:
         return _read_null(kinds, key)
+    kinds = [kind for kind in kinds if kind is not type(None)]
     if len(kinds) == 1:
         return _read_one(value, kinds[0], key)
 
     # Several types: the one that YAML sees, else text
     seen = _by_yaml(value) if isinstance(value, str) else value
-    if type(seen) in kinds:
+    if type(seen) in kinds and not isinstance(seen, str):
         return seen
     return _read_one(value, str if str in kinds else kinds[0], key)
 
@@ -186,7 +205,8 @@ def _read_null(kinds: list[Any], key: str) -> Any:
             return dict(getattr(kind, "WHEN_NULL", {}))
         if kind is Block or typing.get_origin(kind) is dict:
             return {}
-    raise UserError(f"{key} is null; give it a value, or leave it out")
+    tilde = " (as ~ alone is; the home folder is ~/)" if PathSetting in kinds else ""
+    raise UserError(f"{key} is null{tilde}; give it a value, or leave it out")
 
 
 def _read_one(value: Any, kind: Any, key: str) -> Any:
@@ -251,11 +271,14 @@ def _scalar(value: Any, kind: type) -> bool | int | float | None:
 
 
 def _by_yaml(text: str) -> Any:
-    """The number, flag, null or text that YAML makes of a plain scalar."""
+    """The number, flag, null or text that YAML makes of a scalar."""
     try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
-    except (yaml.YAMLError, OmegaConfBaseException):
+        seen = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
         return text
+    if isinstance(seen, str) and _EXPONENT.fullmatch(seen):
+        return float(seen)
+    return seen if seen is None or isinstance(seen, bool | int | float | str) else text
 
 
 def _resolved(value: Any) -> Any:

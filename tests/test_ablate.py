@@ -357,7 +357,7 @@ def test_settings_that_only_other_rows_refuse_are_taken(annexe, rows, tmp_path):
             ("unseen_pair", "Did you mean 'unseen_pairs'"),
         ),
         ({"options": ["run.max_step=2"]}, ("Did you mean 'max_steps'",)),
-        ({"options": [{"run.max_steps": 2}]}, ("{'run.max_steps': 2}", "a.b=c")),
+        ({"options": [{"run.max_steps": 2}]}, ("options[0] is '{'run.max_steps': '2'}'", "a text")),
         ({"options": ["run.output_dir=x"]}, ("run.output_dir=x", "remove it")),
         ({"evaluation_options": ["run.batchsize=1"]}, ("Did you mean 'batch_size'",)),
         (

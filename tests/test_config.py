@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from annexe.config import Config, RunConfig, as_dict
 from annexe.errors import UserError
 from annexe.models.language_model.tokenizer import load_tokenizer
 from annexe.registry import register
+from annexe.settings import as_option, read_path
 from annexe.trainer import train
 from tests.conftest import ROOT, SMALLEST, TINY
 
@@ -97,6 +99,122 @@ def test_interpolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     config = load_config(path)
     assert (config.run.output_dir, config.run.warmup_steps) == ("elsewhere/a", 3000)
+
+
+TYPED = ("007", "1e5", "on", "No", "1:30", "0x10", "2026-01-01", "1_000", "1.50", ".5", "a: b")
+
+
+@pytest.mark.parametrize("text", TYPED)
+def test_a_text_stays_as_typed(text: str, tmp_path: Path) -> None:
+    """YAML sees a number, a flag, a date or a block in each of them."""
+    by_option = load_config(TINY, [f"run.output_dir={text}", f"run.wandb.name={text}"])
+    assert (by_option.run.output_dir, by_option.run.wandb.name) == (text, text)
+    of_data = load_config(TINY, [f"datasets.ego_irgbench.exclude=./{text}"])
+    assert of_data.datasets["ego_irgbench"]["exclude"] == f"./{text}"
+
+    # In a file as far as YAML lets it, and again from what is saved with a run
+    if ": " not in text:
+        path = write(tmp_path, f"run: {{output_dir: {text}, wandb: {{name: {text}}}}}")
+        run = load_config(path).run
+        assert (run.output_dir, run.wandb.name) == (text, text)
+    saved = tmp_path / "saved.yaml"
+    OmegaConf.save(OmegaConf.create(as_dict(by_option)), saved)
+    assert load_config(saved) == by_option
+
+
+@pytest.mark.parametrize(
+    "text", ["a #b", "@a", "*a", "&a", "!a", "%a", "- a", "a'b", "|", "x=y", "`"]
+)
+def test_an_option_is_no_yaml_unless_it_begins_as_a_list_or_in_quotes(text: str) -> None:
+    assert load_config(TINY, [f"run.output_dir={text}"]).run.output_dir == text
+
+
+@pytest.mark.parametrize("text", ["[a]", "{a}", "'a b'", '"', "null", "~", "a", "007", ""])
+def test_an_option_made_of_a_text_gives_it_back(text: str) -> None:
+    config = load_config(TINY, [as_option("run.wandb.name", text)])
+    assert config.run.wandb.name == text
+    assert load_config(TINY, [as_option("run.wandb.name", None)]).run.wandb.name is None
+
+
+def test_numbers_and_flags_are_those_of_yaml(tmp_path: Path) -> None:
+    text = "run: {seed: 0x10, max_steps: 1_000, report: off, compile: 'yes', betas: [0, '0.5']}"
+    run = load_config(write(tmp_path, text), ["run.batch_size=010", "run.clip_norm=.inf"]).run
+    assert (run.seed, run.max_steps, run.batch_size) == (16, 1000, 8)
+    assert (run.report, run.compile, run.betas, run.clip_norm) == (False, True, [0, 0.5], math.inf)
+    numbers = load_config(TINY, ["run.queries_per_annotation=3"]).run.queries_per_annotation
+    assert numbers == 3 and isinstance(numbers, int)
+    assert load_config(TINY, ["run.queries_per_annotation=all"]).run.queries_per_annotation == "all"
+
+
+PATHS = (
+    "run.output_dir",
+    "run.resume",
+    "run.checkpoint",
+    "run.store_patches",
+    "model.init_from",
+    "model.rgb_encoder.weights",
+    "model.depth_branch.weights",
+    "model.language_model.path",
+    "datasets.ego_irgbench.data_root",
+    "datasets.ego_irgbench.exclude",
+    "datasets.ego_irgbench.split_dir",
+    "datasets.egohos.data_root",
+)
+
+
+@pytest.mark.parametrize("setting", PATHS)
+def test_paths_are_expanded(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+
+    def value(text: str) -> object:
+        found = as_dict(load_config(TINY, [f"{setting}={text}"]))
+        for name in setting.split("."):
+            found = found[name]
+        return found
+
+    assert value("~/$SCRATCH/${oc.env:SCRATCH}/7") == "/home/ann//scratch//scratch/7"
+    if "data_root" in setting or "output_dir" in setting:
+        with pytest.raises(UserError, match=rf"{setting} is null .as ~ alone is; .* is ~/"):
+            value("~")
+    else:
+        assert value("False") is None
+
+
+@pytest.mark.parametrize("optional", [False, True])
+def test_what_a_path_may_be(optional: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+
+    def value(text: str) -> str | None:
+        return read_path(text, "run.x", optional=optional)
+
+    for text in ("./~/$", "a~", "$5", "a b", "007", "./false"):
+        assert value(text) == text
+    assert value("~") == "/home/ann" and value("$SCRATCH/a") == "/scratch/a"
+    with pytest.raises(UserError, match=r"run.x is .* no user of ~annexe-nobody; write './~annexe"):
+        value("~annexe-nobody/x")
+    with pytest.raises(UserError, match=r"run.x is .*\$ANNEXE_NOT_SET is not set"):
+        value("$ANNEXE_NOT_SET/x")
+
+    # Words for none and for any
+    if optional:
+        assert [value(no) for no in ("false", "No", "off", "none", "")] == [None] * 5
+        with pytest.raises(UserError, match=r"run.x is 'true'; it must be a path, or null"):
+            value("true")
+    else:
+        assert value("no") == "no" and value("on") == "on"
+        with pytest.raises(UserError, match=r"run.x is empty"):
+            value(" ")
+
+
+def test_what_is_left_empty_in_a_file_has_its_defaults(tmp_path: Path) -> None:
+    empty = "model:\ndatasets:\nrun:\nimports: []\n"
+    assert load_config(write(tmp_path, empty)) == Config()
+    half = "run:\n  wandb:\n  loss_weights:\n  seed: 3\n"
+    assert load_config(write(tmp_path, half)).run == RunConfig(seed=3)
+    options = ["model.language_model.lora={rank: 4}", "model.language_model.lora=null"]
+    assert load_config(TINY, options).model["language_model"]["lora"]["rank"] == 0
 
 
 def test_resolved_configuration_loads_again(tmp_path: Path) -> None:
