@@ -23,9 +23,9 @@ from annexe.errors import UserError
 
 # What keeps DDP from sending buffers around at every step, by its name in this torch
 _DDP_ARGUMENTS = inspect.signature(DistributedDataParallel.__init__).parameters
-_SYNC_BUFFERS = "forward_sync_buffers"
-if _SYNC_BUFFERS not in _DDP_ARGUMENTS:
-    _SYNC_BUFFERS = "broadcast_buffers"  # until torch 2.12
+_KEEP_BUFFERS: dict[str, Any] = {"forward_sync_buffers": False}
+if "forward_sync_buffers" not in _DDP_ARGUMENTS:
+    _KEEP_BUFFERS = {"broadcast_buffers": False}  # until torch 2.12
 
 _START = "start with torchrun, or unset RANK, WORLD_SIZE and LOCAL_RANK for one process"
 
@@ -160,11 +160,12 @@ def distribute(
         lay_out_gradients(model)
         prepared = accelerator.prepare_model(model, evaluation_mode=True)
         on_gpu = accelerator.device.type == "cuda"
+        options: dict[str, Any] = {_SYNC_BUFFERS: False}  # they are constants
         return DistributedDataParallel(
             prepared,
             device_ids=[accelerator.device.index] if on_gpu else None,
             gradient_as_bucket_view=True,
-            **{_SYNC_BUFFERS: False},  # they are constants
+            **_KEEP_BUFFERS,  # they are constants
         )
 
     # Shard by block, then what is left
