@@ -460,6 +460,7 @@ def test_weights_that_training_started_from_may_move_or_go(
         "model.rgb_encoder.init=null",
         f"model.depth_branch.weights={depth}",
         "model.depth_branch.init=null",
+        "model.depth_branch.version=v2",
     )
     train(make_config(*sources, f"run.output_dir={first}"))
     started = (
