@@ -160,7 +160,6 @@ def distribute(
         lay_out_gradients(model)
         prepared = accelerator.prepare_model(model, evaluation_mode=True)
         on_gpu = accelerator.device.type == "cuda"
-        options: dict[str, Any] = {_SYNC_BUFFERS: False}  # they are constants
         return DistributedDataParallel(
             prepared,
             device_ids=[accelerator.device.index] if on_gpu else None,
