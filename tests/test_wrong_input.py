@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from annexe.datasets.pixels import PIXEL_FILES
 from annexe.errors import UserError
 from annexe.evaluator import evaluate
 from annexe.files import require_writable, write_json, write_text
+from annexe.terminal import log_handler
 from annexe.trainer import set_up, train
 from tests.conftest import ROOT, SMALLEST, TINY
 
@@ -548,6 +551,45 @@ def test_guard_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         "error: [bold]thing[/bold] is wrong; fix it"
     )
     assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["doctor", "~/nothing"],
+        ["compare", "~/a", "~/b", "--data-root=~/nothing", "--split=test"],
+        ["weights", "inspect", "~/nothing"],
+        ["weights", "export", "~/nothing", "~/out"],
+        ["plan", "--cfg-path=~/nothing"],
+        ["bench", "train", "--cfg-path=~/nothing"],
+        ["ablate", "~/nothing", "--out=~/out"],
+        ["predict", "~/nothing", "~/nothing.jpg", "--ask", "What?", "--out=~/out"],
+        ["convert-config", "~/nothing", "~/out"],
+        ["score", "~/nothing", "--data-root=~/nothing", "--split=test"],
+        ["split", "~/nothing", "--by=room", "--out=~/out"],
+        ["convert-predictions", "~/nothing", "~/nothing.tsv", "~/out"],
+    ],
+    ids=lambda words: " ".join(words[:2]),
+)
+def test_the_home_folder_is_known_to_every_command(
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["annexe", *words])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and str(tmp_path) in error and "~" not in error, error
+    assert not Path("~").exists()
+
+
+def test_a_log_record_is_one_line_in_a_file() -> None:
+    record = logging.LogRecord("annexe", logging.INFO, "", 0, "a  b\nc " + "d " * 90, (), None)
+    line = log_handler().format(record)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d INFO a  b c (d ){90}", line)
 
 
 def test_a_file_that_fails_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
