@@ -74,7 +74,9 @@ def in_stretched_grays(values: np.ndarray, _: random.Random) -> Image.Image:
     """Indices with a palette of grays for the eye."""
     values = values.astype(np.uint8)
     image = Image.fromarray(values).convert("P")
-    image.putpalette(np.repeat(np.linspace(0, 255, values.max() + 1).astype(np.uint8), 3).tolist())
+    image.putpalette(
+        np.repeat(np.linspace(0, 255, int(values.max()) + 1).astype(np.uint8), 3).tolist()
+    )
     return image
 
 

@@ -239,6 +239,13 @@ def photo_is_a_folder(planted: Planted) -> None:
     planted.photo.mkdir()
 
 
+def damaged_exif(planted: Planted) -> None:
+    photo_as("JPEG", "L")(planted)
+    rotated(planted)
+    content = planted.photo.read_bytes()
+    planted.photo.write_bytes(content.replace(b"Exif\0\0", b"Exif\0\0?", 1))
+
+
 def question(entries: list[dict[str, Any]], annotation: int, index: int = 0) -> dict[str, Any]:
     return entries[annotation]["questions"][index]
 
@@ -423,6 +430,7 @@ FAULTS: list[tuple[str, str, Fault]] = [
     ("photo-format", "photo is a PNG", photo_as("PNG")),
     ("photo-colour", "gray photo", photo_as("JPEG", "L")),
     ("photo-rotated", "EXIF rotation", rotated),
+    ("photo-exif", "damaged EXIF data", damaged_exif),
     ("photo-blank", "black photo", pixels("photo", np.zeros_like)),
     ("mask-size", "id map of half the size", pixels("mask", halved)),
     ("mask-size", "photo of half the size", pixels("photo", halved)),

@@ -117,7 +117,7 @@ def opened(path: Path) -> Iterator[Image.Image]:
     except UnreadableImage:
         raise
     except Exception as error:  # a damaged file makes Pillow raise errors of a dozen kinds
-        raise UnreadableImage(_fault_of(path, error)) from None
+        raise UnreadableImage(fault_of(path, error)) from None
 
 
 def decode(path: Path, mode: str | None = None, at_least: int | None = None) -> Image.Image:
@@ -154,7 +154,7 @@ def _verify(path: Path) -> None:
         image.verify()
 
 
-def _fault_of(path: Path, error: Exception) -> Fault:
+def fault_of(path: Path, error: Exception) -> Fault:
     """What Pillow or the system says of a file that cannot be read."""
     # The system
     if isinstance(error, FileNotFoundError | NotADirectoryError):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
+from annexe.datasets.image_files import Fault, UnreadableImage, fault_of, opened
 from annexe.datasets.pixels import read_image
 from annexe.errors import UserError
 from annexe.structures.sample import Sample, Turn
@@ -113,23 +114,16 @@ def check_header(path: Path) -> tuple[int, int]:
     # The name is written to JSON, which has to be UTF-8
     try:
         path.stem.encode()
-        with Image.open(path) as header:
+        with opened(path) as header:
             width, height = header.size
             mode = header.mode
             file_format = header.format
             # How the bytes of a PNG are stored, such as RGB;16B
             stored = str(header.tile[0][3]) if file_format == "PNG" and header.tile else mode
-    except FileNotFoundError:
-        raise UserError(f"no photo '{path}'; give image files, or folders of them") from None
     except UnicodeEncodeError:
         raise UserError(f"the name of photo {str(path)!r} is not UTF-8; rename it") from None
-    except Image.DecompressionBombError:
-        raise UserError(
-            f"photo '{path}' has more than {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} "
-            "million pixels; scale it down"
-        ) from None
-    except Exception as error:  # Pillow's readers raise anything where a file is damaged
-        raise _unreadable(path, error) from None
+    except UnreadableImage as error:
+        raise _unreadable(path, error.fault) from None
 
     # What cannot be read as it is; Pillow turns TIFF upright by itself, some of them twice
     if len(path.stem.encode()) > _MAX_NAME:
@@ -155,19 +149,20 @@ def photo_size(path: Path) -> tuple[int, int]:
     """
     width, height = check_header(path)
     try:
-        with Image.open(path) as header:
+        with opened(path) as header:
             orientation = header.getexif().get(_ORIENTATION, 1)
-    except Exception as error:  # Pillow's readers raise anything where a file is damaged
-        raise _unreadable(path, error) from None
+    except UnreadableImage as error:
+        raise _unreadable(path, error.fault) from None
     return (width, height) if orientation >= _FIRST_TRANSPOSED else (height, width)
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
-    """The error for a photo that Pillow cannot read."""
-    reason = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, UnidentifiedImageError):
-        reason = "not an image" if path.stat().st_size else "the file is empty"
-    return UserError(f"cannot read photo '{path}' ({reason}); {_FIX}")
+def _unreadable(path: Path, fault: Fault) -> UserError:
+    """The error for a photo that cannot be read."""
+    if fault.code == "missing-file":
+        return UserError(f"no photo '{path}'; give image files, or folders of them")
+    if fault.code == "large-image":
+        return UserError(f"photo '{path}' has {fault.problem}; {fault.fix}")
+    return UserError(f"cannot read photo '{path}' ({fault.problem}); {fault.fix or _FIX}")
 
 
 def read_photo(path: Path, at_least: int | None = None) -> Image.Image:
@@ -180,9 +175,8 @@ def read_photo(path: Path, at_least: int | None = None) -> Image.Image:
     Raises:
         UserError: if it cannot be read.
     """
+    photo = read_image(path, "RGB", at_least, fix=_FIX)
     try:
-        return ImageOps.exif_transpose(read_image(path, "RGB", at_least, fix=_FIX))
-    except UserError:
-        raise
-    except Exception as error:  # Pillow's readers raise anything where a file is damaged
-        raise _unreadable(path, error) from None
+        return ImageOps.exif_transpose(photo)
+    except Exception as error:  # damaged EXIF data
+        raise _unreadable(path, fault_of(path, error)) from None

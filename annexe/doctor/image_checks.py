@@ -62,9 +62,13 @@ def check_photo(path: Path, report: ImageReport) -> None:
         report.add("photo-format", str(file_format))
     if mode != "RGB":
         report.add("photo-colour", mode)
-    orientation = photo.getexif().get(ExifTags.Base.Orientation, 1)
-    if orientation != 1:
-        report.add("photo-rotated", f"orientation {orientation}")
+    try:
+        orientation = photo.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception as error:  # damaged data make Pillow raise errors of several kinds
+        report.add("photo-exif", type(error).__name__)
+    else:
+        if orientation != 1:
+            report.add("photo-rotated", f"orientation {orientation}")
 
     # Photos with the same pixels are found by their hash
     pixels = np.asarray(photo)

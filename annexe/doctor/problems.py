@@ -83,6 +83,7 @@ PROBLEMS = {
         WARNING,
         "a photo whose EXIF data ask for a rotation, which the reader leaves out",
     ),
+    "photo-exif": (WARNING, "a photo whose EXIF data are damaged; the reader leaves them out"),
     "photo-blank": (WARNING, "a photo of one color"),
     "mask-size": (ERROR, "an id map of another size than its photo"),
     "mask-lossy": (ERROR, "an id map in a format that changes ids, such as JPEG"),
