@@ -211,7 +211,15 @@ def rename(folder: str, ending: str) -> Callable[[Path], object]:
     return lambda split: (split / folder / names[folder]).rename(split / folder / f"0001{ending}")
 
 
+def huge_photo(folder: Path) -> None:
+    """The header of a photo of 20000 x 20000 pixels."""
+    path = folder / "image" / "0001.jpg"
+    head, mark, tail = path.read_bytes().partition(b"\xff\xc0\x00\x11\x08")
+    path.write_bytes(head + mark + (20000).to_bytes(2, "big") * 2 + tail[4:])
+
+
 DAMAGES = {
+    "large-image": (huge_photo, ("0001.jpg", "million pixels", "scale it down")),
     "missing-photo": (
         lambda folder: (folder / "image" / "0001.jpg").unlink(),
         ("missing file", "0001.jpg", "exclude"),
@@ -255,6 +263,19 @@ def test_doctor_finds_what_the_reader_refuses(code, root, tmp_path, monkeypatch)
     assert found["quarantine"] == ["0001"]
     dataset = EgoHOS("test_outdomain", 112, 0, None, data_root=str(tmp_path), exclude=str(report))
     assert dataset.stems == ["0000", "0002", "0003"]
+
+
+def test_name_that_is_not_utf_8(root, tmp_path, capsys, monkeypatch):
+    shutil.copytree(root / "test_indomain", tmp_path / "test_indomain")
+    for folder, ending in (("image", ".jpg"), ("label", ".png")):
+        path = tmp_path / "test_indomain" / folder / f"0001{ending}"
+        path.rename(path.with_name(f"caf\udce9{ending}"))
+    with pytest.raises(UserError, match="is not UTF-8; rename it"):
+        opened(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["annexe", "doctor", str(tmp_path), "--workers", "1"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1 and "name-not-utf-8" in capsys.readouterr().out
 
 
 def test_doctor_on_sound_data(root):

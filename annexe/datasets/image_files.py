@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from annexe.errors import UserError
 
@@ -105,7 +105,7 @@ def report_faults(what: str, path: Path, faults: Iterable[Fault]) -> None:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
+def opened(path: Path) -> Iterator[ImageFile.ImageFile]:
     """The image in a file; its pixels are not decoded yet.
 
     Raises:
