@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -96,9 +96,9 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     stems: list[str] = []
     decode = PixelReader._decode
 
-    def counted_decode(reader: PixelReader, stem: str) -> Any:
+    def counted_decode(reader: PixelReader, stem: str, ids: Collection[int]) -> Any:
         stems.append(stem)
-        return decode(reader, stem)
+        return decode(reader, stem, ids)
 
     monkeypatch.setattr(PixelReader, "_decode", counted_decode)
     return stems
