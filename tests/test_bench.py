@@ -325,13 +325,14 @@ def test_training_on_its_own_data_goes_on_with_other_photos(
 ) -> None:
     options = (
         f"datasets.ego_irgbench.data_root={scenes}",
+        "datasets.ego_irgbench.queries_per_image=5",
         "run.gradient_accumulation=2",
         "run.batch_size=1",
     )
     report = bench("train", "--real", "--steps", 2, "--warmup", 1, options=options)
     record = report["measured"]
     assert record["images_per_step"] == 2
-    assert record["queries_per_image"] == 5  # as the file says
+    assert record["queries_per_image"] == 5
     assert record["parts_of_step"]["waiting for data"]["ms"] > 0
     assert "photos are decoded" in report["notes"][0]
     # 1 + 1 + 2 steps, and 1 + 2 for the parts: more than there are

@@ -29,7 +29,7 @@ from annexe.training import losses
 DECODERS = pytest.mark.parametrize("decoder", ["query", "deconv"])
 # Options of the decoders; the released one gets fewer rows than by default, to be quick
 OPTIONS = {
-    "query": ("model.pixel_decoder.type=query",),
+    "query": ("model.pixel_decoder.type=query", "model.pixel_decoder.mask_scale=8"),
     "deconv": ("model.pixel_decoder.type=deconv", "model.pixel_decoder.num_rows=32"),
 }
 ALL_TERMS = list(losses.TERMS)
@@ -193,7 +193,7 @@ def test_every_variant_of_the_decoders_is_trained_in_full(make_parts, setting):
 
 
 def test_each_layer_is_compared_with_the_truth(make_parts):
-    model, _, batch = make_parts()
+    model, _, batch = make_parts("model.pixel_decoder.mask_scale=8")
     predictions = model(batch)
     scales = [g.masks.shape[-1] // model.rgb_encoder.grid for g in predictions.groundings]
     assert scales == [2, 8]
