@@ -164,7 +164,7 @@ PATHS = (
 
 @pytest.mark.parametrize("setting", PATHS)
 def test_paths_are_expanded(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/ann")
+    monkeypatch.setenv("HOME", "/people/ann")
     monkeypatch.setenv("SCRATCH", "/scratch")
 
     def value(text: str) -> object:
@@ -173,7 +173,7 @@ def test_paths_are_expanded(setting: str, monkeypatch: pytest.MonkeyPatch) -> No
             found = found[name]
         return found
 
-    assert value("~/$SCRATCH/${oc.env:SCRATCH}/7") == "/home/ann//scratch//scratch/7"
+    assert value("~/$SCRATCH/${oc.env:SCRATCH}/7") == "/people/ann//scratch//scratch/7"
     if "data_root" in setting or "output_dir" in setting:
         with pytest.raises(UserError, match=rf"{setting} is null .as ~ alone is; .* is ~/"):
             value("~")
@@ -183,7 +183,7 @@ def test_paths_are_expanded(setting: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("optional", [False, True])
 def test_what_a_path_may_be(optional: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/ann")
+    monkeypatch.setenv("HOME", "/people/ann")
     monkeypatch.setenv("SCRATCH", "/scratch")
 
     def value(text: str) -> str | None:
@@ -191,7 +191,7 @@ def test_what_a_path_may_be(optional: bool, monkeypatch: pytest.MonkeyPatch) -> 
 
     for text in ("./~/$", "a~", "$5", "a b", "007", "./false"):
         assert value(text) == text
-    assert value("~") == "/home/ann" and value("$SCRATCH/a") == "/scratch/a"
+    assert value("~") == "/people/ann" and value("$SCRATCH/a") == "/scratch/a"
     with pytest.raises(UserError, match=r"run.x is .* no user of ~annexe-nobody; write './~annexe"):
         value("~annexe-nobody/x")
     with pytest.raises(UserError, match=r"run.x is .*\$ANNEXE_NOT_SET is not set"):

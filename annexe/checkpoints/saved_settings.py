@@ -166,11 +166,14 @@ def compare_start(folder: Path, saved: Mapping[str, Any], here: Mapping[str, Any
     Raises:
         UserError: for settings with which the loaded weights compute something else.
     """
+    # Parts of another type take none of the weights
     others = [
         part
         for part, block in here.items()
         if isinstance(block, Mapping) and block.get("type") != saved.get(part, {}).get("type")
     ]
+
+    # What shapes do not tell is refused, the rest is told
     fixed: Changes = {}
     told: Changes = {}
     for name, values in changed_settings({"model": saved}, {"model": here}).items():

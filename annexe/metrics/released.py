@@ -262,9 +262,12 @@ def mean_target_iou(
     Returns:
         1 where there is neither a target nor a prediction, 0 where there is only one of the two.
     """
+    # Nothing to overlap
     has_prediction = bool(query.masks) and not refused
     if not (query.has_target and has_prediction):
         return float(query.has_target == has_prediction)
+
+    # The best mask of each target
     with_pixels = {mask.slot for mask in query.masks}
     ious = []
     for target in query.targets:

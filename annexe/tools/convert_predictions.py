@@ -276,6 +276,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         UserError: the table cannot be read, or a row is damaged or incomplete.
     """
+    # The kind of table
     ending = path.suffix.lower()
     if ending not in (".tsv", ".jsonl"):
         raise UserError(
@@ -288,6 +289,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if ending == ".jsonl":
         rows = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
         parse = partial(json.loads, object_pairs_hook=unique_keys)
+
+    # Row by row
     ignored: set[str] = set()
     for line_number, line in rows:
         where = f"'{path}', line {line_number}"
