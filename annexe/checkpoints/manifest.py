@@ -39,7 +39,7 @@ def make_manifest(fingerprint: str, history: list[dict[str, Any]]) -> dict[str, 
     return {
         "annexe": __version__,
         "git_commit": git_commit(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": installed_packages(),
         "data_fingerprint": fingerprint,
         "history": history,
     }
@@ -66,7 +66,7 @@ def changes_since(saved: dict[str, Any], fingerprint: str) -> Changes:
     """
     changes: Changes = {}
     before = _versions_of(saved)
-    for name, version in _versions_of(make_manifest(fingerprint, [])).items():
+    for name, version in installed_versions().items():
         if before.get(name, version) != version:
             changes[name] = (before[name], version)
     known = saved.get("data_fingerprint", fingerprint)
@@ -99,7 +99,7 @@ def describe_changes(changes: Changes) -> str:
 def explain_versions(checkpoint: Path) -> str:
     """A clause on libraries of other versions than a checkpoint was written with, or ''."""
     saved = _versions_of(read_manifest(checkpoint))
-    installed = _versions_of(make_manifest("", []))
+    installed = installed_versions()
     others = []
     for name in _NAMING_PACKAGES:
         if saved.get(name, installed[name]) != installed[name]:
@@ -113,6 +113,16 @@ def shown(value: object) -> str:
         return value
     is_whole = isinstance(value, float) and value.is_integer()
     return f"{value:.0f}" if is_whole else json.dumps(value)
+
+
+def installed_packages() -> dict[str, str]:
+    """Versions of the packages that a run depends on."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of annexe and of the packages that a run depends on."""
+    return {**installed_packages(), "annexe": __version__}
 
 
 def _versions_of(manifest: dict[str, Any]) -> dict[str, str]:

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from annexe.build import load_config, restore_model
 from annexe.checkpoints.run_folder import require_checkpoint, without_sources
+from annexe.checkpoints.saved_settings import flatten
 from annexe.config import Config, as_dict, device_settings
 from annexe.datasets.photos import Photos, photo_files, read_photo, refused_photos
 from annexe.distributed import make_accelerator
@@ -223,21 +224,10 @@ def made_from(
     }
 
     # Where and with how many processes they were made does not matter
-    for name, value in flattened(as_dict(config)).items():
+    for name, value in flatten(as_dict(config)).items():
         if name not in ("run.output_dir", "run.num_workers"):
             result[name] = value
     return result
-
-
-def flattened(block: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The settings of nested blocks by their whole names."""
-    settings: dict[str, Any] = {}
-    for key, value in block.items():
-        if isinstance(value, dict):
-            settings |= flattened(value, f"{prefix}{key}.")
-        else:
-            settings[f"{prefix}{key}"] = value
-    return settings
 
 
 class FinishedBatches:
