@@ -181,7 +181,7 @@ def digest_of_file(path: str | Path) -> bytes:
 
 
 @contextmanager
-def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+def locked(folder: Path, *, wait: bool = False, setting: str = "run.output_dir") -> Iterator[None]:
     """Keep other processes out of ``folder`` by a lock on its file ``.lock``.
 
     It is a POSIX record lock: it ends with this process, and processes forked from this one do not
@@ -190,6 +190,7 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     Args:
         folder: it is made if it does not exist.
         wait: wait for a lock that another process holds, instead of raising.
+        setting: which one names another folder, for the message.
 
     Raises:
         UserError: naming the process that holds the lock, or for a disk without locks.
@@ -205,7 +206,7 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
             if not wait:
                 raise UserError(
                     f"'{folder}' is being written to by {holder}; "
-                    "wait for it, end it, or choose another folder"
+                    f"wait for it, end it, or set another {setting}"
                 ) from None
             log.info("waiting for %s, which writes to '%s'", holder, folder)
             fcntl.lockf(file, fcntl.LOCK_EX)

@@ -110,7 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     # What is done already
     require_free(out)
-    with locked(out):
+    with locked(out, setting="--out"):
         finished = FinishedBatches(out, made_from(arguments.ask, files, checkpoint, config))
         num_done = finished.open()
         if num_done:
