@@ -306,7 +306,7 @@ def test_only_the_same_command_goes_on(trained, scenes, tmp_path, monkeypatch, c
     refused("run.batch_size 4, which is now 1", *words, ALL_SLOTS, "run.batch_size=1")
     refused("model.presence_threshold 0", *words, "model.presence_threshold=0.5")
     with monkeypatch.context() as patched:
-        patched.setattr("annexe.tools.predict.locked", nullcontext)
+        patched.setattr("annexe.tools.predict.locked", lambda *_, **__: nullcontext())
         one = ("predict", trained, photos / names[0], "--out", out, "--ask", "Where?", "--options")
         refused("other photos", *one, ALL_SLOTS)
     os.utime(photos / names[0], (0, 0))
