@@ -1,0 +1,343 @@
+"""Frames of a clip, decoded one after the other: TorchCodec first, PyAV where that fails.
+
+Both libraries are optional. Whichever reads a clip, its frames stand upright, are counted from 0
+and have times that begin at 0: the difference to the first frame's time stamp.
+
+Legend: H x W pixels of a frame.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from annexe.errors import UserError
+
+log = logging.getLogger(__name__)
+
+ENDINGS = (
+    ".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts",
+    ".wmv", ".flv", ".3gp", ".ogv",
+)  # fmt: skip
+MIN_SIDE = 32  # pixels, as of a photo
+_SAME_TIME = 1e-6  # seconds; times closer than that are equal
+_SHOWN = 100  # characters of an error of a library
+_FIX = "save it again as MP4 with H.264, or leave it out"
+
+
+class Frame(NamedTuple):
+    """A frame of a clip.
+
+    Attributes:
+        index: counts the frames of the clip from 0, in the order in which they are shown.
+        time: seconds since the first frame.
+        pixels: uint8[H, W, 3], RGB, upright.
+    """
+
+    index: int
+    time: float
+    pixels: np.ndarray
+
+
+class ClipSize(NamedTuple):
+    """What the header of a clip promises; any of it may be unknown or wrong.
+
+    Attributes:
+        num_frames: in the clip.
+        seconds: that it takes.
+    """
+
+    num_frames: int | None
+    seconds: float | None
+
+    def num_asked(self, every: float | None) -> int | None:
+        """About how many frames `read_frames` gives."""
+        if every is None or self.seconds is None:
+            return self.num_frames
+        return math.ceil(self.seconds / every)
+
+
+class DamagedClip(UserError):
+    """A clip that can be read up to some frame and no further."""
+
+
+class _Decoded(NamedTuple):
+    """A frame whose pixels are converted to RGB only if somebody wants them."""
+
+    index: int
+    time: float
+    pixels: Callable[[], np.ndarray]
+
+
+class _Unreadable(Exception):
+    """Why a library cannot read a clip at all, or no further than some frame."""
+
+
+def is_video(path: Path) -> bool:
+    """Whether a file is a clip, by the ending of its name."""
+    return path.suffix.lower() in ENDINGS
+
+
+def read_frames(
+    path: Path, every: float | None = None, *, library: str | None = None
+) -> Generator[Frame, None, None]:
+    """Decode a clip frame by frame; what is in memory does not depend on its length.
+
+    Args:
+        path: the clip.
+        every: seconds; only the frames that are shown at 0, ``every``, 2 x ``every`` and so on are
+            given, each of them once. None gives all frames.
+        library: ``TorchCodec`` or ``PyAV``, to use that one alone.
+
+    Yields:
+        The frames in the order in which they are shown.
+
+    Raises:
+        UserError: no library is installed, or the file is no clip.
+        DamagedClip: after the frames that come before the damage.
+    """
+    with closing(_decoded(path, library)) as decoded:
+        for frame in decoded if every is None else _shown_every(decoded, every):
+            pixels = frame.pixels()
+            height, width = pixels.shape[:2]
+            if min(height, width) < MIN_SIDE:
+                raise UserError(
+                    f"clip '{path}' is {width} x {height}; no side may be below {MIN_SIDE} pixels"
+                )
+            yield Frame(frame.index, frame.time, pixels)
+
+
+def _shown_every(frames: Iterator[_Decoded], every: float) -> Iterator[_Decoded]:
+    """Those of the frames that are shown at a multiple of ``every``: see `read_frames`.
+
+    A frame is shown until the next one. The last one is taken to be shown for as long as the one
+    before it.
+    """
+    due = 0  # the next multiple
+    shown: _Decoded | None = None
+    duration = 0.0
+    for frame in frames:
+        if shown is not None:
+            duration = frame.time - shown.time
+            if due * every < frame.time - _SAME_TIME:
+                yield shown
+                due = math.ceil((frame.time - _SAME_TIME) / every)
+        shown = frame
+    if shown is not None and (due == 0 or due * every < shown.time + duration - _SAME_TIME):
+        yield shown
+
+
+# Libraries
+
+
+def _decoded(path: Path, library: str | None) -> Generator[_Decoded, None, None]:
+    """All frames of a clip, by the first library that can give its first frame.
+
+    Raises:
+        UserError: none can.
+        DamagedClip: after the frames that come before the damage.
+    """
+    # The first frame, by any library
+    _require_file(path)
+    reasons = {}
+    for name, decode in _installed(path, library).items():
+        frames = decode(path)
+        try:
+            first = next(frames, None)
+        except _Unreadable as error:
+            reasons[name] = str(error)
+            continue
+        if first is not None:
+            break
+        reasons[name] = "it has no frames"
+    else:
+        why = next(reversed(reasons.values()))
+        raise UserError(f"cannot read clip '{path}' ({why}); {_FIX}")
+
+    # The others, by the same one
+    if reasons:
+        log.info("%s reads '%s', which others cannot (%s)", name, path, reasons)
+    last = first
+    try:
+        for frame in chain([first], frames):
+            yield frame
+            last = frame
+    except _Unreadable as error:
+        raise DamagedClip(
+            f"clip '{path}' is damaged after frame {last.index} at {last.time:.2f} s ({error}); "
+            "what comes before is answered: repair the clip, or cut it there"
+        ) from None
+
+
+def _require_file(path: Path) -> None:
+    """Refuse what is no file, or an empty one.
+
+    Raises:
+        UserError: naming the path.
+    """
+    if not path.exists():
+        raise UserError(f"no clip '{path}'; give video files")
+    if not path.is_file():
+        raise UserError(f"clip '{path}' is no file; give video files")
+    if path.stat().st_size == 0:
+        raise UserError(f"clip '{path}' is empty; copy it again, or leave it out")
+
+
+def _installed(path: Path, library: str | None) -> dict[str, Callable[[Path], Iterator[_Decoded]]]:
+    """Libraries that can be used, in the order in which they are tried.
+
+    Raises:
+        UserError: there is none.
+    """
+    found: dict[str, Callable[[Path], Iterator[_Decoded]]] = {}
+    if library in (None, "TorchCodec") and has_torchcodec():
+        found["TorchCodec"] = _by_torchcodec
+    if library in (None, "PyAV") and has_pyav():
+        found["PyAV"] = _by_pyav
+    if not found:
+        raise UserError(
+            f"clip '{path}' needs {library or 'TorchCodec or PyAV'} to be read; "
+            'run pip install "annexe[video]"'
+        )
+    return found
+
+
+def has_torchcodec() -> bool:
+    """Whether TorchCodec is installed and finds an FFmpeg."""
+    try:
+        import torchcodec.decoders  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:  # the last two without FFmpeg
+        log.debug("no TorchCodec: %s", error)
+        return False
+    return True
+
+
+def has_pyav() -> bool:
+    """Whether PyAV is installed."""
+    try:
+        import av  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def clip_size(path: Path) -> ClipSize:
+    """What the header of a clip says of its length; nothing where that cannot be read."""
+    if has_torchcodec():
+        from torchcodec.decoders import VideoDecoder
+
+        try:
+            metadata = VideoDecoder(path, seek_mode="approximate").metadata
+            return ClipSize(metadata.num_frames, metadata.duration_seconds)
+        except (ValueError, RuntimeError, IndexError):
+            pass
+    if has_pyav():
+        import av
+
+        try:
+            with av.open(str(path)) as container:
+                seconds = container.duration / av.time_base if container.duration else None
+                num_frames = [stream.frames for stream in container.streams.video]
+                return ClipSize(num_frames[0] or None if num_frames else None, seconds)
+        except (av.FFmpegError, ValueError):
+            pass
+    return ClipSize(None, None)
+
+
+def _by_torchcodec(path: Path) -> Iterator[_Decoded]:
+    """Frames decoded by TorchCodec.
+
+    They are asked for by their index: an approximate search, or the search for one time, gives
+    wrong frames of a clip whose rate varies.
+
+    Raises:
+        _Unreadable: before the first frame or after the last good one.
+    """
+    from torchcodec.decoders import AudioDecoder, VideoDecoder
+
+    try:
+        decoder = VideoDecoder(
+            path, dimension_order="NHWC", seek_mode="exact", num_ffmpeg_threads=0, device="cpu"
+        )
+    except (ValueError, RuntimeError, IndexError) as error:
+        # The error for a file with sound alone asks to report a bug
+        try:
+            AudioDecoder(path)
+        except (ValueError, RuntimeError, IndexError):
+            raise _Unreadable(in_short(error)) from None
+        raise _Unreadable("it has sound, but no pictures") from None
+
+    start = None
+    for index in range(len(decoder)):
+        try:
+            frame = decoder.get_frame_at(index)
+        except (ValueError, RuntimeError, IndexError) as error:
+            raise _Unreadable(in_short(error)) from None
+        if start is None:
+            start = frame.pts_seconds
+        yield _Decoded(index, frame.pts_seconds - start, frame.data.numpy)
+    _require_all(len(decoder), decoder.metadata.num_frames_from_header)
+
+
+def _by_pyav(path: Path) -> Iterator[_Decoded]:
+    """Frames decoded by PyAV.
+
+    Raises:
+        _Unreadable: before the first frame or after the last good one.
+    """
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.best("video")
+            if stream is None:
+                what = "sound" if container.streams.audio else "streams"
+                raise _Unreadable(f"it has {what}, but no pictures")
+            stream.thread_type = "AUTO"
+            index = 0
+            start = None
+            for frame in container.decode(stream):
+                if frame.is_corrupt:
+                    raise _Unreadable("its data are corrupt")
+                pts = frame.pts if frame.pts is not None else frame.dts
+                if pts is None:
+                    raise _Unreadable("its frames have no times")
+                time = pts * frame.time_base
+                if start is None:
+                    start = time
+                yield _Decoded(index, float(time - start), lambda frame=frame: _upright(frame))
+                index += 1
+            _require_all(index, stream.frames)
+    except (av.FFmpegError, ValueError, IndexError) as error:
+        raise _Unreadable(in_short(error)) from None
+
+
+def _upright(frame: Any) -> np.ndarray:
+    """The pixels of a frame of PyAV, which does not turn them as the camera says."""
+    pixels = frame.to_ndarray(format="rgb24")
+    quarter_turns = round(frame.rotation / 90) % 4  # to the left
+    return np.ascontiguousarray(np.rot90(pixels, quarter_turns))
+
+
+def _require_all(num_frames: int, num_promised: int | None) -> None:
+    """Refuse the end of a clip that comes before its header says.
+
+    Raises:
+        _Unreadable: there are fewer frames.
+    """
+    if num_promised and num_frames < num_promised:
+        raise _Unreadable(f"it ends there, and has {num_promised} frames by its header")
+
+
+def in_short(error: Exception) -> str:
+    """The first line of a library's error, which goes on about the library's own code."""
+    text = str(getattr(error, "strerror", None) or error).strip()
+    line = text.splitlines()[0] if text else type(error).__name__
+    return line[:_SHOWN]
