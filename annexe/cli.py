@@ -30,6 +30,7 @@ TOOLS = (
     "convert-config",
     "plan",
     "predict",
+    "serve",
     "ablate",
     "bench",
 )
