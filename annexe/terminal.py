@@ -5,13 +5,17 @@ from __future__ import annotations
 import io
 import logging
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 from rich import get_console, progress
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Column, Table
+
+log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
@@ -104,6 +108,32 @@ def track(
         transient=transient,
         disable=disable or (stderr and not console.is_terminal),
     )
+
+
+def with_time_left(
+    groups: Iterable[list[Item]], total: int, what: str, every: float = 30
+) -> Iterator[list[Item]]:
+    """Give groups one by one, and log how far they are, where there is no terminal for a bar.
+
+    Args:
+        groups: of what is counted.
+        total: items in all groups together.
+        what: the items are, such as ``photos``.
+        every: seconds between two lines.
+    """
+    has_bar = get_console().is_terminal
+    start = said = time.perf_counter()
+    num_done = 0
+    for group in groups:
+        yield group
+        num_done += len(group)
+        now = time.perf_counter()
+        if not has_bar and num_done < total and now - said >= every:
+            said = now
+            rate = num_done / (now - start)
+            left = timedelta(seconds=round((total - num_done) / rate))
+            message = "%d of %d %s, %.1f a second, %s left"
+            log.info(message, num_done, total, what, rate, left)
 
 
 def _console(stderr: bool) -> Console:

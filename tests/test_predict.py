@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
+import csv
+import json
+import logging
 import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
 import cv2
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
 from rich.control import strip_control_codes
 
-from annexe import cli
-from annexe.datasets.photos import photo_files, photo_size, read_photo
+from annexe import Predictor, cli
+from annexe.datasets.photos import photo_size, read_photo
 from annexe.errors import UserError
 from annexe.evaluation.records import (
     ImageRecord,
     PredictedMask,
     QueryRecord,
+    Record,
+    line_of,
     read_records,
     split_kinds,
 )
 from annexe.evaluator import evaluate
 from annexe.files import append_text
-from annexe.rle import encode
-from annexe.tools.predict import SLOT_COLORS, FinishedBatches, draw_answer
+from annexe.inference.drawing import SLOT_COLORS, draw_answer
+from annexe.inference.inputs import find_inputs
+from annexe.inference.journal import FinishedBatches
+from annexe.inference.outputs import id_map
+from annexe.inference.questions import questions_of
+from annexe.inference.results import Answer, Photo
+from annexe.rle import decode, encode
+from annexe.terminal import with_time_left
 from tests.conftest import ROOT
 from tests.test_ends_well import full_disk
 
@@ -126,20 +141,134 @@ def test_photos_that_would_be_read_wrongly_are_refused(tmp_path, photo, ending, 
         photo_size(tmp_path / f"photo.{ending}")
 
 
+def names_of(*paths: Path, leave_out: Path | None = None) -> list[str]:
+    """The photos and then the videos that paths mean, by name."""
+    inputs = find_inputs(paths, leave_out)
+    return [file.name for file in [*inputs.photos, *inputs.videos]]
+
+
 def test_folders_and_files_give_their_photos_once(scenes, tmp_path):
     names = sorted(path.name for path in (scenes / "RGB").iterdir())
     first = scenes / "RGB" / names[0]
-    assert [path.name for path in photo_files([scenes / "RGB", first])] == names
+    assert names_of(scenes / "RGB", first) == names
     for name in ("notes.txt", "._hidden.jpg"):
         (tmp_path / name).touch()
     (tmp_path / "folder.jpg").mkdir()
     with pytest.raises(UserError, match=r"no \.jpg.* in folder"):
-        photo_files([tmp_path])
+        names_of(tmp_path)
     with pytest.raises(UserError, match=r"no photo .*gone\.jpg"):
-        photo_files([tmp_path / "gone.jpg"])
+        names_of(tmp_path / "gone.jpg")
     shutil.copy(first, tmp_path)
     with pytest.raises(UserError, match="have one name"):
-        photo_files([scenes / "RGB", tmp_path / names[0]])
+        names_of(scenes / "RGB", tmp_path / names[0])
+
+
+def test_patterns_are_read_as_a_shell_reads_them(tmp_path):
+    for name in ("b.jpg", "a.PNG", "one/c.jpg", "one/two/d.webp", "one/e.mp4", "out/a-1.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for name in ("notes.txt", ".hidden.jpg", "[1].jpg"):
+        (tmp_path / name).touch()
+    out = tmp_path / "out"
+    everything = ["[1].jpg", "a.PNG", "b.jpg", "c.jpg", "d.webp", "e.mp4"]
+    assert names_of(tmp_path / "**", leave_out=out) == everything
+    assert names_of(tmp_path / "**" / "*.*", leave_out=out) == everything
+    assert names_of(tmp_path / "**" / "*.jpg", leave_out=out) == ["[1].jpg", "b.jpg", "c.jpg"]
+    assert names_of(tmp_path / "*.jpg", tmp_path / "?.PNG") == ["[1].jpg", "b.jpg", "a.PNG"]
+    assert names_of(tmp_path / "o*e") == ["c.jpg", "e.mp4"]  # a folder
+    assert names_of(tmp_path / "[1].jpg") == ["[1].jpg"]  # a file of that name
+    with pytest.raises(UserError, match=r"no photo or video matches .*\*\.gif"):
+        names_of(tmp_path / "*.gif")
+
+
+# Questions
+
+TWO = [Path("photos/a.jpg"), Path("photos/b.jpg")]
+
+
+def asked(path: Path, content: str | bytes, *, files: list[Path] = TWO) -> list[list[str]]:
+    """What a file of questions asks of each photo."""
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return [list(questions) for questions in questions_of(files, (), path)]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_files_of_questions_are_read_whatever_wrote_them(tmp_path, encoding, end):
+    lines = ["Where is the café's mug?", "", "  What is held, and by whom? ", ""]
+    content = end.join(lines).encode(encoding)
+    questions = ["Where is the café's mug?", "What is held, and by whom?"]
+    assert asked(tmp_path / "ask.txt", content) == [questions, questions]
+
+    # Tables: commas in quotes, or another delimiter
+    for delimiter in (",", ";"):
+        rows = [f"Photo{delimiter}question", f'a.jpg{delimiter}"Where, {delimiter} ""there""?"']
+        content = end.join([*rows, f"b{delimiter}What?"]).encode(encoding)
+        assert asked(tmp_path / "ask.csv", content) == [
+            [f'Where, {delimiter} "there"?'],
+            ["What?"],
+        ]
+    lines = [json.dumps({"photo": name, "question": f"Where is {name}?"}) for name in "ab"]
+    content = end.join([*lines, ""]).encode(encoding)
+    assert asked(tmp_path / "ask.jsonl", content) == [["Where is a?"], ["Where is b?"]]
+
+
+def test_a_table_names_photos_with_or_without_folders(tmp_path):
+    files = [Path("/data/one/a.jpg"), Path("/data/two/cafe\u0301.jpg"), Path("/data/two/a.mp4")]
+    names = ["a.jpg", "one/a", "/data/one/a.jpg", "one\\a.jpg", "./one/a.jpg"]
+    names += ["café", "a.mp4", "two/café.jpg"]
+    lines = [f"{name},{index}" for index, name in enumerate(names)]
+    content = "\n".join(["photo,question", *lines])
+    expected = [["0", "1", "2", "3", "4"], ["5", "7"], ["6"]]
+    assert asked(tmp_path / "ask.csv", content, files=files) == expected
+
+
+def test_what_a_file_of_questions_does_not_ask_is_counted_and_named(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    lines = ["photo,question,who", "a.jpg,Where?,me", "z.jpg,Where?,me", "x/a.jpg,What?,me"]
+    assert asked(tmp_path / "ask.csv", "\n".join([*lines, "a.jpg,Where?,you"])) == [["Where?"], []]
+    columns, strangers, without, repeated = [record.getMessage() for record in caplog.records]
+    assert "1 columns ignored, such as 'who'" in columns
+    assert "2 of 4 questions are about no photo that was given: 'z.jpg' (line 3)" in strangers
+    assert "'x/a.jpg' (line 4)" in strangers
+    assert "asks nothing of 1 of 2 photos: 'photos/b.jpg'" in without
+    assert "1 questions stand twice" in repeated
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("ask.txt", "", "has no question; write one a line"),
+        ("ask.txt", "Wo ist das Gef\xe4\xdf?".encode("latin-1"), "byte 14 is not UTF-8"),
+        ("ask.txt", "Where?".encode("utf-16-le"), "it holds zero bytes"),
+        ("ask.txt", "Where?\nWhere is <MSK_1>?\n", "line 2: question 'Where is <MSK_1>?' holds a"),
+        ("ask.json", "[]", "neither text nor table"),
+        ("ask.csv", "", "needs one column 'photo', its first line has ''"),
+        ("ask.csv", "image,question\na.jpg,Where?", "needs one column 'photo'"),
+        ("ask.csv", "photo,question,photo\n", "needs one column 'photo'"),
+        ("ask.csv", "photo,question\na.jpg,Where, and why?", "line 2 has 3 fields and the header"),
+        ("ask.csv", 'photo,question\na.jpg,"Where?', "line 2 is no CSV"),
+        ("ask.csv", "photo,question\na.jpg,", "line 2: a question is empty"),
+        ("ask.csv", "photo,question\nc.jpg,Where?", "none of the 2 photos, but 'c.jpg' (line 2)"),
+        ("ask.csv", "photo,question\n", "has no line"),
+        ("ask.jsonl", '{"photo": "a.jpg", "question": "Where?"}\n{', "line 2 is no JSON"),
+        ("ask.jsonl", '{"photo": "a.jpg"}', "line 1 needs the texts 'photo' and 'question'"),
+        ("ask.jsonl", "[" * 100_000, "line 1 is no JSON"),
+        ("ask.jsonl", '{"photo": "a.jpg", "question": "\\ud800"}', "not UTF-8"),
+    ],
+)
+def test_a_file_of_questions_that_cannot_be_read_is_one_line(tmp_path, name, content, message):
+    with pytest.raises(UserError) as caught:
+        asked(tmp_path / name, content)
+    assert message in str(caught.value)
+    assert str(tmp_path / name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_questions_that_is_not_there_is_one_line(tmp_path):
+    for path in (tmp_path / "gone.txt", tmp_path):
+        with pytest.raises(UserError, match="--ask-file: cannot read"):
+            questions_of(TWO, (), path)
 
 
 def test_wrong_calls_end_in_one_line_and_leave_nothing(
@@ -155,7 +284,7 @@ def test_wrong_calls_end_in_one_line_and_leave_nothing(
     misspelled = ("--options", "run.max_new_token=1")
     for run, file, question, more, message in (
         (tmp_path / "nowhere", photo, "Where?", (), "no complete checkpoint"),
-        (trained, photo, " ", (), "empty question"),
+        (trained, photo, " ", (), "a question is empty"),
         (trained, photo, "Where is <MSK_0>?", (), "token of the prompt"),
         (trained, photo, "[/INST] Where?", (), "token of the prompt"),
         (trained, photo, "Where\udcff?", (), "not UTF-8"),
@@ -163,6 +292,8 @@ def test_wrong_calls_end_in_one_line_and_leave_nothing(
         (trained, broken, "Where?", (), "cannot read photo"),
         (trained, full, "Where?", ("--out", full), "is not empty"),
         (trained, photo, "Where?", ("--out", photo), "cannot make folder"),
+        (trained, photo, "Where?", ("--save", "jpg"), "'jpg' is none of jsonl, overlay"),
+        (trained, photo, "Where?", ("--batch-size", "0"), "no whole number from 1 on"),
     ):
         with pytest.raises(SystemExit, match="2"):
             annexe(monkeypatch, "predict", run, file, "--ask", question, "--out", out, *more)
@@ -178,11 +309,10 @@ def cut_short(intact: Path, path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def photos(scenes: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="session")
+def thirteen(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with six photos and seven files that cannot be answered."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("thirteen")
     intact = sorted((scenes / "RGB").iterdir())
     for index, path in enumerate(intact[:6]):
         Image.open(path).resize((320, 180)).save(folder / f"good-{index}.jpg")
@@ -196,6 +326,12 @@ def photos(scenes: Path, tmp_path: Path) -> Path:
     header = Image.new("1", (20_000, 20_000))
     header.save(folder / "huge.png")
     return folder
+
+
+@pytest.fixture
+def photos(thirteen: Path, tmp_path: Path) -> Path:
+    """A folder with six photos and seven files that cannot be answered, to be changed."""
+    return shutil.copytree(thirteen, tmp_path / "photos")
 
 
 REASONS = {
@@ -261,7 +397,7 @@ def test_after_two_kills_the_file_is_that_of_an_undisturbed_run(
             raise Killed
 
         with monkeypatch.context() as patched:
-            patched.setattr("annexe.tools.predict.append_text", half)
+            patched.setattr("annexe.inference.journal.append_text", half)
             with pytest.raises(Killed):
                 annexe(patched, *ask_photos(trained, photos, out))
         assert not (out / name).read_bytes().endswith(b"\n")
@@ -319,7 +455,7 @@ def test_a_damaged_list_of_what_is_done_is_refused(tmp_path):
         folder.mkdir()
         finished = FinishedBatches(folder, {"--ask": ["Where?"]})
         assert finished.open() == 0
-        finished.add([], {"cut.jpg": "cut"})
+        finished.add(0, "", {"cut.jpg": "cut"})
         assert FinishedBatches(folder, {"--ask": ["Where?"]}).open() == 1
         with (folder / "progress.jsonl").open("ab") as file:
             file.write(line)
@@ -344,3 +480,278 @@ def test_a_full_disk_keeps_what_is_whole(trained, photos, tmp_path, monkeypatch,
     with pytest.raises(SystemExit, match="2"):
         annexe(monkeypatch, *ask_photos(trained, photos, out))
     assert (out / "predictions.jsonl").read_bytes() == whole
+
+
+# Forms
+
+
+def test_without_questions_photos_are_analyzed(trained, photos, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    photo = photos / "good-0.jpg"
+    annexe(monkeypatch, "predict", trained, photo, "--out", out)
+    (record,) = read_records(out / "predictions.jsonl")
+    assert isinstance(record, ImageRecord)
+    assert f"{photo}: {record.analysis}" in strip_control_codes(capsys.readouterr().out)
+    files = {".lock", "good-0-analysis.jpg", "predictions.jsonl", "progress.jsonl"}
+    assert {path.name for path in out.iterdir()} == files
+    with Image.open(out / "good-0-analysis.jpg") as picture:
+        assert picture.height > 180
+
+
+def test_every_photo_gets_its_questions_of_a_table(
+    trained, photos, tmp_path, monkeypatch, capsys, caplog
+):
+    table = tmp_path / "ask.csv"
+    with table.open("w", encoding="utf-8-sig", newline="") as file:
+        rows = [("good-0.jpg", "Where, exactly?"), ("good-2", "What?"), ("good-0", "Who?")]
+        csv.writer(file).writerows([("photo", "question"), *rows, ("gone.jpg", "Where?")])
+    out = tmp_path / "out"
+    words = ("predict", trained, photos / "good-[012].jpg", "--out", out, "--ask-file", table)
+    annexe(monkeypatch, *words, "--ask", "Where?", "--save", "jsonl")
+    assert "1 of 4 questions are about no photo that was given: 'gone.jpg' (line 5)" in caplog.text
+    _, queries = split_kinds(read_records(out / "predictions.jsonl"))
+    assert [(query.image, query.query) for query in queries] == [
+        ("good-0", "Where?"),
+        ("good-0", "Where, exactly?"),
+        ("good-0", "Who?"),
+        ("good-1", "Where?"),
+        ("good-2", "Where?"),
+        ("good-2", "What?"),
+    ]
+    assert not list(out.glob("*.jpg"))
+
+    # The same table goes on, another does not
+    annexe(monkeypatch, *words, "--ask", "Where?", "--save", "jsonl")
+    table.write_text("photo,question\ngood-1,What?\n")
+    with pytest.raises(SystemExit, match="2"):
+        annexe(monkeypatch, *words, "--ask", "Where?", "--save", "jsonl")
+    assert "holds answers with --ask-file" in capsys.readouterr().err
+
+
+def test_masks_are_saved_as_png(trained, photos, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    words = ("predict", trained, photos / "good-0.jpg", "--out", out, "--ask", "Where?", "What?")
+    annexe(monkeypatch, *words, "--save", "png", "--options", ALL_SLOTS)
+    _, queries = split_kinds(read_records(out / "predictions.jsonl"))
+    assert not list(out.glob("*.jpg"))
+    files = set()
+    for query in queries:
+        name = f"good-0-{query.annotation + 1}"
+        covered = np.zeros((180, 320), bool)
+        for mask in query.masks:
+            with Image.open(out / f"{name}-mask-{mask.slot}.png") as file:
+                pixels = np.asarray(file)
+            assert set(np.unique(pixels)) <= {0, 255}
+            assert encode(pixels > 0) == mask.rle
+            covered |= pixels > 0
+            files.add(f"{name}-mask-{mask.slot}.png")
+        with Image.open(out / f"{name}-ids.png") as file:
+            ids = np.asarray(file)
+        np.testing.assert_array_equal(ids > 0, covered)
+        assert set(np.unique(ids)) <= {0, *(mask.slot + 1 for mask in query.masks)}
+        files.add(f"{name}-ids.png")
+    assert len(files) > len(queries)
+    assert {path.name for path in out.glob("*.png")} == files
+
+    # Other forms are another command
+    with pytest.raises(SystemExit, match="2"):
+        annexe(monkeypatch, *words, "--save", "png,overlay", "--options", ALL_SLOTS)
+    assert "holds answers with --save ['png'], which is now" in capsys.readouterr().err
+
+
+def test_the_surer_mask_has_the_pixels_of_both():
+    left = np.zeros((4, 6), bool)
+    left[:, :4] = True
+    masks = []
+    for slot, mask, score in ((0, left, 0.9), (2, ~left | (np.arange(6) == 3), 0.6)):
+        masks.append(PredictedMask(slot=slot, phrase="", score=score, rle=encode(mask)))
+    record = QueryRecord(image="photo", annotation=0, query_id=0, answer="", masks=masks)
+    ids = id_map(Answer(record, Photo.of(Image.new("RGB", (6, 4)))), (4, 6))
+    assert ids.tolist() == [[1, 1, 1, 1, 3, 3]] * 4
+
+
+def test_time_left_is_logged_where_there_is_no_bar(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    clock = iter([0, 10, 40, 60])
+    monkeypatch.setattr("annexe.terminal.time.perf_counter", lambda: next(clock))
+    assert list(with_time_left([[1, 2], [3, 4], [5]], 5, "photos")) == [[1, 2], [3, 4], [5]]
+    (record,) = caplog.records
+    assert record.getMessage() == "4 of 5 photos, 0.1 a second, 0:00:10 left"
+
+
+# The same through Python, in batches of any size, and by several processes
+
+
+@pytest.fixture
+def twelve(scenes: Path, tmp_path: Path) -> list[Path]:
+    """Twelve photos of several sizes."""
+    folder = tmp_path / "twelve"
+    folder.mkdir()
+    sizes = [(320, 180), (200, 200), (180, 320), (640, 360)]
+    for index, path in enumerate(sorted((scenes / "RGB").iterdir())[:12]):
+        photo = Image.open(path).resize(sizes[index % len(sizes)])
+        photo.save(folder / f"photo-{index:02d}.jpg")
+    return sorted(folder.iterdir())
+
+
+def without_scores(record: Record) -> Record:
+    """A copy of a record without the digits of presence, and without masks."""
+    if isinstance(record, ImageRecord):
+        return record
+    return msgspec.structs.replace(record, presence=None, slot_scores=None, masks=[])
+
+
+@pytest.mark.slow
+def test_the_command_line_says_what_python_says(trained, twelve, tmp_path, monkeypatch, capsys):
+    questions = ["Where is the mug?", "What does the left hand hold?", "Show both hands."]
+    by_size: dict[int, list[Record]] = {}
+    for size in (1, 4, 8):
+        out = tmp_path / f"batches-of-{size}"
+        words = ("predict", trained, twelve[0].parent, "--ask", *questions, "--out", out)
+        more = ("--batch-size", size, "--save", "jsonl", "--options", ALL_SLOTS)
+        annexe(monkeypatch, *words, *more)
+        by_size[size] = read_records(out / "predictions.jsonl")
+
+        predictor = Predictor.from_run(trained, batch_size=size, options=[ALL_SLOTS])
+        results = predictor.predict(twelve, questions)
+        lines = [line_of(record) for result in results for record in result.to_records()]
+        assert (out / "predictions.jsonl").read_text() == "".join(lines)
+
+    # Rounding touches the last digits of scores, and pixels whose logit is all but zero
+    alone = by_size[1]
+    assert len(alone) == 12 * 4
+    for records in (by_size[4], by_size[8]):
+        assert list(map(without_scores, records)) == list(map(without_scores, alone))
+        _, queries = split_kinds(records)
+        for query, expected in zip(queries, split_kinds(alone)[1], strict=True):
+            assert query.presence == pytest.approx(expected.presence, abs=2e-6)
+            assert [mask.slot for mask in query.masks] == [mask.slot for mask in expected.masks]
+            for mask, other in zip(query.masks, expected.masks, strict=True):
+                assert (decode(mask.rle) != decode(other.rle)).sum() <= 2
+
+
+class SecondOfTwo:
+    """The second of two processes, which does two batches until the job is killed."""
+
+    rank = 1
+    count = 2
+    is_main = False
+
+    def __init__(self, run) -> None:
+        pass
+
+    def from_main(self, work):
+        return work()
+
+    def share(self, items: list[int]) -> list[int]:
+        return items[1::2][:2]
+
+    def gather(self, items: list[str]) -> list[str]:
+        raise Killed
+
+
+def test_one_process_goes_on_with_what_several_left(trained, photos, tmp_path, monkeypatch, capsys):
+    def words(out: Path) -> list[object]:
+        return [*ask_photos(trained, photos / "good-?.jpg", out), "run.batch_size=1"]
+
+    # Photos 1 and 3 are done, and half of a line of the next one
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr("annexe.tools.predict.Processes", SecondOfTwo)
+        with pytest.raises(Killed):
+            annexe(patched, *words(out))
+    part = out / "parts" / "rank-00001"
+    with (part / "predictions.jsonl").open("a") as file:
+        file.write('{"kind": "ima')
+    assert not (out / "predictions.jsonl").read_bytes()
+
+    annexe(monkeypatch, *words(out))
+    assert "going on after 2 of 6 batches" in capsys.readouterr().out
+    annexe(monkeypatch, *words(tmp_path / "whole"))
+    for name in ("predictions.jsonl", "progress.jsonl", "good-3-2.jpg"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (out / "parts").exists()
+
+
+def test_parts_that_other_machines_keep_are_named(trained, photos, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr("annexe.tools.predict.Processes", SecondOfTwo)
+        patched.setattr(SecondOfTwo, "is_main", True)
+        patched.setattr(SecondOfTwo, "gather", lambda self, items: items)
+        with pytest.raises(SystemExit, match="2"):
+            annexe(patched, *ask_photos(trained, photos / "good-?.jpg", out))
+    assert "batch 0 is not in" in capsys.readouterr().err
+
+
+def torchrun(*words: object) -> list[str]:
+    """The command of two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*command, "--nproc_per_node", "2", "-m", "annexe", *map(str, words)]
+
+
+@pytest.fixture
+def many(scenes: Path, tmp_path: Path) -> Path:
+    """A folder of 101 small photos."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    scene = Image.open(next((scenes / "RGB").iterdir()))
+    for index in range(101):
+        photo = scene.crop((index * 8, index * 4, index * 8 + 480, index * 4 + 360))
+        photo.resize((64, 48)).save(folder / f"photo-{index:03d}.png")
+    return folder
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_does(trained, many, tmp_path, monkeypatch, capsys):
+    """Also after one of them is killed and the command is repeated."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def words(name: str) -> list[object]:
+        given = ("predict", trained, many, "--ask", "Where?", "--out", tmp_path / name)
+        return [*given, "--batch-size", 2, "--save", "jsonl", "--options", ALL_SLOTS]
+
+    annexe(monkeypatch, *words("one"))
+    expected = (tmp_path / "one" / "predictions.jsonl").read_bytes()
+    assert expected.count(b"\n") == 2 * 101
+
+    command = torchrun(*words("two"))
+    subprocess.run(command, check=True, env=environment, cwd=ROOT, capture_output=True)
+    assert (tmp_path / "two" / "predictions.jsonl").read_bytes() == expected
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {
+        *(".lock", "predictions.jsonl", "progress.jsonl")
+    }
+
+    # The second process is killed in the middle of its share
+    command = torchrun(*words("killed"))
+    part = tmp_path / "killed" / "parts" / "rank-00001"
+    job = subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    journal = part / "progress.jsonl"
+    while job.poll() is None and not (journal.exists() and journal.read_text().count("\n") > 3):
+        time.sleep(0.01)
+    os.kill(int((part / ".lock").read_text().split()[1]), signal.SIGKILL)
+    output = job.communicate()[0].decode()
+    assert job.returncode != 0
+    assert 'annexe/tools/predict.py", line' not in output  # torchrun prints a traceback of its own
+    assert not (tmp_path / "killed" / "predictions.jsonl").read_bytes()
+    again = subprocess.run(command, check=True, env=environment, cwd=ROOT, capture_output=True)
+    assert b"going on after" in again.stdout
+    assert (tmp_path / "killed" / "predictions.jsonl").read_bytes() == expected
+
+
+@pytest.mark.slow
+def test_two_hundred_photos_of_which_seven_are_bad(trained, photos, tmp_path, monkeypatch, capsys):
+    for index in range(6, 193):
+        source = photos / f"good-{index % 6}.jpg"
+        Image.open(source).resize((64, 48)).save(photos / f"good-{index}.png")
+    out = tmp_path / "out"
+    words = ("predict", trained, photos, "--ask", "Where?", "--out", out, "--save", "jsonl")
+    with pytest.raises(SystemExit, match="2"):
+        annexe(monkeypatch, *words, "--batch-size", 8)
+    error = capsys.readouterr().err
+    assert "193 of 200 photos were answered, not these 7" in error
+    assert all(f"{name}'" in error for name in REASONS)
+    images, queries = split_kinds(read_records(out / "predictions.jsonl"))
+    assert len(images) == len(queries) == 193
