@@ -166,7 +166,7 @@ def test_a_turned_clip_stands_upright(clip, tmp_path, angle):
     turned = tmp_path / "turned.mp4"
     ffmpeg("-i", clip, "-c", "copy", "-metadata:s:v", f"rotate={angle}", turned)
     (plain, *_) = read_frames(clip)
-    expected = np.rot90(plain.pixels, -angle // 90)  # to the right
+    expected = np.rot90(plain.pixels, angle // 90)  # to the left, as ffmpeg itself does
     for library in LIBRARIES:
         (frame, *_) = read_frames(turned, library=library)
         assert frame.pixels.shape == expected.shape

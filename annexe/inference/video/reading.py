@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from fractions import Fraction
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,9 @@ ENDINGS = (
 )  # fmt: skip
 MIN_SIDE = 32  # pixels, as of a photo
 _SAME_TIME = 1e-6  # seconds; times closer than that are equal
+_MISSING = 0.5  # seconds that a header may promise too much, as where the sound is longer
+_MISSING_SHARE = 0.02  # of the clip, likewise
+_TS_PACKET = 188  # bytes, of an MPEG transport stream
 _SHOWN = 100  # characters of an error of a library
 _FIX = "save it again as MP4 with H.264, or leave it out"
 
@@ -73,6 +77,7 @@ class _Decoded(NamedTuple):
 
     index: int
     time: float
+    end: float  # seconds, when it is shown no more
     pixels: Callable[[], np.ndarray]
 
 
@@ -117,20 +122,16 @@ def read_frames(
 def _shown_every(frames: Iterator[_Decoded], every: float) -> Iterator[_Decoded]:
     """Those of the frames that are shown at a multiple of ``every``: see `read_frames`.
 
-    A frame is shown until the next one. The last one is taken to be shown for as long as the one
-    before it.
+    A frame is shown until the next one comes, and the last one as long as the clip says.
     """
     due = 0  # the next multiple
     shown: _Decoded | None = None
-    duration = 0.0
     for frame in frames:
-        if shown is not None:
-            duration = frame.time - shown.time
-            if due * every < frame.time - _SAME_TIME:
-                yield shown
-                due = math.ceil((frame.time - _SAME_TIME) / every)
+        if shown is not None and due * every < frame.time - _SAME_TIME:
+            yield shown
+            due = math.ceil((frame.time - _SAME_TIME) / every)
         shown = frame
-    if shown is not None and (due == 0 or due * every < shown.time + duration - _SAME_TIME):
+    if shown is not None and (due == 0 or due * every < shown.end - _SAME_TIME):
         yield shown
 
 
@@ -191,22 +192,35 @@ def _require_file(path: Path) -> None:
 
 
 def _installed(path: Path, library: str | None) -> dict[str, Callable[[Path], Iterator[_Decoded]]]:
-    """Libraries that can be used, in the order in which they are tried.
+    """Libraries that can read a clip, in the order in which they are tried.
 
     Raises:
         UserError: there is none.
     """
     found: dict[str, Callable[[Path], Iterator[_Decoded]]] = {}
-    if library in (None, "TorchCodec") and has_torchcodec():
+    needed = library or "TorchCodec or PyAV"
+    if _is_mpeg_stream(path):
+        needed = "PyAV"  # of these TorchCodec finds half of the frames
+    if needed != "PyAV" and has_torchcodec():
         found["TorchCodec"] = _by_torchcodec
-    if library in (None, "PyAV") and has_pyav():
+    if needed != "TorchCodec" and has_pyav():
         found["PyAV"] = _by_pyav
     if not found:
         raise UserError(
-            f"clip '{path}' needs {library or 'TorchCodec or PyAV'} to be read; "
-            'run pip install "annexe[video]"'
+            f"clip '{path}' needs {needed} to be read; run pip install \"annexe[video]\""
         )
     return found
+
+
+def _is_mpeg_stream(path: Path) -> bool:
+    """Whether a file is an MPEG transport or program stream, by its first bytes."""
+    with path.open("rb") as file:
+        head = file.read(2 * _TS_PACKET + 5)
+    is_transport = any(
+        head[start : start + 1] == b"G" and head[start + size : start + size + 1] == b"G"
+        for start, size in ((0, _TS_PACKET), (4, _TS_PACKET + 4))
+    )
+    return is_transport or head.startswith(b"\x00\x00\x01\xba")
 
 
 def has_torchcodec() -> bool:
@@ -274,20 +288,44 @@ def _by_torchcodec(path: Path) -> Iterator[_Decoded]:
             raise _Unreadable(in_short(error)) from None
         raise _Unreadable("it has sound, but no pictures") from None
 
-    start = None
+    # TorchCodec passes over damage that FFmpeg paints over; PyAV tells of it
+    checks = _frames_of_pyav(path) if has_pyav() else iter(())
+    start = end = None
     for index in range(len(decoder)):
+        next(checks, None)
         try:
             frame = decoder.get_frame_at(index)
         except (ValueError, RuntimeError, IndexError) as error:
             raise _Unreadable(in_short(error)) from None
         if start is None:
             start = frame.pts_seconds
-        yield _Decoded(index, frame.pts_seconds - start, frame.data.numpy)
-    _require_all(len(decoder), decoder.metadata.num_frames_from_header)
+        time = frame.pts_seconds - start
+        end = time + frame.duration_seconds
+        yield _Decoded(index, time, end, frame.data.numpy)
+    next(checks, None)
+    if end is not None:
+        _require_end(end, decoder.metadata.duration_seconds_from_header)
 
 
 def _by_pyav(path: Path) -> Iterator[_Decoded]:
     """Frames decoded by PyAV.
+
+    Raises:
+        _Unreadable: before the first frame or after the last good one.
+    """
+    start: Fraction | None = None
+    for index, frame in enumerate(_frames_of_pyav(path)):
+        time = _time_of(frame)
+        if start is None:
+            start = time
+        end = time + frame.duration * frame.time_base
+        yield _Decoded(
+            index, float(time - start), float(end - start), lambda frame=frame: _upright(frame)
+        )
+
+
+def _frames_of_pyav(path: Path) -> Iterator[Any]:
+    """The frames of a clip as PyAV gives them, which are not converted to RGB.
 
     Raises:
         _Unreadable: before the first frame or after the last good one.
@@ -298,25 +336,43 @@ def _by_pyav(path: Path) -> Iterator[_Decoded]:
         with av.open(str(path)) as container:
             stream = container.streams.best("video")
             if stream is None:
-                what = "sound" if container.streams.audio else "streams"
-                raise _Unreadable(f"it has {what}, but no pictures")
+                has_sound = bool(container.streams.audio)
+                raise _Unreadable("it has sound, but no pictures" if has_sound else "no pictures")
             stream.thread_type = "AUTO"
-            index = 0
-            start = None
-            for frame in container.decode(stream):
-                if frame.is_corrupt:
+            first = last = None
+            for packet in container.demux(stream):
+                if packet.is_corrupt:
                     raise _Unreadable("its data are corrupt")
-                pts = frame.pts if frame.pts is not None else frame.dts
-                if pts is None:
-                    raise _Unreadable("its frames have no times")
-                time = pts * frame.time_base
-                if start is None:
-                    start = time
-                yield _Decoded(index, float(time - start), lambda frame=frame: _upright(frame))
-                index += 1
-            _require_all(index, stream.frames)
+                for frame in packet.decode():
+                    if frame.is_corrupt:
+                        raise _Unreadable("its data are corrupt")
+                    first = first or frame
+                    last = frame
+                    yield frame
+
+            # How long it should be
+            if last is not None:
+                end = _time_of(last) + last.duration * last.time_base - _time_of(first)
+                promised = None
+                if stream.duration:
+                    promised = float(stream.duration * stream.time_base)
+                elif container.duration:
+                    promised = container.duration / av.time_base
+                _require_end(float(end), promised)
     except (av.FFmpegError, ValueError, IndexError) as error:
         raise _Unreadable(in_short(error)) from None
+
+
+def _time_of(frame: Any) -> Fraction:
+    """The time stamp of a frame of PyAV in seconds.
+
+    Raises:
+        _Unreadable: it has none.
+    """
+    stamp = frame.pts if frame.pts is not None else frame.dts
+    if stamp is None:
+        raise _Unreadable("its frames have no times")
+    return stamp * frame.time_base
 
 
 def _upright(frame: Any) -> np.ndarray:
@@ -326,14 +382,14 @@ def _upright(frame: Any) -> np.ndarray:
     return np.ascontiguousarray(np.rot90(pixels, quarter_turns))
 
 
-def _require_all(num_frames: int, num_promised: int | None) -> None:
-    """Refuse the end of a clip that comes before its header says.
+def _require_end(end: float, promised: float | None) -> None:
+    """Refuse the end of a clip that comes well before its header says, in seconds.
 
     Raises:
-        _Unreadable: there are fewer frames.
+        _Unreadable: it does.
     """
-    if num_promised and num_frames < num_promised:
-        raise _Unreadable(f"it ends there, and has {num_promised} frames by its header")
+    if promised and promised - end > max(_MISSING, _MISSING_SHARE * promised):
+        raise _Unreadable(f"it ends there, and takes {promised:.2f} s by its header")
 
 
 def in_short(error: Exception) -> str:
