@@ -171,7 +171,7 @@ def distribute(
     for block in blocks:
         fully_shard(block)
     fully_shard(model)
-    register_fsdp_forward_method(model, "generate_raw")
+    register_fsdp_forward_method(model, "generate")
     return accelerator.prepare_model(model, evaluation_mode=True)
 
 

@@ -66,6 +66,39 @@ def phrases_of(answer: str) -> dict[int, str]:
     return dict(enumerate(answer.split(" and ")))
 
 
+def split_answer(answer: str, slots: list[int]) -> list[tuple[str, int | None]]:
+    """An answer in pieces: phrases with the slots that they name, and the words between them.
+
+    Args:
+        answer: with placeholders or, as a list of phrases, without.
+        slots: the used ones, in ascending order.
+
+    Returns:
+        Each piece with its slot, or None. Joined they are the answer without its placeholders.
+    """
+    answer = number_placeholders(answer, slots)
+    pieces: list[tuple[str, int | None]] = []
+    if "<msk" in answer.lower():
+        end = 0
+        for target in _TARGET.finditer(answer):
+            first, last = target.span(1)
+            pieces.append((answer[end:first], None))
+            pieces.append((answer[first:last].rstrip(), int(target[2] or 0)))
+            # The words up to the placeholder, which is left out with the space before it
+            placeholder = answer.rindex("<", last, target.end())
+            pieces.append((answer[first + len(pieces[-1][0]) : placeholder].rstrip(), None))
+            end = target.end()
+        pieces.append((answer[end:], None))
+    elif answer and answer not in NO_TARGET.values():
+        for index, phrase in enumerate(answer.split(" and ")):
+            if index:
+                pieces.append((" and ", None))
+            pieces.append((phrase, index if index in slots else None))
+    else:
+        pieces.append((answer, None))
+    return [(text, slot) for text, slot in pieces if text]
+
+
 def number_placeholders(answer: str, slots: list[int]) -> str:
     """An answer whose placeholders all have a number.
 

@@ -78,6 +78,12 @@ def area(masks: Iterable[Rle]) -> int:
     return int(coco_mask.area(union))
 
 
+def bounding_box(rle: Rle) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a mask in pixels; right and bottom lie outside of it."""
+    left, top, width, height = (int(side) for side in coco_mask.toBbox(rle))
+    return left, top, left + width, top + height
+
+
 def validate(rle: Rle) -> None:
     """Checks the counts of a compressed code against its size.
 

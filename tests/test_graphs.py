@@ -13,6 +13,7 @@ from annexe.models.mask_postprocessing import at_full_size, encode_on_device
 from annexe.models.pixel_decoder import Attention
 from annexe.rle import encode
 from annexe.structures.batch import Batch
+from annexe.structures.prediction import ImageResponses
 from annexe.training import losses
 from annexe.training.cuda_graphs import PAD_TO_MULTIPLE_OF, GraphedPass
 
@@ -20,6 +21,11 @@ NAMES = list(losses.TERMS)
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="CUDA graphs and compiled kernels need a GPU"
 )
+
+
+def texts_of(images: list[ImageResponses]) -> list[tuple[str, list[str]]]:
+    """The analysis of every image, and its answers."""
+    return [(image.analysis, [raw.answer for raw in image.responses]) for image in images]
 
 
 def test_gradients_equal_those_launched_one_by_one(make_parts):
@@ -69,7 +75,7 @@ def test_compiled_blocks_give_the_same_without_padding(make_parts, monkeypatch):
         totals = losses.totals(model(device_batch), device_batch, NAMES)
         totals.sum().backward()
         gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-        texts = [(raw.analysis, raw.answer) for raw in model.generate_raw(prompts, 6)]
+        texts = texts_of(model.generate(prompts, 6))
         return totals.detach(), gradients, texts
 
     plain_totals, plain_gradients, plain_texts = run()
@@ -104,8 +110,7 @@ def test_replayed_steps_of_generation_give_the_same(make_parts, autocast, compil
         texts = []
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
             for prompt_batch in prompts:
-                raw_responses = model.generate_raw(prompt_batch, 20)
-                texts.append([(raw.analysis, raw.answer) for raw in raw_responses])
+                texts.append(texts_of(model.generate(prompt_batch, 20)))
         return texts
 
     plain = generate()

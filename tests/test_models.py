@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import replace
+from itertools import chain
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from annexe.models.mask_postprocessing import encode_on_device, postprocess
 from annexe.models.pixel_decoder import attention_mask, pad_per_image, unpad_per_image
 from annexe.prompts import NO_TARGET
 from annexe.structures.batch import Batch, QueryIndex
-from annexe.structures.prediction import Grounding, RawResponse
+from annexe.structures.prediction import Grounding, ImageResponses, RawResponse, Response
 from annexe.structures.sample import Sample
 from annexe.training import losses
 
@@ -41,6 +41,17 @@ def prompts_of(model: Annexe, tokenizer: TextTokenizer, samples: list[Sample]) -
     """A batch without responses, as generation takes it."""
     collate = Collator(tokenizer, model.num_image_tokens, num_slots=4, responses=False)
     return collate(samples)
+
+
+def responses_of(model: Annexe, prompts: Batch) -> list[Response]:
+    """Short answers of the model to all queries of a batch."""
+    raw_responses = chain.from_iterable(image.responses for image in model.generate(prompts, 2))
+    return [postprocess(raw) for raw in raw_responses]
+
+
+def texts_of(images: list[ImageResponses]) -> list[tuple[str, list[str]]]:
+    """The analysis of every image, and its answers."""
+    return [(image.analysis, [raw.answer for raw in image.responses]) for image in images]
 
 
 def repack(model: Annexe, tokenizer: TextTokenizer, batch: Batch) -> Batch:
@@ -163,9 +174,9 @@ def test_presence_gates_masks(make_parts):
         model.pixel_decoder.mask_embedding[-1].bias.zero_()
         presence.weight.zero_()
         presence.bias.fill_(-5.0)
-        rejected = model.generate(prompts, 2)
+        rejected = responses_of(model, prompts)
         presence.bias.fill_(5.0)
-        accepted = model.generate(prompts, 2)
+        accepted = responses_of(model, prompts)
     assert len(rejected) == len(accepted) == len(batch.queries.image_index)
     for response in rejected:
         assert response.targets == []
@@ -244,7 +255,7 @@ def test_masks_encoded_on_the_device_are_those_encoded_after_it(monkeypatch):
     sizes = [(50, 70), (40, 30), (50, 70), (40, 30), (50, 70)]
     rles = encode_on_device(logits, sizes)
     for mask, rle, size in zip(logits, rles, sizes, strict=True):
-        raw = RawResponse("", "A mug <MSK_0>.", [0.9], [0], mask[None], size, np.zeros(1))
+        raw = RawResponse("A mug <MSK_0>.", [0.9], [0], mask[None], size)
         on_host = postprocess(raw)
         on_device = postprocess(replace(raw, masks=[rle]))
         assert on_host.targets == on_device.targets
@@ -283,7 +294,7 @@ def test_the_released_defects_come_back_by_setting_alone(make_parts):
     with torch.no_grad():
         model.pixel_decoder.presence_cnn[-1].bias.fill_(-50.0)
         model.pixel_decoder.deconv[-1].bias[1] = 50.0
-    responses = model.generate(prompts_of(model, tokenizer, batch.samples), 2)
+    responses = responses_of(model, prompts_of(model, tokenizer, batch.samples))
     assert all(response.targets for response in responses)
 
 
@@ -329,19 +340,21 @@ def test_answers_name_exactly_the_slots_that_have_targets(make_parts, monkeypatc
     monkeypatch.setattr(model, "present_slots", lambda grounding: present)
 
     model.constrain_answers = False
-    unconstrained = model.generate_raw(prompts, 200)
+    unconstrained = model.generate(prompts, 200)
     model.constrain_answers = True
-    constrained = model.generate_raw(prompts, 200)
+    constrained = model.generate(prompts, 200)
     if form == "sentence":
-        assert not any("<MSK_" in raw.analysis for raw in constrained)
-    for raw, row in zip(constrained, present.tolist(), strict=True):
+        assert not any("<MSK_" in image.analysis for image in constrained)
+    answers = [raw for image in constrained for raw in image.responses]
+    for raw, row in zip(answers, present.tolist(), strict=True):
         assert raw.slots == [slot for slot in range(4) if row[slot]]
         if not raw.slots:
             assert raw.answer == NO_TARGET[form]
         elif form == "sentence":
             assert slots_named(raw.answer) == raw.slots
             assert raw.answer.endswith(">.")
-    differ = [slots_named(raw.answer) != raw.slots for raw in unconstrained]
+    answers = [raw for image in unconstrained for raw in image.responses]
+    differ = [slots_named(raw.answer) != raw.slots for raw in answers]
     assert any(differ), "with constraints or without would be the same"
 
 
@@ -421,7 +434,7 @@ def pass_and_answers(model: Annexe, batch: Batch, prompts: Batch) -> tuple:
     total = losses.totals(model(batch), batch, ALL_TERMS).sum()
     total.backward()
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    texts = [(raw.analysis, raw.answer) for raw in model.generate_raw(prompts, 6)]
+    texts = texts_of(model.generate(prompts, 6))
     return total.detach(), gradients, texts
 
 

@@ -32,7 +32,7 @@ from annexe.distributed import make_accelerator
 from annexe.models.annexe import Annexe
 from annexe.models.mask_postprocessing import postprocess
 from annexe.structures.batch import Batch
-from annexe.structures.prediction import RawResponse
+from annexe.structures.prediction import ImageResponses
 from annexe.workers import in_threads
 
 
@@ -50,7 +50,7 @@ class GenerationSettings:
 
 
 def measure_generation(config: Config, settings: GenerationSettings) -> tuple[Record, list[str]]:
-    """Time `Annexe.generate_raw` on random prompts, with masks finished as an evaluation does it.
+    """Time `Annexe.generate` on random prompts, with masks finished as an evaluation does it.
 
     Returns:
         The record, and notes on how it came about.
@@ -72,32 +72,32 @@ def measure_generation(config: Config, settings: GenerationSettings) -> tuple[Re
         config = replace(config, run=replace(config.run, batch_size=settings.batch_size))
     run = config.run
     accelerator = make_accelerator(**device_settings(run))
-    model = _model_without_end(config, accelerator)
+    model = model_without_end(config, accelerator)
     batch = _prompts(model, run.batch_size, settings)
     if accelerator.device.type == "cuda":
         batch = batch.pin_memory()
     reset_peak(accelerator.device)
 
-    def num_targets(raw: RawResponse) -> int:
-        return len(postprocess(raw).targets)
+    def num_targets(image: ImageResponses) -> int:
+        return sum(len(postprocess(raw).targets) for raw in image.responses)
 
-    def raw_responses(num_batches: int, timeline: Timeline) -> Iterator[list[RawResponse]]:
+    def images(num_batches: int, timeline: Timeline) -> Iterator[list[ImageResponses]]:
         for _ in range(num_batches):
             timeline.enter("encoders")
             with accelerator.autocast():
                 on_device = batch.to(accelerator.device)
-                responses = model.generate_raw(on_device, settings.num_new_tokens)
+                responses = model.generate(on_device, settings.num_new_tokens)
             timeline.enter("waiting for masks and run lengths")
             yield responses
 
     # Warm-up, then the batches that count
-    warmup = raw_responses(settings.num_warmup_batches, Timeline(accelerator.device))
+    warmup = images(settings.num_warmup_batches, Timeline(accelerator.device))
     list(in_threads(num_targets, warmup, run.num_workers))
     timeline = Timeline(accelerator.device)
     num_masks = 0
     with _timing_generation(model, timeline) as response_lengths:
         measured = terminal.track(
-            raw_responses(settings.num_batches, timeline),
+            images(settings.num_batches, timeline),
             "generating",
             settings.num_batches,
             transient=True,
@@ -122,7 +122,7 @@ def measure_generation(config: Config, settings: GenerationSettings) -> tuple[Re
     }, notes
 
 
-def _model_without_end(config: Config, accelerator: Accelerator) -> Annexe:
+def model_without_end(config: Config, accelerator: Accelerator) -> Annexe:
     """The model as an evaluation has it, but for answers, which never end by themselves."""
     set_seed(config.run.seed)
     bf16 = accelerator.mixed_precision == "bf16"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,15 +105,40 @@ def report_faults(what: str, path: Path, faults: Iterable[Fault]) -> None:
 # Files
 
 
+class Upload(BytesIO):
+    """An image file in memory, which is read as a file on disk is.
+
+    Args:
+        data: its bytes.
+        name: of the file, for messages.
+    """
+
+    def __init__(self, data: bytes, name: str) -> None:
+        super().__init__(data)
+        self.name = name
+
+    @property
+    def stem(self) -> str:
+        """The name without its ending."""
+        return Path(self.name).stem
+
+    def __str__(self) -> str:
+        return self.name
+
+
+ImageFileSource = Path | Upload
+"""An image file, on disk or in memory."""
+
+
 @contextmanager
-def opened(path: Path) -> Iterator[ImageFile.ImageFile]:
+def opened(path: ImageFileSource) -> Iterator[ImageFile.ImageFile]:
     """The image in a file; its pixels are not decoded yet.
 
     Raises:
         UnreadableImage: for any error of the file, within the block too.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(_from_start(path)) as image:
             yield image
     except UnreadableImage:
         raise
@@ -120,7 +146,9 @@ def opened(path: Path) -> Iterator[ImageFile.ImageFile]:
         raise UnreadableImage(fault_of(path, error)) from None
 
 
-def decode(path: Path, mode: str | None = None, at_least: int | None = None) -> Image.Image:
+def decode(
+    path: ImageFileSource, mode: str | None = None, at_least: int | None = None
+) -> Image.Image:
     """Decode an image file completely.
 
     Args:
@@ -148,13 +176,18 @@ def decode(path: Path, mode: str | None = None, at_least: int | None = None) -> 
         return image.convert(mode)
 
 
-def _verify(path: Path) -> None:
+def _from_start(path: ImageFileSource) -> Path | BytesIO:
+    """What Pillow opens, at its start. Bytes in memory are shared, not copied."""
+    return path if isinstance(path, Path) else BytesIO(path.getvalue())
+
+
+def _verify(path: ImageFileSource) -> None:
     """Compare the checksums of a PNG, which decoding does not do for pixels."""
-    with Image.open(path) as image:
+    with Image.open(_from_start(path)) as image:
         image.verify()
 
 
-def fault_of(path: Path, error: Exception) -> Fault:
+def fault_of(path: ImageFileSource, error: Exception) -> Fault:
     """What Pillow or the system says of a file that cannot be read."""
     # The system
     if isinstance(error, FileNotFoundError | NotADirectoryError):
@@ -169,12 +202,17 @@ def fault_of(path: Path, error: Exception) -> Fault:
         problem = f"more than {limit:.0f} million pixels"
         return Fault("large-image", problem, "scale it down, or leave it out")
     if isinstance(error, UnidentifiedImageError):
-        if path.stat().st_size == 0:
+        if _size_of(path) == 0:
             return Fault("empty-file", "the file is empty")
         return Fault("unreadable-image", "not an image")
     reason = " ".join(str(error).split())[:_SHOWN] or type(error).__name__
     is_truncated = "truncated" in reason.lower()
     return Fault("truncated-image" if is_truncated else "unreadable-image", reason)
+
+
+def _size_of(path: ImageFileSource) -> int:
+    """Size of a file in bytes."""
+    return path.stat().st_size if isinstance(path, Path) else len(path.getvalue())
 
 
 # Id maps

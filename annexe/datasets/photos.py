@@ -1,16 +1,20 @@
-"""Photos of one's own, with questions asked of each."""
+"""Photos of one's own: which are there, and how they are read."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageOps
 
-from annexe.datasets.image_files import Fault, UnreadableImage, fault_of, opened
+from annexe.datasets.image_files import (
+    Fault,
+    ImageFileSource,
+    UnreadableImage,
+    fault_of,
+    opened,
+)
 from annexe.datasets.pixels import read_image
 from annexe.errors import UserError
-from annexe.structures.sample import Sample, Turn
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 MIN_SIDE = 32  # pixels
@@ -18,47 +22,6 @@ _MAX_NAME = 200  # bytes: pictures of its answers have longer names
 _FIX = "save it again as JPEG or PNG, or leave it out"
 _ORIENTATION = 0x0112  # tag of EXIF
 _FIRST_TRANSPOSED = 5  # from this orientation on width and height change places
-
-
-class Photos:
-    """Photos with the same questions asked of each; nothing is known of what they show.
-
-    Args:
-        files: the photos.
-        questions: what is asked of every photo.
-        image_size: side of the square images, in pixels.
-        answer_format: ``sentence`` or ``phrases``, as the model was trained.
-    """
-
-    def __init__(
-        self, files: list[Path], questions: list[str], image_size: int, answer_format: str | None
-    ) -> None:
-        self.files = files
-        self.questions = questions
-        self.image_size = image_size
-        self.answer_format = answer_format
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def evaluation_sample(self, index: int, _: int | str) -> Sample:
-        """As `EgoIRGBench.evaluation_sample`; a question is an annotation with one wording."""
-        file = self.files[index]
-        square = (self.image_size, self.image_size)
-        photo = read_photo(file, at_least=2 * self.image_size)  # as a data set reads it
-        turns = []
-        for annotation, question in enumerate(self.questions):
-            turns.append(Turn(annotation, 0, question, "", []))
-        return Sample(
-            stem=file.stem,
-            image=np.asarray(photo.resize(square, Image.Resampling.BICUBIC)),
-            depth=np.zeros(square, np.float32),
-            target_ids=np.zeros(square, np.uint8),
-            analysis="",
-            turns=turns,
-            original_size=photo_size(file),
-            answer_format=self.answer_format,
-        )
 
 
 def photo_files(paths: list[Path]) -> list[Path]:
@@ -104,7 +67,7 @@ def refused_photos(files: list[Path]) -> dict[Path, str]:
     return reasons
 
 
-def check_header(path: Path) -> tuple[int, int]:
+def check_header(path: ImageFileSource) -> tuple[int, int]:
     """Width and height of a photo as it is stored, if its header promises one that can be read.
 
     Raises:
@@ -141,7 +104,7 @@ def check_header(path: Path) -> tuple[int, int]:
     return width, height
 
 
-def photo_size(path: Path) -> tuple[int, int]:
+def photo_size(path: ImageFileSource) -> tuple[int, int]:
     """Height and width of a photo that stands upright.
 
     Raises:
@@ -156,7 +119,7 @@ def photo_size(path: Path) -> tuple[int, int]:
     return (width, height) if orientation >= _FIRST_TRANSPOSED else (height, width)
 
 
-def _unreadable(path: Path, fault: Fault) -> UserError:
+def _unreadable(path: ImageFileSource, fault: Fault) -> UserError:
     """The error for a photo that cannot be read."""
     if fault.code == "missing-file":
         return UserError(f"no photo '{path}'; give image files, or folders of them")
@@ -165,7 +128,7 @@ def _unreadable(path: Path, fault: Fault) -> UserError:
     return UserError(f"cannot read photo '{path}' ({fault.problem}); {fault.fix or _FIX}")
 
 
-def read_photo(path: Path, at_least: int | None = None) -> Image.Image:
+def read_photo(path: ImageFileSource, at_least: int | None = None) -> Image.Image:
     """A photo in RGB, upright as its camera says.
 
     Args:

@@ -21,6 +21,7 @@ from safetensors.numpy import save
 
 from annexe.datasets.image_files import (
     IdMap,
+    ImageFileSource,
     UnreadableImage,
     check_depth,
     check_id_map,
@@ -52,7 +53,7 @@ class Pixels:
 
 
 def read_image(
-    path: Path, mode: str | None = None, at_least: int | None = None, *, fix: str = _FIX
+    path: ImageFileSource, mode: str | None = None, at_least: int | None = None, *, fix: str = _FIX
 ) -> Image.Image:
     """Decode an image file completely.
 
@@ -85,7 +86,7 @@ def image_size(path: Path) -> tuple[int, int]:
         raise _cannot_read(path, error, _FIX) from None
 
 
-def _cannot_read(path: Path, error: UnreadableImage, fix: str) -> UserError:
+def _cannot_read(path: ImageFileSource, error: UnreadableImage, fix: str) -> UserError:
     """The error for a file, with the fix that belongs to its fault or else ``fix``."""
     fault = error.fault
     fix = fault.fix or fix

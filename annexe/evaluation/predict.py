@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -17,14 +16,14 @@ from annexe.metrics import depth_errors
 from annexe.models.annexe import Annexe
 from annexe.models.mask_postprocessing import postprocess
 from annexe.structures.batch import Batch
-from annexe.structures.prediction import RawResponse
+from annexe.structures.prediction import ImageResponses
 from annexe.structures.sample import Sample
 from annexe.workers import in_threads
 
 Answers = list[Record] | UserError
 """The records of an image, or why it cannot be read."""
-_Predicted = tuple[Sample, list[RawResponse]]
-"""A sample with the responses to its questions."""
+_Predicted = tuple[Sample, ImageResponses]
+"""A sample with the responses about it."""
 
 
 class Questions(Protocol):
@@ -127,22 +126,21 @@ def predict(
         device=device,
     )
 
-    def raw_responses() -> Iterator[list[_Predicted | UserError]]:
-        """Every sample of a batch with the responses to its questions, or its error."""
+    def responses() -> Iterator[list[_Predicted | UserError]]:
+        """Every sample of a batch with the responses about it, or its error."""
         for batch, errors in loader:
             samples: list[_Predicted] = []
             if batch is not None:
                 with autocast():
-                    responses = iter(model.generate_raw(batch.to(device), max_new_tokens))
-                for sample in batch.samples:
-                    samples.append((sample, list(islice(responses, len(sample.turns)))))
+                    images = model.generate(batch.to(device), max_new_tokens)
+                samples = list(zip(batch.samples, images, strict=True))
             readable = iter(samples)
             yield [next(readable) if error is None else error for error in errors]
 
     # Records, made behind the device
     training = model.training
     model.eval()
-    yield from in_threads(_answers, raw_responses(), num_workers)
+    yield from in_threads(_answers, responses(), num_workers)
     model.train(training)
     model.text_decoder.release()
 
@@ -163,20 +161,16 @@ def require_records(images: list[Answers]) -> list[Record]:
 
 def _answers(predicted: _Predicted | UserError) -> Answers:
     """The records of an image, or its error as it is."""
-    return predicted if isinstance(predicted, UserError) else _records_of_image(*predicted)
+    return predicted if isinstance(predicted, UserError) else records_of_image(*predicted)
 
 
-def _records_of_image(sample: Sample, raw_responses: list[RawResponse]) -> list[Record]:
+def records_of_image(sample: Sample, image: ImageResponses) -> list[Record]:
     """The records of one image: its own, then those of its questions."""
-    # The image: every response has its analysis and depth
-    first = raw_responses[0]
-    depth = depth_errors(first.depth, sample.depth)
+    depth = depth_errors(image.depth, sample.depth)
     records: list[Record] = [
-        ImageRecord(image=sample.stem, analysis=first.analysis, depth=depth),
+        ImageRecord(image=sample.stem, analysis=image.analysis, depth=depth),
     ]
-
-    # Its questions
-    for turn, raw in zip(sample.turns, raw_responses, strict=True):
+    for turn, raw in zip(sample.turns, image.responses, strict=True):
         response = postprocess(raw)
         masks = []
         for target in response.targets:

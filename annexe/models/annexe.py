@@ -7,6 +7,7 @@ tokens, V words.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,18 +17,21 @@ from annexe.checkpoints import public as checkpoints
 from annexe.errors import UserError, require_sizes
 from annexe.models.depth_branch import PATCH, DepthAnythingV2, DepthFeatures
 from annexe.models.language_model.constraints import DecodingConstraints
-from annexe.models.language_model.generation import GreedyDecoder, Responses
+from annexe.models.language_model.generation import GreedyDecoder, OnTokens, Responses
 from annexe.models.language_model.kv_cache import Prefill
 from annexe.models.language_model.llama import Llama
-from annexe.models.mask_postprocessing import postprocess, split_by_query
+from annexe.models.mask_postprocessing import split_by_query
 from annexe.models.rgb_encoder import EvaViT, Projector
 from annexe.prompts import ANSWER_OPENING, NO_TARGET
 from annexe.settings import PathSetting
 from annexe.structures.batch import ANALYSIS, Batch, QueryIndex
-from annexe.structures.prediction import Grounding, Predictions, RawResponse, Response
+from annexe.structures.prediction import Grounding, ImageResponses, Predictions, RawResponse
 
 # Presence above which a slot has a target, until thresholds are calibrated
 _DEFAULT_THRESHOLD = 0.5
+
+OnText = Callable[[int, int | None, str], None]
+"""Is told image, query of the image (None: the analysis) and the text so far."""
 
 
 class Encoding(NamedTuple):
@@ -159,35 +163,38 @@ class Annexe(nn.Module):
             image_token_logits = self._image_token_logits(encoding.image_tokens)
         return Predictions(token_logits, encoding.depth.depth, groundings, image_token_logits)
 
-    def generate(self, batch: Batch, max_new_tokens: int) -> list[Response]:
-        """Greedy responses to a packed batch of prompts, one a query; see `generate_raw`."""
-        return [postprocess(raw) for raw in self.generate_raw(batch, max_new_tokens)]
-
     @torch.no_grad()
-    def generate_raw(self, batch: Batch, max_new_tokens: int) -> list[RawResponse]:
+    def generate(
+        self, batch: Batch, max_new_tokens: int, on_text: OnText | None = None
+    ) -> list[ImageResponses]:
         """Greedy responses before post-processing, which needs no device.
 
         Args:
             batch: packed prompts without responses, with its samples.
             max_new_tokens: tokens of a response, at most.
+            on_text: is told how texts grow, as often as the decoder looks at them.
 
         Returns:
-            One response a query, in the order of the batch.
+            Every image with its responses, one a query, in the order of the batch.
         """
         # Masks and tokens, in the order that the decoder needs
         encoding = self.encode(batch)
         prefill = self.language_model.prefill(encoding.embeddings, batch.text)
+        on_tokens = None if on_text is None else self._tell_texts(batch, on_text)
         if self.pixel_decoder.conditioning == "prompt":
-            generated = self._ground_then_answer(batch, encoding, prefill, max_new_tokens)
+            decode = self._ground_then_answer
         else:
-            generated = self._answer_then_ground(batch, encoding, prefill, max_new_tokens)
-        grounding, present, responses = generated
+            decode = self._answer_then_ground
+        grounding, present, responses = decode(batch, encoding, prefill, max_new_tokens, on_tokens)
 
-        # Texts: branches that are no queries are analyses, one an image in order
+        # Images, each with its analysis
         texts = [self.language_model.tokenizer.decode(row) for row in responses.tokens]
-        query_branches = batch.text.query_branches.tolist()
-        analysis_branches = sorted(set(range(len(texts))) - set(query_branches))
-        analyses = [texts[branch] for branch in analysis_branches]  # B
+        depth_maps = encoding.depth.depth.float().cpu().numpy()
+        images = [ImageResponses("", depth, []) for depth in depth_maps]
+        places = _places(batch)
+        for (image, query), text in zip(places, texts, strict=True):
+            if query is None:
+                images[image].analysis = text
 
         # Masks of the slots that have a target
         image_of_query = batch.queries.image_index.tolist()
@@ -199,25 +206,30 @@ class Annexe(nn.Module):
         masks = split_by_query(grounding.masks[present].float(), counts, size_of_query)
 
         # One response a query
+        query_branches = batch.text.query_branches.tolist()
         scores = _presence_scores(grounding).tolist()
-        depth_maps = encoding.depth.depth.float().cpu().numpy()
-        raw_responses = []
         for query, image in enumerate(image_of_query):
-            text = texts[query_branches[query]]
             slots = slots_of_query[query]
             answer_format = batch.samples[image].answer_format
-            raw_responses.append(
-                RawResponse(
-                    analysis=analyses[image],
-                    answer=self._finish_answer(text, slots, answer_format),
-                    scores=scores[query],
-                    slots=slots,
-                    masks=masks[query],
-                    size=size_of_query[query],
-                    depth=depth_maps[image],
-                )
+            response = RawResponse(
+                answer=self._finish_answer(texts[query_branches[query]], slots, answer_format),
+                scores=scores[query],
+                slots=slots,
+                masks=masks[query],
+                size=size_of_query[query],
             )
-        return raw_responses
+            images[image].responses.append(response)
+        return images
+
+    def _tell_texts(self, batch: Batch, on_text: OnText) -> OnTokens:
+        """What tells ``on_text`` of the tokens of responses, with the words they stand for."""
+        tokenizer = self.language_model.tokenizer
+        places = _places(batch)
+
+        def on_tokens(branch: int, tokens: list[int]) -> None:
+            on_text(*places[branch], tokenizer.decode(tokens))
+
+        return on_tokens
 
     def encode(self, batch: Batch) -> Encoding:
         """Run the encoders, and put the image tokens in their place among the words."""
@@ -259,7 +271,12 @@ class Annexe(nn.Module):
         return [*self.rgb_encoder.vit.blocks, *self.language_model.llama.model.layers]
 
     def _ground_then_answer(
-        self, batch: Batch, encoding: Encoding, prefill: Prefill, max_new_tokens: int
+        self,
+        batch: Batch,
+        encoding: Encoding,
+        prefill: Prefill,
+        max_new_tokens: int,
+        on_tokens: OnTokens | None,
     ) -> tuple[Grounding, Tensor, Responses]:
         """Masks from the prompts, then answers, which name the slots that have a target.
 
@@ -272,18 +289,23 @@ class Annexe(nn.Module):
         constraints = None
         if self._answers_follow_masks():
             constraints = self._constraints(present, batch)
-        responses = self.text_decoder.decode(prefill, max_new_tokens, constraints)
+        responses = self.text_decoder.decode(prefill, max_new_tokens, constraints, on_tokens)
         return grounding, present, responses
 
     def _answer_then_ground(
-        self, batch: Batch, encoding: Encoding, prefill: Prefill, max_new_tokens: int
+        self,
+        batch: Batch,
+        encoding: Encoding,
+        prefill: Prefill,
+        max_new_tokens: int,
+        on_tokens: OnTokens | None,
     ) -> tuple[Grounding, Tensor, Responses]:
         """Answers, then masks from the states of the placeholders in them.
 
         Returns:
             As `_ground_then_answer`.
         """
-        responses = self.text_decoder.decode(prefill, max_new_tokens)
+        responses = self.text_decoder.decode(prefill, max_new_tokens, None, on_tokens)
         states = responses.slot_states[batch.text.query_branches]  # [Q, K, D]
         is_named = states.abs().amax(-1) > 0
         grounding = self._ground(states, is_named, encoding, batch)[-1]
@@ -376,6 +398,18 @@ class Annexe(nn.Module):
             return NO_TARGET[answer_format or "sentence"]
         is_cut = answer_format == "sentence" and text.endswith(">")
         return f"{text}." if is_cut else text
+
+
+def _places(batch: Batch) -> list[tuple[int, int | None]]:
+    """Image of every branch, and which query of the image it is; None for the analysis."""
+    places: list[tuple[int, int | None]] = []
+    for image in batch.text.branch_image_index.tolist():
+        places.append((image, None))
+    queries = batch.queries
+    index_in_image = queries.index_in_image.tolist()
+    for branch, index in zip(batch.text.query_branches.tolist(), index_in_image, strict=True):
+        places[branch] = (places[branch][0], index)
+    return places
 
 
 def _presence_scores(grounding: Grounding) -> Tensor:

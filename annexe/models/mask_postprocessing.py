@@ -37,7 +37,7 @@ def postprocess(raw: RawResponse) -> Response:
     for slot, rle in zip(raw.slots, rles, strict=True):
         if not is_empty(rle):
             targets.append(Target(slot, phrases.get(slot, ""), raw.scores[slot], rle))
-    return Response(raw.analysis, raw.answer, raw.scores[0], targets, raw.depth)
+    return Response(raw.answer, raw.scores[0], targets)
 
 
 def split_by_query(

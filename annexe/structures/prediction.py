@@ -1,4 +1,4 @@
-"""What the model predicts: in training, and about a query before and after post-processing.
+"""What the model predicts: in training, and about an image before and after post-processing.
 
 Legend: B images, S image side, G patches a side, P image tokens, Q queries, K slots, h x w mask
 logits, T label tokens, V words.
@@ -60,24 +60,29 @@ class Target:
 
 @dataclass
 class Response:
-    """What the model says about one query; ``analysis`` and ``depth`` belong to its image."""
+    """What the model says about one query."""
 
-    analysis: str
     answer: str
     presence: float  # of the first slot, in [0, 1], which settles whether there is a target
     targets: list[Target]
-    depth: np.ndarray  # float32[S, S], inverse depth up to scale and shift
 
 
 @dataclass
 class RawResponse:
     """A `Response` before post-processing, for which no device is needed."""
 
-    analysis: str
     answer: str
     scores: list[float]  # presence of every slot, in [0, 1]
     slots: list[int]  # those that have a target
     # float32[len(slots), h, w], logits on the CPU; or masks at full size, from a GPU
     masks: Tensor | list[Rle]
     size: tuple[int, int]  # height, width of the original image
+
+
+@dataclass
+class ImageResponses:
+    """What the model says about one image, and about each of its queries."""
+
+    analysis: str
     depth: np.ndarray  # float32[S, S], inverse depth up to scale and shift
+    responses: list[RawResponse]

@@ -49,6 +49,10 @@ _GPU_STEPS_PER_LOOK = 8
 _CPU_STEPS_PER_LOOK = 1
 
 
+OnTokens = Callable[[int, list[int]], None]
+"""Is told which response it is about, and its tokens so far."""
+
+
 @dataclass
 class DecodingState:
     """The responses that are being decoded, a row of every tensor each."""
@@ -249,6 +253,7 @@ class GreedyDecoder:
         prefill: Prefill,
         max_new_tokens: int,
         constraints: DecodingConstraints | None = None,
+        on_tokens: OnTokens | None = None,
     ) -> Responses:
         """Decode a response to every branch of the prompts, all of them as one batch.
 
@@ -256,6 +261,7 @@ class GreedyDecoder:
             prefill: the prompts; its caches are emptied.
             max_new_tokens: tokens of a response at most.
             constraints: what the responses have to name, where that is known.
+            on_tokens: is told how the responses grow, at every look at the rows.
 
         Returns:
             A response for every branch.
@@ -288,6 +294,11 @@ class GreedyDecoder:
                 step.launch()
                 step.advance()
             num_generated += num_steps
+            if on_tokens is not None:
+                responses.collect(state, eos_id)
+                for branch in state.response_index.tolist():
+                    if branch >= 0:
+                        on_tokens(branch, responses.tokens[branch])
 
         # Collect what is left.
         responses.collect(state, eos_id)

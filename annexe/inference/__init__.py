@@ -1,0 +1,1 @@
+"""A trained model in use: the predictor, and the doors to it."""
