@@ -6,10 +6,11 @@ DEMO := runs/demo
 DATA := $(DEMO)/data
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-slow test-all lint format clean-demo
+.PHONY: help install demo page test test-slow test-all lint format clean-demo
 
 help:
 	@echo "make demo      synthetic data, training, evaluation and report under $(DEMO) (two CPU cores)"
+	@echo "make page      the model of make demo on a page in the browser"
 	@echo "make test      lint, format check, types and the fast tests"
 	@echo "make test-all  the same, then the tests that start and kill processes"
 	@echo "make format    format the code"
@@ -23,6 +24,11 @@ $(VENV)/installed: pyproject.toml
 
 demo: $(DEMO)/report.html
 	@$(BIN)/python scripts/demo_summary.py $(DEMO)
+
+# Answers until it is interrupted; the address is printed
+page: demo
+	@$(BIN)/python -c "import gradio, uvicorn" 2> /dev/null || $(BIN)/pip install --quiet -e ".[page]"
+	@$(BIN)/annexe serve $(DEMO) --page
 
 # Runs a stage and notes its seconds: $(call stage,NAME,COMMAND)
 stage = start=$$(date +%s); $(2) && mkdir -p $(DEMO) && \
