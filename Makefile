@@ -35,7 +35,7 @@ stage = start=$$(date +%s); $(2) && mkdir -p $(DEMO) && \
 	echo "$(1) $$(($$(date +%s) - start))" >> $(DEMO)/stages.txt
 
 $(DATA)/synthetic.json: | install
-	$(call stage,drawing,$(BIN)/annexe synth $(DATA) --images 3400 --seed 1 --height 360)
+	$(call stage,drawing,$(BIN)/annexe synth $(DATA) --images 3400 --seed 1 --height 240)
 
 $(DEMO)/trained: $(DATA)/synthetic.json
 	$(call stage,training,$(BIN)/torchrun --standalone --nproc_per_node 1 train.py \
