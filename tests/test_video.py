@@ -140,9 +140,10 @@ def test_times_of_an_uneven_clip_are_its_own(drawings, tmp_path, library):
     frames = list(read_frames(path, library=library))
     np.testing.assert_allclose([frame.time for frame in frames], times, atol=1e-3)
 
-    # At 2 s the frame of 1.8 s is still shown, and at 4 s and 5 s that of 3.5 s
+    # At 2 s the frame of 1.8 s is still shown, at 4 s and 5 s that of 3.5 s
     frames = list(read_frames(path, 1.0, library=library))
-    np.testing.assert_allclose([frame.time for frame in frames], [0, 1.0, 1.8, 2.2, 3.5, 5.9])
+    expected = [0, 1.0, 1.8, 2.2, 3.5, 5.9]
+    np.testing.assert_allclose([frame.time for frame in frames], expected, atol=1e-3)
     assert [frame.index for frame in frames] == [0, 5, 6, 8, 10, 11]
     assert [number_in(frame.pixels) for frame in frames] == [0, 5, 6, 8, 10, 11]
 
@@ -488,12 +489,10 @@ class Painter:
 
 
 @needs_both
-def test_300_frames_give_300_lines_and_a_video_of_300_frames(drawings, tmp_path):
+def test_300_frames_give_300_lines_with_their_times(drawings, tmp_path):
     clip = write_clip(tmp_path / "clip.mp4", drawings, even_times(300))
     painter = Painter()
-    result = video.predict_video(
-        painter, clip, QUESTION, out=tmp_path / "out", every=None, save_video=True
-    )
+    result = video.predict_video(painter, clip, QUESTION, out=tmp_path / "out", every=None)
 
     # Lines
     lines = [json.loads(line) for line in result.lines.read_text().splitlines()]
@@ -512,19 +511,32 @@ def test_300_frames_give_300_lines_and_a_video_of_300_frames(drawings, tmp_path)
     assert report["presence_flips"] == {"before": 86, "after": 0}
     assert report["mask_iou"]["before"] < 0.75
     assert report["mask_iou"]["after"] > 0.95
-
-    # The video
-    (path,) = result.videos
-    times = [frame.time for frame in read_frames(path)]
-    np.testing.assert_allclose(times, even_times(300), atol=1e-3)
-    assert codec_of(path) == "h264"
     names = {file.name for file in (tmp_path / "out").iterdir()}
-    assert names == {
-        "clip.answers.jsonl",
-        "clip.frames.jsonl",
-        "clip.flicker.json",
-        "clip-1.mp4",
-    }
+    assert names == {"clip.answers.jsonl", "clip.frames.jsonl", "clip.flicker.json"}
+
+
+@needs_both
+def test_a_video_has_every_answered_frame(clip, tmp_path):
+    questions = [QUESTION, "And the knife?"]
+    result = video.predict_video(
+        Painter(), clip, questions, out=tmp_path / "out", every=None, save_video=True
+    )
+    assert [path.name for path in result.videos] == ["clip-1.mp4", "clip-2.mp4"]
+    shown = list(read_frames(clip))
+    for path in result.videos:
+        frames = list(read_frames(path, library="PyAV"))
+        np.testing.assert_allclose([frame.time for frame in frames], even_times(20), atol=1e-3)
+        assert codec_of(path) == "h264"
+
+        # The frame is enlarged, and its mask has the color of its slot
+        pixels = frames[5].pixels
+        assert number_in(pixels[:480:4, :640:4]) == 5
+        inside = shown[5].pixels[25:55, 25:75].mean((0, 1))
+        expected = 0.58 * inside + 0.42 * np.array([255, 45, 149])  # slot 0
+        np.testing.assert_allclose(pixels[100:220, 100:300].mean((0, 1)), expected, atol=8)
+        assert (pixels[480:] > 200).mean() > 0.7  # the caption
+        assert (pixels[480:] < 100).any()
+    assert not list((tmp_path / "out").glob("*.part"))
 
 
 @needs_both

@@ -77,7 +77,6 @@ class _Decoded(NamedTuple):
 
     index: int
     time: float
-    end: float  # seconds, when it is shown no more
     pixels: Callable[[], np.ndarray]
 
 
@@ -122,16 +121,20 @@ def read_frames(
 def _shown_every(frames: Iterator[_Decoded], every: float) -> Iterator[_Decoded]:
     """Those of the frames that are shown at a multiple of ``every``: see `read_frames`.
 
-    A frame is shown until the next one comes, and the last one as long as the clip says.
+    A frame is shown until the next one comes, and the last one is taken to be shown as long as the
+    one before it: libraries differ in what they say of its end.
     """
     due = 0  # the next multiple
     shown: _Decoded | None = None
+    duration = 0.0
     for frame in frames:
-        if shown is not None and due * every < frame.time - _SAME_TIME:
-            yield shown
-            due = math.ceil((frame.time - _SAME_TIME) / every)
+        if shown is not None:
+            duration = frame.time - shown.time
+            if due * every < frame.time - _SAME_TIME:
+                yield shown
+                due = math.ceil((frame.time - _SAME_TIME) / every)
         shown = frame
-    if shown is not None and (due == 0 or due * every < shown.end - _SAME_TIME):
+    if shown is not None and (due == 0 or due * every < shown.time + duration - _SAME_TIME):
         yield shown
 
 
@@ -290,7 +293,7 @@ def _by_torchcodec(path: Path) -> Iterator[_Decoded]:
 
     # TorchCodec passes over damage that FFmpeg paints over; PyAV tells of it
     checks = _frames_of_pyav(path) if has_pyav() else iter(())
-    start = end = None
+    start = last = None
     for index in range(len(decoder)):
         next(checks, None)
         try:
@@ -299,11 +302,11 @@ def _by_torchcodec(path: Path) -> Iterator[_Decoded]:
             raise _Unreadable(in_short(error)) from None
         if start is None:
             start = frame.pts_seconds
-        time = frame.pts_seconds - start
-        end = time + frame.duration_seconds
-        yield _Decoded(index, time, end, frame.data.numpy)
+        yield _Decoded(index, frame.pts_seconds - start, frame.data.numpy)
+        last = frame
     next(checks, None)
-    if end is not None:
+    if last is not None and start is not None:
+        end = last.pts_seconds + last.duration_seconds - start
         _require_end(end, decoder.metadata.duration_seconds_from_header)
 
 
@@ -318,10 +321,7 @@ def _by_pyav(path: Path) -> Iterator[_Decoded]:
         time = _time_of(frame)
         if start is None:
             start = time
-        end = time + frame.duration * frame.time_base
-        yield _Decoded(
-            index, float(time - start), float(end - start), lambda frame=frame: _upright(frame)
-        )
+        yield _Decoded(index, float(time - start), lambda frame=frame: _upright(frame))
 
 
 def _frames_of_pyav(path: Path) -> Iterator[Any]:
