@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from PIL import Image
@@ -39,7 +38,7 @@ pytest.importorskip("uvicorn", reason='needs pip install "annexe[serve]"')
 
 import uvicorn
 
-from annexe import Predictor
+from annexe import Predictor, cli
 from annexe.errors import UserError
 from annexe.evaluation.records import line_of
 from annexe.inference.results import Photo, PhotoResult
@@ -959,33 +958,44 @@ def test_a_fuzz_of_the_schema_finds_no_failure(server, photos):
 # Processes
 
 
-@pytest.mark.slow
-def test_a_worker_that_dies_is_replaced(trained, predictor, photos):
-    data = photos[0].read_bytes()
-    (expected,) = predictor.predict(data, QUESTIONS)
-    before = set(psutil.Process().children(recursive=True))
-    with started(partial(ProcessWorker, partial(load, trained))) as engine:
-        (worker,) = (
-            child
-            for child in set(psutil.Process().children(recursive=True)) - before
-            if "resource_tracker" not in " ".join(child.cmdline())
-        )
-        with serving(engine) as address:
-            assert address.predict(data, QUESTIONS) == (200, body_of(expected))
+def test_what_a_dead_worker_had_not_begun_goes_to_the_next_one(trained, predictor, photos):
+    gate = threading.Event()
 
-            # It dies with a photo; one that comes meanwhile waits for the next worker
-            worker.suspend()
-            answers: queue.SimpleQueue[tuple[int, bytes]] = queue.SimpleQueue()
-            client = threading.Thread(target=lambda: answers.put(address.predict(data, QUESTIONS)))
-            client.start()
-            while not engine.num_running:
+    def load_mortal() -> Predictor:
+        mortal = Predictor.from_run(trained, device="cpu", batch_size=1, options=[ALL_SLOTS])
+        generate = mortal.generate
+
+        def die_on_demand(prepared, on_text=None):
+            if prepared[0].photo.name == "die":
+                assert gate.wait(60)
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            return generate(prepared, on_text)
+
+        mortal.generate = die_on_demand
+        return mortal
+
+    with started(partial(ThreadWorker, load_mortal)) as engine, serving(engine) as address:
+        answers: dict[str, tuple[int, bytes]] = {}
+
+        def ask(name: str) -> None:
+            answers[name] = address.predict(photos[0].read_bytes(), QUESTIONS, name=name)
+
+        clients = []
+        for number, name in enumerate(("die", "second", "third")):
+            clients.append(threading.Thread(target=ask, args=(name,)))
+            clients[-1].start()
+            while engine.num_running + engine.num_waiting <= number:
                 time.sleep(0.01)
-            worker.kill()
-            status, body = answers.get(timeout=60)
-            # It had not begun, so that it is asked again
-            assert (status, body) == (200, body_of(expected))
-            assert "annexe_worker_deaths_total 1.0" in address.send("GET", "/metrics")[2].decode()
-            assert address.send("GET", "/health")[0] == 200
+        gate.set()
+        for client in clients:
+            client.join(60)
+        status, body = answers["die"]
+        assert (status, error_of(status, body)["code"]) == (500, "worker_died")
+        for name in ("second", "third"):
+            (expected,) = predictor.iterate([Photo.of(photos[0], QUESTIONS, name)])
+            assert isinstance(expected, PhotoResult)
+            assert answers[name] == (200, body_of(expected))
+        assert "annexe_worker_deaths_total 1.0" in address.send("GET", "/metrics")[2].decode()
 
 
 class _Suicidal(Predictor):
@@ -1033,8 +1043,7 @@ def start_server(trained: Path, *words: str) -> tuple[subprocess.Popen[str], Add
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_it_stops_when_what_is_under_way_is_finished(trained, predictor, photos, number):
+def test_it_stops_when_what_is_under_way_is_finished(trained, predictor, photos):
     process, address = start_server(trained, "--batch-size", "1", "--gpus", "0")
     data = photos[0].read_bytes()
     (expected,) = predictor.predict(data, QUESTIONS * 4)
@@ -1043,7 +1052,7 @@ def test_it_stops_when_what_is_under_way_is_finished(trained, predictor, photos,
         threading.Thread(target=lambda: statuses.put(address.predict(data, QUESTIONS * 4))).start()
     while not json.loads(address.send("GET", "/health")[2])["waiting"]:
         time.sleep(0.01)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         try:
@@ -1061,19 +1070,34 @@ def test_it_stops_when_what_is_under_way_is_finished(trained, predictor, photos,
     assert "Traceback" not in output
 
 
-@pytest.mark.slow
-def test_wrong_calls_end_in_one_line(trained, tmp_path):
+def test_wrong_calls_end_in_one_line(trained, tmp_path, monkeypatch, capsys):
     with bind("127.0.0.1", 0) as taken:
         taken.listen()
         port = str(taken.getsockname()[1])
         for words, message in (
             ((str(trained), "--port", port), "choose another --host or --port"),
+            ((str(trained), "--port", "70000"), "--port is 70000"),
+            ((str(trained), "--host", "nowhere.invalid"), "choose another --host or --port"),
             ((str(tmp_path / "gone"),), "gone"),
             ((str(trained), "--gpus", "100"), "--gpus is 100"),
+            ((str(trained), "--gpus", "-1"), "--gpus is -1"),
             ((str(trained), "--queue", "0"), "--queue is 0"),
+            ((str(trained), "--batch-size", "0"), "--batch-size is 0"),
+            ((str(trained), "--dtype", "int4"), "int4"),
+            ((str(trained), "--options", "run.nothing=1"), "nothing"),
         ):
-            command = [sys.executable, "-m", "annexe", "serve", *words]
-            ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
-            assert ended.returncode == 2
-            assert message in ended.stderr
-            assert len(ended.stderr.splitlines()) == 1
+            monkeypatch.setattr(sys, "argv", ["annexe", "serve", *words])
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+            assert ended.value.code == 2
+            printed = capsys.readouterr()
+            assert message in printed.err
+            assert len(printed.err.splitlines()) == 1, printed.err
+
+
+def test_a_missing_library_is_named_with_the_extra(trained, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    monkeypatch.setattr(sys, "argv", ["annexe", "serve", str(trained)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert 'prometheus_client; install it: pip install "annexe[serve]"' in capsys.readouterr().err

@@ -106,6 +106,7 @@ def run(arguments: argparse.Namespace) -> None:
     # Imported here, because the extra may be missing
     import torch
 
+    from annexe.inference.page import mount
     from annexe.inference.predictor import Predictor, inference_config
     from annexe.inference.server.app import Settings, make_app
     from annexe.inference.server.engine import Engine
@@ -137,28 +138,27 @@ def run(arguments: argparse.Namespace) -> None:
         on_death=metrics.deaths.inc,
     )
     metrics.watch(engine)
+    run_folder = checkpoint.parent.parent
+    settings = Settings(
+        model_name=arguments.model_name or run_folder.resolve().name,
+        limits=limits,
+        token=token,
+        allow_urls=arguments.allow_urls,
+        has_page=arguments.page,
+    )
     with bind(arguments.host, arguments.port) as bound:
-        engine.start()
-
-        # The API and, behind it, the page
-        run_folder = checkpoint.parent.parent
-        settings = Settings(
-            model_name=arguments.model_name or run_folder.resolve().name,
-            limits=limits,
-            token=token,
-            allow_urls=arguments.allow_urls,
-            has_page=arguments.page,
-        )
-        app = make_app(engine, settings, metrics)
-        if arguments.page:
-            from annexe.inference.page import mount
-
-            app = mount(app, engine.ask, engine.about)
-        host, port = bound.getsockname()[:2]
-        if host not in ("127.0.0.1", "::1") and token is None:
-            say(f"anybody who reaches {host} may ask; set {_TOKEN} to a token that clients send")
-        say(f"'{settings.model_name}' answers at http://{_shown(host)}:{port}")
-        run_server(app, engine, bound)
+        try:
+            engine.start()
+            app = make_app(engine, settings, metrics)
+            if arguments.page:
+                app = mount(app, engine.ask, engine.about)
+            host, port = bound.getsockname()[:2]
+            if host not in ("127.0.0.1", "::1") and token is None:
+                say(f"anybody who reaches {host} may ask; set {_TOKEN} to a token of the clients")
+            say(f"'{settings.model_name}' answers at http://{_shown(host)}:{port}")
+            run_server(app, bound, limits.timeout)
+        finally:
+            engine.stop()
     say("stopped")
 
 

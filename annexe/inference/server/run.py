@@ -13,7 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from annexe.errors import UserError
-from annexe.inference.server.engine import Engine, MakeWorker
+from annexe.inference.server.engine import MakeWorker
 from annexe.inference.server.worker import LoadPredictor, ProcessWorker, ThreadWorker
 from annexe.workers import num_cores
 
@@ -75,23 +75,22 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def run_server(app: FastAPI, engine: Engine, bound: socket.socket) -> None:
+def run_server(app: FastAPI, bound: socket.socket, timeout: float) -> None:
     """Answer requests until SIGTERM or SIGINT; what is under way then is finished.
 
     Args:
         app: the API.
-        engine: started; it is stopped at the end.
         bound: where clients come.
+        timeout: seconds that a request may take.
     """
     config = uvicorn.Config(
         app,
         log_level="warning",
         access_log=False,
         server_header=False,
-        lifespan="off",
         ws="none",
         backlog=_BACKLOG,
-        timeout_graceful_shutdown=int(engine.limits.timeout) + _GRACE,
+        timeout_graceful_shutdown=int(timeout) + _GRACE,
     )
     server = uvicorn.Server(config)
 
@@ -102,6 +101,5 @@ def run_server(app: FastAPI, engine: Engine, bound: socket.socket) -> None:
     try:
         server.run(sockets=[bound])
     finally:
-        engine.stop()
         for number, handler in before.items():
             signal.signal(number, handler)
