@@ -12,13 +12,16 @@ import logging
 import math
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from annexe.datasets.photos import MIN_SIDE
 from annexe.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -27,16 +30,17 @@ ENDINGS = (
     ".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts",
     ".wmv", ".flv", ".3gp", ".ogv",
 )  # fmt: skip
-MIN_SIDE = 32  # pixels, as of a photo
 _SAME_TIME = 1e-6  # seconds; times closer than that are equal
 _MISSING = 0.5  # seconds that a header may promise too much, as where the sound is longer
 _MISSING_SHARE = 0.02  # of the clip, likewise
 _TS_PACKET = 188  # bytes, of an MPEG transport stream
+_TORCHCODEC_ERRORS = (ValueError, RuntimeError, IndexError, AssertionError)
 _SHOWN = 100  # characters of an error of a library
 _FIX = "save it again as MP4 with H.264, or leave it out"
 
 
-class Frame(NamedTuple):
+@dataclass(frozen=True)
+class Frame:
     """A frame of a clip.
 
     Attributes:
@@ -72,7 +76,8 @@ class DamagedClip(UserError):
     """A clip that can be read up to some frame and no further."""
 
 
-class _Decoded(NamedTuple):
+@dataclass(frozen=True)
+class _Decoded:
     """A frame whose pixels are converted to RGB only if somebody wants them."""
 
     index: int
@@ -108,7 +113,8 @@ def read_frames(
         DamagedClip: after the frames that come before the damage.
     """
     with closing(_decoded(path, library)) as decoded:
-        for frame in decoded if every is None else _shown_every(decoded, every):
+        chosen = decoded if every is None else _shown_every(decoded, every)
+        for frame in chosen:
             pixels = frame.pixels()
             height, width = pixels.shape[:2]
             if min(height, width) < MIN_SIDE:
@@ -253,7 +259,7 @@ def clip_size(path: Path) -> ClipSize:
         try:
             metadata = VideoDecoder(path, seek_mode="approximate").metadata
             return ClipSize(metadata.num_frames, metadata.duration_seconds)
-        except (ValueError, RuntimeError, IndexError):
+        except _TORCHCODEC_ERRORS:
             pass
     if has_pyav():
         import av
@@ -283,22 +289,22 @@ def _by_torchcodec(path: Path) -> Iterator[_Decoded]:
         decoder = VideoDecoder(
             path, dimension_order="NHWC", seek_mode="exact", num_ffmpeg_threads=0, device="cpu"
         )
-    except (ValueError, RuntimeError, IndexError) as error:
+    except _TORCHCODEC_ERRORS as error:
         # The error for a file with sound alone asks to report a bug
         try:
             AudioDecoder(path)
-        except (ValueError, RuntimeError, IndexError):
+        except _TORCHCODEC_ERRORS:
             raise _Unreadable(in_short(error)) from None
         raise _Unreadable("it has sound, but no pictures") from None
 
     # TorchCodec passes over damage that FFmpeg paints over; PyAV tells of it
-    checks = _frames_of_pyav(path) if has_pyav() else iter(())
+    checks = _checks_of_pyav(path) if has_pyav() else iter(())
     start = last = None
     for index in range(len(decoder)):
         next(checks, None)
         try:
             frame = decoder.get_frame_at(index)
-        except (ValueError, RuntimeError, IndexError) as error:
+        except _TORCHCODEC_ERRORS as error:
             raise _Unreadable(in_short(error)) from None
         if start is None:
             start = frame.pts_seconds
@@ -321,7 +327,22 @@ def _by_pyav(path: Path) -> Iterator[_Decoded]:
         time = _time_of(frame)
         if start is None:
             start = time
-        yield _Decoded(index, float(time - start), lambda frame=frame: _upright(frame))
+        yield _Decoded(index, float(time - start), partial(_upright, frame))
+
+
+def _checks_of_pyav(path: Path) -> Iterator[Any]:
+    """Something for every frame that PyAV finds to be sound; nothing where it finds no frame.
+
+    Raises:
+        _Unreadable: after the last good frame.
+    """
+    frames = _frames_of_pyav(path)
+    try:
+        first = next(frames, None)
+    except _Unreadable:  # a kind of clip that TorchCodec alone can read
+        return
+    yield first
+    yield from frames
 
 
 def _frames_of_pyav(path: Path) -> Iterator[Any]:
@@ -334,12 +355,13 @@ def _frames_of_pyav(path: Path) -> Iterator[Any]:
 
     try:
         with av.open(str(path)) as container:
-            stream = container.streams.best("video")
+            stream: Any = container.streams.best("video")
             if stream is None:
                 has_sound = bool(container.streams.audio)
                 raise _Unreadable("it has sound, but no pictures" if has_sound else "no pictures")
             stream.thread_type = "AUTO"
-            first = last = None
+            first: Any = None
+            last: Any = None
             for packet in container.demux(stream):
                 if packet.is_corrupt:
                     raise _Unreadable("its data are corrupt")
