@@ -24,38 +24,6 @@ _ORIENTATION = 0x0112  # tag of EXIF
 _FIRST_TRANSPOSED = 5  # from this orientation on width and height change places
 
 
-def photo_files(paths: list[Path]) -> list[Path]:
-    """The photos among files and folders, each once; of a folder those with a known ending.
-
-    Raises:
-        UserError: for a path that does not exist, a folder without photos, and two photos of one
-            name.
-    """
-    # Every file once, however it was named
-    found: dict[Path, Path] = {}
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"no photo '{path}'; give image files, or folders of them")
-        inside = sorted(path.glob("[!.]*")) if path.is_dir() else []
-        photos = [file for file in inside if file.is_file() and file.suffix.lower() in ENDINGS]
-        if path.is_dir() and not photos:
-            raise UserError(
-                f"no {', '.join(ENDINGS)} in folder '{path}'; give image files, or folders of them"
-            )
-        for file in photos or [path]:
-            found[file.resolve()] = file
-
-    # Predictions are stored under the name without its ending
-    by_stem: dict[str, Path] = {}
-    for file in found.values():
-        other = by_stem.setdefault(file.stem, file)
-        if other != file:
-            raise UserError(
-                f"'{other}' and '{file}' have one name; rename one, or predict them apart"
-            )
-    return list(by_stem.values())
-
-
 def refused_photos(files: list[Path]) -> dict[Path, str]:
     """The photos whose header alone shows that they cannot be read as they are, and why."""
     reasons: dict[Path, str] = {}
