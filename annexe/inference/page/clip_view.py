@@ -79,28 +79,33 @@ def _remove_old(folder: Path) -> None:
 def report_card(result: VideoResult) -> str:
     """How much the answers change from frame to frame, as HTML."""
     (report,) = result.flicker["questions"]
-    num_pairs = report["neighboring_frames"]
     flips = report["presence_flips"]
     iou = report["mask_iou"]
     changes = report["answer_changes"]
-    rows = (
-        ("answer in other words", changes, changes),
-        ("target comes or goes", flips["before"], flips["after"]),
-        ("mask overlap (IoU)", _shown(iou["before"]), _shown(iou["after"])),
-    )
-    cells = "".join(
-        f"<tr><th scope='row'>{name}</th><td>{raw}</td><td>{smooth}</td></tr>"
-        for name, raw, smooth in rows
-    )
-    damage = ""
-    if result.damage is not None:
-        damage = fragments.message(result.damage)
+    rows = [
+        ["", "as answered", "smoothed"],
+        ["answer in other words", changes, changes],
+        ["target comes or goes", flips["before"], flips["after"]],
+        ["mask overlap (IoU)", _shown(iou["before"]), _shown(iou["after"])],
+    ]
+
+    # Frames that are far apart stay as they are
+    note = ""
+    if not result.flicker["smoothed_frames"]:
+        rows = [row[:2] for row in rows]
+        note = " Frames so far apart are not smoothed."
+
+    # As a table
+    lines = ""
+    for name, *values in rows:
+        cells = "".join(f"<td>{value}</td>" for value in values)
+        lines += f"<tr><th scope='row'>{name}</th>{cells}</tr>"
+    damage = fragments.message(result.damage) if result.damage is not None else ""
     return (
         f'{damage}<div class="annexe-flicker"><p class="quiet">{escape(report["question"])}</p>'
-        f"<p>{result.flicker['frames']} frames were answered. How much changes from one to the "
-        f"next, over {num_pairs} pairs of neighbors:</p>"
-        "<table><thead><tr><td></td><th scope='col'>as answered</th>"
-        f"<th scope='col'>smoothed</th></tr></thead><tbody>{cells}</tbody></table></div>"
+        f"<p>{result.flicker['frames']} frames were answered. This is how much changes from one "
+        f"to the next, in {report['neighboring_frames']} pairs of neighbors.{note}</p>"
+        f"<table>{lines}</table></div>"
     )
 
 

@@ -58,7 +58,11 @@ def training_line(about: dict[str, Any]) -> str:
 def details(about: dict[str, Any]) -> str:
     """Facts about the model, as a list that opens. Of paths only the last name is told."""
     facts: list[tuple[str, str]] = []
-    for key, name in (("run", "run"), ("checkpoint", "checkpoint"), ("data_root", "data")):
+    for key, name in (
+        ("run", "run"),
+        ("checkpoint", "checkpoint"),
+        ("data_root", "folder of the data"),
+    ):
         if about.get(key):
             facts.append((name, Path(str(about[key])).name))
     if about.get("image_size"):

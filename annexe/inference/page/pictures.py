@@ -11,7 +11,8 @@ from PIL import Image
 
 from annexe.inference.results import Answer, PhotoResult
 
-MAX_SIDE = 1280  # of a view, in pixels
+MAX_SIDE = 1280  # the longer one of a view, in pixels
+MIN_SIDE = 960
 _FILL = 0.45  # opacity inside of a mask; its outline is opaque
 _DEPTH_PERCENTILES = (1, 99)  # the ends of the colors
 
@@ -30,8 +31,7 @@ def mask_layers(
     Raises:
         UserError: if the photo cannot be read any more.
     """
-    photo = result.photo()
-    photo.thumbnail((MAX_SIDE, MAX_SIDE))
+    photo = result.photo().resize(_view_size(result.size), Image.Resampling.BICUBIC)
     layers: list[LabeledMask] = []
     colors: dict[str, str] = {}
     for target in answer.targets:
@@ -45,7 +45,8 @@ def mask_layers(
 
 def _opacity(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A mask bool[H, W] as a layer, float32[h, w], filled and outlined; ``size`` is (w, h)."""
-    small = cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+    shares = cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
+    small = (shares > 0.5).astype(np.uint8)
     outlines = cv2.findContours(small, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)[0]
     layer = _FILL * small.astype(np.float32)
     return cv2.drawContours(layer, outlines, -1, 1.0, 2)
@@ -63,8 +64,12 @@ def depth_picture(depth: np.ndarray, size: tuple[int, int]) -> Image.Image:
     levels = (255 * closeness).astype(np.uint8)
     colors = cv2.cvtColor(cv2.applyColorMap(levels, cv2.COLORMAP_VIRIDIS), cv2.COLOR_BGR2RGB)
 
-    # In the shape of the photo
+    return Image.fromarray(colors).resize(_view_size(size), Image.Resampling.BICUBIC)
+
+
+def _view_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height at which a photo of a height and width is shown."""
+    longer = max(size)
+    scale = min(max(longer, MIN_SIDE), MAX_SIDE) / longer
     height, width = size
-    scale = min(1.0, MAX_SIDE / max(size))
-    view = (max(1, round(width * scale)), max(1, round(height * scale)))
-    return Image.fromarray(colors).resize(view, Image.Resampling.BICUBIC)
+    return max(1, round(width * scale)), max(1, round(height * scale))
