@@ -39,6 +39,7 @@ pytest.importorskip("uvicorn", reason='needs pip install "annexe[serve]"')
 import uvicorn
 
 from annexe import Predictor, cli
+from annexe.benchmarks.serving_speed import ServingSettings, measure_serving
 from annexe.errors import UserError
 from annexe.evaluation.records import line_of
 from annexe.inference.results import Photo, PhotoResult
@@ -409,6 +410,32 @@ def test_a_broken_photo_in_a_batch_costs_itself_alone(predictor, photos):
         body = f'{{"records": [{", ".join(lines(expected))}]}}'.encode()
         (alone,) = predictor.predict(photos[event.id], QUESTIONS[:1])
         assert_same(body, alone)
+
+
+def test_threads_beside_a_device_change_nothing(predictor, photos):
+    jobs = []
+    for index, photo in enumerate(photos):
+        name = "broken" if index == 2 else photo.stem
+        data = photo.read_bytes()[:2000] if index == 2 else photo.read_bytes()
+        jobs.append(Job(index, Photo.of(data, QUESTIONS[:1], name), wants_depth=index == 5))
+    plain = {event.id: event for event in run_loop(predictor, jobs) if hasattr(event, "id")}
+    events: list[Any] = []
+    loop = BatchLoop(predictor, events.append, num_threads=3)
+    for job in jobs:
+        loop.put(job)
+    loop.stop()
+    loop.run()
+    sizes = [event.num_photos for event in events if isinstance(event, Finished)]
+    assert sizes == [BATCH, len(photos) - BATCH]
+    threaded = {event.id: event for event in events if hasattr(event, "id")}
+    assert plain.keys() == threaded.keys() == {job.id for job in jobs}
+    for index, event in threaded.items():
+        if isinstance(event, Done):
+            assert event.records == plain[index].records
+            assert (event.depth is not None) == (index == 5)
+        else:
+            assert event == plain[index]
+            assert index == 2
 
 
 def test_a_batch_that_fails_is_answered_one_by_one(predictor, photos, monkeypatch):
@@ -943,13 +970,15 @@ def test_the_openai_package_works(server, predictor, photos):
 
 
 @pytest.mark.slow
-def test_a_fuzz_of_the_schema_finds_no_failure(server, photos):
+def test_a_fuzz_of_the_schema_finds_no_failure(server, photos, tmp_path):
     pytest.importorskip("schemathesis", reason="needs pip install schemathesis")
     command = [sys.executable, "-m", "schemathesis.cli", "run"]
     url = f"http://127.0.0.1:{server.port}/openapi.json"
     chosen = ["--phases", "coverage,fuzzing", "--checks", "not_a_server_error"]
     amount = ["--max-examples", "20", "--seed", "1", "--exclude-path", "/metrics"]
-    ended = subprocess.run([*command, url, *chosen, *amount], capture_output=True, text=True)
+    ended = subprocess.run(
+        [*command, url, *chosen, *amount], cwd=tmp_path, capture_output=True, text=True
+    )
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-1000:]
     assert re.search(r"\d{2,} (generated|cases|passed)", ended.stdout), ended.stdout[-1000:]
     assert server.predict(photos[0].read_bytes(), [])[0] == 200
@@ -1093,6 +1122,33 @@ def test_wrong_calls_end_in_one_line(trained, tmp_path, monkeypatch, capsys):
             printed = capsys.readouterr()
             assert message in printed.err
             assert len(printed.err.splitlines()) == 1, printed.err
+
+
+@pytest.mark.slow
+def test_serving_is_measured_beside_generation(make_config):
+    config = make_config("run.max_new_tokens=4")
+    settings = ServingSettings(
+        num_queries=1,
+        num_new_tokens=12,
+        num_batches=2,
+        num_warmup_batches=1,
+        batch_size=2,
+        num_clients=None,
+        seconds=3,
+        num_first_words=3,
+        photo_size=(90, 160),
+    )
+    record, notes = measure_serving(config, settings)
+    assert record["clients"] == 6
+    assert record["tokens_per_response"] == 12
+    assert record["failed_requests"] == 0
+    assert 1 <= record["photos_of_a_batch"] <= 2
+    speeds = record["photos_per_second"]
+    assert all(speed > 0 for speed in speeds.values())
+    ratio = speeds["server"] / speeds["generation"]
+    assert record["server_over_generation"] == pytest.approx(ratio)
+    assert 0 < record["first_word_ms"]["p50"] < record["request_ms"]["max"]
+    assert "weights are random" in notes
 
 
 def test_a_missing_library_is_named_with_the_extra(trained, monkeypatch, capsys):

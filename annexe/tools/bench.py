@@ -1,4 +1,4 @@
-"""`annexe bench`: how fast this machine trains, generates, reads data and scores."""
+"""`annexe bench`: how fast this machine trains, generates, serves, reads data and scores."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from annexe.benchmarks.generation_speed import GenerationSettings, measure_gener
 from annexe.benchmarks.loading_speed import measure_loading
 from annexe.benchmarks.machine import describe_machine
 from annexe.benchmarks.scoring_speed import measure_scoring
+from annexe.benchmarks.serving_speed import ServingSettings, measure_serving
 from annexe.benchmarks.training_speed import DEFAULT_TOKENS, TrainingSettings, measure_training
 from annexe.benchmarks.units import Record
 from annexe.build import load_config
@@ -24,11 +25,12 @@ from annexe.errors import UserError
 from annexe.files import require_writable, write_json
 from annexe.workers import num_cores
 
-HELP = "measure training, generation, loading or scoring on this machine"
+HELP = "measure training, generation, serving, loading or scoring on this machine"
 
 _ABOUT = {
     "train": "time the training step on in-memory batches with random weights, or on its own data",
     "generate": "time the answers to random prompts, masks at full size and encoded included",
+    "serve": "time photos through the server, the predictor and generation, with random weights",
     "data": "time the training loader with an empty and with a filled cache of resized pixels",
     "metrics": "time the scoring of random predictions on drawn scenes",
 }
@@ -48,6 +50,18 @@ _NUMBERS: dict[str, list[tuple[str, int | None, str]]] = {
         ("warmup", 1, "batches before them (default %(default)s)"),
         ("height", 1080, "of the photos whose masks are made, in pixels (default %(default)s)"),
         ("width", 1920, "of the photos whose masks are made, in pixels (default %(default)s)"),
+    ],
+    "serve": [
+        ("queries", 1, "questions a photo (default %(default)s)"),
+        ("batch-size", None, "photos a batch (default: run.batch_size)"),
+        ("new-tokens", 50, "tokens of every response (default %(default)s)"),
+        ("batches", 5, "batches without the server (default %(default)s)"),
+        ("warmup", 1, "batches before them (default %(default)s)"),
+        ("clients", None, "clients at once (default: three batches)"),
+        ("seconds", 30, "that clients ask (default %(default)s)"),
+        ("words", 20, "answers streamed by an idle server (default %(default)s)"),
+        ("height", 1080, "of the photos, in pixels (default %(default)s)"),
+        ("width", 1920, "of the photos, in pixels (default %(default)s)"),
     ],
     "data": [("images", 256, "images to read (default %(default)s)")],
     "metrics": [
@@ -131,6 +145,21 @@ def _measure(arguments: argparse.Namespace, report: Record) -> dict[str, Record]
         config = load_config(arguments.cfg_path, arguments.options)
         report["measured"] = measure_loading(config, arguments.workers, arguments.images)
         return {f"{workers} workers": record for workers, record in report["measured"].items()}
+    if arguments.action == "serve":
+        config = load_config(arguments.cfg_path, arguments.options)
+        serving = ServingSettings(
+            num_queries=arguments.queries,
+            num_new_tokens=arguments.new_tokens,
+            num_batches=arguments.batches,
+            num_warmup_batches=arguments.warmup,
+            batch_size=arguments.batch_size,
+            num_clients=arguments.clients,
+            seconds=arguments.seconds,
+            num_first_words=arguments.words,
+            photo_size=(arguments.height, arguments.width),
+        )
+        report["measured"], report["notes"] = measure_serving(config, serving)
+        return {"": report["measured"]}
 
     # Training or generation, of one configuration or of two
     if arguments.action == "train":

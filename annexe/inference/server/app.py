@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -39,6 +39,8 @@ from annexe.inference.server.schemas import (
     validated,
 )
 from annexe.inference.server.worker import Done
+
+Result = TypeVar("Result")
 
 _JSON = "application/json"
 _FORM = "multipart/form-data"
@@ -155,7 +157,7 @@ class _Server:
         if asked.stream:
             events = self._stream(photo, completion, asked.mask_format, start)
             # The first event decides between an answer and an error with a status of its own
-            first = await anext(events)
+            first = await _unless_gone(request, anext(events))
             return StreamingResponse(_chained(first, events), media_type="text/event-stream")
         done = await self._answer(request, photo)
         records = await _records(done, asked.mask_format)
@@ -274,16 +276,7 @@ class _Server:
                         return event
             raise internal_error()
 
-        answering = asyncio.ensure_future(last_event())
-        leaving = asyncio.ensure_future(_until_gone(request))
-        try:
-            await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if not answering.done():
-                raise ApiError(499, "client_gone", "the client is gone")
-            return answering.result()
-        finally:
-            answering.cancel()
-            leaving.cancel()
+        return await _unless_gone(request, last_event())
 
     async def _stream(
         self, photo: Photo, completion: chat.Completion, mask_format: MaskFormat, start: float
@@ -343,6 +336,24 @@ async def _chained(first: str, others: AsyncIterator[str]) -> AsyncIterator[str]
     yield first
     async for other in others:
         yield other
+
+
+async def _unless_gone(request: Request, answer: Awaitable[Result]) -> Result:
+    """What an answer gives, which is cancelled when the client is gone.
+
+    Raises:
+        ApiError: the client is gone.
+    """
+    answering = asyncio.ensure_future(answer)
+    leaving = asyncio.ensure_future(_until_gone(request))
+    try:
+        await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            raise ApiError(499, "client_gone", "the client is gone")
+        return answering.result()
+    finally:
+        answering.cancel()
+        leaving.cancel()
 
 
 async def _until_gone(request: Request) -> None:

@@ -147,17 +147,21 @@ class BatchLoop:
     Args:
         predictor: answers; no other thread uses it.
         tell: gets the events, from several threads.
+        num_threads: that prepare and finish beside the device (default: some beside a GPU, none
+            beside a CPU).
     """
 
-    def __init__(self, predictor: Predictor, tell: Tell) -> None:
+    def __init__(self, predictor: Predictor, tell: Tell, num_threads: int | None = None) -> None:
         self.predictor = predictor
         self.tell = tell
         self._jobs: deque[tuple[Job, Future[Prepared | UserError | None] | None]] = deque()
         self._has_changed = threading.Condition()
         self._is_stopping = False
         self._threads: ThreadPoolExecutor | None = None
-        if predictor.device.type == "cuda":
-            num_threads = min(num_cores(), _THREADS_BESIDE_GPU)
+        if num_threads is None:
+            on_gpu = predictor.device.type == "cuda"
+            num_threads = min(num_cores(), _THREADS_BESIDE_GPU) if on_gpu else 0
+        if num_threads:
             self._threads = ThreadPoolExecutor(
                 num_threads, initializer=torch.set_num_threads, initargs=(1,)
             )
