@@ -49,7 +49,7 @@ from annexe.inference.server.errors import ApiError
 from annexe.inference.server.limits import Limits
 from annexe.inference.server.masks import polygons_of
 from annexe.inference.server.metrics import Metrics
-from annexe.inference.server.run import bind
+from annexe.inference.server.lifecycle import bind
 from annexe.inference.server.worker import (
     BatchLoop,
     Done,

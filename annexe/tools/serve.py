@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace) -> None:
     from annexe.inference.server.app import Settings, make_app
     from annexe.inference.server.engine import Engine
     from annexe.inference.server.metrics import Metrics
-    from annexe.inference.server.run import bind, run_server, worker_makers
+    from annexe.inference.server.lifecycle import bind, run_server, worker_makers
 
     # Mistakes are told before anything takes long
     num_gpus = arguments.gpus
