@@ -23,7 +23,9 @@ log = logging.getLogger(__name__)
 
 # Bytes at either end of a file by which it is told from others
 _HEAD = 1024
-_TAIL = 64
+_TAIL = 1024  # programs put dates and other texts behind the pixels of a PNG
+# How files begin whose size or end changes with their pixels
+_COMPRESSED = (b"\x89PNG", b"\xff\xd8")
 
 _RUST_ERROR = re.compile(r"\bos error (\d+)\)")
 # What the system says of a disk that takes no more
@@ -167,16 +169,19 @@ def append_text(path: Path, text: str) -> None:
 
 
 def digest_of_file(path: str | Path) -> bytes:
-    """Hash of a file's size, beginning and end, for files that are too many to be read.
+    """Hash of a file's size, beginning and end, for images that are too many to be read.
 
     A PNG ends with a checksum of all its pixels, and begins with its palette. A JPEG with other
-    pixels is almost always of another size.
+    pixels is almost always of another size. Files of other formats are read as a whole.
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         content = file.read(_HEAD)
-        file.seek(max(size - _TAIL, 0))
-        content += file.read(_TAIL)
+        if content.startswith(_COMPRESSED):
+            file.seek(max(size - _TAIL, 0))
+            content += file.read(_TAIL)
+        else:
+            content += file.read()
     return hashlib.sha256(size.to_bytes(8, "little") + content).digest()
 
 

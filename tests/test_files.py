@@ -8,10 +8,13 @@ import sys
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from annexe.errors import UserError
-from annexe.files import locked, part_of, replaced, write_json, write_text
+from annexe.files import digest_of_file, locked, part_of, replaced, write_json, write_text
 
 KILLED_WHILE_WRITING = """
 import os, sys
@@ -151,3 +154,25 @@ def test_a_lock_keeps_other_processes_out(tmp_path: Path) -> None:
         assert "\n" not in message
         assert pool.apply(_take, (folder,)) == "taken"
     assert names(folder) == [".lock"]
+
+
+# Hashes
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF", "BMP"])
+def test_a_digest_tells_images_of_one_size_apart(image_format: str, tmp_path: Path) -> None:
+    """One pixel in the middle differs; in the PNG there are notes behind the pixels."""
+    notes = PngInfo()
+    notes.add(b"noTe", b"date:modify 2026-11-28" * 10, after_idat=True)
+    options = {"pnginfo": notes, "compress_level": 0} if image_format == "PNG" else {}
+    path = tmp_path / "image.png"
+    sizes, digests = set(), set()
+    for value in (1, 2):
+        pixels = np.zeros((100, 100), np.uint8)
+        pixels[50, 50] = value
+        Image.fromarray(pixels).save(path, image_format, **options)
+        sizes.add(path.stat().st_size)
+        digests.add(digest_of_file(path))
+    assert (len(sizes), len(digests)) == (1, 2)
+    if options:
+        assert b"date:modify" in path.read_bytes()[-64:]
