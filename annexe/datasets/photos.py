@@ -1,4 +1,4 @@
-"""Photos of one's own: which are there, and how they are read."""
+"""Photos of one's own: which of them are refused, and how they are read."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from itertools import chain
 from typing import Any, TypeVar
@@ -64,6 +65,9 @@ class Processes:
         finally:
             self._exchange(lambda: dist.broadcast_object_list(returned, src=0, group=self._group))
         if returned[0] is None:
+            # torchrun ends the others after the first one: the main process speaks before that
+            with suppress(RuntimeError):
+                dist.barrier(group=self._group)
             sys.exit(2)
         return returned[0][0]
 
