@@ -641,6 +641,23 @@ def test_wrong_options_are_refused(words, capsys):
     assert words[1] in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("clip.mp4", {"every": 0}, "every is 0"),
+        ("clip.mp4", {"every": float("nan")}, "every is nan"),
+        ("clip.mp4", {"smooth": -1}, "smooth is -1"),
+        (f"{'c' * 210}.mp4", {}, "too long"),
+        ("\udcff.mp4", {}, "not UTF-8"),
+        ("clip.mp4", {"out": Path(__file__)}, "cannot make folder"),
+    ],
+)
+def test_wrong_arguments_are_refused(tmp_path, name, options, message):
+    options = {"out": tmp_path, **options}
+    with pytest.raises(UserError, match=message):
+        video.predict_video(Painter(), tmp_path / name, QUESTION, **options)
+
+
 @needs_both
 def test_a_model_answers_a_clip(trained, clip, tmp_path):
     predictor = Predictor.from_run(trained, device="cpu")

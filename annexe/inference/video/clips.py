@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 EVERY = 1.0  # seconds
 _NUM_AHEAD = 8  # frames that are decoded while the model answers those before
+_MAX_NAME = 200  # bytes: files that come of a clip have longer names
 _MADE_BY = ("checkpoint", "step", "answer_format", "max_new_tokens")  # of what answers depend on
 
 
@@ -174,11 +175,13 @@ def predict_video(
         UserError: the clip cannot be read, a question cannot be asked, or the folder has answers
             to something else.
     """
-    # The files
+    # What is asked for
     clip = Path(clip)
     out = Path(out)
     asked = [questions] if isinstance(questions, str) else list(questions)
-    out.mkdir(parents=True, exist_ok=True)
+    _check(clip, out, every, smooth)
+
+    # The files
     lines = out / f"{clip.stem}.frames.jsonl"
     report = out / f"{clip.stem}.flicker.json"
     videos = [out / f"{clip.stem}-{index + 1}.mp4" for index in range(len(asked))]
@@ -207,6 +210,30 @@ def predict_video(
     return VideoResult(
         lines=lines, report=report, videos=videos if save_video else [], flicker=flicker
     )
+
+
+def _check(clip: Path, out: Path, every: float | None, smooth: float) -> None:
+    """Refuse what cannot be, and make the folder.
+
+    Raises:
+        UserError: naming the argument.
+    """
+    try:
+        name = clip.stem.encode()  # it is written to JSON, which has to be UTF-8
+    except UnicodeEncodeError:
+        raise UserError(f"the name of clip {str(clip)!r} is not UTF-8; rename it") from None
+    if len(name) > _MAX_NAME:
+        raise UserError(f"the name of clip '{clip}' is too long; rename it")
+    if every is not None and not 0 < every < math.inf:
+        raise UserError(f"every is {every}; it must be a number of seconds above 0, or None")
+    if not 0 <= smooth < math.inf:
+        raise UserError(f"smooth is {smooth}; it must be a number of seconds, 0 for none")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make folder '{out}' ({error.strerror}); choose another one"
+        ) from None
 
 
 def _made_from(

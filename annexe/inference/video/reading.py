@@ -155,7 +155,6 @@ def _decoded(path: Path, library: str | None) -> Generator[_Decoded, None, None]
         DamagedClip: after the frames that come before the damage.
     """
     # The first frame, by any library
-    _require_file(path)
     reasons = {}
     for name, decode in _installed(path, library).items():
         frames = decode(path)
@@ -186,29 +185,38 @@ def _decoded(path: Path, library: str | None) -> Generator[_Decoded, None, None]
         ) from None
 
 
-def _require_file(path: Path) -> None:
-    """Refuse what is no file, or an empty one.
+def _head_of(path: Path) -> bytes:
+    """The first bytes of a clip.
 
     Raises:
-        UserError: naming the path.
+        UserError: it is no file, an empty one, or cannot be read.
     """
-    if not path.exists():
-        raise UserError(f"no clip '{path}'; give video files")
-    if not path.is_file():
-        raise UserError(f"clip '{path}' is no file; give video files")
-    if path.stat().st_size == 0:
+    try:
+        if not path.exists():
+            raise UserError(f"no clip '{path}'; give video files")
+        if not path.is_file():
+            raise UserError(f"clip '{path}' is no file; give video files")
+        with path.open("rb") as file:
+            head = file.read(2 * _TS_PACKET + 5)
+    except OSError as error:
+        raise UserError(
+            f"cannot read clip '{path}' ({error.strerror}); check that you may read it"
+        ) from None
+    if not head:
         raise UserError(f"clip '{path}' is empty; copy it again, or leave it out")
+    return head
 
 
 def _installed(path: Path, library: str | None) -> dict[str, Callable[[Path], Iterator[_Decoded]]]:
     """Libraries that can read a clip, in the order in which they are tried.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the clip is no file that can be read.
     """
     found: dict[str, Callable[[Path], Iterator[_Decoded]]] = {}
+    head = _head_of(path)
     needed = library or "TorchCodec or PyAV"
-    if _is_mpeg_stream(path):
+    if _is_mpeg_stream(head):
         needed = "PyAV"  # of these TorchCodec finds half of the frames
     if needed != "PyAV" and has_torchcodec():
         found["TorchCodec"] = _by_torchcodec
@@ -221,10 +229,8 @@ def _installed(path: Path, library: str | None) -> dict[str, Callable[[Path], It
     return found
 
 
-def _is_mpeg_stream(path: Path) -> bool:
+def _is_mpeg_stream(head: bytes) -> bool:
     """Whether a file is an MPEG transport or program stream, by its first bytes."""
-    with path.open("rb") as file:
-        head = file.read(2 * _TS_PACKET + 5)
     is_transport = any(
         head[start : start + 1] == b"G" and head[start + size : start + size + 1] == b"G"
         for start, size in ((0, _TS_PACKET), (4, _TS_PACKET + 4))
