@@ -46,18 +46,20 @@ from annexe.inference.results import Photo, PhotoResult
 from annexe.inference.server.app import Settings, make_app
 from annexe.inference.server.engine import Engine
 from annexe.inference.server.errors import ApiError
+from annexe.inference.server.lifecycle import bind
 from annexe.inference.server.limits import Limits
 from annexe.inference.server.masks import polygons_of
 from annexe.inference.server.metrics import Metrics
-from annexe.inference.server.lifecycle import bind
 from annexe.inference.server.worker import (
     BatchLoop,
     Done,
     Failed,
     Finished,
+    Grown,
     Job,
     ProcessWorker,
     ThreadWorker,
+    padded_size,
 )
 from annexe.rle import decode
 
@@ -420,7 +422,7 @@ def test_threads_beside_a_device_change_nothing(predictor, photos):
         jobs.append(Job(index, Photo.of(data, QUESTIONS[:1], name), wants_depth=index == 5))
     plain = {event.id: event for event in run_loop(predictor, jobs) if hasattr(event, "id")}
     events: list[Any] = []
-    loop = BatchLoop(predictor, events.append, num_threads=3)
+    loop = BatchLoop(predictor, events.append, num_threads=3, pads=False)
     for job in jobs:
         loop.put(job)
     loop.stop()
@@ -436,6 +438,35 @@ def test_threads_beside_a_device_change_nothing(predictor, photos):
         else:
             assert event == plain[index]
             assert index == 2
+
+
+def test_batches_are_filled_up_to_few_sizes(predictor, photos, monkeypatch):
+    sizes = [padded_size(n, 12) for n in range(1, 13)]
+    assert sizes == [1, 2, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12]
+    generated: list[int] = []
+    generate = predictor.generate
+
+    def noting(prepared, on_text=None):
+        generated.append(len(prepared))
+        return generate(prepared, on_text)
+
+    monkeypatch.setattr(predictor, "generate", noting)
+    events: list[Any] = []
+    loop = BatchLoop(predictor, events.append, pads=True)
+    for index in range(3):
+        loop.put(Job(index, Photo.of(photos[index], QUESTIONS[:1]), tells_words=True))
+    loop.stop()
+    loop.run()
+    loop.warm_up()
+    assert generated == [4, 1, 2, 4, 8]
+    assert [event.num_photos for event in events if isinstance(event, Finished)] == [3]
+    assert {event.id for event in events if isinstance(event, Grown)} == {0, 1, 2}
+    done = [event for event in events if isinstance(event, Done)]
+    for event in done:
+        (expected,) = predictor.predict(photos[event.id], QUESTIONS[:1])
+        records = ", ".join(map(line_of, event.records))
+        assert_same(f'{{"records": [{records}]}}'.encode(), expected)
+    assert len(done) == 3
 
 
 def test_a_batch_that_fails_is_answered_one_by_one(predictor, photos, monkeypatch):

@@ -223,9 +223,9 @@ def _served(
 
     from annexe.inference.server.app import Settings, make_app
     from annexe.inference.server.engine import Engine
+    from annexe.inference.server.lifecycle import bind, worker_makers
     from annexe.inference.server.limits import Limits
     from annexe.inference.server.metrics import Metrics
-    from annexe.inference.server.lifecycle import bind, worker_makers
 
     limits = Limits(max_body_mb=100, queue=2 * num_clients, timeout=600)
     makers = worker_makers(load, min(1, torch.cuda.device_count()))

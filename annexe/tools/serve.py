@@ -110,8 +110,8 @@ def run(arguments: argparse.Namespace) -> None:
     from annexe.inference.predictor import Predictor, inference_config
     from annexe.inference.server.app import Settings, make_app
     from annexe.inference.server.engine import Engine
-    from annexe.inference.server.metrics import Metrics
     from annexe.inference.server.lifecycle import bind, run_server, worker_makers
+    from annexe.inference.server.metrics import Metrics
 
     # Mistakes are told before anything takes long
     num_gpus = arguments.gpus

@@ -19,7 +19,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -44,6 +44,7 @@ LoadPredictor = Callable[[], Predictor]
 _START_SECONDS = 3600.0  # the weights of a large model come from slow disks
 _STOP_SECONDS = 10.0
 _THREADS_BESIDE_GPU = 8  # that decode photos and encode masks
+_environment_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -149,17 +150,31 @@ class BatchLoop:
         tell: gets the events, from several threads.
         num_threads: that prepare and finish beside the device (default: some beside a GPU, none
             beside a CPU).
+        pads: gray photos fill batches up to `padded_size` (default: on a GPU, where every size has
+            CUDA graphs of its own).
     """
 
-    def __init__(self, predictor: Predictor, tell: Tell, num_threads: int | None = None) -> None:
+    def __init__(
+        self,
+        predictor: Predictor,
+        tell: Tell,
+        *,
+        num_threads: int | None = None,
+        pads: bool | None = None,
+    ) -> None:
         self.predictor = predictor
         self.tell = tell
         self._jobs: deque[tuple[Job, Future[Prepared | UserError | None] | None]] = deque()
         self._has_changed = threading.Condition()
         self._is_stopping = False
         self._threads: ThreadPoolExecutor | None = None
+        on_gpu = predictor.device.type == "cuda"
+        self._padding: Prepared | None = None
+        if on_gpu if pads is None else pads:
+            padding = predictor.prepare(_gray_photo())
+            assert isinstance(padding, Prepared)
+            self._padding = padding
         if num_threads is None:
-            on_gpu = predictor.device.type == "cuda"
             num_threads = min(num_cores(), _THREADS_BESIDE_GPU) if on_gpu else 0
         if num_threads:
             self._threads = ThreadPoolExecutor(
@@ -203,9 +218,10 @@ class BatchLoop:
             self._threads.shutdown()
 
     def warm_up(self) -> None:
-        """Answer gray photos, alone and in a full batch, so that a GPU has its graphs."""
-        photo = Photo.of(np.full((360, 640, 3), 127, np.uint8), "Which hand holds the object?")
-        for num_photos in {1, self.predictor.batch_size}:
+        """Answer gray photos in batches of all sizes, so that a GPU has its graphs."""
+        photo = _gray_photo("Which hand holds the object?")
+        batch_size = self.predictor.batch_size
+        for num_photos in sorted({padded_size(n + 1, batch_size) for n in range(batch_size)}):
             self.predictor.answer_batch([photo] * num_photos)
 
     def _next_batch(self) -> list[tuple[Job, Future[Prepared | UserError | None] | None]]:
@@ -229,15 +245,16 @@ class BatchLoop:
         jobs = [job for job, _ in batch]
 
         def on_text(index: int, query: int | None, text: str) -> None:
+            if index >= len(jobs):
+                return  # padding
             wanted = 0 if jobs[index].photo.questions else None
             if jobs[index].tells_words and query == wanted:
                 self.tell(Grown(jobs[index].id, text))
 
         is_told = any(job.tells_words for job in jobs)
         try:
-            said = self.predictor.generate(
-                [prepared for _, prepared in batch], on_text if is_told else None
-            )
+            photos = self._padded([prepared for _, prepared in batch])
+            said = self.predictor.generate(photos, on_text if is_told else None)[: len(batch)]
         except Exception as error:
             if _is_fatal(error):
                 raise
@@ -256,6 +273,14 @@ class BatchLoop:
             else:
                 self._threads.submit(self._finish, job, one)
 
+    def _padded(self, photos: list[Prepared | UserError]) -> list[Prepared | UserError]:
+        """Photos of a batch, filled up with gray ones where that is wanted."""
+        num_readable = sum(isinstance(photo, Prepared) for photo in photos)
+        if self._padding is None or not num_readable:
+            return photos
+        size = padded_size(num_readable, self.predictor.batch_size)
+        return photos + [self._padding] * (size - num_readable)
+
     def _finish(self, job: Job, said: Any) -> None:
         """Tell what came of a job."""
         try:
@@ -268,6 +293,19 @@ class BatchLoop:
             self.tell(Failed(job.id, str(result)))
         else:
             self.tell(_done(job, result))
+
+
+def padded_size(num_photos: int, batch_size: int) -> int:
+    """The size that a batch is filled up to: a power of two, or the largest one that there is."""
+    size = 1
+    while size < num_photos:
+        size *= 2
+    return min(size, batch_size)
+
+
+def _gray_photo(*questions: str) -> Photo:
+    """A photo that shows nothing."""
+    return Photo.of(np.full((360, 640, 3), 127, np.uint8), questions)
 
 
 def _done(job: Job, result: PhotoResult) -> Done:
@@ -377,11 +415,12 @@ class ProcessWorker:
         self._connection, theirs = spawn.Pipe()
         self._process = spawn.Process(
             target=_run_process,
-            args=(theirs, load, environment or {}),
+            args=(theirs, load),
             name="annexe-worker",
             daemon=True,
         )
         self._theirs = theirs
+        self._environment = environment or {}
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
 
     @property
@@ -391,7 +430,8 @@ class ProcessWorker:
 
     def start(self) -> WorkerFacts:
         """See `Worker.start`."""
-        self._process.start()
+        with _added_to_environment(self._environment):
+            self._process.start()
         self._theirs.close()  # so that its end of the pipe is gone with the process
         try:
             if not self._connection.poll(_START_SECONDS):
@@ -442,11 +482,29 @@ class ProcessWorker:
         self.tell(Died())
 
 
-def _run_process(connection: Connection, load: LoadPredictor, environment: dict[str, str]) -> None:
+@contextlib.contextmanager
+def _added_to_environment(variables: dict[str, str]) -> Iterator[None]:
+    """Variables for processes that the block starts.
+
+    A process that sets them itself is too late: importing torch may already look for GPUs.
+    """
+    with _environment_lock:
+        before = {name: os.environ.get(name) for name in variables}
+        os.environ.update(variables)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+
+
+def _run_process(connection: Connection, load: LoadPredictor) -> None:
     """A loop in a process that was started for it."""
     # The server ends its workers; a Ctrl-C reaches them too
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ.update(environment)
     sending = threading.Lock()
 
     def tell(event: Any) -> None:
