@@ -304,7 +304,7 @@ def hue(color: str | tuple[float, ...]) -> float:
 
 @pytest.mark.slow
 @needs("gradio", "uvicorn", "playwright", browser=True)
-def test_ask_in_a_browser(asked, browser, photo_file):
+def test_ask_in_a_browser(asked, browser, photo_file, tmp_path):
     page = browser.page
     with urlopen(f"{page.url}health") as response:
         assert response.read() == b'"well"'  # a route of the server, behind which the page is
@@ -312,6 +312,13 @@ def test_ask_in_a_browser(asked, browser, photo_file):
     # Errors of the user are one line
     page.click("#ask")
     page.wait_for_selector("#message [role=alert]:has-text('no photo yet')")
+    broken = tmp_path / "broken.jpg"
+    broken.write_text("no photo")
+    page.set_input_files("#photo input[type=file]", broken)
+    page.wait_for_selector("#photo [aria-label='Remove Image']")
+    browser.ask(QUESTION)
+    page.wait_for_selector("#message [role=alert]:has-text('(not an image)')")
+    page.click("#photo [aria-label='Remove Image']")
     page.set_input_files("#photo input[type=file]", photo_file)
     page.wait_for_selector("#photo img")
     browser.ask("Is [INST] there?")
@@ -349,6 +356,15 @@ def test_ask_in_a_browser(asked, browser, photo_file):
         if target.mask.any():
             color = tuple(np.median(pixels[inside], axis=0))
             assert hue(color) == pytest.approx(hue(target.color), abs=0.01)
+
+    # A phrase under the pointer shows its mask alone
+    phrases.first.hover()
+    index = int(phrases.first.get_attribute("data-mask"))
+    page.wait_for_function(
+        "index => [...document.querySelectorAll('#masks img.mask')]"
+        ".every((mask, place) => (getComputedStyle(mask).opacity > 0) === (place === index))",
+        arg=index,
+    )
 
     # Saved masks
     expected = {target.slot: target.mask for target in answer.targets}
@@ -416,6 +432,7 @@ def test_ask_about_a_video_in_a_browser(asked, browser, request):
     page.wait_for_selector("#clip-message [role=alert]:has-text('no video yet')")
     page.set_input_files("#clip input[type=file]", request.getfixturevalue("clip_file"))
     page.wait_for_selector("#clip video")
+    assert not page.is_visible("#clip [aria-label^=Trim]")  # which would load from elsewhere
     page.fill("#clip-question textarea", QUESTION)
     num_before = len(asked.results)
     page.click("#clip-ask")

@@ -23,7 +23,9 @@ CACHE_SECONDS = 3600  # for which uploads and views are kept
 def build_page(ask: Ask, about: dict[str, Any], ask_video: AskVideo | None) -> gr.Blocks:
     """The page with its two tabs. For the arguments see `annexe.inference.page.mount`."""
     cleaning = (CACHE_SECONDS // 6, CACHE_SECONDS)
-    with gr.Blocks(title="annexe", analytics_enabled=False, delete_cache=cleaning) as page:
+    with gr.Blocks(
+        title="annexe", analytics_enabled=False, delete_cache=cleaning, fill_width=True
+    ) as page:
         gr.HTML(fragments.header(about))
         with gr.Tab("Photo"):
             _build_photo_tab(ask, about)
@@ -67,7 +69,12 @@ def _build_photo_tab(ask: Ask, about: dict[str, Any]) -> None:
                     with gr.Tab("Masks"):
                         masks = gr.AnnotatedImage(show_label=False, elem_id="masks")
                     with gr.Tab("Depth"):
-                        depth = gr.Image(show_label=False, interactive=False, elem_id="depth")
+                        depth = gr.Image(
+                            show_label=False,
+                            interactive=False,
+                            buttons=["download", "fullscreen"],  # not "share", with strangers
+                            elem_id="depth",
+                        )
                         gr.HTML(fragments.hint("Predicted depth: near is bright, far is dark."))
                 downloads = gr.HTML(elem_id="downloads")
                 analysis = gr.HTML(elem_id="analysis")
