@@ -22,7 +22,7 @@ from annexe.evaluation.records import ImageRecord, PredictedMask, QueryRecord, r
 from annexe.inference import video
 from annexe.inference.predictor import Predictor
 from annexe.inference.results import Answer, Photo, PhotoResult
-from annexe.inference.video import reading
+from annexe.inference.video import reading, writing
 from annexe.inference.video.pictures import FramePictures
 from annexe.inference.video.reading import DamagedClip, is_video, read_frames
 from annexe.inference.video.records import FrameQueryRecord, read_lines
@@ -194,15 +194,57 @@ def damage(path: Path, start: float, length: int = 4000) -> None:
 
 @needs_both
 @pytest.mark.parametrize("library", [*LIBRARIES, None])
-def test_a_damaged_middle_is_told(drawings, tmp_path, library):
+@pytest.mark.parametrize("length", [100, 4000])  # FFmpeg paints over the shorter one
+def test_a_damaged_middle_is_told(drawings, tmp_path, library, length):
     path = write_clip(tmp_path / "damaged.mp4", drawings, even_times(100))
-    damage(path, 0.5)
+    damage(path, 0.5, length)
     decoded = read_frames(path, library=library)
     frames = []
     with pytest.raises(DamagedClip, match=r"damaged\.mp4' is damaged after frame \d+ at"):
         frames.extend(decoded)
     assert 10 < len(frames) < 100
-    assert [number_in(frame.pixels) for frame in frames[:10]] == list(range(10))
+    assert [number_in(frame.pixels) for frame in frames] == list(range(len(frames)))
+
+
+@needs_both
+@needs_ffmpeg
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_clip_that_ends_too_early_is_told(drawings, tmp_path, library):
+    path = write_clip(tmp_path / "whole.mkv", drawings, even_times(50))
+    cut = tmp_path / "cut.mkv"
+    cut.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(DamagedClip, match="is damaged after frame"):
+        list(read_frames(cut, library=library))
+
+    # One that was cut by its player's list of edits is whole
+    trimmed = tmp_path / "trimmed.mp4"
+    ffmpeg("-ss", "0.35", "-i", path, "-c", "copy", trimmed)
+    numbers = [number_in(frame.pixels) for frame in read_frames(trimmed, library=library)]
+    assert numbers[-1] == 49
+    assert numbers == list(range(numbers[0], 50))
+
+
+@needs_both
+def test_pyav_takes_over_where_torchcodec_fails(clip, tmp_path, monkeypatch):
+    def fails(*_: object) -> Iterator[object]:
+        raise reading._Unreadable("no codec")
+        yield
+
+    class Fails:
+        def __init__(self, *_: object) -> None:
+            raise UserError("no encoder")
+
+    monkeypatch.setattr(reading, "_by_torchcodec", fails)
+    monkeypatch.setattr(writing, "_TorchCodecWriter", Fails)
+    with pytest.raises(UserError, match="no codec"):
+        list(read_frames(clip, library="TorchCodec"))
+    frames = list(read_frames(clip))
+    assert len(frames) == 20
+    copy = tmp_path / "copy.mp4"
+    with video_file(copy, (120, 160), Pace(RATE, True)) as writer:
+        for frame in frames:
+            writer.add(frame.time, frame.pixels)
+    assert [number_in(frame.pixels) for frame in read_frames(copy)] == list(range(20))
 
 
 @needs_both
