@@ -13,12 +13,14 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 
 import cv2
 import msgspec
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.control import strip_control_codes
 
@@ -240,7 +242,7 @@ def test_what_a_file_of_questions_does_not_ask_is_counted_and_named(tmp_path, ca
     ("name", "content", "message"),
     [
         ("ask.txt", "", "has no question; write one a line"),
-        ("ask.txt", "Wo ist das Gef\xe4\xdf?".encode("latin-1"), "byte 14 is not UTF-8"),
+        ("ask.txt", "Where is the caf\xe9?".encode("latin-1"), "byte 16 is not UTF-8"),
         ("ask.txt", "Where?".encode("utf-16-le"), "it holds zero bytes"),
         ("ask.txt", "Where?\nWhere is <MSK_1>?\n", "line 2: question 'Where is <MSK_1>?' holds a"),
         ("ask.json", "[]", "neither text nor table"),
@@ -481,6 +483,42 @@ def test_a_full_disk_keeps_what_is_whole(trained, photos, tmp_path, monkeypatch,
     with pytest.raises(SystemExit, match="2"):
         annexe(monkeypatch, *ask_photos(trained, photos, out))
     assert (out / "predictions.jsonl").read_bytes() == whole
+
+
+def test_threads_behind_the_model_change_nothing(trained, photos, tmp_path, monkeypatch, capsys):
+    written = []
+    for num_threads in (0, 3):
+        monkeypatch.setattr("annexe.inference.job._num_threads", lambda device, n=num_threads: n)
+        out = tmp_path / str(num_threads)
+        with pytest.raises(SystemExit, match="2"):
+            annexe(monkeypatch, *ask_photos(trained, photos, out))
+        files = sorted(path for path in out.iterdir() if path.name != ".lock")
+        written.append([(path.name, path.read_bytes()) for path in files])
+    assert len(written[0]) == 12 + 2
+    assert written[1] == written[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "stopped; what is done is in"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, "set a smaller --batch-size"),
+    ],
+)
+def test_what_ends_a_job_is_one_line(
+    trained, photos, tmp_path, monkeypatch, capsys, error, code, message
+):
+    def end(self, photos):
+        yield from answered(self, islice(photos, 2))
+        raise error
+
+    answered = Predictor.iterate
+    monkeypatch.setattr(Predictor, "iterate", end)
+    with pytest.raises(SystemExit, match=str(code)):
+        annexe(monkeypatch, *ask_photos(trained, photos / "good-?.jpg", tmp_path / "out"))
+    printed = capsys.readouterr()
+    assert message in printed.out + printed.err
+    assert (tmp_path / "out" / "predictions.jsonl").read_bytes().count(b"\n") == 2 * 3
 
 
 # Forms

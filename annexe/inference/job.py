@@ -17,6 +17,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from annexe.checkpoints.saved_settings import flatten
 from annexe.config import Config, as_dict
 from annexe.errors import UserError
@@ -137,7 +139,7 @@ def predict_share(
     def write(pair: tuple[Photo, PhotoResult | UserError]) -> Written:
         return _write(*pair, files)
 
-    num_threads = min(num_cores(), _MAX_THREADS) if predictor.device.type == "cuda" else 0
+    num_threads = _num_threads(predictor.device)
     for batch, written in zip(share, in_threads(write, pairs(), num_threads), strict=True):
         unreadable = {}
         for each in written:
@@ -145,6 +147,11 @@ def predict_share(
                 unreadable[file_of(each.photo).name] = each.error
         target.add(batch, "".join(each.lines for each in written), unreadable)
         yield written
+
+
+def _num_threads(device: torch.device) -> int:
+    """Threads that draw and encode; on a CPU they would only take cores from the model."""
+    return min(num_cores(), _MAX_THREADS) if device.type == "cuda" else 0
 
 
 def _write(photo: Photo, result: PhotoResult | UserError, files: AnswerFiles) -> Written:

@@ -174,6 +174,11 @@ def run(arguments: argparse.Namespace) -> None:
         try:
             _predict_photos(arguments, work.plan, processes, predictor)
             videos = _predict_videos(arguments, work.videos, processes, predictor)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"the GPU has no memory for {config.run.batch_size} photos at a time; "
+                "set a smaller --batch-size and another --out"
+            ) from None
         except KeyboardInterrupt:
             if processes.is_main:
                 say(f"stopped; what is done is in '{arguments.out}', and the same command goes on")
