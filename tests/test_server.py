@@ -306,6 +306,24 @@ def test_without_questions_there_is_the_analysis(server, predictor, photos):
     assert joined(server.chat(data, "", stream=True)[1])[0] == expected.analysis
 
 
+def test_words_come_as_they_are_made(trained, photos):
+    def load_wordy() -> Predictor:
+        wordy = load(trained)
+        tokenizer = wordy.model.language_model.tokenizer
+        tokenizer.decode = lambda ids: " ".join(f"w{token}" for token in ids)
+        return wordy
+
+    with started(partial(ThreadWorker, load_wordy)) as engine, serving(engine) as address:
+        data = photos[0].read_bytes()
+        expected = json.loads(address.predict(data, [])[1])["records"][0]["analysis"]
+        assert expected.count(" ") == 7  # run.max_new_tokens=8
+        stream = address.chat(data, "", stream=True)[1]
+        assert joined(stream)[0] == expected
+        pieces = re.findall(r'"delta": {"content": "([^"]+)"}', stream.decode())
+        first, *others = expected.split(" ")
+        assert pieces == [f"{first} ", *(f"{word} " for word in others[:-1]), others[-1]]
+
+
 def test_masks_come_in_three_forms(server, photos):
     data = photos[0].read_bytes()
     _, answer = server.predict(data, QUESTIONS)
@@ -859,6 +877,34 @@ def test_what_nobody_waits_for_any_more_is_left_out(trained, photos):
         assert not engine.is_full
         assert engine.num_waiting == 0
         gate.set()
+
+
+def test_who_goes_away_leaves_the_queue(trained, photos):
+    data = photos[0].read_bytes()
+    bodies = [
+        ("/v1/predict", {"image": base64.b64encode(data).decode()}),
+        ("/v1/chat/completions", chat_body(data, "What?")),
+        ("/v1/chat/completions", chat_body(data, "What?") | {"stream": True}),
+    ]
+    with held(trained, queue=4) as (engine, gate), serving(engine) as address:
+        connections = []
+        for number in range(engine.capacity):
+            path, value = bodies[number % len(bodies)]
+            connection = http.client.HTTPConnection("127.0.0.1", address.port)
+            body = json.dumps(value).encode()
+            connection.request("POST", path, body, {"Content-Type": "application/json"})
+            connections.append(connection)
+        deadline = time.monotonic() + 20
+        while not engine.is_full and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert engine.is_full
+        for connection in connections:
+            connection.close()
+        while engine.is_full and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not engine.is_full
+        gate.set()
+        assert address.predict(data, [])[0] == 200
 
 
 def test_a_page_asks_the_engine_for_whole_results(trained, predictor, photos):

@@ -83,6 +83,8 @@ class Guard:
         try:
             if scope["path"] != _OPEN:
                 self._check_token(scope)
+            if scope["path"].startswith(_API) and scope["path"] not in _PATHS:
+                raise ApiError(404, "not_found", "there is no such path; see /openapi.json")
             has_body = scope["method"] == "POST" and scope["path"].startswith(_API)
             if has_body:
                 self._check_load()
