@@ -33,12 +33,13 @@ _NO = ("", "false", "no", "none", "off")
 _YES = ("on", "true", "yes")
 _VARIABLE = re.compile(r"\$([A-Za-z_]\w*)")
 _YAML_STARTS = ("[", "{", '"', "'")  # of an option's value that is YAML and not a plain text
+_OTHER_BASE = re.compile(r"[-+]?0[\d_]+|[-+]?\d[\d_]*:.*")  # 010 is 8 to YAML 1.1, and 1:30 is 90
 _EXPONENT = re.compile(r"[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+")  # a number in YAML 1.2 alone
 
 # What a value of a type has to be, for messages
 _KINDS: dict[Any, str] = {
     bool: "true or false",
-    int: "a whole number",
+    int: "a whole number, such as 10",
     float: "a number",
     str: "a text (in quotes, where YAML would read a list or a block)",
 }
@@ -271,7 +272,9 @@ def _scalar(value: Any, kind: type) -> bool | int | float | None:
 
 
 def _by_yaml(text: str) -> Any:
-    """The number, flag, null or text that YAML makes of a scalar."""
+    """The number, flag, null or text that YAML makes of a scalar; 010 and 1:30 are no numbers."""
+    if _OTHER_BASE.fullmatch(text.strip()):
+        return text
     try:
         seen = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):

@@ -138,7 +138,7 @@ def test_an_option_made_of_a_text_gives_it_back(text: str) -> None:
 
 def test_numbers_and_flags_are_those_of_yaml(tmp_path: Path) -> None:
     text = "run: {seed: 0x10, max_steps: 1_000, report: off, compile: 'yes', betas: [0, '0.5']}"
-    run = load_config(write(tmp_path, text), ["run.batch_size=010", "run.clip_norm=.inf"]).run
+    run = load_config(write(tmp_path, text), ["run.batch_size= 8", "run.clip_norm=.inf"]).run
     assert (run.seed, run.max_steps, run.batch_size) == (16, 1000, 8)
     assert (run.report, run.compile, run.betas, run.clip_norm) == (False, True, [0, 0.5], math.inf)
     numbers = load_config(TINY, ["run.queries_per_annotation=3"]).run.queries_per_annotation
