@@ -289,6 +289,12 @@ def test_sums_of_depth_errors_have_to_be_finite(value, truth, records, tmp_path)
         read_predictions(write_lines(tmp_path / "predictions.jsonl", [line]), truth)
 
 
+def test_pixels_within_a_factor_are_some_of_all(truth, records, tmp_path):
+    line = msgspec.to_builtins(records[0]) | {"depth": DEPTH | {"num_delta1": 10}}
+    with pytest.raises(UserError, match=r"line 1: depth\.num_delta1 is above depth\.num_valid"):
+        read_predictions(write_lines(tmp_path / "predictions.jsonl", [line]), truth)
+
+
 def test_other_keys_are_named_and_optional_ones_may_be_null(
     truth, records, queries, tmp_path, caplog
 ):
@@ -825,7 +831,12 @@ def test_the_example_of_the_page_runs(
 @pytest.mark.parametrize(
     ("answers", "part"),
     [
-        ("image\tannotation\tquery_id\nA\t0\t0\n", "line 2 has no answer"),
+        ("image\tannotation\tquery_id\nA\t0\t0\n", "line 1 has no column answer"),
+        ("image\tannotation\tquery_id\tanswer\nA\t0\t0\n", "line 2 has no answer"),
+        ("A\t0\t0\tx\n", "line 1 has no column image, annotation, query_id, answer"),
+        ("image,annotation,query_id,answer\nA,0,0,x\n", "separated by tabs"),
+        ("image\tannotation\tquery_id\tanswer\n\n", "has no rows"),
+        ("", "line 1 has no column"),
         ("image\tannotation\tquery_id\tanswer\nA\tzero\t0\tx\n", "line 2 is wrong"),
         ("image\tannotation\tquery_id\tanswer\nB\t0\t0\tx\n", "no row of"),
         (
@@ -955,6 +966,9 @@ def test_what_is_not_used_is_counted_and_named(annexe, tmp_path, caplog):
     [
         ("0_0_0.jpg", "0_0_0.jpg' is no PNG"),
         ("0_0_0.BMP", "0_0_0.BMP' is no PNG"),
+        ("0_0_0.npy", "0_0_0.npy' is no PNG"),
+        ("0_q-1_0.pgm.gz", "0_q-1_0.pgm.gz' is no PNG"),
+        ("0_0_0", "0_0_0' is no PNG"),
         ("mask.png", "mask.png' is not named"),
         ("deep/0_0_0.png", "0_0_0.png' is not named"),
         ("00_0_0.png", "are of one slot"),
@@ -966,7 +980,7 @@ def test_images_that_are_no_masks(annexe, tmp_path, name, part):
     folder = tmp_path / "masks" / "A"
     (folder / "deep").mkdir(parents=True)
     Image.new("L", (4, 3)).save(folder / "0_0_0.png")
-    Image.new("L", (4, 3)).save(folder / name)
+    Image.new("L", (4, 3)).save(folder / name, "BMP" if "is no PNG" in part else "PNG")
     answers = tmp_path / "answers.tsv"
     answers.write_text(f"{HEADER}\nA\t0\t0\tx\n")
     out = tmp_path / "out.jsonl"

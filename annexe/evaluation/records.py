@@ -146,6 +146,8 @@ def read_predictions(path: Path, truth: Truth) -> list[Record]:
                         )
                     if isinstance(record, QueryRecord):
                         _check_masks(record, truth)
+                    elif record.depth and record.depth["num_delta1"] > record.depth["num_valid"]:
+                        raise BadLine("depth.num_delta1 is above depth.num_valid, its total")
                 except BadLine as error:
                     raise UserError(f"'{path}', line {line_number}: {error}") from None
                 first_lines[key] = line_number

@@ -40,6 +40,7 @@ _PATTERN = "IMAGE/ANNOTATION_QUERY_SLOT.png"
 _NAME = re.compile(
     r"(?P<annotation>\d+)_(?P<query_id>.+)_(?P<slot>\d+)\.png", re.ASCII | re.IGNORECASE
 )
+_NAME_OF_MASK = re.compile(r"\d+_.+_\d+(\..*)?", re.ASCII)  # in whatever format
 _UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 Key = tuple[str, int, str]  # image, annotation, query id as text
@@ -75,6 +76,8 @@ def run(arguments: argparse.Namespace) -> None:
     require_output(arguments.out, arguments.answers)
     masks = find_masks(arguments.masks)
     lines, analyses = read_answers(arguments.answers, masks)
+    if not lines:
+        raise UserError(f"'{arguments.answers}' has no rows; give one for each answer")
     unused = [path for slots in masks.values() for path in slots.values()]
     if unused:
         raise UserError(
@@ -114,8 +117,8 @@ def find_masks(folder: Path) -> dict[Key, dict[int, Path]]:
     """Query -> slot -> mask file of every PNG below the folder; other files are counted and named.
 
     Raises:
-        UserError: there is no such folder, an image is no PNG or has another name, or two images
-            are of one slot.
+        UserError: there is no such folder, an image or mask is no PNG or has another name, or two
+            images are of one slot.
     """
     if not folder.is_dir():
         raise UserError(f"no folder '{folder}'; give the one that holds {_PATTERN}")
@@ -126,11 +129,13 @@ def find_masks(folder: Path) -> dict[Key, dict[int, Path]]:
     for path in _files_below(folder):
         # Files that are no image, and those that programs hide
         parts = path.relative_to(folder).parts
-        if path.suffix.lower() not in IMAGE_ENDINGS or any(part[0] == "." for part in parts):
+        is_hidden = any(part[0] == "." for part in parts)
+        is_image = path.suffix.lower() in IMAGE_ENDINGS
+        if is_hidden or not (is_image or _NAME_OF_MASK.fullmatch(path.name)):
             ignored.append(str(Path(*parts)))
             continue
 
-        # Images
+        # Images, and masks of other formats
         match = _NAME.fullmatch(path.name)
         if path.suffix.lower() != ".png":
             no_png.append(path)
@@ -340,12 +345,19 @@ def _tsv_rows(path: Path, lines: list[str]) -> Iterator[tuple[int, dict[str, str
     """Line number and cells by column of every row below the header.
 
     Raises:
-        UserError: a column stands twice, or a row has more cells than there are columns.
+        UserError: a column is missing or stands twice, or a row has more cells than there are
+            columns.
     """
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
     header = [name.strip() for name in next(reader, [])]
     named = [name for name in header if name]
+    missing = [name for name in REQUIRED if name not in named]
+    if missing:
+        raise UserError(
+            f"'{path}', line 1 has no column {', '.join(missing)}; the table needs a header with "
+            f"{', '.join(REQUIRED)}, separated by tabs"
+        )
     for name in named:
         if named.count(name) > 1:
             raise UserError(f"'{path}' has the column '{name}' twice; keep one")
