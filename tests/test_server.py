@@ -46,7 +46,7 @@ from annexe.inference.results import Photo, PhotoResult
 from annexe.inference.server.app import Settings, make_app
 from annexe.inference.server.engine import Engine
 from annexe.inference.server.errors import ApiError
-from annexe.inference.server.lifecycle import bind
+from annexe.inference.server.lifecycle import bind, worker_makers
 from annexe.inference.server.limits import Limits
 from annexe.inference.server.masks import polygons_of
 from annexe.inference.server.metrics import Metrics
@@ -749,6 +749,20 @@ def test_chats_that_ask_for_something_else_are_refused(server, photos, change, s
         assert error_of(answer[0], answer[2])["code"] == code
 
 
+def test_an_error_names_the_place_in_a_chat(server, photos):
+    body = chat_body(photos[0].read_bytes(), "What?")
+    for part, message in (
+        ({"type": "audio"}, "messages[0].content[2]: must be an object whose type is text or im"),
+        ({"type": "text"}, "messages[0].content[2].text: is missing"),
+        ({"type": "image_url", "image_url": "x"}, "content[2].image_url: must be an object"),
+        ({"type": "image_url", "image_url": {"url": 1}}, "content[2].image_url.url: input should"),
+    ):
+        content = [*body["messages"][0]["content"], part]
+        messages = [{"role": "user", "content": content}]
+        status, _, answer = server.post("/v1/chat/completions", body | {"messages": messages})
+        assert message in error_of(status, answer)["message"]
+
+
 def test_photos_of_a_chat_are_checked_as_others_are(server, photos):
     half = photos[0].read_bytes()[:2000]
     for stream in (False, True):
@@ -1114,16 +1128,31 @@ class _Suicidal(Predictor):
 
 
 def load_suicidal(trained: Path) -> Predictor:
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
     torch.set_num_threads(1)
     return _Suicidal.from_run(trained, device="cpu", batch_size=BATCH, options=[ALL_SLOTS])
+
+
+def test_every_gpu_has_a_process_that_sees_it_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, GPU-b")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    makers = worker_makers(Predictor, 2)
+    environments = [maker.keywords["environment"] for maker in makers]
+    assert [env["CUDA_VISIBLE_DEVICES"] for env in environments] == ["5", "GPU-b"]
+    assert all(int(env["OMP_NUM_THREADS"]) >= 1 for env in environments)
+    assert [maker.func for maker in worker_makers(Predictor, 0)] == [ThreadWorker]
+    with pytest.raises(UserError, match="torch sees 2"):
+        worker_makers(Predictor, 3)
 
 
 @pytest.mark.slow
 def test_what_a_dying_worker_had_begun_gets_500(trained, predictor, photos):
     data = photos[0].read_bytes()
     (expected,) = predictor.predict(data, QUESTIONS)
+    gpu = {"CUDA_VISIBLE_DEVICES": "7"}
     with (
-        started(partial(ProcessWorker, partial(load_suicidal, trained))) as engine,
+        started(partial(ProcessWorker, partial(load_suicidal, trained), environment=gpu)) as engine,
         serving(engine) as address,
     ):
         status, body = address.predict(data, QUESTIONS, name="die")

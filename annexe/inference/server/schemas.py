@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from annexe.evaluation.records import unique_keys
 from annexe.inference.server.errors import ApiError, invalid
@@ -13,6 +13,7 @@ from annexe.inference.server.limits import MAX_MESSAGES, MAX_NAME_LENGTH, MAX_QU
 from annexe.inference.server.masks import MaskFormat
 
 Question = Annotated[str, Field(min_length=1, max_length=MAX_QUESTION_LENGTH)]
+_TAGS = ("<text>", "<image_url>", "<string>", "<parts>")
 Body = TypeVar("Body", bound="StrictModel")
 
 
@@ -67,14 +68,42 @@ class TextPart(StrictModel):
     text: Annotated[str, Field(max_length=MAX_QUESTION_LENGTH)]
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+def _tag_of_part(part: Any) -> str | None:
+    """Which kind of part this is, so that an error is about that one alone."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    return f"<{kind}>" if kind in ("text", "image_url") else None
+
+
+def _tag_of_content(content: Any) -> str | None:
+    """Which kind of content this is."""
+    if isinstance(content, str):
+        return "<string>"
+    return "<parts>" if isinstance(content, list) else None
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image_url>")],
+    Discriminator(
+        _tag_of_part,
+        custom_error_type="part",
+        custom_error_message="must be an object whose type is text or image_url",
+    ),
+]
+Content = Annotated[
+    Annotated[str, Tag("<string>")] | Annotated[list[Part], Tag("<parts>")],
+    Discriminator(
+        _tag_of_content,
+        custom_error_type="content",
+        custom_error_message="must be a text or a list of parts",
+    ),
+]
 
 
 class Message(StrictModel):
     """One message of a chat."""
 
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[Part]
+    content: Content
     name: str | None = None
 
 
@@ -140,11 +169,15 @@ def _explained(error: ValidationError) -> ApiError:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     place = ""
     for step in first["loc"]:
+        if step in _TAGS:
+            continue  # it says which kind of value was looked at
         place += f"[{step}]" if isinstance(step, int) else f".{str(step)[:50]}"
     place = place.removeprefix(".").encode("ascii", "backslashreplace").decode() or "the body"
     problem = first["msg"][0].lower() + first["msg"][1:]
     if first["type"] == "extra_forbidden":
         problem = "is not a key that this server knows; leave it out"
+    elif first["type"] == "model_type":
+        problem = "must be an object"
     elif first["type"] == "missing":
         problem = "is missing; give it"
     elif place == "temperature":
