@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from annexe.inference.predictor import Predictor
+from typing import Any
 
 __version__ = "0.2.0"
 
@@ -14,13 +12,9 @@ __version__ = "0.2.0"
 # input
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-__all__ = ["Predictor"]
-
 
 def __getattr__(name: str) -> Any:
     """``annexe.Predictor``, which takes seconds to import, when it is asked for."""
     if name != "Predictor":
         raise AttributeError(f"module 'annexe' has no attribute '{name}'")
-    from annexe.inference.predictor import Predictor
-
-    return Predictor
+    return importlib.import_module("annexe.inference.predictor").Predictor

@@ -75,8 +75,17 @@ def test_the_pages_show_every_kind_of_command():
     assert {"make", "annexe", "torchrun"} <= {words[0] for words in commands()}
 
 
+def annexe_commands() -> Iterator[list[str]]:
+    """Words of every command of `annexe`, also under torchrun."""
+    for words in commands():
+        if words[0] == "annexe":
+            yield words
+        elif words[0] == "torchrun" and "-m" in words:
+            yield words[words.index("-m") + 1 :]
+
+
 def test_every_torchrun_command_has_a_configuration_that_loads():
-    for words in (words for words in commands() if words[0] == "torchrun"):
+    for words in (words for words in commands() if words[0] == "torchrun" and "-m" not in words):
         (script,) = [word for word in words if word.endswith(".py")]
         assert (ROOT / script).is_file(), script
         parser = argparse.ArgumentParser(exit_on_error=False)
@@ -97,8 +106,8 @@ def test_every_make_target_exists():
 
 
 def test_every_annexe_command_parses():
-    for words in (words for words in commands() if words[0] == "annexe"):
-        assert words[1] in cli.TOOLS, words
+    for words in annexe_commands():
+        assert words[:1] == ["annexe"] and words[1] in cli.TOOLS, words
         parser = argparse.ArgumentParser(exit_on_error=False)
         importlib.import_module(f"annexe.tools.{words[1].replace('-', '_')}").add_arguments(parser)
         parser.parse_args(words[2:])

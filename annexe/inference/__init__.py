@@ -1,1 +1,0 @@
-"""A trained model in use: the predictor, and the doors to it."""

@@ -82,8 +82,10 @@ def _tinted(pixels: np.ndarray, mask: np.ndarray, color: str) -> np.ndarray:
     """``pixels``, uint8[h, w, 3], with a mask of the photo, bool[H, W], filled and outlined."""
     rgb = tuple(int(color[first : first + 2], 16) for first in (1, 3, 5))
     mask = cv2.resize(mask.astype(np.uint8), pixels.shape[1::-1], interpolation=cv2.INTER_AREA)
-    filled = (1 - _OPACITY) * pixels + _OPACITY * np.array(rgb)
-    tinted = np.where(mask[..., None] > 0, filled, pixels).astype(np.uint8)
+    # What each value of each channel becomes under the mask
+    table = (1 - _OPACITY) * np.arange(256)[:, None] + _OPACITY * np.array(rgb)  # [256, 3]
+    filled = cv2.LUT(pixels, table.astype(np.uint8)[:, None])
+    tinted = np.where(mask[..., None] > 0, filled, pixels)
     outlines = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)[0]
     return cv2.drawContours(np.ascontiguousarray(tinted), outlines, -1, rgb, 2, cv2.LINE_AA)
 
@@ -94,7 +96,7 @@ def _caption(record: QueryRecord, width: int, font: Font) -> Iterator[tuple[str,
     Yields:
         A line, and the color of the mask where the line begins with its name.
     """
-    for text in (record.query or "", record.answer):
+    for text in filter(None, (record.query, record.answer)):
         for line in _wrapped(text, width, font):
             yield line, None
     for mask in record.masks:
