@@ -503,6 +503,23 @@ def test_a_batch_that_fails_is_answered_one_by_one(predictor, photos, monkeypatc
     assert [e for e in events if isinstance(e, Failed)] == [Failed(1, None)]
 
 
+def test_a_photo_that_breaks_its_preparation_costs_itself_alone(predictor, photos, monkeypatch):
+    prepare = predictor.prepare
+
+    def break_over_one(photo):
+        if photo.name == "poison":
+            raise MemoryError
+        return prepare(photo)
+
+    monkeypatch.setattr(predictor, "prepare", break_over_one)
+    for names in (["poison"], ["first", "poison", "last"]):
+        jobs = [Job(i, Photo.of(photos[i], QUESTIONS[:1], name)) for i, name in enumerate(names)]
+        events = run_loop(predictor, jobs)
+        failed = [event.id for event in events if isinstance(event, Failed)]
+        assert failed == [names.index("poison")]
+        assert sum(isinstance(event, Done) for event in events) == len(names) - 1
+
+
 def test_64_clients_at_once_lose_and_mix_up_nothing(server, predictor, photos):
     # Every client knows its answer; each photo is asked other questions
     asked = []

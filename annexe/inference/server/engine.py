@@ -17,6 +17,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -274,7 +275,7 @@ class Engine:
         loop = asyncio.get_running_loop()
 
         def deliver(event: Event | ApiError) -> None:
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the loop has ended, and with it who waited
                 loop.call_soon_threadsafe(queue.put_nowait, event)
 
         deadline = loop.time() + self.limits.timeout

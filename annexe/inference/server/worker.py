@@ -212,8 +212,9 @@ class BatchLoop:
                     self.tell(Failed(job.id, None))
                 else:
                     batch.append((job, prepared))
-            self._answer(batch)
-            self.tell(Finished(len(batch), time.perf_counter() - start))
+            if batch:
+                self._answer(batch)
+                self.tell(Finished(len(batch), time.perf_counter() - start))
         if self._threads is not None:
             self._threads.shutdown()
 
