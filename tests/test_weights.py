@@ -302,6 +302,7 @@ def test_config_json_says_which_depth_anything_a_folder_holds(depth_folder, tmp_
         ("depth_anything_vits14.safetensors", "v1", None),
         ("depth_anything_vits14.safetensors", None, r"set model\.depth_branch\.version=v1"),
         ("depth_anything_v2_metric_hypersim_vits.safetensors", None, "predicts meters"),
+        ("depth_anything_v2_vits_vkitti.safetensors", "v2", "predicts meters"),
         ("depth_anything_v2_metric_vkitti_vits.safetensors", "v2", "predicts meters"),
         ("latest.safetensors", None, "nothing tells which Depth Anything"),
         ("latest.safetensors", "v1", None),

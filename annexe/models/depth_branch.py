@@ -135,7 +135,7 @@ def require_version(
         named = "v2"
     elif re.search(r"depth[-_]?anything[-_]?(v1|vit)", name):
         named = "v1"
-    if "metric" in name:
+    if re.search("metric|hypersim|vkitti", name):  # the data that metric models were trained on
         raise UserError(f"'{weights}' is a metric model by its name: {_NOT_METRIC}")
     if named is None and version is None:
         raise UserError(
