@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -49,7 +48,6 @@ def mount(
     from annexe.inference.page.layout import build_page
     from annexe.inference.page.style import CSS, HEAD, theme
 
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio asks itself whether it is there
     return gradio.mount_gradio_app(
         app,
         build_page(ask, about, ask_video),
