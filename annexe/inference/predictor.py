@@ -36,7 +36,7 @@ from annexe.errors import UserError, unknown_name_error
 from annexe.evaluation.predict import records_of_image
 from annexe.evaluation.records import ImageRecord, QueryRecord
 from annexe.inference.results import Answer, ImageInput, Photo, PhotoResult
-from annexe.models.annexe import Annexe, OnText
+from annexe.models.annexe import Annexe, TextListener
 from annexe.models.language_model.tokenizer import PLACEHOLDER, TEMPLATE_TOKENS
 from annexe.structures.prediction import ImageResponses
 from annexe.structures.sample import Sample, Turn
@@ -269,7 +269,7 @@ class Predictor:
 
     @torch.no_grad()
     def answer_batch(
-        self, photos: Sequence[Photo], on_text: OnText | None = None
+        self, photos: Sequence[Photo], on_text: TextListener | None = None
     ) -> list[PhotoResult | UserError]:
         """Results of photos that go through the model together.
 
@@ -351,7 +351,7 @@ class Predictor:
         )
 
     def generate(
-        self, prepared: Sequence[Prepared | UserError], on_text: OnText | None = None
+        self, prepared: Sequence[Prepared | UserError], on_text: TextListener | None = None
     ) -> list[tuple[Prepared, ImageResponses] | UserError]:
         """What the model says about each photo of a batch, or its error as it is."""
         places = [index for index, item in enumerate(prepared) if isinstance(item, Prepared)]

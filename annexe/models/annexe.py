@@ -17,7 +17,7 @@ from annexe.checkpoints import public as checkpoints
 from annexe.errors import UserError, require_sizes
 from annexe.models.depth_branch import PATCH, DepthAnythingV2, DepthFeatures
 from annexe.models.language_model.constraints import DecodingConstraints
-from annexe.models.language_model.generation import GreedyDecoder, OnTokens, Responses
+from annexe.models.language_model.generation import GreedyDecoder, Responses, TokenListener
 from annexe.models.language_model.kv_cache import Prefill
 from annexe.models.language_model.llama import Llama
 from annexe.models.mask_postprocessing import split_by_query
@@ -30,7 +30,7 @@ from annexe.structures.prediction import Grounding, ImageResponses, Predictions,
 # Presence above which a slot has a target, until thresholds are calibrated
 _DEFAULT_THRESHOLD = 0.5
 
-OnText = Callable[[int, int | None, str], None]
+TextListener = Callable[[int, int | None, str], None]
 """Is told image, query of the image (None: the analysis) and the text so far."""
 
 
@@ -165,7 +165,7 @@ class Annexe(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, batch: Batch, max_new_tokens: int, on_text: OnText | None = None
+        self, batch: Batch, max_new_tokens: int, on_text: TextListener | None = None
     ) -> list[ImageResponses]:
         """Greedy responses before post-processing, which needs no device.
 
@@ -221,7 +221,7 @@ class Annexe(nn.Module):
             images[image].responses.append(response)
         return images
 
-    def _tell_texts(self, batch: Batch, on_text: OnText) -> OnTokens:
+    def _tell_texts(self, batch: Batch, on_text: TextListener) -> TokenListener:
         """What tells ``on_text`` of the tokens of responses, with the words they stand for."""
         tokenizer = self.language_model.tokenizer
         places = _places(batch)
@@ -276,7 +276,7 @@ class Annexe(nn.Module):
         encoding: Encoding,
         prefill: Prefill,
         max_new_tokens: int,
-        on_tokens: OnTokens | None,
+        on_tokens: TokenListener | None,
     ) -> tuple[Grounding, Tensor, Responses]:
         """Masks from the prompts, then answers, which name the slots that have a target.
 
@@ -298,7 +298,7 @@ class Annexe(nn.Module):
         encoding: Encoding,
         prefill: Prefill,
         max_new_tokens: int,
-        on_tokens: OnTokens | None,
+        on_tokens: TokenListener | None,
     ) -> tuple[Grounding, Tensor, Responses]:
         """Answers, then masks from the states of the placeholders in them.
 

@@ -49,7 +49,7 @@ _GPU_STEPS_PER_LOOK = 8
 _CPU_STEPS_PER_LOOK = 1
 
 
-OnTokens = Callable[[int, list[int]], None]
+TokenListener = Callable[[int, list[int]], None]
 """Is told which response it is about, and its tokens so far."""
 
 
@@ -253,7 +253,7 @@ class GreedyDecoder:
         prefill: Prefill,
         max_new_tokens: int,
         constraints: DecodingConstraints | None = None,
-        on_tokens: OnTokens | None = None,
+        on_tokens: TokenListener | None = None,
     ) -> Responses:
         """Decode a response to every branch of the prompts, all of them as one batch.
 
