@@ -68,6 +68,18 @@ class ReadableOnes:
         return self.collate(samples) if samples else None, errors
 
 
+def prompt_collator(model: Annexe, max_new_tokens: int) -> Collator:
+    """Makes batches of prompts, behind which the model generates so many tokens."""
+    return Collator(
+        model.language_model.tokenizer,
+        model.num_image_tokens,
+        model.pixel_decoder.num_slots,
+        responses=False,
+        max_positions=model.language_model.max_positions,
+        num_generated=max_new_tokens,
+    )
+
+
 def plan_batches(num_images: int, batch_size: int) -> list[list[int]]:
     """All batches of an evaluation in one fixed order.
 
@@ -110,18 +122,10 @@ def predict(
         cannot be read. See `require_records`.
     """
     # Batches, loaded ahead of the device
-    collate = Collator(
-        model.language_model.tokenizer,
-        model.num_image_tokens,
-        model.pixel_decoder.num_slots,
-        responses=False,
-        max_positions=model.language_model.max_positions,
-        num_generated=max_new_tokens,
-    )
     loader = make_loader(
         EvaluationSet(dataset, queries_per_annotation),
         batches,
-        ReadableOnes(collate),
+        ReadableOnes(prompt_collator(model, max_new_tokens)),
         num_workers=num_workers,
         device=device,
     )

@@ -30,10 +30,9 @@ from PIL import Image
 from annexe.build import load_config, restore_model
 from annexe.checkpoints.run_folder import load_progress, require_checkpoint, without_sources
 from annexe.config import Config, device_settings
-from annexe.datasets.collate import Collator
 from annexe.distributed import make_accelerator
 from annexe.errors import UserError, unknown_name_error
-from annexe.evaluation.predict import records_of_image
+from annexe.evaluation.predict import prompt_collator, records_of_image
 from annexe.evaluation.records import ImageRecord, QueryRecord
 from annexe.inference.results import Answer, ImageInput, Photo, PhotoResult
 from annexe.models.annexe import Annexe, TextListener
@@ -150,14 +149,7 @@ class Predictor:
         self.about = about or {}
         self.image_size = model.rgb_encoder.image_size
         self._num_threads = min(num_cores(), _MAX_THREADS) if device.type == "cuda" else 0
-        self._collate = Collator(
-            model.language_model.tokenizer,
-            model.num_image_tokens,
-            model.pixel_decoder.num_slots,
-            responses=False,
-            max_positions=model.language_model.max_positions,
-            num_generated=max_new_tokens,
-        )
+        self._collate = prompt_collator(model, max_new_tokens)
 
     @classmethod
     def from_run(
