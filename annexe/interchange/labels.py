@@ -7,6 +7,7 @@ unknown here, so that nothing is asked about it.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,28 @@ SIDES = ("right", "left")
 
 FORMATS = ("coco", "label-studio", "cvat", "id-png", "egohos", "visor", "hoi4d")
 """Names on the command line; the module of a format has an underscore for each dash."""
+
+_CAPITAL_WITHIN = re.compile("(?<=[a-z])(?=[A-Z])")  # as in "LeftHand"
+_HANDS = {
+    "left hand": "left",
+    "hand left": "left",
+    "lefthand": "left",
+    "right hand": "right",
+    "hand right": "right",
+    "righthand": "right",
+    "hand": "unknown",
+    "hands": "unknown",
+}
+
+
+def hand_of(name: str) -> str | None:
+    """Which hand of the camera wearer the name of a label means, by all of its words.
+
+    "Left_Hand" and "hand-left" are left, and "hand" is a hand of unknown side. "Left handle" is no
+    hand, and "other person's left hand" is none of the wearer's.
+    """
+    words = re.findall(r"\w+", _CAPITAL_WITHIN.sub(" ", name).replace("_", " ").lower())
+    return _HANDS.get(" ".join(word for word in words if word not in ("a", "the")))
 
 
 @dataclass(frozen=True)
@@ -70,6 +93,8 @@ class LabeledImage:
     absent_hands: frozenset[str] = frozenset()
     # Whether everything of the categories in ``all_names`` is labeled (``--complete``)
     is_complete: bool = False
+    # Names of things that are labeled but have no usable mask: nothing is asked by these names
+    unmasked_names: frozenset[str] = frozenset()
 
     caption: str | None = None  # the analysis sentence
     questions: list[GivenQuestion] = field(default_factory=list)
