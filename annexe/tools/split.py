@@ -6,8 +6,6 @@ import argparse
 from collections import Counter, defaultdict
 from pathlib import Path
 
-import numpy as np
-
 from annexe.datasets.image_names import (
     GROUPS,
     SPLITS,
@@ -17,6 +15,7 @@ from annexe.datasets.image_names import (
     leaks,
     read_stems,
 )
+from annexe.datasets.shares import share_out
 from annexe.errors import UserError
 from annexe.files import replaced
 from annexe.terminal import say, table
@@ -132,42 +131,7 @@ def split(stems: list[str], by: str, shares: dict[str, float], seed: int) -> dic
             "or set --val or --test to 0"
         )
 
-    # What every split lacks of each category, in images
-    sizes = Counter(category(stem) for stem in stems)
-    lacking: dict[str, dict[str, float]] = {}
-    for name in wanted:
-        lacking[name] = {kind: shares[name] * size for kind, size in sizes.items()}
-
-    # Largest groups first; the last ones go to splits that are still empty
-    lists: dict[str, list[str]] = {name: [] for name in wanted}
-    shuffled = np.random.default_rng(seed).permutation(sorted(groups)).tolist()
-    by_size = sorted(shuffled, key=lambda key: -len(groups[key]))
-    for num_placed, key in enumerate(by_size):
-        counts = Counter(category(stem) for stem in groups[key])
-        empty = [name for name in wanted if not lists[name]]
-        candidates = empty if len(groups) - num_placed == len(empty) else wanted
-        lacks = [_lack(lacking[name], counts, sizes) for name in candidates]
-        chosen = candidates[lacks.index(max(lacks))]
-        lists[chosen] += groups[key]
-        for kind, count in counts.items():
-            lacking[chosen][kind] -= count
-    return {name: sorted(chosen) for name, chosen in lists.items()}
-
-
-def _lack(lacking: dict[str, float], counts: Counter, sizes: Counter) -> float:
-    """How much a split lacks the images of a group.
-
-    Args:
-        lacking: category -> images that the split lacks.
-        counts: category -> images of the group.
-        sizes: category -> all images.
-
-    Returns:
-        What it lacks of the group's categories, and of images at all, each as a share of what
-        there is.
-    """
-    of_its_kind = sum(count * lacking[kind] / sizes[kind] for kind, count in counts.items())
-    return of_its_kind / counts.total() + sum(lacking.values()) / sizes.total()
+    return share_out(groups, {name: shares[name] for name in wanted}, seed)
 
 
 def show(lists: dict[str, list[str]]) -> None:
