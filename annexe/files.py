@@ -113,6 +113,27 @@ def replaced(path: Path, *, concurrent: bool = False) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Make a folder that appears complete or not at all, like `replaced`, and replaces no files.
+
+    Yields:
+        The part: a folder without files.
+
+    Raises:
+        UserError: there is a file of this name, or a folder that holds anything.
+        OSError: naming the file, for a disk that takes no more.
+    """
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"'{path}' is not empty; name a new folder")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"'{path}' is a file; name a new folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replaced(path) as part:
+        part.mkdir()
+        yield part
+
+
 def remove(path: Path) -> None:
     """Remove a file, or a folder with all that is in it; nothing happens where there is neither."""
     if path.is_dir() and not path.is_symlink():
