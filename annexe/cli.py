@@ -23,6 +23,7 @@ TOOLS = (
     "synth",
     "doctor",
     "split",
+    "import-data",
     "score",
     "compare",
     "convert-predictions",
