@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -54,6 +54,23 @@ class Region:
     hand: str | None = None  # "right" or "left", "unknown" for a hand without a side; None = none
     is_unique: bool = False  # whether the labels prove that the photo has no other of this name
     score: float | None = None  # confidence of a predicted mask, in [0, 1]
+
+
+def mark_unique(regions: list[Region], unmasked_names: Collection[str]) -> list[Region]:
+    """Regions of a user's labels, unique where a photo has one region of a name.
+
+    Whoever labels by hand is taken to label all things of a name in a photo or none.
+
+    Args:
+        regions: of a photo.
+        unmasked_names: names of labeled things that have no usable mask.
+    """
+    counts = Counter(region.name for region in regions)
+    marked = []
+    for region in regions:
+        is_alone = counts[region.name] == 1 and region.name not in unmasked_names
+        marked.append(replace(region, is_unique=is_alone and region.name is not None))
+    return marked
 
 
 @dataclass(frozen=True)
