@@ -12,9 +12,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,14 @@ from pycocotools import mask as coco_mask
 from annexe.datasets.photos import photo_size
 from annexe.errors import UserError, shown
 from annexe.files import new_folder, write_json
-from annexe.interchange.labels import ImportReport, LabeledImage, ReadOptions, Region, hand_of
+from annexe.interchange.labels import (
+    ImportReport,
+    LabeledImage,
+    ReadOptions,
+    Region,
+    hand_of,
+    mark_unique,
+)
 from annexe.interchange.photo_search import PhotoSearch, name_of_photo
 from annexe.rle import Rle, area, bounding_box, validate
 
@@ -264,18 +271,13 @@ class _FileReader:
             else:
                 regions.append(region)
 
-        # A name that a photo has once means one thing
-        counts = Counter(region.name for region in regions)
-        for index, region in enumerate(regions):
-            is_alone = counts[region.name] == 1 and region.name not in unmasked
-            regions[index] = replace(region, is_unique=is_alone)
         path = name_of_photo(name)
         return LabeledImage(
             name=f"{self.prefix}/{path}" if self.prefix else path,
             photo=photo,
             size=size,
             where=where,
-            regions=regions,
+            regions=mark_unique(regions, unmasked),
             is_complete=is_complete,
             unmasked_names=frozenset(unmasked),
             caption=captions[0] if captions and captions[0] else None,
