@@ -80,6 +80,8 @@ class Contact:
     touched: tuple[int, ...] = ()  # indices of regions; none = the hand is free
     # Regions that it touches by means of a touched one; None = the format does not tell
     through: tuple[int, ...] | None = None
+    # Whether it touches nothing else for certain; one that touches nothing is known to be free
+    is_all: bool = True
 
 
 @dataclass(frozen=True)

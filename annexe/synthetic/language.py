@@ -124,24 +124,41 @@ def records(
     for question in questions:
         targets = sorted(question.targets, key=list(names).index)
         phrases = [names[target] for target in targets]
-        tokens = phrases or [NO_TARGET["phrases"]]
 
         # its wordings
         queries = []
         for query, is_sentence in _paraphrases(question, rng, used_queries, frames):
             queries.append({"id": next_id, "query": query, "is_sentence": is_sentence})
             next_id += 1
-
-        record = {
-            "masks_idx": targets + [0] * (NUM_SLOTS - len(targets)),
-            "with_mask": int(bool(targets)),
-            "caption": analysis,
-            "answer": _answer(phrases),
-            "tokens": tokens + [""] * (NUM_SLOTS - len(tokens)),
-            "questions": queries,
-        }
-        result.append(record)
+        result.append(record(targets, phrases, analysis, queries))
     return result
+
+
+def record(
+    targets: list[int],
+    phrases: list[str],
+    analysis: str,
+    queries: list[dict],
+    answer: str | None = None,
+) -> dict:
+    """One question in the form of Ego-IRGBench's JSON files.
+
+    Args:
+        targets: ids, none if there is no target.
+        phrases: what the answer calls each of them.
+        analysis: the caption.
+        queries: its wordings.
+        answer: None writes one of the phrases.
+    """
+    tokens = phrases or [NO_TARGET["phrases"]]
+    return {
+        "masks_idx": targets + [0] * (NUM_SLOTS - len(targets)),
+        "with_mask": int(bool(targets)),
+        "caption": analysis,
+        "answer": _answer(phrases) if answer is None else answer,
+        "tokens": tokens + [""] * (NUM_SLOTS - len(tokens)),
+        "questions": queries,
+    }
 
 
 def target_names(scene: Scene) -> dict[int, str]:

@@ -523,7 +523,7 @@ VERB_WORDS: dict[str, dict[str, str]] = {
 }
 
 
-def _read_forms(table: str) -> dict[str, Form]:
+def read_forms(table: str) -> dict[str, Form]:
     """Forms by name; a wording with a question mark is a sentence, else a noun phrase."""
     forms: dict[str, Form] = {}
     name = ""
@@ -542,4 +542,4 @@ def _read_forms(table: str) -> dict[str, Form]:
     return forms
 
 
-FORMS = _read_forms(_FORMS)
+FORMS = read_forms(_FORMS)
