@@ -499,7 +499,7 @@ def write(images: list[LabeledImage], out: Path) -> None:
         UserError: two photos have one name, or the folder holds anything.
     """
     # Categories by name
-    names = {_category(region) for image in images for region in image.regions}
+    names = {category_of(region) for image in images for region in image.regions}
     category_ids = {name: number for number, name in enumerate(sorted(names), start=1)}
 
     # Photos and annotations
@@ -516,7 +516,7 @@ def write(images: list[LabeledImage], out: Path) -> None:
         height, width = image.size
         photos.append({"id": image_id, "file_name": image.name, "width": width, "height": height})
         for region in image.regions:
-            category_id = category_ids[_category(region)]
+            category_id = category_ids[category_of(region)]
             mask = _mask_fields(region, image_id, category_id)
             annotations.append({"id": len(annotations) + 1, **mask, "iscrowd": 0})
             if region.score is not None:
@@ -538,7 +538,7 @@ def write(images: list[LabeledImage], out: Path) -> None:
             write_json(part / RESULTS_FILE, results)
 
 
-def _category(region: Region) -> str:
+def category_of(region: Region) -> str:
     """Name of the category of a region, which has to have one."""
     side = f"{region.hand} hand" if region.hand in ("left", "right") else region.hand and "hand"
     return region.name or side or _UNNAMED

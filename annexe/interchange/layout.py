@@ -33,6 +33,7 @@ from annexe.datasets.shares import share_out
 from annexe.errors import UserError
 from annexe.files import named, part_of, remove, replaced
 from annexe.interchange.labels import ImportReport, LabeledImage
+from annexe.interchange.photo_search import without_ending
 from annexe.interchange.questions import write_annotations
 from annexe.rle import decode
 from annexe.terminal import track
@@ -48,7 +49,6 @@ _LAST_ORIENTATION = 8
 
 # What file names and lines of lists cannot hold, on any system
 _UNUSABLE = re.compile(r'[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff<>:"/\\|?*]+')
-_ENDING = re.compile(r"\.(jpe?g|png|webp|bmp|tiff?|gif)$", re.IGNORECASE)
 _ARTICLE = re.compile(r"(the|an?) (?=.)", re.IGNORECASE)
 
 
@@ -486,7 +486,7 @@ def stems_of(images: Sequence[LabeledImage]) -> list[str]:
 
 def _usable(name: str) -> str:
     """A name of a photo as a stem."""
-    stem = _UNUSABLE.sub("_", _ENDING.sub("", name)).strip()
+    stem = _UNUSABLE.sub("_", without_ending(name)).strip()
     stem = re.sub(r"^\.+", "_", stem)
     # From the end, where the number of a frame is
     while len(stem.encode()) > _MAX_STEM:
@@ -498,7 +498,7 @@ def _renamed(images: Sequence[LabeledImage], stems: list[str]) -> dict[str, str]
     """Photos whose stem is not the name of their file."""
     renamed = {}
     for image, stem in zip(images, stems, strict=True):
-        if _ENDING.sub("", PurePosixPath(image.name).name) != stem:
+        if without_ending(PurePosixPath(image.name).name) != stem:
             renamed[image.name] = stem
     return renamed
 

@@ -15,6 +15,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from annexe.datasets.photos import ENDINGS
 from annexe.errors import UserError
 
+_ENDING = re.compile(r"\.(jpe?g|png|webp|bmp|tiff?|gif)$", re.IGNORECASE)
 # Label Studio's upload puts eight digits in front of a name
 _UPLOADED = re.compile(r"[0-9a-f]{8}-(?=.)")
 
@@ -36,6 +37,11 @@ def name_of_photo(name: str) -> str:
         text = PurePosixPath(text).name
     parts = [part for part in PurePosixPath(text.lstrip("/")).parts if part not in (".", "..")]
     return "/".join(parts)
+
+
+def without_ending(name: str) -> str:
+    """The name of an image file without its ending; a point elsewhere is no ending."""
+    return _ENDING.sub("", name)
 
 
 class PhotoSearch:
