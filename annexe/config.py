@@ -102,7 +102,7 @@ class RunConfig:
 
     # torch.compile of every block: slow to start, then faster steps; not with fsdp
     compile: bool = False
-    # One GPU: a pass, or a step of generation, as one CUDA graph for each shape of batch
+    # On a GPU, not with fsdp: a pass, or a step of generation, as one CUDA graph a shape of batch
     cuda_graphs: bool = False
 
     # Several GPUs (torchrun): the whole model on each (ddp), or its weights spread over all (fsdp)

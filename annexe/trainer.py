@@ -56,7 +56,13 @@ from annexe.datasets.collate import Collator
 from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.datasets.loader import make_loader
 from annexe.datasets.sampler import MicroBatches
-from annexe.distributed import distribute, make_accelerator, sum_over_ranks
+from annexe.distributed import (
+    SharedGradients,
+    distribute,
+    make_accelerator,
+    sum_over_ranks,
+    trained_parameters,
+)
 from annexe.errors import UserError
 from annexe.evaluation.predict import plan_batches
 from annexe.evaluation.truth import Truth
@@ -150,8 +156,9 @@ def set_up(config: Config) -> Trainer:
         model.calibrated_thresholds = progress.thresholds
 
     # Batches from where the run stands, in the layout that the model reads fastest
-    is_alone_on_gpu = accelerator.device.type == "cuda" and accelerator.num_processes == 1
-    can_use_graphs = is_alone_on_gpu and model.language_model.supports_cuda_graphs
+    is_sharded = run.parallel == "fsdp" and accelerator.num_processes > 1
+    is_whole_on_gpu = accelerator.device.type == "cuda" and not is_sharded
+    can_use_graphs = is_whole_on_gpu and model.language_model.supports_cuda_graphs
     use_graphs = run.cuda_graphs and can_use_graphs
     model.text_decoder.graphs = use_graphs
     collate = Collator(
@@ -387,10 +394,17 @@ class Trainer:
         # Images, queries and tokens trained on that are not in `progress` yet
         self.seen = torch.zeros(3, dtype=torch.float64, device=device)
 
+        # Several processes: FSDP averages gradients over ranks, our own exchange sums them
+        is_sharded = run.parallel == "fsdp" and accelerator.num_processes > 1
+        self.loss_scale = accelerator.num_processes if is_sharded else 1
+        self.shared_gradients: SharedGradients | None = None
+        if accelerator.num_processes > 1 and not is_sharded:
+            self.shared_gradients = SharedGradients(trained_parameters(model))
+
         self.uses_cuda_graphs = use_cuda_graphs
         self.run_pass: Callable[[Batch, Tensor], Tensor] = self._forward_backward
         if use_cuda_graphs:
-            trained = [p for p in model.parameters() if p.requires_grad]
+            trained = trained_parameters(model)
             self.run_pass = GraphedPass(self._forward_backward, trained, device)
 
     def train(self) -> None:
@@ -426,8 +440,7 @@ class Trainer:
     def train_step(self, batches: list[Batch]) -> tuple[Tensor, Tensor, Tensor]:
         """One optimizer step over this rank's micro-batches.
 
-        Every term is normalized by its units over all ranks and micro-batches; DDP averages
-        gradients over ranks, hence the factor of the world size in `_forward_backward`.
+        Every term is normalized by its units over all ranks and micro-batches.
 
         Returns:
             Each term's total on this rank, its units over all ranks, and the gradient norm, all on
@@ -442,22 +455,23 @@ class Trainer:
         units, seen = counts.split([len(names), 3])
         factor = self.term_weights / units.clamp(min=1)
 
-        # Forward and backward; gradients are exchanged behind the last micro-batch
+        # Forward and backward; gradients of whole models are exchanged behind the last micro-batch
         self.wrapped.train()
         if not self.uses_cuda_graphs:
             batches = [batch.to(device) for batch in batches]
         totals = torch.zeros(len(names), device=device)
-        for batch in batches[:-1]:
-            with self.accelerator.no_sync(self.wrapped):
-                totals += self.run_pass(batch, factor)
-        totals += self.run_pass(batches[-1], factor)
+        for batch in batches:
+            totals += self.run_pass(batch, factor)
+        if self.shared_gradients is not None:
+            self.shared_gradients.sum_over_ranks()
 
         # The optimizer's step at this step's learning rate
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.progress.step, self.run)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.run.clip_norm)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=not self.uses_cuda_graphs)
+        keeps_gradients = self.uses_cuda_graphs or self.shared_gradients is not None
+        self.optimizer.zero_grad(set_to_none=not keeps_gradients)
         self.progress.step += 1
         self.seen += seen
         return totals, units, norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -469,7 +483,7 @@ class Trainer:
             The total of each term, float32[number of terms].
         """
         term_totals = losses.totals(self.wrapped(batch), batch, list(self.loss_weights))
-        self.accelerator.backward((factor * term_totals).sum() * self.accelerator.num_processes)
+        self.accelerator.backward((factor * term_totals).sum() * self.loss_scale)
         return term_totals.detach()
 
     def validate(self) -> None:
@@ -576,7 +590,7 @@ def announce(trainer: Trainer) -> None:
         )
     if run.cuda_graphs and not trainer.uses_cuda_graphs:
         log.warning(
-            "run.cuda_graphs is for one process on one GPU without an int8 base and is ignored here"
+            "run.cuda_graphs is for GPUs, without fsdp and without an int8 base; it is ignored here"
         )
     num_slots = trainer.model.pixel_decoder.num_slots
     if trainer.train_set.num_slots > num_slots:

@@ -10,16 +10,14 @@ import socket
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing
 from safetensors.torch import load_file
-from torch.nn.parallel import DistributedDataParallel
 
-from annexe.distributed import lay_out_gradients
+from annexe.distributed import SharedGradients
 from annexe.evaluator import evaluate
 from annexe.trainer import train
 from tests.conftest import ROOT, SMALLEST, TINY, assert_same_but_for_rounding
@@ -199,41 +197,30 @@ def test_a_killed_rank_ends_the_job_and_a_restart_goes_on(scenes, tmp_path):
     assert losses[1] == losses[0]
 
 
-class _ChannelsLastGradient(torch.autograd.Function):
-    """Its gradient has cuDNN's strides for a 1 x 1 convolution."""
+def sum_gradients(path: Path) -> None:
+    """Gradients of both ranks, which find them summed; one parameter is laid out channels-last."""
+    rank = int(os.environ["RANK"])
+    torch.distributed.init_process_group("gloo")
+    convolution = torch.nn.Conv2d(3, 5, 2).to(memory_format=torch.channels_last)
+    linear = torch.nn.Linear(4, 2).double()
+    parameters = [*convolution.parameters(), *linear.parameters()]
+    shared = SharedGradients(parameters)
+    for _ in range(2):  # two passes of a step
+        for index, parameter in enumerate(parameters):
+            factor = torch.arange(parameter.numel()).reshape(parameter.shape)
+            (parameter * factor * (index + 1) * (rank + 1)).sum().backward()
+    shared.sum_over_ranks()
+    if rank == 1:
+        torch.save([parameter.grad for parameter in parameters], path)
 
-    @staticmethod
-    def forward(ctx, weight):
-        return weight.sum()
 
-    @staticmethod
-    def backward(ctx, gradient):
-        return torch.ones(8, 1, 16, 1).permute(0, 2, 1, 3)
-
-
-class _Pointwise(torch.nn.Conv2d):
-    def forward(self, _):
-        return _ChannelsLastGradient.apply(self.weight)
-
-
-@pytest.mark.parametrize("laid_out", [False, True])
-def test_ddp_does_not_warn_of_strides_that_mean_nothing(laid_out: bool):
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    torch.set_warn_always(True)
-    try:
-        model = _Pointwise(16, 8, 1, bias=False)
-        if laid_out:
-            lay_out_gradients(model)
-        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            wrapped(0).backward()
-    finally:
-        torch.set_warn_always(False)
-        torch.distributed.destroy_process_group()
-    assert any("Grad strides" in str(each.message) for each in caught) is not laid_out
-    assert model.weight.grad.eq(1).all()
+def test_gradients_are_summed_where_they_lie(tmp_path: Path):
+    run_distributed(sum_gradients, tmp_path / "gradients.pt")
+    gradients = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    assert gradients[0].is_contiguous(memory_format=torch.channels_last)
+    for index, gradient in enumerate(gradients):
+        factor = torch.arange(gradient.numel()).reshape(gradient.shape)
+        assert torch.equal(gradient, (2 * (1 + 2) * (index + 1) * factor).to(gradient.dtype))
 
 
 def test_training_and_evaluation_start_without_warnings(scenes: Path, tmp_path: Path):

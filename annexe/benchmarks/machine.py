@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 from annexe import __version__
 from annexe.benchmarks.units import Record
 from annexe.checkpoints.manifest import git_commit
+from annexe.inference.processes import Processes
 from annexe.workers import num_cores
 
 
@@ -63,6 +64,25 @@ def scratch_folder(*, with_index_cache: bool) -> Iterator[Path]:
             os.environ.pop("ANNEXE_CACHE", None)
             if before is not None:
                 os.environ["ANNEXE_CACHE"] = before
+
+
+@contextmanager
+def shared_folder(processes: Processes, *, with_index_cache: bool) -> Iterator[Path]:
+    """As `scratch_folder`, one for all processes of a job.
+
+    Processes on several machines need a TMPDIR that all of them see.
+    """
+    if processes.is_main:
+        with scratch_folder(with_index_cache=with_index_cache) as folder:
+            processes.from_main(lambda: folder)
+            yield folder
+            processes.gather([])  # nobody needs it any more
+        return
+    folder = processes.from_main(lambda: Path())
+    if with_index_cache:
+        os.environ["ANNEXE_CACHE"] = str(folder / "cache")
+    yield folder
+    processes.gather([])
 
 
 def release_memory() -> None:

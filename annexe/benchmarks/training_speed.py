@@ -20,7 +20,7 @@ from torch import Tensor
 
 from annexe import terminal
 from annexe.benchmarks.flops import flops_of_batch
-from annexe.benchmarks.machine import release_memory, scratch_folder
+from annexe.benchmarks.machine import release_memory, shared_folder
 from annexe.benchmarks.random_batch import even_branches, random_batch, tokens_of_branches
 from annexe.benchmarks.random_model import (
     count_image_tokens,
@@ -37,6 +37,7 @@ from annexe.benchmarks.timing import (
 )
 from annexe.benchmarks.units import TERA, Record
 from annexe.config import PARTS, Config, WandbConfig
+from annexe.inference.processes import Processes
 from annexe.models.language_model.llama import Llama
 from annexe.structures.batch import Batch
 from annexe.synthetic.generate import generate
@@ -44,6 +45,8 @@ from annexe.trainer import Trainer, count_samples, set_up
 from annexe.training.cuda_graphs import PAD_TO_MULTIPLE_OF
 
 DEFAULT_TOKENS = "430 with one question, 963 with eight"  # of an image
+# What all processes of a job have together; operations and the ceiling are those of one GPU
+_SUMMED = ("images_per_step", "images_per_second", "queries_per_second", "tokens_per_second")
 _PASSES = ("forward", "backward", "total")  # of `Flops`
 
 
@@ -79,9 +82,10 @@ def measure_training(
         UserError: for a configuration without a Llama, or too few tokens for its branches.
     """
     require_llama(config)
-    with scratch_folder(with_index_cache=not settings.real) as folder:
+    processes = Processes(config.run)
+    with shared_folder(processes, with_index_cache=not settings.real) as folder:
         prepare = _on_real_data if settings.real else _on_random_data
-        config, notes = prepare(config, folder, settings)
+        config, notes = processes.from_main(lambda: prepare(config, folder, settings))
 
         # Whole steps, with the first one apart
         began = time.perf_counter()
@@ -94,6 +98,7 @@ def measure_training(
                 torch.cuda.synchronize()
             first_step = since_start + time.perf_counter() - began
             record = _time_steps(trainer, batches, settings)
+            record = over_processes(record, processes.count)
             record["seconds_to_first_step"] = first_step
 
         # Parts of steps, on the photos that come next
@@ -107,6 +112,18 @@ def measure_training(
         with closing(_micro_batches(trainer, settings)) as batches:
             record["parts_of_step"] = _time_parts(trainer, batches, settings)
         return record, notes
+
+
+def over_processes(record: Record, num_processes: int) -> Record:
+    """The record of one process as that of all, which take their steps together.
+
+    Rates are summed; what stays the rate of one process has that in its name.
+    """
+    total: Record = {"processes": num_processes}
+    for name, value in record.items():
+        total[name] = num_processes * value if name in _SUMMED else value
+    total["images_per_second_per_process"] = record["images_per_second"]
+    return total
 
 
 def _time_steps(trainer: Trainer, batches: Iterator[Batch], settings: TrainingSettings) -> Record:

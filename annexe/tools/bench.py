@@ -108,6 +108,8 @@ def run(arguments: argparse.Namespace) -> None:
         require_writable(arguments.json)
     report: dict[str, Any] = {"what": arguments.action, "machine": describe_machine()}
     columns = _measure(arguments, report)
+    if int(os.environ.get("RANK", "0")) != 0:
+        return  # the main process tells
     for table in tables(report, columns):
         terminal.table(table.headers, table.rows, title=table.title)
     for note in report.get("notes", ()):

@@ -37,7 +37,8 @@ class CapturedPass:
 class GraphedPass:
     """Runs a forward and backward pass as a graph, from the second time on that a shape occurs.
 
-    Gradients have to stay where they are: they are made here, and may be zeroed but not dropped.
+    Gradients have to stay where they are: those that are not there yet are made here, and they may
+    be zeroed but not dropped.
 
     Args:
         forward_backward: takes a batch and a tensor on the device, adds to the gradients of the
@@ -58,7 +59,8 @@ class GraphedPass:
         self.captured: dict[tuple, CapturedPass] = {}
         self.pool = torch.cuda.graph_pool_handle()
         for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def __call__(self, batch: Batch, factor: Tensor) -> Tensor:
         """The output of ``forward_backward``; ``batch`` may be on the CPU."""
