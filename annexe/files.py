@@ -113,6 +113,18 @@ def replaced(path: Path, *, concurrent: bool = False) -> Iterator[Path]:
         raise
 
 
+def require_new_folder(path: Path) -> None:
+    """Check that `new_folder` can make a folder, before the long work whose result it will hold.
+
+    Raises:
+        UserError: there is a file of this name, or a folder that holds anything.
+    """
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"'{path}' is not empty; name a new folder")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"'{path}' is a file; name a new folder")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Make a folder that appears complete or not at all, like `replaced`, and replaces no files.
@@ -124,10 +136,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         UserError: there is a file of this name, or a folder that holds anything.
         OSError: naming the file, for a disk that takes no more.
     """
-    if path.is_dir() and any(path.iterdir()):
-        raise UserError(f"'{path}' is not empty; name a new folder")
-    if path.exists() and not path.is_dir():
-        raise UserError(f"'{path}' is a file; name a new folder")
+    require_new_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced(path) as part:
         part.mkdir()
