@@ -33,7 +33,7 @@ from annexe.checkpoints.run_folder import (
 )
 from annexe.checkpoints.saved_settings import compare_start, require_same_meaning
 from annexe.checkpoints.training_state import load_weights
-from annexe.config import PARTS, Config, RunConfig, is_released
+from annexe.config import OPTIONAL_PARTS, PARTS, Config, RunConfig, is_released
 from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.errors import UserError, unknown_name_error
 from annexe.models.annexe import Annexe
@@ -82,6 +82,8 @@ def load_config(
     # Options over the file over the defaults
     try:
         overrides = read_options(options)
+        for settings in (base, overrides):
+            _upgrade_model(settings)
         if onto_checkpoint:
             base = _onto_checkpoint(base, overrides)
         _drop_settings_of_other_types(base, overrides)
@@ -105,6 +107,23 @@ def load_config(
     return config
 
 
+def _upgrade_model(settings: DictConfig) -> None:
+    """Bring a ``model`` block to today's form.
+
+    A part may be written as its type alone, and older files have ``patches_per_token`` outside of
+    the projector's block.
+    """
+    model = settings.get("model")
+    if not isinstance(model, DictConfig):
+        return
+    for part in PARTS:
+        named = model.get(part)
+        if isinstance(named, str) and named.isidentifier():
+            model[part] = {"type": named}
+    if "patches_per_token" in model:
+        OmegaConf.update(model, "projector.patches_per_token", model.pop("patches_per_token"))
+
+
 def _onto_checkpoint(base: DictConfig, overrides: DictConfig) -> Any:
     """``base`` over the model settings of the checkpoint that it or ``overrides`` names.
 
@@ -121,7 +140,7 @@ def _onto_checkpoint(base: DictConfig, overrides: DictConfig) -> Any:
     saved = {"model": saved_config(require_checkpoint(checkpoint, "best"))["model"]}
     for part in PARTS:
         chosen = OmegaConf.select(base, f"model.{part}.type")
-        if chosen not in (None, saved["model"][part]["type"]):
+        if chosen not in (None, saved["model"].get(part, {}).get("type")):
             saved["model"][part] = {}
     return overlay(saved, base)
 
@@ -141,10 +160,17 @@ def check_model(spec: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: for a part that is missing, an unknown setting, or a value of the wrong type.
     """
+    spec = dict(spec)
     for part in PARTS:
+        if part in OPTIONAL_PARTS:
+            spec.setdefault(part, {})
         if part not in spec:
-            raise UserError(f"model.{part} is missing; a model needs {', '.join(PARTS)}")
-    parts = {part: check_component(part, spec[part], f"model.{part}") for part in PARTS}
+            needed = ", ".join(part for part in PARTS if part not in OPTIONAL_PARTS)
+            raise UserError(f"model.{part} is missing; a model needs {needed}")
+    parts = {}
+    for part in PARTS:
+        default = {"type": OPTIONAL_PARTS[part]} if part in OPTIONAL_PARTS else {}
+        parts[part] = check_component(part, spec[part], f"model.{part}", **default)
     wiring = {key: value for key, value in spec.items() if key not in PARTS}
     return check_component("model", wiring, "model") | parts
 
@@ -280,8 +306,15 @@ def build_model(
             depth_branch.num_channels,
             rgb_encoder.grid,
         )
+        projector = build_component(
+            "projector",
+            spec["projector"],
+            rgb_encoder.embed_dim,
+            rgb_encoder.grid,
+            language_model.hidden_size,
+        )
         wiring = {key: value for key, value in spec.items() if key not in PARTS}
-        parts = (rgb_encoder, depth_branch, language_model, pixel_decoder)
+        parts = (rgb_encoder, depth_branch, projector, language_model, pixel_decoder)
         model = build_component("model", wiring, *parts)
     if bf16:
         _cast_frozen_matrices(model)

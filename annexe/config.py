@@ -247,7 +247,8 @@ class Config:
         return self.model
 
 
-PARTS = ("rgb_encoder", "depth_branch", "language_model", "pixel_decoder")
+PARTS = ("rgb_encoder", "depth_branch", "projector", "language_model", "pixel_decoder")
+OPTIONAL_PARTS = {"projector": "concat"}  # with the type of one that is left out
 
 
 def is_released(config: DictConfig | ListConfig) -> bool:

@@ -462,7 +462,7 @@ def test_compiled_blocks_give_the_same_without_a_graph_break(make_parts, decoder
 
 
 def test_patches_per_token_has_to_divide_a_row(make_parts):
-    message = r"model\.patches_per_token 3 does not divide the 8 patches"
+    message = r"model\.projector\.patches_per_token 3 does not divide the 8 patches"
     with pytest.raises(UserError, match=message):
         make_parts("model.patches_per_token=3")
 

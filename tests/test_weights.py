@@ -41,7 +41,8 @@ from annexe.models.depth_branch import DepthAnythingV2
 from annexe.models.language_model.llama import Llama, Lora
 from annexe.models.language_model.tokenizer import TextTokenizer, load_tokenizer
 from annexe.models.pixel_decoder import QueryDecoder
-from annexe.models.rgb_encoder import EvaViT, Projector
+from annexe.models.projector import ConcatProjector
+from annexe.models.vision_encoders.eva_vit import EvaViT
 from annexe.structures.sample import Sample, Turn
 from annexe.tools.weights import export_run, inspect_file
 from annexe.trainer import train
@@ -127,7 +128,7 @@ def test_eva_equals_the_original(recipe, weights_file, depth, size):
 @pytest.mark.parametrize("size", [224, 448])
 def test_image_tokens_equal_the_original(recipe, weights_file, size):
     model = eva(weights_file("fixture_eva_d4_224"), size, 4)
-    projector = Projector(1408, 256, 4)
+    projector = ConcatProjector(1408, size // 14, 256)
     head = recipe.weights_from_manifest(PARITY / "fixture_image_path.json", 0)
     for module, prefix in ((model.norm, "ln_vision."), (projector.linear, "llama_proj.")):
         state = {k.removeprefix(prefix): v for k, v in head.items() if k.startswith(prefix)}
@@ -350,7 +351,8 @@ def full_size(part: str) -> nn.Module:
         depth = DepthAnythingV2(448, init="random", size="vitb", trained="released")
         language = Llama(tokenizer, init="random")
         decoder = QueryDecoder(4096, 1408, 128, 32)
-        return Annexe(rgb, depth, language, decoder, init="random")
+        projector = ConcatProjector(1408, 32, 4096)
+        return Annexe(rgb, depth, projector, language, decoder, init="random")
 
 
 # Matched and left-over tensors of each list
@@ -652,7 +654,8 @@ def test_llama_with_minigpt_adapters_equals_the_original(recipe, tmp_path):
     depth = DepthAnythingV2(56, init="random", size="tiny")
     decoder = QueryDecoder(256, 1408, 16, 4, hidden_size=32, num_heads=4)
     init_from = str(tmp_path / "minigpt.pth")
-    model = Annexe(rgb, depth, language, decoder, init_from=init_from).eval()
+    projector = ConcatProjector(1408, 4, 256)
+    model = Annexe(rgb, depth, projector, language, decoder, init_from=init_from).eval()
     assert torch.equal(model.projector.linear.weight, head["llama_proj.weight"])
     assert torch.equal(model.rgb_encoder.norm.weight, head["ln_vision.weight"])
     embeds = recipe.tensor(0, "llama/embeds", (2, 24, 256), 1.0)

@@ -53,7 +53,7 @@ def one_line(caught: pytest.ExceptionInfo[UserError], *parts: str) -> None:
         ("runn.seed=1", ("runn", "Did you mean 'run'")),
         ("run.max_step=1", ("run.max_step", "Did you mean 'max_steps'")),
         ("run.loss_weights.masks=1", ("run.loss_weights.masks", "Did you mean 'mask'")),
-        ("model.patches_per_tokens=2", ("Did you mean 'patches_per_token'",)),
+        ("model.projector.patches=2", ("model.projector.patches", "'concat' has no")),
         ("model.rgb_encoder.dept=2", ("model.rgb_encoder.dept", "Did you mean 'depth'")),
         (
             "model.language_model.lora.rnk=2",
@@ -426,7 +426,7 @@ def test_evaluation_needs_a_checkpoint(make_config: MakeConfig, tmp_path: Path) 
             "model.pixel_decoder.hidden_size=66",
             "model.pixel_decoder.hidden_size is 66; it must be a multiple of",
         ),
-        ("model.patches_per_token=0", "model.patches_per_token is 0"),
+        ("model.patches_per_token=0", "model.projector.patches_per_token is 0"),
         ("model.presence_threshold=7", "model.presence_threshold is 7"),
     ],
 )

@@ -27,7 +27,7 @@ from annexe.models.annexe import Annexe
 from annexe.models.depth_branch import DepthAnythingV2
 from annexe.models.language_model.float8 import Float8Linear
 from annexe.models.language_model.llama import Llama
-from annexe.models.rgb_encoder import EvaViT
+from annexe.models.vision_encoders.eva_vit import EvaViT
 from annexe.structures.batch import Batch, PackedText, QueryIndex
 
 Linear = nn.Linear | Float8Linear
@@ -104,8 +104,9 @@ def flops_of_batch(model: Annexe, batch: Batch) -> dict[str, Flops]:
 
     # Projector
     projector_flops = Flops()
-    projector = [model.projector.linear]
-    projector_flops.add_linear(projector, num_image_tokens, _is_trained(rgb_encoder))
+    projector_flops.add_linear(
+        _linear_layers(model.projector), num_image_tokens, _is_trained(rgb_encoder)
+    )
 
     # Language model: logits of the labels, and of image tokens where they are named
     language_model = model.language_model

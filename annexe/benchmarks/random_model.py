@@ -145,8 +145,9 @@ def count_image_tokens(config: Config) -> int:
     """Image tokens of the prefix; ``config`` is that of `with_random_weights`."""
     model = config.require_model()
     with torch.device("meta"):
-        rgb_encoder = build_component("rgb_encoder", model["rgb_encoder"])
-    return rgb_encoder.grid**2 // model["patches_per_token"]
+        encoder = build_component("rgb_encoder", model["rgb_encoder"])
+        sizes = (encoder.embed_dim, encoder.grid, 1)
+        return build_component("projector", model["projector"], *sizes).num_tokens
 
 
 def tokenizer_of_size(config: Config) -> TextTokenizer:

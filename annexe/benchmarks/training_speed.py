@@ -304,7 +304,7 @@ def _timing_parts(trainer: Trainer, timeline: Timeline) -> Iterator[None]:
         model.language_model.register_forward_hook(hook_output),
         trainer.optimizer.register_step_post_hook(entering("end of step")),
     ]
-    for part in (*PARTS, "projector"):
+    for part in PARTS:
         module = getattr(model, part)
         hooks.append(module.register_forward_pre_hook(entering(f"{part}, forward")))
         hooks.append(module.register_forward_hook(entering("rest of forward")))

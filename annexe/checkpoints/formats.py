@@ -165,7 +165,7 @@ FORMATS = (
         name="annexe run",
         part="model",
         setting="model.init_from",
-        signatures=("projector.linear.weight",),
+        signatures=("projector.linear.weight", "projector.linear_1.weight"),
         takes_prefix=False,
         spelling=OUR_NAMES,
     ),

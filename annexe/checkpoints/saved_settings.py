@@ -12,10 +12,11 @@ from annexe.errors import UserError
 # Settings that 0.1 had under another name
 _RENAMED = {
     "model.bind_answers": "model.constrain_answers",
-    "model.merge": "model.patches_per_token",
+    "model.merge": "model.projector.patches_per_token",
     "model.name_patches": "model.image_token_head",
     "model.pixel_decoder.focused": "model.pixel_decoder.masked_attention",
     "model.pixel_decoder.reads": "model.pixel_decoder.conditioning",
+    "model.patches_per_token": "model.projector.patches_per_token",
     "model.pixel_decoder.told_presence": "model.pixel_decoder.presence_from_prompt",
     "run.loss_weights.patch_phrase": "run.loss_weights.image_token_labels",
     "run.loss_weights.points": "run.loss_weights.hard_pixel",

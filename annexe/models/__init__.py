@@ -4,7 +4,8 @@ from annexe.models import (  # noqa: F401  (each registers its components)
     deconv_decoder,
     depth_branch,
     pixel_decoder,
-    rgb_encoder,
+    projector,
+    vision_encoders,
 )
 from annexe.models.annexe import Annexe
 from annexe.models.language_model import llama  # noqa: F401

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from annexe.checkpoints import public as checkpoints
-from annexe.errors import UserError, require_sizes
+from annexe.errors import UserError
 from annexe.models.depth_branch import PATCH, DepthAnythingV2, DepthFeatures
 from annexe.models.language_model.constraints import DecodingConstraints
 from annexe.models.language_model.generation import GreedyDecoder, Responses, TokenListener
 from annexe.models.language_model.kv_cache import Prefill
 from annexe.models.language_model.llama import Llama
 from annexe.models.mask_postprocessing import split_by_query
-from annexe.models.rgb_encoder import EvaViT, Projector
 from annexe.prompts import ANSWER_OPENING, NO_TARGET
 from annexe.settings import PathSetting
 from annexe.structures.batch import ANALYSIS, Batch, QueryIndex
@@ -41,6 +40,43 @@ class Encoding(NamedTuple):
     depth: DepthFeatures
     image_tokens: Tensor  # float[B, P, D]
     embeddings: Tensor  # float[B, N, D], text with the image tokens in their place
+
+
+class RgbEncoder(Protocol):
+    """Photos to patches; an ``nn.Module``.
+
+    Attributes:
+        image_size: S.
+        grid: G.
+        embed_dim: E.
+        blocks: the repeated blocks that hold most of its weights.
+    """
+
+    image_size: int
+    grid: int
+    embed_dim: int
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The repeated blocks."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Encode float[B, 3, S, S] in [0, 1] to float[B, G * G, E]."""
+
+
+class Projector(Protocol):
+    """Patches to tokens of the language model; an ``nn.Module``.
+
+    Attributes:
+        num_tokens: P.
+        num_rows: rows of the image in which the tokens lie.
+    """
+
+    num_tokens: int
+    num_rows: int
+
+    def __call__(self, patches: Tensor) -> Tensor:
+        """Project float[B, G * G, E] to float[B, P, D]."""
 
 
 class PixelDecoder(Protocol):
@@ -73,12 +109,12 @@ class Annexe(nn.Module):
     Args:
         rgb_encoder: images to patches.
         depth_branch: images to depth and depth-aware maps.
+        projector: patches to image tokens.
         language_model: packed embeddings to hidden states and tokens.
         pixel_decoder: presence and masks of every query's slots.
         init_from: MiniGPT-v2 checkpoint, training run of the released code or run folder of ours.
             It gives projector and adapters, and whatever else it holds for the parts.
         init: ``random`` declares that projector and adapters are meant to start untrained.
-        patches_per_token: consecutive patches that make one language-model token.
         image_token_head: predict, for every image token, the words of the phrase it shows. The
             ``image_token_labels`` loss needs it, which helps runs from scratch.
         presence_threshold: a slot has a target if its presence, in [0, 1], is above. Without one,
@@ -92,14 +128,14 @@ class Annexe(nn.Module):
 
     def __init__(
         self,
-        rgb_encoder: EvaViT,
+        rgb_encoder: RgbEncoder,
         depth_branch: DepthAnythingV2,
+        projector: Projector,
         language_model: Llama,
         pixel_decoder: PixelDecoder,
         *,
         init_from: PathSetting | None = None,
         init: str | None = None,
-        patches_per_token: int = 4,
         image_token_head: bool = False,
         presence_threshold: float | None = None,
         constrain_answers: bool = True,
@@ -118,13 +154,7 @@ class Annexe(nn.Module):
                 f"model.presence_threshold is {presence_threshold}; "
                 "it must be at least 0 and at most 1"
             )
-        require_sizes("model", patches_per_token=patches_per_token)
-        if grid % patches_per_token:
-            raise UserError(
-                f"model.patches_per_token {patches_per_token} does not divide the {grid} patches "
-                "of a row; change one"
-            )
-        self.num_image_tokens = grid**2 // patches_per_token
+        self.num_image_tokens = projector.num_tokens
         self.image_token_head = image_token_head
         self.constrain_answers = constrain_answers
         self.presence_threshold = presence_threshold
@@ -133,8 +163,7 @@ class Annexe(nn.Module):
         # Parts
         self.rgb_encoder = rgb_encoder
         self.depth_branch = depth_branch
-        hidden_size = language_model.hidden_size
-        self.projector = Projector(rgb_encoder.embed_dim, hidden_size, patches_per_token)
+        self.projector = projector
         self.language_model = language_model
         self.pixel_decoder = pixel_decoder
         self.text_decoder = GreedyDecoder(language_model)
@@ -268,7 +297,7 @@ class Annexe(nn.Module):
 
     def blocks(self) -> list[nn.Module]:
         """The repeated blocks that hold most of the weights: of the RGB encoder, then of Llama."""
-        return [*self.rgb_encoder.vit.blocks, *self.language_model.llama.model.layers]
+        return [*self.rgb_encoder.blocks, *self.language_model.llama.model.layers]
 
     def _ground_then_answer(
         self,
@@ -362,9 +391,9 @@ class Annexe(nn.Module):
         return hidden[rows, columns] * is_named[..., None], is_named
 
     def _image_token_logits(self, image_tokens: Tensor) -> Tensor:
-        """Words that each image token stands for, float[B, G, P / G, V + K]."""
+        """Words that each image token stands for, float[B, rows, columns, V + K]."""
         logits = self.language_model.logits(image_tokens)
-        return logits.unflatten(1, (self.rgb_encoder.grid, -1))
+        return logits.unflatten(1, (self.projector.num_rows, -1))
 
     def _answers_follow_masks(self) -> bool:
         """Whether masks are settled before the answer, and the answer has to follow them."""

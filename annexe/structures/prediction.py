@@ -29,7 +29,7 @@ class Predictions:
     token_logits: Tensor  # float[T, V + K]
     depth: Tensor  # float[B, S, S], inverse depth up to scale and shift
     groundings: list[Grounding]  # one a decoder layer; the last one is the result
-    # float[B, G, P / G, V + K], words that each image token stands for
+    # float[B, rows, columns, V + K], words that each image token stands for
     image_token_logits: Tensor | None
 
     @property

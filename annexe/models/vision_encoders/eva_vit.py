@@ -1,7 +1,6 @@
-"""EVA-ViT RGB encoder (timm) and the projector from patches to language-model tokens.
+"""EVA ViT, the RGB encoder of MiniGPT-v2 (timm).
 
-Legend: B images, S image side, G = S / patch patches a side, P = G * G, D encoder width, L language
-width, m patches a token.
+Legend: B images, S image side, G = S / patch patches a side, P = G * G, D encoder width.
 """
 
 from __future__ import annotations
@@ -20,6 +19,18 @@ from annexe.registry import register
 from annexe.settings import PathSetting
 
 _SETTINGS = "model.rgb_encoder"
+
+
+def require_whole_patches(image_size: int, patch_size: int) -> None:
+    """Raise a `UserError` unless an image is some patches wide."""
+    if image_size < patch_size or image_size % patch_size:
+        below = image_size // patch_size * patch_size
+        above = below + patch_size
+        choices = f"{below} or {above}" if below else f"{above}"
+        raise UserError(
+            f"{_SETTINGS}.image_size {image_size} is no multiple of the patch size {patch_size}; "
+            f"take {choices}"
+        )
 
 
 @register("rgb_encoder", "eva_vit")
@@ -68,12 +79,7 @@ class EvaViT(nn.Module):
         multiple_of = math.lcm(num_heads, 4)
         reason = f"{num_heads} heads and positions in a plane"
         require_multiple(_SETTINGS, "embed_dim", embed_dim, multiple_of, reason)
-        if image_size % patch_size:
-            below = image_size // patch_size * patch_size
-            raise UserError(
-                f"{_SETTINGS}.image_size {image_size} is no multiple of the patch size "
-                f"{patch_size}; take {below} or {below + patch_size}"
-            )
+        require_whole_patches(image_size, patch_size)
         self.image_size = image_size
         self.grid = image_size // patch_size
         self.embed_dim = embed_dim
@@ -132,23 +138,12 @@ class EvaViT(nn.Module):
                     f"{value}; set {_SETTINGS}.num_heads, or take an EVA-CLIP ViT"
                 )
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks."""
+        return list(self.vit.blocks)
+
     def forward(self, images: Tensor) -> Tensor:
         """Encode ``images`` float[B, 3, S, S] in [0, 1] to patches float[B, P, D], row by row."""
         tokens = self.vit(self.normalize(images))  # [B, 1 + P, D]
         return self.norm(tokens)[:, 1:]  # without CLS
-
-
-class Projector(nn.Module):
-    """Project consecutive patches, concatenated, to one language-model token (MiniGPT-v2)."""
-
-    def __init__(self, embed_dim: int, language_dim: int, patches_per_token: int) -> None:
-        super().__init__()
-        self.patches_per_token = patches_per_token
-        self.linear = nn.Linear(embed_dim * patches_per_token, language_dim)
-
-    def forward(self, patches: Tensor) -> Tensor:
-        """float[B, P, D] -> float[B, P / m, L]."""
-        num_images, num_patches, width = patches.shape
-        num_tokens = num_patches // self.patches_per_token
-        tokens = patches.reshape(num_images, num_tokens, width * self.patches_per_token)
-        return self.linear(tokens)
