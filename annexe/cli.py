@@ -24,6 +24,7 @@ TOOLS = (
     "doctor",
     "split",
     "import-data",
+    "export-data",
     "score",
     "compare",
     "convert-predictions",
