@@ -34,8 +34,9 @@ from annexe.interchange.labels import (
 from annexe.interchange.photo_search import PhotoSearch, name_of_photo
 from annexe.rle import Rle, area, bounding_box, validate
 
-DATA_FILE = "instances.json"
+DATA_FILE = "annotations/instances_default.json"  # where datumaro and CVAT look for it
 RESULTS_FILE = "results.json"
+PHOTO_FOLDER = "images"
 
 CROWDS = "crowds, which are several things that nobody told apart"
 NO_MASK = "annotations without a mask, such as boxes and keypoints"
@@ -486,10 +487,11 @@ def _key(value: Any) -> Any:
 
 
 def write(images: list[LabeledImage], out: Path) -> None:
-    """Write ``instances.json``, and ``results.json`` with the regions that have scores.
+    """Write ``annotations/instances_default.json``, and ``results.json`` where regions have scores.
 
     Both are what pycocotools reads: masks are compressed run lengths, and ids start at 1, because
-    pycocotools takes an annotation of id 0 for a miss.
+    pycocotools takes an annotation of id 0 for a miss. The empty folder ``images`` is for the
+    photos, which are not copied; datumaro opens no data set without it.
 
     Args:
         images: photos; several regions may overlap.
@@ -533,6 +535,7 @@ def write(images: list[LabeledImage], out: Path) -> None:
         "annotations": annotations,
     }
     with new_folder(out) as part:
+        (part / PHOTO_FOLDER).mkdir()
         write_json(part / DATA_FILE, content)
         if results:
             write_json(part / RESULTS_FILE, results)
