@@ -268,8 +268,10 @@ def build_tokenizer(config: Config, folder: Path) -> TextTokenizer:
         UserError: if there is none, or it has more words than the model.
     """
     model = config.require_model()
-    size = model["language_model"]["vocab_size"]
-    tokenizer = load_tokenizer(folder, model["pixel_decoder"]["num_slots"], size)
+    language_model = model["language_model"]
+    size = language_model["vocab_size"]
+    num_slots = model["pixel_decoder"]["num_slots"]
+    tokenizer = load_tokenizer(folder, num_slots, size, language_model["prompt_template"])
     if size is not None and tokenizer.vocab_size > size:
         raise UserError(
             f"model.language_model.vocab_size is {size} but the tokenizer in '{folder}' has "

@@ -1,15 +1,9 @@
-"""The words around a question: MiniGPT-v2's template, our instructions, phrases of an answer."""
+"""The words around a question: templates of prompts, our instructions, phrases of an answer."""
 
 from __future__ import annotations
 
 import re
-
-# One prefix for an image, then one branch for each task:
-# BOS PREFIX <image tokens> BRANCH response EOS
-PREFIX = "[INST] <Img>"
-# Two spaces before [/INST], as MiniGPT-v2 was trained
-ANALYSIS_BRANCH = "</Img> [caption] {instruction}  [/INST] "
-QUERY_BRANCH = "</Img> [vqa] {instruction} {query} [/INST] "
+from dataclasses import dataclass
 
 ANALYSIS_INSTRUCTIONS = (
     "Describe how the hands act on the objects.",
@@ -39,14 +33,45 @@ _TARGET = re.compile(
 _NUMBERED = re.compile(r"<MSK_(\d{1,4})>")
 
 
-def analysis_prompt(instruction: str = ANALYSIS_INSTRUCTIONS[0]) -> str:
-    """The prompt of the analysis branch, behind the image tokens."""
-    return ANALYSIS_BRANCH.format(instruction=instruction)
+@dataclass(frozen=True)
+class PromptTemplate:
+    """What stands around image, task and response. Training and generation both read it here.
+
+    There is one prefix for an image, then one branch for each task:
+
+        BOS prefix <image tokens> opening task closing response end
+
+    Args:
+        prefix: text before the image tokens.
+        analysis: opening and closing of an analysis.
+        query: opening and closing of a query.
+        begins_with_bos: whether the tokenizer's beginning of sequence stands before the prefix.
+        end: the word that ends a response; None is the tokenizer's end of sequence.
+    """
+
+    prefix: str
+    analysis: tuple[str, str]
+    query: tuple[str, str]
+    begins_with_bos: bool = True
+    end: str | None = None
+
+    def analysis_prompt(self, instruction: str = ANALYSIS_INSTRUCTIONS[0]) -> str:
+        """The prompt of the analysis branch, behind the image tokens."""
+        opening, closing = self.analysis
+        return f"{opening}{instruction}{closing}"
+
+    def query_prompt(self, query: str) -> str:
+        """The prompt of a query's branch, behind the image tokens."""
+        opening, closing = self.query
+        return f"{opening}{QUERY_INSTRUCTION} {query}{closing}"
 
 
-def query_prompt(query: str) -> str:
-    """The prompt of a query's branch, behind the image tokens."""
-    return QUERY_BRANCH.format(instruction=QUERY_INSTRUCTION, query=query)
+# Of arXiv 2310.09478; its analyses were trained with two spaces before [/INST]
+MINIGPT_V2 = PromptTemplate(
+    prefix="[INST] <Img>",
+    analysis=("</Img> [caption] ", "  [/INST] "),
+    query=("</Img> [vqa] ", " [/INST] "),
+)
 
 
 def phrases_of(answer: str) -> dict[int, str]:
@@ -122,5 +147,6 @@ def number_placeholders(answer: str, slots: list[int]) -> str:
 
 def texts() -> list[str]:
     """All fixed wording of the prompts, so that a tokenizer trained for a run knows it."""
-    analysis_prompts = [analysis_prompt(instruction) for instruction in ANALYSIS_INSTRUCTIONS]
-    return [PREFIX, *analysis_prompts, query_prompt(""), NO_TARGET_ANSWER]
+    template = MINIGPT_V2
+    analysis_prompts = [template.analysis_prompt(each) for each in ANALYSIS_INSTRUCTIONS]
+    return [template.prefix, *analysis_prompts, template.query_prompt(""), NO_TARGET_ANSWER]

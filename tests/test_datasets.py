@@ -526,7 +526,7 @@ def test_labels_are_on_responses_and_eos_alone(make_parts: MakeParts) -> None:
 def test_branches_start_where_the_prefix_ends(make_parts: MakeParts) -> None:
     _, tokenizer, batch = make_parts()
     text = batch.text
-    prefix = [tokenizer.bos_id, *tokenizer.encode(prompts.PREFIX)]
+    prefix = tokenizer.prefix_ids
     start = text.prefix_length
     for row in range(len(batch.samples)):
         assert text.input_ids[row, : text.image_start].tolist() == prefix
@@ -547,7 +547,7 @@ def test_prompts_end_the_sequences_without_responses(make_parts: MakeParts) -> N
         start = int(text.branch_start[branch])
         end = start + int(text.branch_length[branch])
         prompt = text.input_ids[text.branch_image_index[branch], start:end].tolist()
-        assert prompt == tokenizer.encode(prompts.query_prompt(query))
+        assert prompt == tokenizer.encode(tokenizer.template.query_prompt(query))
 
 
 def test_object_phrases_in_a_batch(make_parts: MakeParts) -> None:

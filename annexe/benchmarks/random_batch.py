@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from annexe import prompts
 from annexe.build import build_dataset
 from annexe.config import Config
 from annexe.datasets.collate import Padding, index_queries, pack, used_slots_of
@@ -86,11 +85,12 @@ def real_branches(config: Config, tokenizer: Any) -> Branches:
     for _, index in sample_order(seed, len(dataset), 0, num_images):
         # Prompt and response of the analysis, then of some queries
         annotations = dataset.annotations[index]
-        pairs = [(prompts.analysis_prompt(), annotations[0].caption)]
+        pairs = [(tokenizer.template.analysis_prompt(), annotations[0].caption)]
         chosen = random.permutation(len(annotations))[: dataset.queries_per_image]
         for annotation in (annotations[i] for i in chosen.tolist()):
             wording = annotation.questions[random.integers(len(annotation.questions))]
-            pairs.append((prompts.query_prompt(wording["query"]), dataset.reference(annotation)))
+            prompt = tokenizer.template.query_prompt(wording["query"])
+            pairs.append((prompt, dataset.reference(annotation)))
 
         # Their lengths, with the end of sequence
         lengths = []

@@ -31,7 +31,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from annexe import prompts
 from annexe.errors import UserError
 from annexe.structures.batch import ANALYSIS, BLOCK, Batch, PackedText, QueryIndex, round_up
 from annexe.structures.sample import Sample
@@ -311,7 +310,7 @@ class Collator:
     def __call__(self, samples: list[Sample]) -> Batch:
         # Texts: every different one is encoded once
         ids = self._encode(samples)
-        prefix = [self.tokenizer.bos_id, *ids[prompts.PREFIX]]
+        prefix = self.tokenizer.prefix_ids
         branches = [self._branches(sample, ids) for sample in samples]
         for sample, own in zip(samples, branches, strict=True):
             self._require_room(sample, len(prefix), own)
@@ -351,20 +350,28 @@ class Collator:
 
     def _encode(self, samples: list[Sample]) -> dict[str, list[int]]:
         """Text -> token ids, for all texts of a batch: one call is faster than many."""
-        texts = [prompts.PREFIX]
+        texts: list[str] = []
         for sample in samples:
             texts += sample.object_phrases.values()
-            for prompt, response in _texts_of_branches(sample):
+            for prompt, response in self._texts_of_branches(sample):
                 texts += [prompt, response]
         texts = list(dict.fromkeys(texts))
         return dict(zip(texts, self.tokenizer.encode_all(texts), strict=True))
 
     def _branches(self, sample: Sample, ids: dict[str, list[int]]) -> list[Branch]:
         branches = []
-        for prompt, response in _texts_of_branches(sample):
+        for prompt, response in self._texts_of_branches(sample):
             response_ids = [*ids[response], self.tokenizer.eos_id] if self.responses else []
             branches.append((ids[prompt], response_ids))
         return branches
+
+    def _texts_of_branches(self, sample: Sample) -> list[tuple[str, str]]:
+        """Prompt and response of every branch, the analysis first."""
+        template = self.tokenizer.template
+        texts = [(template.analysis_prompt(sample.instruction), sample.analysis)]
+        for turn in sample.turns:
+            texts.append((template.query_prompt(turn.query), turn.answer))
+        return texts
 
     def _require_room(self, sample: Sample, prefix_length: int, branches: list[Branch]) -> None:
         """Check that the language model has a position for every token of a sample.
@@ -425,11 +432,3 @@ class Collator:
                 object_ids[image_index, column] = mask_id
                 object_words[image_index, column, : len(words)] = words
         return object_ids, object_words
-
-
-def _texts_of_branches(sample: Sample) -> list[tuple[str, str]]:
-    """Prompt and response of every branch, the analysis first."""
-    texts = [(prompts.analysis_prompt(sample.instruction), sample.analysis)]
-    for turn in sample.turns:
-        texts.append((prompts.query_prompt(turn.query), turn.answer))
-    return texts

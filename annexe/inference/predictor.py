@@ -46,6 +46,8 @@ _SIMPLE = ("run.num_workers=0", "run.parallel=ddp")
 _PRECISIONS = {"auto": "auto", "float32": "fp32", "bfloat16": "bf16"}
 _MAX_THREADS = 8  # that decode photos and encode masks beside a GPU
 _LAST_WORD = re.compile(r"\S+\Z")
+# A placeholder, or a special token of chat models such as <|im_end|>
+_PROMPT_TOKEN = re.compile(rf"{PLACEHOLDER.pattern}|<\|\w+\|>")
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ def check_question(question: str) -> None:
         raise UserError(f"question {question!r} is not UTF-8; write it again") from None
     if not question.strip():
         raise UserError("a question is empty; write one")
-    if PLACEHOLDER.search(question) or any(token in question for token in TEMPLATE_TOKENS):
+    holds_template_token = any(token in question for token in TEMPLATE_TOKENS)
+    if holds_template_token or _PROMPT_TOKEN.search(question):
         raise UserError(
             f"question '{question}' holds a token of the prompt, such as <MSK_0> or [INST]; "
             "leave it out"

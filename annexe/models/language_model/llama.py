@@ -149,6 +149,7 @@ class Llama(nn.Module):
         num_heads: attention heads of a block.
         mlp_dim: width of the hidden layer of a block's MLP.
         vocab_size: rows of the tables, where they have more than the tokenizer has words.
+        prompt_template: how prompts are written, which the tokenizer knows.
         max_position_embeddings: positions that it takes, for the prefix and the longest text of an
             image together.
         initializer_range: standard deviation of random weights, and of the placeholders'.
@@ -174,6 +175,7 @@ class Llama(nn.Module):
         num_heads: int = 32,
         mlp_dim: int = 11008,
         vocab_size: int | None = None,
+        prompt_template: str = "minigpt_v2",
         max_position_embeddings: int = 2048,
         initializer_range: float = 0.02,
         checkpointed_blocks: int = 0,

@@ -12,6 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from annexe import prompts
 from annexe.checkpoints.tensor_files import read_config, require_real_files
 from annexe.errors import UserError
+from annexe.models.language_model.prompt_templates import find_template
+from annexe.prompts import MINIGPT_V2, PromptTemplate
 
 PLACEHOLDER = re.compile(r"<MSK_(\d+)>")
 # Words of a tokenizer that is trained here: the bytes, and what short prompts and answers repeat.
@@ -31,12 +33,22 @@ class TextTokenizer:
         base: the tokenizer.
         num_slots: number of placeholders.
         vocab_size: rows of the language model's tables, where those exceed the words of ``base``.
+        template: how prompts are written.
+
+    Attributes:
+        prefix_ids: what stands before the image tokens of every prompt.
+        eos_id: what ends a response.
     """
 
     def __init__(
-        self, base: PreTrainedTokenizerBase, num_slots: int, vocab_size: int | None = None
+        self,
+        base: PreTrainedTokenizerBase,
+        num_slots: int,
+        vocab_size: int | None = None,
+        template: PromptTemplate = MINIGPT_V2,
     ) -> None:
         self.base = base
+        self.template = template
         self.num_slots = num_slots
         num_ids = (
             max(base.get_vocab().values(), default=-1) + 1
@@ -44,7 +56,12 @@ class TextTokenizer:
         self.vocab_size = max(len(base), num_ids, vocab_size or 0)
         self.bos_id = base.bos_token_id
         self.eos_id = base.eos_token_id
+        if template.end is not None:
+            self.eos_id = base.convert_tokens_to_ids(template.end)
         self.full_stop_id = self.encode(".")[0]  # as it stands behind a placeholder
+        self.prefix_ids = self.encode(template.prefix)
+        if template.begins_with_bos:
+            self.prefix_ids.insert(0, self.bos_id)
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``, without special tokens."""
@@ -110,7 +127,10 @@ class TextTokenizer:
 
 
 def load_tokenizer(
-    folder: str | Path, num_slots: int, vocab_size: int | None = None
+    folder: str | Path,
+    num_slots: int,
+    vocab_size: int | None = None,
+    prompt_template: str = "minigpt_v2",
 ) -> TextTokenizer:
     """Load the tokenizer in a Hugging Face folder.
 
@@ -118,9 +138,11 @@ def load_tokenizer(
         folder: the folder.
         num_slots: number of placeholders.
         vocab_size: as of `TextTokenizer`.
+        prompt_template: name of a template of `annexe.models.language_model.prompt_templates`.
 
     Raises:
-        UserError: if there is none, or it is damaged or cannot begin and end a text.
+        UserError: if there is none, or it is damaged or cannot begin and end a text, or has no
+            words for the template.
     """
     if not Path(folder).is_dir():
         raise UserError(
@@ -148,17 +170,22 @@ def load_tokenizer(
             f"cannot load the tokenizer in '{folder}' ({type(error).__name__}: {reason}); "
             "fetch its JSON files again"
         ) from None
-    _require_special_tokens(base, folder)
-    return TextTokenizer(base, num_slots, vocab_size)
+    template = find_template(prompt_template, base)
+    _require_special_tokens(base, folder, template)
+    return TextTokenizer(base, num_slots, vocab_size, template)
 
 
-def _require_special_tokens(base: PreTrainedTokenizerBase, folder: str | Path) -> None:
+def _require_special_tokens(
+    base: PreTrainedTokenizerBase, folder: str | Path, template: PromptTemplate
+) -> None:
     """Check that a tokenizer can begin a prompt, end a response and write a full stop.
 
     Raises:
         UserError: for one that cannot.
     """
-    for name, does in (("bos_token", "begin a prompt"), ("eos_token", "end a response")):
+    needed = [("bos_token", "begin a prompt")] if template.begins_with_bos else []
+    needed += [("eos_token", "end a response")]
+    for name, does in needed:
         if getattr(base, name) is None:
             raise UserError(
                 f"the tokenizer in '{folder}' has no {name}, so it cannot {does}; set {name} in "
