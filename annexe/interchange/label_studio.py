@@ -12,7 +12,6 @@ import json
 import re
 import shutil
 import xml.etree.ElementTree as ET
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -29,9 +28,15 @@ from annexe.errors import UserError, explain_mismatch, shown
 from annexe.files import named, new_folder, write_text
 from annexe.interchange.brush_rle import decode_brush, encode_brush
 from annexe.interchange.coco import fill_polygons, read_json
+from annexe.interchange.contact_words import (
+    FREE,
+    TOUCHED_BY,
+    TOUCHES,
+    SaidContacts,
+    hand_index,
+)
 from annexe.interchange.labels import (
     SIDES,
-    Contact,
     ImportReport,
     LabeledImage,
     ReadOptions,
@@ -61,23 +66,6 @@ _PHOTO_FIELD = "photo"
 _CONTACT_FIELD = "contact"
 _HANDS_FIELD = "hands"
 
-# Labels of relations, and choices
-_TOUCHES = "touches"
-_FREE = "touches nothing"
-_VERBS = (
-    "hold|holds|holding|held|touch|touches|touching|touched|grasp|grasps|grasping|grasped|"
-    "grip|grips|gripping|gripped|use|uses|using|used|carry|carries|carrying|carried|"
-    "lift|lifts|lifting|lifted|push|pushes|pushing|pushed|pull|pulls|pulling|pulled|"
-    "move|moves|moving|moved|press|presses|pressing|pressed|"
-    "manipulate|manipulates|manipulating|manipulated"
-)
-_CONTACT_LABEL = re.compile(rf"(is |in )*({_VERBS}|contact|active)( by| with)?")
-_HELD_BY = re.compile(
-    rf"(is |in )*({_VERBS}|contact)? ?(by |with |in )?(the |a )?(left|right|both) hands?"
-)
-_FREE_LABEL = re.compile(
-    rf"({_VERBS}) nothing|free|empty|idle|no contact|not (touching|holding|in contact)( anything)?"
-)
 _ABSENT_HAND = re.compile(r"no (left|right) hand( visible)?|(left|right) hand (absent|not visible)")
 _COLORS = (
     *("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#42d4f4", "#f032e6", "#bfef45"),
@@ -270,8 +258,7 @@ class _Reading:
         self.regions: list[Region] = []
         self.index_of: dict[str | int, int] = {}  # id of a region -> its index
         self.unmasked: set[str] = set()
-        self.touched: dict[str, set[int]] = defaultdict(set)  # side of a hand -> regions
-        self.free: set[str] = set()  # sides of hands that touch nothing
+        self.said = SaidContacts(self.regions, is_complete=options.is_complete)
 
     def image(self, search: PhotoSearch, caption_field: str | None) -> LabeledImage | None:
         """The photo of the task; None where nobody has labeled it.
@@ -306,6 +293,8 @@ class _Reading:
                 about_photo += texts
 
         # What is said of regions, then of the photo
+        is_complete = self.options.is_complete and not self.unmasked
+        self.said.is_complete = is_complete
         for relation in relations:
             self._take_relation(relation)
         for identity, text in about_regions:
@@ -318,9 +307,9 @@ class _Reading:
             size=self.size or photo_size(photo),
             where=self.where,
             regions=mark_unique(self.regions, self.unmasked),
-            contacts=self._contacts(),
+            contacts=self.said.contacts(self.where),
             absent_hands=self._absent_hands(about_photo),
-            is_complete=self.options.is_complete and not self.unmasked,
+            is_complete=is_complete,
             unmasked_names=frozenset(self.unmasked),
             caption=self._caption(about_photo, caption_field),
             split=split if split in SPLITS else None,
@@ -484,14 +473,9 @@ class _Reading:
         if len(known) < 2:
             self._leave_out("relations of regions that are left out", entry)
             return
-        hands = [end for end in known if self.regions[end].hand in SIDES]
-        things = [end for end in known if self.regions[end].hand is None]
-        if not any(_CONTACT_LABEL.fullmatch(label.lower()) for label in labels):
-            self._leave_out("relations whose label names no contact", entry)
-        elif len(hands) != 1 or len(things) != 1:
-            self._leave_out("relations that are not of a right or left hand and a thing", entry)
-        else:
-            self.touched[self.regions[hands[0]].hand or ""].add(things[0])
+        reason = self.said.relate(known[0], known[1], labels)
+        if reason is not None:
+            self._leave_out(reason, entry)
 
     def _take_text_of_region(self, identity: str | int, result: _Result) -> None:
         """Take choices about a region that settle a contact."""
@@ -503,51 +487,8 @@ class _Reading:
             self._leave_out("text areas of regions", entry)
             return
         for choice in _texts_of(result, "choices"):
-            if not self._take_choice(index, choice.lower()):
+            if not self.said.say(index, choice):
                 self._leave_out("choices that settle no contact", f"{entry}: '{choice}'")
-
-    def _take_choice(self, index: int, choice: str) -> bool:
-        """Take a choice about a region; whether it settles a contact."""
-        hand = self.regions[index].hand
-        if hand in SIDES:
-            if _FREE_LABEL.fullmatch(choice):
-                self.free.add(hand or "")
-                return True
-            return False
-        if hand is not None:
-            return False
-        by_hand = _HELD_BY.fullmatch(choice)
-        if by_hand:
-            sides = SIDES if by_hand[5] == "both" else (by_hand[5],)
-            for side in sides:
-                self.touched[side].add(index)
-            return True
-
-        # Whose contact it is, only the one hand of a photo tells in which no hand is left out
-        hands = [region.hand for region in self.regions if region.hand is not None]
-        is_only = self.options.is_complete and len(hands) == 1 and hands[0] in SIDES
-        if is_only and _CONTACT_LABEL.fullmatch(choice):
-            self.touched[hands[0] or ""].add(index)
-            return True
-        return False
-
-    def _contacts(self) -> dict[str, Contact]:
-        """Contacts of each side that the labels tell of.
-
-        Raises:
-            UserError: a hand touches nothing and something.
-        """
-        contacts = {}
-        for side in SIDES:
-            if side in self.free and self.touched[side]:
-                raise UserError(
-                    f"{self.where}: the {side} hand touches nothing by a choice and something by "
-                    "a relation or another choice; remove one of them"
-                )
-            if side in self.free or self.touched[side]:
-                is_all = side in self.free or self.options.is_complete
-                contacts[side] = Contact(tuple(sorted(self.touched[side])), is_all=is_all)
-        return contacts
 
     def _absent_hands(self, about_photo: list[_Result]) -> frozenset[str]:
         """Sides without a hand, by choices about the photo."""
@@ -701,7 +642,7 @@ def _results(image: LabeledImage) -> Iterator[dict[str, Any]]:
             "from_id": _identity(hand),
             "to_id": _identity(touched),
             "direction": "right",
-            "labels": [_TOUCHES],
+            "labels": [TOUCHES],
         }
 
     # The photo
@@ -731,10 +672,10 @@ def _choices_of_region(
     choices = []
     hand = image.regions[index].hand
     if hand in image.contacts and not image.contacts[hand or ""].touched:
-        choices.append(_FREE)
+        choices.append(FREE)
     for side, contact in image.contacts.items():
-        if index in contact.touched and _hand_index(image, side) is None:
-            choices.append(f"touched by {side} hand")
+        if index in contact.touched and hand_index(image, side) is None:
+            choices.append(TOUCHED_BY[side])
     if choices:
         value = {key: kept for key, kept in shared["value"].items() if key != "brushlabels"}
         value["choices"] = choices
@@ -744,16 +685,10 @@ def _choices_of_region(
 def _relations(image: LabeledImage) -> Iterator[tuple[int, int]]:
     """Indices of a hand and of a thing that it touches."""
     for side, contact in image.contacts.items():
-        hand = _hand_index(image, side)
+        hand = hand_index(image, side)
         if hand is not None:
             for touched in contact.touched:
                 yield hand, touched
-
-
-def _hand_index(image: LabeledImage, side: str) -> int | None:
-    """Index of the first region of a hand."""
-    hands = [index for index, region in enumerate(image.regions) if region.hand == side]
-    return hands[0] if hands else None
 
 
 def _identity(index: int) -> str:
@@ -776,7 +711,7 @@ def _set_up(images: list[LabeledImage]) -> str:
 
     # Contacts, the photo
     relations = ET.SubElement(view, "Relations")
-    ET.SubElement(relations, "Relation", value=_TOUCHES)
+    ET.SubElement(relations, "Relation", value=TOUCHES)
     contact = ET.SubElement(
         *(view, "Choices"),
         name=_CONTACT_FIELD,
@@ -784,7 +719,7 @@ def _set_up(images: list[LabeledImage]) -> str:
         perRegion="true",
         choice="multiple",
     )
-    for choice in (_FREE, *(f"touched by {side} hand" for side in SIDES)):
+    for choice in (FREE, *(TOUCHED_BY[side] for side in SIDES)):
         ET.SubElement(contact, "Choice", value=choice)
     hands = ET.SubElement(
         *(view, "Choices"), name=_HANDS_FIELD, toName=_PHOTO_FIELD, choice="multiple"
