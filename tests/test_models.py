@@ -365,7 +365,8 @@ class ReplayTokenizer:
         self.tokenizer = tokenizer
         self.generated = generated
         self.eos_id = tokenizer.eos_id
-        self.bos_id = tokenizer.bos_id
+        self.template = tokenizer.template
+        self.prefix_ids = tokenizer.prefix_ids
 
     def encode_all(self, texts: list[str]) -> list[list[int]]:
         ids = []
