@@ -297,7 +297,8 @@ def _write_photos(
     """
     # Every photo by itself, in several processes
     (folder / "annotations").mkdir()
-    vocabulary = tuple(sorted({name for image in images for name in _things(image)}))
+    labels = {region.name for image in images for region in image.regions}
+    vocabulary = tuple(sorted(set(filter(None, map(phrase_of, labels)))))
     jobs = [
         _Job(image, stem, folder, vocabulary, options)
         for image, stem in zip(images, stems, strict=True)
@@ -344,7 +345,7 @@ def _write(job: _Job) -> _Written:
         # Questions
         rng = np.random.default_rng([job.options.seed, zlib.crc32(job.stem.encode())])
         annotations = write_annotations(
-            askable(image), mask_ids, job.vocabulary, rng, automatic=job.options.automatic
+            with_phrases(image), mask_ids, job.vocabulary, rng, automatic=job.options.automatic
         )
         if not annotations:
             result.left_out.append((NOTHING_TO_ASK, image.where))
@@ -431,14 +432,11 @@ def _shown(size: tuple[int, int]) -> str:
 # Names of things
 
 
-def askable(image: LabeledImage) -> LabeledImage:
-    """A photo whose regions have names that questions can hold, and none where that misleads."""
-    regions = []
-    for region in image.regions:
-        if region.name in image.unmasked_names:
-            region = replace(region, name=None, hand=region.hand and "unknown")
-        regions.append(replace(region, name=phrase_of(region.name)))
-    return replace(image, regions=regions)
+def with_phrases(image: LabeledImage) -> LabeledImage:
+    """A photo whose labels are noun phrases, as questions need them."""
+    regions = [replace(region, name=phrase_of(region.name)) for region in image.regions]
+    unmasked = frozenset(filter(None, map(phrase_of, image.unmasked_names)))
+    return replace(image, regions=regions, unmasked_names=unmasked)
 
 
 def phrase_of(name: str | None) -> str | None:
@@ -450,14 +448,6 @@ def phrase_of(name: str | None) -> str | None:
     for word in re.sub(r"[_<>\s]+", " ", name or "").split():
         words.append(word if any(letter.isupper() for letter in word[1:]) else word.lower())
     return _ARTICLE.sub("", " ".join(words), count=1) or None
-
-
-def _things(image: LabeledImage) -> Iterator[str]:
-    """Names of the things in a photo that are no hands."""
-    for region in image.regions:
-        phrase = phrase_of(region.name)
-        if phrase and region.hand is None and region.name not in image.unmasked_names:
-            yield phrase
 
 
 # Names of files
