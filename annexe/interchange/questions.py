@@ -193,13 +193,9 @@ def _continued(written: list[dict], given: list[dict]) -> list[dict]:
 # How things are called
 
 
-def spoken(name: str) -> str:
-    """The name of a label as a sentence has it: "Trash_Can" is a trash can.
-
-    Marks at which an answer ends a phrase are left out.
-    """
-    words = re.sub(r"[\s_,.;:<>]+", " ", name).strip().split(" ")
-    return " ".join(word.lower() if word.istitle() else word for word in words)
+def _spoken(name: str) -> str:
+    """A name without marks at which an answer ends a phrase."""
+    return " ".join(re.sub(r"[_,.;:<>]+", " ", name).split())
 
 
 def _phrases(image: LabeledImage) -> list[str]:
@@ -213,7 +209,7 @@ def _phrases(image: LabeledImage) -> list[str]:
         elif region.hand:
             phrase = "the hand"
         elif region.name:
-            phrase = f"the {spoken(region.name)}"
+            phrase = f"the {_spoken(region.name)}"
         elif direct:
             phrase = f"the object of {_hands(direct)}"
         elif indirect:
@@ -291,7 +287,7 @@ def _caption(image: LabeledImage) -> str:
 
 def _thing(region: Region, unnamed: str) -> str:
     """A thing as the analysis sentence calls it."""
-    return f"the {spoken(region.name)}" if region.name else unnamed
+    return f"the {_spoken(region.name)}" if region.name else unnamed
 
 
 def _listed(words: list[str]) -> str:
@@ -318,9 +314,9 @@ class _Facts:
         names: dict[str, list[int]] = defaultdict(list)
         for index, region in enumerate(image.regions):
             if region.hand is None and region.name:
-                names[spoken(region.name)].append(index)
+                names[_spoken(region.name)].append(index)
         self.names = dict(names)
-        self.unmasked = {spoken(name) for name in image.unmasked_names}
+        self.unmasked = {_spoken(name) for name in image.unmasked_names}
         self.hands = [index for index, region in enumerate(image.regions) if region.hand]
         self.contacts: dict[str, Contact] = {}
         for side, contact in image.contacts.items():
@@ -334,7 +330,7 @@ class _Facts:
         self._has_unnamed = any(not (region.hand or region.name) for region in image.regions)
         kinds = {name.split()[-1] for name in (*self.names, *self.unmasked)}
         if self.is_complete and not self._has_unnamed:
-            for name in dict.fromkeys(spoken(name) for name in vocabulary):
+            for name in dict.fromkeys(_spoken(name) for name in vocabulary):
                 if hand_of(name) is None and name.split()[-1] not in kinds:
                     self.absent.append(name)
 
