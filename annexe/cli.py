@@ -28,6 +28,7 @@ TOOLS = (
     "score",
     "compare",
     "convert-predictions",
+    "export-predictions",
     "weights",
     "convert-config",
     "plan",

@@ -47,7 +47,6 @@ FILE = "annotations.xml"
 _EXPORT = "export the task as 'CVAT for images 1.1'"
 _SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 _MASKS = ("mask", "polygon")
-_UNNAMED = "object"  # label of exported regions that have no name
 _MIN_NUMBERS = 6  # of a polygon: three corners
 
 # Attributes of exported shapes
@@ -442,7 +441,7 @@ def _labels(images: list[LabeledImage]) -> list[dict[str, Any]]:
     used: dict[str, Counter[str]] = {}
     for image in images:
         for index, region in enumerate(image.regions):
-            found = used.setdefault(_label(region), Counter())
+            found = used.setdefault(coco.category_of(region), Counter())
             found.update(key for key, _ in _said_of(image, index))
     labels = []
     for name, keys in sorted(used.items()):
@@ -477,14 +476,15 @@ def _add_label(holder: ET.Element, label: dict[str, Any]) -> None:
 def _add_image(root: ET.Element, image: LabeledImage, number: int) -> None:
     """Write one photo with its shapes, from back to front."""
     height, width = image.size
-    sides = {"width": str(width), "height": str(height)}
-    element = ET.SubElement(root, "image", id=str(number), name=image.name, **sides)
+    attributes = {"id": str(number), "name": image.name}
+    attributes |= {"width": str(width), "height": str(height)}
+    element = ET.SubElement(root, "image", attributes)
     for index, region in enumerate(image.regions):
         left, top, right, bottom = bounding_box(region.rle)
         box = decode(region.rle)[top:bottom, left:right]
         shape = ET.SubElement(
             *(element, "mask"),
-            label=_label(region),
+            label=coco.category_of(region),
             source="manual" if region.score is None else "auto",
             occluded="0",
             rle=", ".join(str(run) for run in _runs(box)),
@@ -525,8 +525,3 @@ def _said_of(image: LabeledImage, index: int) -> Iterator[tuple[str, str]]:
             notes.append(f"{asked}: {question.answer}" if question.answer else asked)
     if notes:
         yield _QUESTIONS, "\n".join(notes)
-
-
-def _label(region: Region) -> str:
-    """Label of a region, which has to have one."""
-    return region.name or _UNNAMED

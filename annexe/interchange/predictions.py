@@ -27,6 +27,7 @@ from annexe.terminal import track
 NAMES = ("phrases", "categories")
 """What regions are called: as annotations or answers call them, or hands and HOI4D's categories."""
 
+_MERGED = "of a thing that another answer gives the same name"
 _SAME = 0.5  # masks of one name with at least this IoU are of one thing
 _ARTICLE = re.compile(r"(the|an?) (?=.)", re.IGNORECASE)
 _CATEGORY_OF_GROUP = {name.replace(" ", "_"): name for name in CATEGORIES.values()}
@@ -260,6 +261,11 @@ def predicted_images(
             questions=questions,
         )
         images.append(image)
+    if report.taken[_MERGED]:
+        report.note(
+            f"{report.taken[_MERGED]:,} masks are {_MERGED}; the one with the highest score stands "
+            "for it (--all-masks keeps them)"
+        )
     return images
 
 
@@ -286,7 +292,7 @@ def _regions_of(
                 targets.append(len(regions))
                 regions.append(region)
                 continue
-            report.leave_out("masks of a thing that another answer names, too", where)
+            report.taken[_MERGED] += 1
             targets.append(same)
             if (region.score or 0) > (regions[same].score or 0):
                 regions[same] = region

@@ -1,4 +1,7 @@
-"""`annexe convert-predictions`: mask images and a table of answers to a predictions file."""
+"""`annexe convert-predictions`: masks and a table of answers to a predictions file.
+
+Masks are images, or results of COCO that name the question that they answer.
+"""
 
 from __future__ import annotations
 
@@ -23,18 +26,19 @@ from PIL import Image
 from annexe.datasets.image_names import warn_of_ignored
 from annexe.datasets.pixels import read_image
 from annexe.errors import UserError, explain_mismatch
-from annexe.evaluation.records import unique_keys
+from annexe.evaluation.records import PredictedMask, unique_keys
 from annexe.files import write_text
+from annexe.interchange.answer_files import QuestionKey, read_results
 from annexe.rle import Rle, encode
 from annexe.terminal import say, track
 from annexe.tools.score import require_output
 
 log = logging.getLogger(__name__)
 
-HELP = "make predictions.jsonl of mask images and a table of answers"
+HELP = "make predictions.jsonl of mask images or results of COCO, and a table of answers"
 
 REQUIRED = ("image", "annotation", "query_id", "answer")
-OPTIONAL = ("presence", "analysis")
+OPTIONAL = ("query", "presence", "analysis")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 _PATTERN = "IMAGE/ANNOTATION_QUERY_SLOT.png"
 _NAME = re.compile(
@@ -43,7 +47,8 @@ _NAME = re.compile(
 _NAME_OF_MASK = re.compile(r"\d+_.+_\d+(\..*)?", re.ASCII)  # in whatever format
 _UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
-Key = tuple[str, int, str]  # image, annotation, query id as text
+Masks = dict[QuestionKey, dict[int, Path | PredictedMask]]
+"""Question -> slot -> mask, or the file that holds it."""
 
 
 class _Row(Struct):
@@ -53,6 +58,7 @@ class _Row(Struct):
     annotation: Annotated[int, Meta(ge=0)]
     query_id: int | str
     answer: str
+    query: str | None = None
     presence: Annotated[float, Meta(ge=0, le=1)] | None = None
     analysis: str | None = None
 
@@ -61,43 +67,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "masks",
         type=Path,
-        help="folder of IMAGE/ANNOTATION_QUERY_SLOT.png, 0 = outside of the mask",
+        help="folder of IMAGE/ANNOTATION_QUERY_SLOT.png, 0 = outside of the mask; or .json with "
+        "results of COCO that have annotation and query_id",
     )
     parser.add_argument(
         "answers",
         type=Path,
-        help=f"rows of {', '.join(REQUIRED)}, optionally presence and analysis: "
+        help=f"rows of {', '.join(REQUIRED)}, optionally query, presence and analysis: "
         ".tsv with a header, or .jsonl",
     )
     parser.add_argument("out", type=Path, help="predictions.jsonl to write")
+    parser.add_argument(
+        "--dataset",
+        type=Path,
+        metavar="FILE",
+        help="results of COCO: the data set whose images the numbers in image_id mean",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    require_output(arguments.out, arguments.answers)
-    masks = find_masks(arguments.masks)
+    # Arguments
+    has_results = arguments.masks.suffix.lower() == ".json" and not arguments.masks.is_dir()
+    inputs = [path for path in (arguments.answers, arguments.dataset) if path is not None]
+    require_output(arguments.out, *inputs, *([arguments.masks] if has_results else []))
+    if arguments.dataset is not None and not has_results:
+        raise UserError("--dataset is for results of COCO (.json); leave it out with mask images")
+
+    # Answers with their masks
+    masks: Masks = {}
+    if has_results:
+        for key, results in read_results(arguments.masks, arguments.dataset).items():
+            masks[key] = dict(results)
+    else:
+        for key, files in find_masks(arguments.masks).items():
+            masks[key] = dict(files)
     lines, analyses = read_answers(arguments.answers, masks)
     if not lines:
         raise UserError(f"'{arguments.answers}' has no rows; give one for each answer")
-    unused = [path for slots in masks.values() for path in slots.values()]
-    if unused:
-        raise UserError(
-            f"no row of '{arguments.answers}' belongs to mask '{unused[0]}'{_number(unused)}; "
-            "add one, or rename the file"
-        )
+    _require_used(masks, arguments.answers)
 
     # The mask images, last because they take the longest
     graded = []
     for line in track(lines, "reading masks", transient=True):
         for mask in line["masks"]:
-            path = mask["rle"]
-            mask["rle"], is_graded = read_mask(path)
-            if is_graded:
-                graded.append(path)
+            source = mask.pop("source")
+            if isinstance(source, Path):
+                mask["rle"], is_graded = read_mask(source)
+                if is_graded:
+                    graded.append(source)
+            else:
+                mask.update(msgspec.to_builtins(source))
     if graded:
         log.warning(
             "mask '%s'%s has several values beside 0: every pixel that is not 0 is inside",
             graded[0],
-            _number(graded),
+            _number(len(graded)),
         )
 
     # Lines of photos, then those of queries
@@ -113,7 +137,28 @@ def run(arguments: argparse.Namespace) -> None:
 # Masks
 
 
-def find_masks(folder: Path) -> dict[Key, dict[int, Path]]:
+def _require_used(masks: Masks, answers: Path) -> None:
+    """Refuse masks that belong to no row of the table.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    if not masks:
+        return
+    key, slots = next(iter(masks.items()))
+    first = next(iter(slots.values()))
+    name = f"'{first}'"
+    fix = "rename the file"
+    if not isinstance(first, Path):
+        name = f"of query {key[2]!r} of annotation {key[1]} of '{key[0]}'"
+        fix = "remove the entry"
+    num_unused = sum(map(len, masks.values()))
+    raise UserError(
+        f"no row of '{answers}' belongs to mask {name}{_number(num_unused)}; add one, or {fix}"
+    )
+
+
+def find_masks(folder: Path) -> dict[QuestionKey, dict[int, Path]]:
     """Query -> slot -> mask file of every PNG below the folder; other files are counted and named.
 
     Raises:
@@ -122,7 +167,7 @@ def find_masks(folder: Path) -> dict[Key, dict[int, Path]]:
     """
     if not folder.is_dir():
         raise UserError(f"no folder '{folder}'; give the one that holds {_PATTERN}")
-    masks: dict[Key, dict[int, Path]] = {}
+    masks: dict[QuestionKey, dict[int, Path]] = {}
     ignored: list[str] = []
     no_png: list[Path] = []
     misnamed: list[Path] = []
@@ -148,12 +193,12 @@ def find_masks(folder: Path) -> dict[Key, dict[int, Path]]:
                 raise UserError(f"'{other}' and '{path}' are of one slot; keep one")
     if no_png:
         raise UserError(
-            f"mask '{no_png[0]}'{_number(no_png)} is no PNG; save masks as PNG, for JPEG changes "
-            "them along their borders"
+            f"mask '{no_png[0]}'{_number(len(no_png))} is no PNG; save masks as PNG, for "
+            "JPEG changes them along their borders"
         )
     if misnamed:
         raise UserError(
-            f"mask '{misnamed[0]}' is not named {_PATTERN}{_number(misnamed)}; "
+            f"mask '{misnamed[0]}' is not named {_PATTERN}{_number(len(misnamed))}; "
             "rename it or take it away"
         )
     warn_of_ignored(f"'{folder}'", "files that are no images", ignored)
@@ -221,30 +266,28 @@ def _inside_of_palette(image: Image.Image, path: Path) -> np.ndarray:
     )
 
 
-def _number(paths: list[Path]) -> str:
-    """How many files a message is about, where it is more than the one that it names."""
-    return f" ({len(paths):,} such files)" if len(paths) > 1 else ""
+def _number(count: int) -> str:
+    """How many masks a message is about, where it is more than the one that it names."""
+    return f" ({count:,} such masks)" if count > 1 else ""
 
 
 # Answers
 
 
-def read_answers(
-    path: Path, masks: dict[Key, dict[int, Path]]
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def read_answers(path: Path, masks: Masks) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Read a table of answers.
 
     Args:
         path: the table.
-        masks: query -> slot -> mask file. Queries that the table has are taken out.
+        masks: query -> slot -> mask, or its file. Queries that the table has are taken out.
 
     Returns:
-        The query lines, in which files stand in for masks, and image -> analysis.
+        The query lines, in which masks are a slot and its ``source``, and image -> analysis.
 
     Raises:
         UserError: a row is damaged, stands twice, or has another analysis than an earlier one.
     """
-    seen: set[Key] = set()
+    seen: set[QuestionKey] = set()
     analyses: dict[str, str] = {}
     lines: list[dict[str, Any]] = []
     for where, row in read_rows(path):
@@ -256,10 +299,11 @@ def read_answers(
             )
         seen.add(key)
         line = {"kind": "query", **{name: row[name] for name in REQUIRED}, "masks": []}
-        for slot, file in sorted(masks.pop(key, {}).items()):
-            line["masks"].append({"slot": slot, "rle": file})
-        if row.get("presence") is not None:
-            line["presence"] = row["presence"]
+        for slot, source in sorted(masks.pop(key, {}).items()):
+            line["masks"].append({"slot": slot, "source": source})
+        for name in ("query", "presence"):
+            if row.get(name) is not None:
+                line[name] = row[name]
         lines.append(line)
 
         # Every row may have the analysis of its photo
