@@ -34,7 +34,9 @@ from annexe.checkpoints.run_folder import (
 from annexe.checkpoints.saved_settings import compare_start, require_same_meaning
 from annexe.checkpoints.training_state import load_weights
 from annexe.config import OPTIONAL_PARTS, PARTS, Config, RunConfig, is_released
-from annexe.datasets.ego_irgbench import EgoIRGBench
+from annexe.datasets.ego_irgbench import EgoIRGBench, MissingSplit
+from annexe.datasets.mixture import ALL, Ratio, require_ratio
+from annexe.datasets.training_set import TrainingSet
 from annexe.errors import UserError, unknown_name_error
 from annexe.models.annexe import Annexe
 from annexe.models.compile import compile_blocks
@@ -99,9 +101,7 @@ def load_config(
     # Components, those of plug-ins included
     import_plugins(config.imports)
     for name, spec in config.datasets.items():
-        checked = check_component("dataset", spec, f"datasets.{name}", type=name)
-        del checked["type"]
-        config.datasets[name] = checked
+        config.datasets[name] = check_dataset(name, spec)
     if config.model is not None:
         config.model = check_model(config.model)
     return config
@@ -175,6 +175,26 @@ def check_model(spec: dict[str, Any]) -> dict[str, Any]:
     return check_component("model", wiring, "model") | parts
 
 
+def check_dataset(name: str, spec: object) -> dict[str, Any]:
+    """An entry of ``datasets`` with every setting checked and every default filled in.
+
+    Its ``type`` is left out where the entry is called by it, and ``ratio`` where it is not given.
+
+    Raises:
+        UserError: for an unknown type or setting, or a value of the wrong type.
+    """
+    where = f"datasets.{name}"
+    ratio = spec.get("ratio") if isinstance(spec, dict) else None
+    if isinstance(spec, dict):
+        spec = {key: value for key, value in spec.items() if key != "ratio"}
+    checked = check_component("dataset", spec, where, type=name)
+    if checked["type"] == name:
+        del checked["type"]
+    if ratio is not None:
+        checked["ratio"] = require_ratio(ratio, f"{where}.ratio")
+    return checked
+
+
 def check_component(kind: str, spec: object, where: str, **defaults: str) -> dict[str, Any]:
     """A component's block, checked against the signature of its constructor, defaults filled in.
 
@@ -242,7 +262,7 @@ def _hints(component: Callable[..., Any]) -> dict[str, Any]:
 
 
 def build_dataset(config: Config, split: str, *, cached: bool = True) -> EgoIRGBench:
-    """The configuration's data set in one of its splits.
+    """The configuration's only data set in one of its splits.
 
     Args:
         cached: keep resized pixels under ``run.output_dir``.
@@ -252,13 +272,91 @@ def build_dataset(config: Config, split: str, *, cached: bool = True) -> EgoIRGB
     """
     if len(config.datasets) != 1:
         raise UserError(
-            f"datasets names {len(config.datasets)} data sets; name one, such as ego_irgbench"
+            f"datasets names {len(config.datasets)} data sets; name one, such as ego_irgbench "
+            "(an evaluation takes --dataset NAME)"
         )
+    (name,) = config.datasets
+    return _build_dataset(config, name, split, cached=cached)
+
+
+def build_training_set(config: Config, *, cached: bool = True) -> TrainingSet:
+    """The train splits of all data sets of the configuration, mixed by their ratios.
+
+    Args:
+        cached: as of `build_dataset`.
+
+    Raises:
+        UserError: for a data set that cannot be used, or ratios that say too little.
+    """
+    if not config.datasets:
+        raise UserError("datasets names no data set; name one, such as ego_irgbench")
+    ratios = _ratios(config.datasets)
+    datasets = {
+        name: _build_dataset(config, name, "train", cached=cached) for name in config.datasets
+    }
+    return TrainingSet(datasets, ratios, config.run.seed)
+
+
+def build_validation_sets(config: Config) -> dict[str, EgoIRGBench]:
+    """Name -> val split, of the data sets that have one.
+
+    Raises:
+        UserError: for a data set that cannot be used, or if none has a val split.
+    """
+    datasets = {}
+    for name in config.datasets:
+        try:
+            datasets[name] = _build_dataset(config, name, "val", cached=True)
+        except MissingSplit as error:
+            if len(config.datasets) == 1:
+                raise
+            log.info("data set '%s' is not validated: %s", name, error)
+    if not datasets:
+        raise UserError(
+            "no data set has a val split; set run.validate_every=0, or make one (annexe split)"
+        )
+    return datasets
+
+
+def _build_dataset(config: Config, name: str, split: str, *, cached: bool) -> EgoIRGBench:
+    """One data set of the configuration; arguments as of `build_dataset`."""
     image_size = config.require_model()["rgb_encoder"]["image_size"]
-    ((name, settings),) = config.datasets.items()
     cache = Path(config.run.output_dir) / "cache" if cached else None
-    spec = {"type": name, **settings}
-    return build_component("dataset", spec, split, image_size, config.run.seed, cache)
+    spec = {"type": name, **config.datasets[name]}
+    spec.pop("ratio", None)
+    try:
+        return build_component("dataset", spec, split, image_size, config.run.seed, cache)
+    except UserError as error:
+        # Data sets speak of their settings under the name of their type
+        error.args = (str(error).replace(f"datasets.{spec['type']}.", f"datasets.{name}."),)
+        raise
+
+
+def answer_format_of(datasets: dict[str, dict[str, Any]]) -> str:
+    """The form of the answers that a model learns from the data sets of a training.
+
+    All have the same; those that have no such setting answer in sentences.
+    """
+    for settings in datasets.values():
+        if "answer_format" in settings:
+            return settings["answer_format"]
+    return "sentence"
+
+
+def _ratios(datasets: dict[str, Any]) -> dict[str, Ratio]:
+    """The ratio of every data set; without any, each counts by the number of its images.
+
+    Raises:
+        UserError: if some have one and others have not.
+    """
+    ratios = {name: settings.get("ratio") for name, settings in datasets.items()}
+    missing = [name for name, ratio in ratios.items() if ratio is None]
+    if missing and len(missing) < len(ratios):
+        raise UserError(
+            f"datasets.{missing[0]} has no ratio, and other data sets have one; set "
+            f"datasets.{missing[0]}.ratio to a number, or to {ALL} for its number of images"
+        )
+    return {name: ALL if ratio is None else ratio for name, ratio in ratios.items()}
 
 
 def build_tokenizer(config: Config, folder: Path) -> TextTokenizer:

@@ -14,7 +14,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from annexe.build import build_dataset, filled_config, restore_model
+from annexe.build import answer_format_of, build_dataset, filled_config, restore_model
 from annexe.checkpoints.run_folder import (
     load_progress,
     require_checkpoint,
@@ -102,10 +102,11 @@ def restore(config: Config, accelerator: Accelerator) -> Evaluation:
     dataset = build_dataset(config, run.split, cached=False)
     if dataset.has_text:
         read_subsets(dataset.root)  # what is wrong with a list is said before hours of work
-    _warn_of_other_answers(dataset, saved)
+    (name,) = config.datasets
+    _warn_of_other_answers(name, dataset, saved)
     model = restore_model(config, checkpoint, accelerator)
     meta = {
-        "dataset": next(iter(config.datasets)),
+        "dataset": name,
         "split": run.split,
         "queries_per_annotation": run.queries_per_annotation,
         "answer_format": dataset.answer_format,
@@ -120,12 +121,11 @@ def restore(config: Config, accelerator: Accelerator) -> Evaluation:
     return Evaluation(config, accelerator, checkpoint, dataset, model, meta)
 
 
-def _warn_of_other_answers(dataset: LabeledDataset, saved: dict[str, Any]) -> None:
+def _warn_of_other_answers(name: str, dataset: LabeledDataset, saved: dict[str, Any]) -> None:
     """Warn where answers are compared with others than the model was trained to give."""
-    ((name, settings),) = saved["datasets"].items()
-    trained = settings.get("answer_format")
+    trained = answer_format_of(saved["datasets"])
     evaluated = dataset.answer_format
-    if None not in (trained, evaluated) and trained != evaluated:
+    if evaluated is not None and trained != evaluated:
         log.warning(
             "the checkpoint was trained with answer_format=%s and is evaluated with %s: "
             "answer scores will be low; set --options datasets.%s.answer_format=%s",

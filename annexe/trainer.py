@@ -22,9 +22,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from annexe.build import (
-    build_dataset,
     build_model,
     build_tokenizer,
+    build_training_set,
+    build_validation_sets,
     check_start,
     filled_config,
 )
@@ -53,9 +54,10 @@ from annexe.checkpoints.training_state import (
 )
 from annexe.config import Config, RunConfig, as_dict, device_settings
 from annexe.datasets.collate import Collator
-from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.datasets.loader import make_loader
+from annexe.datasets.mixture import Draw
 from annexe.datasets.sampler import MicroBatches
+from annexe.datasets.training_set import TrainingSet
 from annexe.distributed import (
     SharedGradients,
     distribute,
@@ -64,7 +66,6 @@ from annexe.distributed import (
     trained_parameters,
 )
 from annexe.errors import UserError
-from annexe.evaluation.predict import plan_batches
 from annexe.evaluation.truth import Truth
 from annexe.evaluation.validation import Validator
 from annexe.files import locked, named
@@ -115,8 +116,8 @@ def set_up(config: Config) -> Trainer:
 
     # Processes and data
     accelerator = make_accelerator(**device_settings(run))
-    train_set = build_dataset(config, "train")
-    validation_set = build_dataset(config, "val") if run.validate_every else None
+    train_set = build_training_set(config)
+    validation_sets = build_validation_sets(config) if run.validate_every else {}
     tokenizer = _prepare_tokenizer(config, train_set, resumed, accelerator)
 
     # Every rank builds the same model, known again by its frozen weights as they were built,
@@ -135,15 +136,16 @@ def set_up(config: Config) -> Trainer:
 
     # The encoder runs over all photos while it is still whole on every rank
     if run.store_patches is not None:
-        train_set.stored_patches = stored_patches(
-            model.rgb_encoder,
-            train_set,
-            Path(run.store_patches),
-            accelerator,
-            settings=config.require_model()["rgb_encoder"],
-            batch_size=run.batch_size,
-            num_workers=run.num_workers,
-        )
+        for dataset in train_set.members:
+            dataset.stored_patches = stored_patches(
+                model.rgb_encoder,
+                dataset,
+                Path(run.store_patches),
+                accelerator,
+                settings=config.require_model()["rgb_encoder"],
+                batch_size=run.batch_size,
+                num_workers=run.num_workers,
+            )
 
     # Sharded parameters are others: the optimizer is made of those, then gets its moments back
     wrapped = distribute(accelerator, model, model.blocks(), run.parallel)
@@ -180,13 +182,12 @@ def set_up(config: Config) -> Trainer:
         manifest = _make_manifest(train_set.fingerprint(), resumed, progress.step, changes)
     logger = RunLogger(config, output, progress, enabled=accelerator.is_main_process)
     validator = None
-    if validation_set is not None:
-        num_images = min(run.validation_images, len(validation_set))
+    if validation_sets:
         validator = Validator(
-            validation_set,
-            Truth(validation_set),
-            plan_batches(num_images, run.batch_size),
+            {name: Truth(dataset) for name, dataset in validation_sets.items()},
             accelerator,
+            num_images=run.validation_images,
+            batch_size=run.batch_size,
             max_new_tokens=run.max_new_tokens,
             num_workers=run.num_workers,
         )
@@ -278,7 +279,7 @@ def _load_progress(resumed: Path, run: RunConfig) -> Progress:
 
 
 def _prepare_tokenizer(
-    config: Config, train_set: EgoIRGBench, resumed: Path | None, accelerator: Accelerator
+    config: Config, train_set: TrainingSet, resumed: Path | None, accelerator: Accelerator
 ) -> TextTokenizer:
     """The tokenizer of the Llama or of the run to start from, or one trained on the run's text."""
     model = config.require_model()
@@ -304,8 +305,8 @@ def _prepare_tokenizer(
 
 
 def training_loader(
-    train_set: EgoIRGBench,
-    batches: Iterable[list[tuple[int, int]]],
+    train_set: TrainingSet,
+    batches: Iterable[list[Draw]],
     collate: Collator,
     num_workers: int,
     device: torch.device,
@@ -317,15 +318,14 @@ def training_loader(
 def _training_batches(
     progress: Progress,
     *,
-    train_set: EgoIRGBench,
+    train_set: TrainingSet,
     collate: Collator,
     run: RunConfig,
     accelerator: Accelerator,
 ) -> DataLoader:
     """One rank's micro-batches from where ``progress`` stands to the last step."""
     sampler = MicroBatches(
-        len(train_set),
-        seed=run.seed,
+        train_set.mixture,
         batch_size=run.batch_size,
         num_batches=(run.max_steps - progress.step) * run.gradient_accumulation,
         first_image=progress.images,
@@ -363,7 +363,7 @@ class Trainer:
         wrapped: nn.Module,
         optimizer: torch.optim.Optimizer,
         batches: Callable[[Progress], Iterable[Batch]],
-        train_set: EgoIRGBench,
+        train_set: TrainingSet,
         manifest: dict[str, Any],
         progress: Progress,
         validator: Validator | None,
@@ -390,6 +390,9 @@ class Trainer:
         has_head = model.image_token_head
         self.loss_weights = losses.active(run.loss_weights, image_token_head=has_head)
         self.term_weights = torch.tensor(list(self.loss_weights.values()), device=device)
+
+        # Data sets whose losses are summed apart, too
+        self.num_apart = len(train_set.names) if train_set.is_mixed else 0
 
         # Images, queries and tokens trained on that are not in `progress` yet
         self.seen = torch.zeros(3, dtype=torch.float64, device=device)
@@ -444,22 +447,23 @@ class Trainer:
 
         Returns:
             Each term's total on this rank, its units over all ranks, and the gradient norm, all on
-            the device.
+            the device. Totals and units are those of `losses.totals` and `losses.counts`.
         """
         names = list(self.loss_weights)
         device = self.accelerator.device
 
         # Units are counted on the CPU, where nothing has to wait, then summed over ranks
-        counts = torch.cat([losses.counts(batches, names), count_samples(batches)])
+        units = losses.counts(batches, names, self.num_apart)
+        counts = torch.cat([units.flatten(), count_samples(batches)])
         counts = sum_over_ranks(self.accelerator, counts.to(device, non_blocking=True))
-        units, seen = counts.split([len(names), 3])
-        factor = self.term_weights / units.clamp(min=1)
+        units = counts[:-3].view(units.shape)
+        factor = self.term_weights / units[0].clamp(min=1)
 
         # Forward and backward; gradients of whole models are exchanged behind the last micro-batch
         self.wrapped.train()
         if not self.uses_cuda_graphs:
             batches = [batch.to(device) for batch in batches]
-        totals = torch.zeros(len(names), device=device)
+        totals = torch.zeros(units.shape, device=device)
         for batch in batches:
             totals += self.run_pass(batch, factor)
         if self.shared_gradients is not None:
@@ -473,17 +477,18 @@ class Trainer:
         keeps_gradients = self.uses_cuda_graphs or self.shared_gradients is not None
         self.optimizer.zero_grad(set_to_none=not keeps_gradients)
         self.progress.step += 1
-        self.seen += seen
+        self.seen += counts[-3:]
         return totals, units, norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _forward_backward(self, batch: Batch, factor: Tensor) -> Tensor:
         """Forward and backward over one micro-batch; the loss is ``factor`` times the totals.
 
         Returns:
-            The total of each term, float32[number of terms].
+            The total of each term, of all data sets and of each, as `losses.totals` gives them.
         """
-        term_totals = losses.totals(self.wrapped(batch), batch, list(self.loss_weights))
-        self.accelerator.backward((factor * term_totals).sum() * self.loss_scale)
+        names = list(self.loss_weights)
+        term_totals = losses.totals(self.wrapped(batch), batch, names, self.num_apart)
+        self.accelerator.backward((factor * term_totals[0]).sum() * self.loss_scale)
         return term_totals.detach()
 
     def validate(self) -> None:
@@ -513,7 +518,7 @@ class Trainer:
         log.info("step %d: checkpoint of %.2f GB written in %.1f s", step, size / 1e9, seconds)
 
     def _new_window(self) -> LossWindow:
-        return LossWindow(list(self.loss_weights), self.accelerator.device)
+        return LossWindow(list(self.loss_weights), self.num_apart, self.accelerator.device)
 
     def _read_counters(self) -> None:
         """Bring what the device counted since the last call into the progress."""
@@ -526,7 +531,7 @@ class Trainer:
     def _log(self, window: LossWindow) -> None:
         """Write the means of a window of steps."""
         self._read_counters()
-        terms = window.means(sum_over_ranks(self.accelerator, window.totals))
+        terms, *by_dataset = window.means(sum_over_ranks(self.accelerator, window.totals))
         record = {
             "kind": "train",
             "step": self.progress.step,
@@ -539,11 +544,25 @@ class Trainer:
         }
         for name, value in terms.items():
             record[f"loss/{name}"] = value
+        if by_dataset:
+            record |= self._record_by_dataset(by_dataset)
         record["gradient_norm"] = float(window.norm)
         if self.accelerator.device.type == "cuda":
             # The most that tensors took on this rank's GPU since training began, in GB (1e9 bytes)
             record["gpu_memory"] = torch.cuda.max_memory_allocated() / 1e9
         self.logger.write(record)
+
+    def _record_by_dataset(self, by_dataset: list[dict[str, float]]) -> dict[str, float]:
+        """Images, epochs and mean losses of each of several data sets, for a log line."""
+        record: dict[str, float] = {}
+        mixture = self.train_set.mixture
+        counts = mixture.counts(self.progress.images)
+        for index, name in enumerate(self.train_set.names):
+            record[f"images/{name}"] = counts[index]
+            record[f"epoch/{name}"] = counts[index] / mixture.sizes[index]
+            for term, value in by_dataset[index].items():
+                record[f"losses/{name}/{term}"] = value
+        return record
 
 
 def count_samples(batches: list[Batch]) -> Tensor:
@@ -580,6 +599,9 @@ def announce(trainer: Trainer) -> None:
         trainer.accelerator.device,
         trainer.output,
     )
+
+    if trainer.train_set.is_mixed:
+        log.info("data sets: %s", trainer.train_set.describe())
 
     # Settings that will not do what they promise
     if trainer.accelerator.device.type == "cpu" and num_trained > _MANY_PARAMETERS_FOR_A_CPU:

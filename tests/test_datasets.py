@@ -29,7 +29,7 @@ from annexe.errors import UserError
 from annexe.models.annexe import Annexe
 from annexe.models.language_model.tokenizer import TextTokenizer, train_tokenizer
 from annexe.structures.batch import ANALYSIS, Batch
-from annexe.training.losses import depth_total
+from annexe.training.losses import depth_losses
 from tests.conftest import SHARED
 
 SIZE = 112
@@ -368,7 +368,7 @@ def test_invalid_depth_is_left_out(tmp_path: Path) -> None:
     assert (sample.depth == 0).all()
 
     def total(predicted: Tensor, depth: Tensor) -> Tensor:
-        return depth_total(SimpleNamespace(depth=predicted), SimpleNamespace(depth=depth))
+        return depth_losses(SimpleNamespace(depth=predicted), SimpleNamespace(depth=depth)).sum()
 
     predicted = torch.rand(1, SIZE, SIZE)
     assert total(predicted, torch.from_numpy(sample.depth)[None]) == 0

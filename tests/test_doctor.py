@@ -394,6 +394,7 @@ FAULTS: list[tuple[str, str, Fault]] = [
     ("wrong-field", "is_sentence is text", set_query(0, is_sentence="false")),
     ("no-questions", "no questions", set_field(0, questions=[])),
     ("empty-text", "empty caption", set_in_all(caption=" ")),
+    ("no-analysis", "no captions", set_in_all(caption="")),
     ("empty-text", "empty query", set_query(1, query="")),
     ("mojibake", "UTF-8 read as Latin-1", set_query(0, query="the cafÃ© mug")),
     ("mojibake", "quotation mark read as cp1252", set_query(0, query="the mugâ€™s handle")),

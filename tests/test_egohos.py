@@ -28,6 +28,7 @@ from annexe.synthetic.render import render
 from annexe.synthetic.scene import HAND_IDS, Scene, draw_scene
 from annexe.trainer import train
 from tests.conftest import ROOT, SMALLEST
+from tests.test_training import lines_of_log
 
 SIZES = ((360, 640), (480, 480), (300, 533), (540, 960))  # height, width: they vary in EgoHOS
 NAMES = [category.name for category in CATEGORIES.values()]
@@ -35,10 +36,16 @@ NAMES = [category.name for category in CATEGORIES.values()]
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """Four drawn scenes as EgoHOS would label them, one with a second-order object."""
+    """A data root with four photos in one split."""
     root = tmp_path_factory.mktemp("egohos")
+    draw_split(root / "test_indomain")
+    return root
+
+
+def draw_split(folder: Path) -> None:
+    """Four drawn scenes as EgoHOS would label them, one with a second-order object."""
     for name in ("image", "label"):
-        (root / "test_indomain" / name).mkdir(parents=True)
+        (folder / name).mkdir(parents=True)
     for index, (height, width) in enumerate(SIZES):
         rng = np.random.default_rng([7, index])
         scene = draw_scene(rng, unseen_pair=False)
@@ -47,14 +54,12 @@ def root(tmp_path_factory) -> Path:
         if index == 0:
             label[:20, :30] = 7
         photo = Image.fromarray(np.ascontiguousarray(picture.image[..., ::-1]))
-        folder = root / "test_indomain"
         photo.resize((width, height), Image.Resampling.BILINEAR).save(
             folder / "image" / f"{index:04d}.jpg"
         )
         Image.fromarray(label).resize((width, height), Image.Resampling.NEAREST).save(
             folder / "label" / f"{index:04d}.png"
         )
-    return root
 
 
 def egohos_label(scene: Scene, ids: np.ndarray) -> np.ndarray:
@@ -330,12 +335,24 @@ def test_folder_without_the_split(root):
     assert "test_outdomain/image" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_unknown_split_and_training_are_refused(root, make_config, tmp_path):
+def test_an_unknown_split_is_refused(root):
     with pytest.raises(UserError, match="Did you mean 'test_indomain'"):
         opened(root, "test_indomains")
+
+
+def test_it_trains_on_its_questions_alone(root, make_config, tmp_path):
+    """A tokenizer of its own included; there is nothing to learn of analyses and of depth."""
     shutil.copytree(root / "test_indomain", tmp_path / "train")
-    config = make_config("run.max_steps=1", "run.warmup_steps=0")
+    config = make_config("run.max_steps=2")
     config.datasets = {"egohos": {"data_root": str(tmp_path)}}
-    assert len(build_dataset(config, "train")) == 4
-    with pytest.raises(UserError, match="train on ego_irgbench"):
-        train(config)
+    dataset = build_dataset(config, "train")
+    sample = dataset[3, 1]
+    assert [turn.query for turn in sample.turns] == [c.query for c in CATEGORIES.values()]
+    used = {mask_id for turn in sample.turns for mask_id in turn.slot_ids if mask_id}
+    assert sample.object_phrases == {mask_id: CATEGORIES[mask_id].phrase for mask_id in used}
+    assert set(CATEGORIES[2]) - {"right_hand"} <= set(dataset.texts())
+
+    train(config)
+    last = lines_of_log(tmp_path / "run")[-1]
+    assert last["loss/analysis"] == last["loss/depth"] == 0 < last["loss/answer"]
+    assert last["queries"] == 5 * last["images"]

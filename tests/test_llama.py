@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from annexe.build import build_model
 from annexe.checkpoints.run_folder import find_checkpoint
 from annexe.datasets.collate import Collator
+from annexe.datasets.mixture import Draw
 from annexe.errors import UserError
 from annexe.models.annexe import Annexe
 from annexe.models.language_model.float8 import Float8Linear
@@ -214,7 +215,8 @@ def test_tables_may_have_more_rows_than_the_tokenizer_has_words(make_config, tmp
     assert 2001 in ids
     assert tokenizer.decode([*ids, 1999]) == "The mask of the mug is <MSK_1>."
     collate = Collator(tokenizer, trainer.model.num_image_tokens, 4)
-    assert trainer.model(collate([trainer.train_set[0, 0]])).token_logits.shape[1] == 2004
+    sample = trainer.train_set[Draw(0, 0, 0)]
+    assert trainer.model(collate([sample])).token_logits.shape[1] == 2004
     small = make_config(
         "model.language_model.vocab_size=100", f"run.output_dir={tmp_path / 'small'}"
     )

@@ -51,14 +51,14 @@ def test_invalid_depth_is_left_out(make_parts):
     predictions = model(batch)
     invalid = batch.depth == 0
     assert invalid.any()
-    before = losses.depth_total(predictions, batch)
+    before = losses.depth_losses(predictions, batch).sum()
     predictions.depth = torch.where(invalid, predictions.depth + 100, predictions.depth)
-    assert torch.equal(before, losses.depth_total(predictions, batch))
+    assert torch.equal(before, losses.depth_losses(predictions, batch).sum())
 
     # No valid pixel at all
     batch.depth = torch.zeros_like(batch.depth)
-    assert losses.depth_total(predictions, batch) == 0
-    assert losses.TERMS["depth"].count(batch) == 0
+    assert losses.depth_losses(predictions, batch).sum() == 0
+    assert not losses.TERMS["depth"].units(batch).any()
 
 
 def test_the_gradient_of_depth_is_spread_over_all_pixels(make_parts):
@@ -66,7 +66,7 @@ def test_the_gradient_of_depth_is_spread_over_all_pixels(make_parts):
     model, _, batch = make_parts()
     predictions = model(batch)
     predictions.depth = predictions.depth.detach().requires_grad_()
-    losses.depth_total(predictions, batch).backward()
+    losses.depth_losses(predictions, batch).sum().backward()
     gradient = predictions.depth.grad
     valid = batch.depth > 0
     total = gradient.abs().sum()
@@ -81,10 +81,10 @@ def test_depth_is_compared_up_to_scale_and_shift_in_inverse_depth(make_parts):
     predictions = model(batch)
     inverse = torch.where(batch.depth > 0, 1 / batch.depth.clamp(min=1), 0)
     predictions.depth = 5000 * inverse + 3
-    assert losses.depth_total(predictions, batch) < 1e-3
+    assert losses.depth_losses(predictions, batch).sum() < 1e-3
     # Distance itself grows where its inverse falls
     predictions.depth = batch.depth
-    assert losses.depth_total(predictions, batch) > 1
+    assert losses.depth_losses(predictions, batch).sum() > 1
 
 
 @pytest.mark.parametrize("term", ["mask", "focal", "hard_pixel", "dice"])
@@ -152,7 +152,7 @@ def test_hard_pixels_are_the_least_certain_ones(make_parts):
 def test_image_token_labels_prefer_the_words_of_what_is_shown(make_parts):
     model, _, batch = make_parts()
     predictions = model(batch)
-    untrained = losses.image_token_labels_total(predictions, batch)
+    untrained = losses.image_token_label_losses(predictions, batch).sum()
 
     # Logits that favor the words of an object where it is
     logits = torch.zeros(predictions.image_token_logits.shape)
@@ -163,7 +163,7 @@ def test_image_token_labels_prefer_the_words_of_what_is_shown(make_parts):
             for word in words[words >= 0].tolist():
                 logits[image, :, :, word] += 20 * cover[image, index]
     predictions.image_token_logits = logits
-    assert losses.image_token_labels_total(predictions, batch) < 0.7 * untrained
+    assert losses.image_token_label_losses(predictions, batch).sum() < 0.7 * untrained
 
 
 def test_rounding_a_batch_up_changes_nothing(make_parts):

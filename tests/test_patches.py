@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from annexe.datasets.mixture import Draw
 from annexe.errors import UserError
 from annexe.trainer import set_up, train
 from annexe.training import feature_cache
@@ -61,7 +62,7 @@ def test_training_on_stored_patches_equals_training_on_photos(make_config, tmp_p
 
 def test_stored_patches_are_those_of_the_encoder(make_config, tmp_path, monkeypatch):
     trainer = set_up(make_config(*FROZEN, f"run.store_patches={tmp_path / 'store'}"))
-    sample = trainer.train_set[0, 4]
+    sample = trainer.train_set[Draw(0, 0, 4)]
     with torch.no_grad():
         photo = torch.from_numpy(sample.image).permute(2, 0, 1)[None].float() / 255
         expected = trainer.model.rgb_encoder(photo)[0]

@@ -20,7 +20,7 @@ from torch import nn
 from annexe.build import load_config
 from annexe.checkpoints.run_folder import MANIFEST, find_checkpoint, is_complete, load_progress
 from annexe.config import Config
-from annexe.datasets.sampler import sample_order
+from annexe.datasets.mixture import Mixture
 from annexe.errors import UserError
 from annexe.trainer import announce, set_up, train
 from annexe.training.optimizer import (
@@ -128,14 +128,15 @@ def test_a_recipe_for_a_gpu_says_so_on_a_cpu(make_config, caplog, monkeypatch):
 
 
 def test_every_epoch_is_a_permutation_of_its_own():
-    order = sample_order(seed=1, num_images=5, first=0, last=10)
-    assert [epoch for epoch, _ in order] == [0] * 5 + [1] * 5
-    images = [image for _, image in order]
+    mixture = Mixture([5], ["all"], seed=1)
+    order = mixture.order(0, 10)
+    assert [draw.epoch for draw in order] == [0] * 5 + [1] * 5
+    images = [draw.index for draw in order]
     first = images[:5]
     second = images[5:]
     assert sorted(first) == sorted(second) == list(range(5))
     assert first != second
-    assert sample_order(1, 5, 3, 8) == order[3:8]
+    assert mixture.order(3, 8) == order[3:8]
 
 
 def test_learning_rate_falls_linearly_where_asked(make_config):

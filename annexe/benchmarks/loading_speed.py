@@ -19,11 +19,11 @@ from annexe.benchmarks.random_model import (
 )
 from annexe.benchmarks.timing import memory_of
 from annexe.benchmarks.units import Record
-from annexe.build import build_dataset, build_tokenizer
+from annexe.build import build_tokenizer, build_training_set
 from annexe.config import Config
 from annexe.datasets.collate import Collator
-from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.datasets.sampler import MicroBatches
+from annexe.datasets.training_set import TrainingSet
 from annexe.models.language_model.tokenizer import TextTokenizer, train_tokenizer
 from annexe.trainer import training_loader
 from annexe.training.cuda_graphs import PAD_TO_MULTIPLE_OF
@@ -47,7 +47,7 @@ def measure_loading(
     """
     # What the run's own loader is made of
     require_llama(config)
-    dataset = build_dataset(config, "train", cached=False)
+    dataset = build_training_set(config, cached=False)
     use_cuda = torch.cuda.is_available() and config.run.device != "cpu"
     device = torch.device("cuda" if use_cuda else "cpu")
     random_config, _ = with_random_weights(config)
@@ -67,9 +67,9 @@ def measure_loading(
         record: Record = {"images": num_batches * batch_size}
         with scratch_folder(with_index_cache=False) as folder:
             run = replace(config.run, output_dir=str(folder), num_workers=num_workers)
-            train_set = build_dataset(replace(config, run=run), "train")
+            train_set = build_training_set(replace(config, run=run))
             batches = MicroBatches(
-                len(train_set), seed=run.seed, batch_size=batch_size, num_batches=num_batches
+                train_set.mixture, batch_size=batch_size, num_batches=num_batches
             )
             for state in ("cold", "warm"):
                 loader = training_loader(train_set, batches, collate, num_workers, device)
@@ -79,7 +79,7 @@ def measure_loading(
     return records
 
 
-def _tokenizer(config: Config, dataset: EgoIRGBench) -> TextTokenizer:
+def _tokenizer(config: Config, dataset: TrainingSet) -> TextTokenizer:
     """The Llama's, or where it is not there one that is trained on the data."""
     model = config.require_model()
     path = model["language_model"]["path"]

@@ -18,10 +18,11 @@ from annexe.benchmarks.random_batch import (
     real_branches,
     tokens_of_branches,
 )
-from annexe.benchmarks.random_model import data_root
+from annexe.benchmarks.random_model import data_roots
 from annexe.benchmarks.units import GB, Record
 from annexe.config import Config
 from annexe.models.language_model.base_model import QUANTIZED
+from annexe.registry import lookup
 
 Options = dict[str, Any]  # values under dotted keys
 
@@ -42,9 +43,15 @@ def with_options(config: Config, options: Options) -> Config:
 
 
 def queries_per_image(config: Config) -> int:
-    """Queries that a training image has at most."""
-    ((_, dataset),) = config.datasets.items()
-    return dataset["queries_per_image"]
+    """Queries that a training image has at most, of whichever data set."""
+    numbers = []
+    for name, settings in config.datasets.items():
+        if "queries_per_image" in settings:
+            numbers.append(settings["queries_per_image"])
+        else:
+            dataset: Any = lookup("dataset", settings.get("type", name), f"datasets.{name}.type")
+            numbers.append(dataset.queries_per_image)
+    return max(numbers)
 
 
 def lengths(
@@ -62,13 +69,15 @@ def lengths(
     if num_tokens is not None:
         return _even_lengths(config, tokenizer, num_tokens), "--tokens"
 
-    if hasattr(tokenizer, "encode") and data_root(config) is not None:
+    roots = data_roots(config)
+    if hasattr(tokenizer, "encode") and roots:
         drawn = real_branches(config, tokenizer)
 
         def longest(changed: Config) -> Branches:
             return longest_batch(drawn, changed.run.batch_size, queries_per_image(changed))
 
-        return longest, f"longest of {NUM_REAL_BATCHES} batches of '{data_root(config)}'"
+        shown = ", ".join(f"'{root}'" for root in roots)
+        return longest, f"longest of {NUM_REAL_BATCHES} batches of {shown}"
 
     def nominal(changed: Config) -> Branches:
         return nominal_branches(changed.run.batch_size, queries_per_image(changed))
@@ -122,11 +131,12 @@ def candidates(config: Config, gpus: int) -> Iterator[Options]:
             yield dict(options)
 
     # Fewer queries
-    ((name, _),) = config.datasets.items()
     num_queries = queries_per_image(config)
     while num_queries > 1:
         num_queries //= 2
-        options |= {f"datasets.{name}.queries_per_image": num_queries}
+        for name, settings in config.datasets.items():
+            if "queries_per_image" in settings and settings["queries_per_image"] > num_queries:
+                options |= {f"datasets.{name}.queries_per_image": num_queries}
         yield dict(options)
 
 

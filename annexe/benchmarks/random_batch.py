@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from annexe.build import build_dataset
+from annexe.build import build_training_set
 from annexe.config import Config
 from annexe.datasets.collate import Padding, index_queries, pack, used_slots_of
-from annexe.datasets.sampler import sample_order
 from annexe.errors import UserError
 from annexe.structures.batch import Batch
 from annexe.structures.sample import Sample
@@ -77,14 +76,14 @@ def even_branches(num_images: int, num_queries: int, num_tokens: int) -> Branche
 
 def real_branches(config: Config, tokenizer: Any) -> Branches:
     """Lengths of the branches of 16 batches of training images; wordings are drawn at random."""
-    dataset = build_dataset(config, "train", cached=False)
-    seed = config.run.seed
-    random = np.random.default_rng(seed)
+    train_set = build_training_set(config, cached=False)
+    random = np.random.default_rng(config.run.seed)
     branches = []
     num_images = NUM_REAL_BATCHES * config.run.batch_size
-    for _, index in sample_order(seed, len(dataset), 0, num_images):
+    for draw in train_set.mixture.order(0, num_images):
         # Prompt and response of the analysis, then of some queries
-        annotations = dataset.annotations[index]
+        dataset = train_set.members[draw.dataset]
+        annotations = dataset.annotations[draw.index]
         pairs = [(tokenizer.template.analysis_prompt(), annotations[0].caption)]
         chosen = random.permutation(len(annotations))[: dataset.queries_per_image]
         for annotation in (annotations[i] for i in chosen.tolist()):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from annexe.build import build_component, build_dataset, build_tokenizer
+from annexe.build import build_component, build_tokenizer, build_training_set
 from annexe.config import PARTS, Config
 from annexe.errors import UserError
 from annexe.models.language_model.llama import Llama
@@ -43,11 +43,10 @@ def require_llama(config: Config) -> None:
         )
 
 
-def data_root(config: Config) -> Path | None:
-    """The folder of the data set, or None where there is none."""
-    ((_, dataset),) = config.datasets.items()
-    folder = Path(dataset["data_root"])
-    return folder if folder.is_dir() else None
+def data_roots(config: Config) -> list[Path]:
+    """The folders of all data sets; none where one of them is not there."""
+    folders = [Path(settings["data_root"]) for settings in config.datasets.values()]
+    return folders if all(folder.is_dir() for folder in folders) else []
 
 
 def without_files(config: Config) -> tuple[Config, Any, list[str]]:
@@ -106,8 +105,8 @@ def _vocabulary(config: Config) -> tuple[TextTokenizer | None, int, list[str]]:
         return None, _LLAMA_VOCABULARY, [note]
 
     # A tokenizer of its own, for a run from scratch
-    if data_root(config) is not None:
-        texts = build_dataset(config, "train", cached=False).texts()
+    if data_roots(config):
+        texts = build_training_set(config, cached=False).texts()
         num_slots = model["pixel_decoder"]["num_slots"]
         trained = train_tokenizer(texts, num_slots)
         tokenizer = TextTokenizer(trained.base, num_slots, language_model["vocab_size"])

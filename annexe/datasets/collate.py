@@ -18,7 +18,7 @@ at the position where the prefix ends:
                           = image_start
 
 A label stands where the model has to predict it: from the last token of a prompt to the last but
-one of its response.
+one of its response. The analysis branch of an image without an analysis is its prompt alone.
 """
 
 from __future__ import annotations
@@ -332,6 +332,9 @@ class Collator:
             stored = [sample.patches for sample in samples if sample.patches is not None]
             assert len(stored) == len(samples)
             patches = torch.stack(stored)
+        dataset_index = None
+        if samples[0].dataset is not None:
+            dataset_index = torch.tensor([sample.dataset for sample in samples])
 
         return Batch(
             images=torch.from_numpy(images).permute(0, 3, 1, 2),
@@ -346,6 +349,7 @@ class Collator:
             object_words=object_words,
             samples=samples if self.keep_samples else [],
             patches=patches,
+            dataset_index=dataset_index,
         )
 
     def _encode(self, samples: list[Sample]) -> dict[str, list[int]]:
@@ -363,6 +367,8 @@ class Collator:
         for prompt, response in self._texts_of_branches(sample):
             response_ids = [*ids[response], self.tokenizer.eos_id] if self.responses else []
             branches.append((ids[prompt], response_ids))
+        if not sample.analysis.strip():
+            branches[0] = (branches[0][0], [])  # no label, so no loss
         return branches
 
     def _texts_of_branches(self, sample: Sample) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""EgoHOS (Zhang et al., ECCV 2022): hands and the objects they touch, for evaluation alone.
+"""EgoHOS (Zhang et al., ECCV 2022): hands and the objects they touch.
 
 Every photo is asked for every category in a fixed wording. A category that is not in the photo is
 a query without a target. The index of an annotation is the index of its category.
@@ -11,16 +11,18 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from annexe import prompts
 from annexe.datasets.annotations import Annotation
+from annexe.datasets.ego_irgbench import MissingSplit
 from annexe.datasets.image_names import is_utf8, read_stems, warn_of_ignored
 from annexe.datasets.pixels import image_size, read_id_map, read_image
 from annexe.errors import UserError, unknown_name_error
@@ -28,6 +30,9 @@ from annexe.files import digest_of_file
 from annexe.registry import register
 from annexe.settings import PathSetting
 from annexe.structures.sample import Sample, Turn
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +78,7 @@ KNOWN_IDS = range(9)
 
 @register("dataset", "egohos")
 class EgoHOS:
-    """One split of EgoHOS. It has neither sentences nor depth.
+    """One split of EgoHOS. It has neither analyses nor depth, and sentences of our own alone.
 
     Args:
         split: ``train``, ``val``, ``test_indomain`` or ``test_outdomain``.
@@ -82,6 +87,9 @@ class EgoHOS:
         cache_dir: nothing is cached here, so it has no effect.
         data_root: folder with a folder of each split, which holds image/*.jpg and label/*.png.
         exclude: file of stems to leave out: one a line, or a report of `annexe doctor`.
+
+    Attributes:
+        stored_patches: as of `EgoIRGBench`.
 
     Raises:
         UserError: for an unknown split, a folder without photos, a photo without a label or a label
@@ -109,12 +117,13 @@ class EgoHOS:
         self.split = split
         self.image_size = image_size
         self.folder = self.root / split
+        self.stored_patches: Sequence[Tensor] | None = None
 
         # Find the photos and their labels
         stems = stems_of(self.root, split)
         if not stems:
             folders = ", ".join(f"{name}/" for name in SPLITS)
-            raise UserError(
+            raise MissingSplit(
                 f"datasets.egohos.data_root: no photos '{self.folder / 'image'}/*.jpg'; "
                 f"give the folder that holds {folders}"
             )
@@ -135,19 +144,22 @@ class EgoHOS:
     def __len__(self) -> int:
         return len(self.stems)
 
-    def __getitem__(self, item: Any) -> NoReturn:
-        """There are no training samples.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError(
-            "egohos is for evaluation alone, it has no sentences to train on; train on ego_irgbench"
-        )
+    def __getitem__(self, item: tuple[int, int]) -> Sample:
+        """The training sample (epoch, index): every question, the same in every epoch."""
+        _, index = item
+        phrases = {}
+        for annotation in self.annotations[index]:
+            for slot, mask_id in annotation.slots.items():
+                phrases[mask_id] = annotation.phrase(slot)
+        patches = None if self.stored_patches is None else self.stored_patches[index]
+        return replace(self.evaluation_sample(index), object_phrases=phrases, patches=patches)
 
     def texts(self) -> list[str]:
-        """There are no sentences to train a tokenizer on: raises as a training sample does."""
-        return self[0]
+        """The question, answer and phrase of every category, to train a tokenizer on."""
+        texts = []
+        for mask_id, category in CATEGORIES.items():
+            texts += [category.query, category.phrase, _annotation(category, mask_id).answer]
+        return texts
 
     @property
     def pixels(self) -> EgoHOS:
@@ -192,7 +204,7 @@ class EgoHOS:
         )
 
     def annotations_of(self, split: str) -> list[list[Annotation]]:
-        """Nothing: no split has texts."""
+        """Nothing: no split has texts that are scored."""
         return []
 
     def reference(self, annotation: Annotation) -> str:

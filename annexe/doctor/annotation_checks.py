@@ -106,9 +106,10 @@ def _check_questions(annotation: Annotation, where: str, report: ImageReport) ->
     report.num_queries += len(queries)
 
     # Empty texts
-    for name, text in (("caption", annotation.caption), ("answer", annotation.answer)):
-        if not text.strip():
-            report.add("empty-text", f"{where}: {name}")
+    if annotation.caption and not annotation.caption.strip():
+        report.add("empty-text", f"{where}: caption")
+    if not annotation.answer.strip():
+        report.add("empty-text", f"{where}: answer")
     for question in annotation.questions:
         if not question["query"].strip():
             report.add("empty-text", f"{where}: query {question['id']}")
@@ -135,6 +136,8 @@ def _repeated(values: Iterable[str]) -> list[str]:
 def _compare(annotations: dict[int, Annotation], report: ImageReport) -> None:
     """Compare the annotations of an image, by their indices, with each other."""
     captions = {annotation.caption for annotation in annotations.values()}
+    if captions == {""}:
+        report.add("no-analysis", "all captions")
     if len(captions) > 1:
         report.add("captions-differ", f"{len(captions)} captions")
 

@@ -40,7 +40,8 @@ PROBLEMS = {
     "missing-field": (ERROR, "an annotation or question without a field it has to have"),
     "wrong-field": (ERROR, "a field of another type than documented"),
     "no-questions": (ERROR, "an annotation without questions"),
-    "empty-text": (WARNING, "an empty caption, answer or query"),
+    "empty-text": (WARNING, "an empty answer or query, or a caption of spaces"),
+    "no-analysis": (NOTE, "an image without analysis: its captions are empty"),
     "mojibake": (WARNING, "text that was decoded with a wrong encoding"),
     "control-character": (WARNING, "text with line breaks, tabs or invisible characters"),
     "duplicate-query-id": (

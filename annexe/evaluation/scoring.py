@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -217,19 +217,23 @@ def bootstrap(scores: list[QueryScore], results: list[QueryResult]) -> ClusterBo
     return clusters
 
 
-def calibrate_thresholds(records: list[Record], truth: Truth) -> list[float]:
+def calibrate_thresholds(predicted: Iterable[tuple[list[Record], Truth]]) -> list[float]:
     """Thresholds of presence, slot by slot, by which most queries are judged right.
 
     The first slot decides whether a query is rejected: there the lower of T-acc and N-acc counts.
     A slot that is never, or always, in use keeps 0.5. Only records with ``slot_scores`` count.
+
+    Args:
+        predicted: records about each data set, and what is right in it.
     """
     # Scores of all slots, and the slots in use, query by query
     scores: list[list[float]] = []
     used: list[dict[int, int]] = []
-    for query in split_kinds(records)[1]:
-        if query.slot_scores is not None:
-            scores.append(query.slot_scores)
-            used.append(truth.annotations(query.image)[query.annotation].slots)
+    for records, truth in predicted:
+        for query in split_kinds(records)[1]:
+            if query.slot_scores is not None:
+                scores.append(query.slot_scores)
+                used.append(truth.annotations(query.image)[query.annotation].slots)
 
     thresholds = []
     for slot in range(max(map(len, scores), default=0)):
@@ -295,8 +299,7 @@ def _standard(system: System, truth: Truth) -> dict[str, float]:
 def _text_scores(system: System, truth: Truth) -> dict[str, float]:
     """Scores of analyses and answers."""
     analysis = TextMetrics()
-    for image in system.images:
-        caption = truth.annotations(image.image)[0].caption
+    for image, caption in _analyzed(system, truth):
         analysis.update(image.image, image.analysis, caption)
     answer = TextMetrics()
     for query in system.queries:
@@ -305,6 +308,14 @@ def _text_scores(system: System, truth: Truth) -> dict[str, float]:
         reference = truth.dataset.reference(annotation)
         answer.update(key, query.answer, reference, has_target=bool(annotation.slots))
     return analysis.compute("analysis") | answer.compute("answer")
+
+
+def _analyzed(system: System, truth: Truth) -> Iterator[tuple[ImageRecord, str]]:
+    """The images that have a true analysis, each with it."""
+    for image in system.images:
+        caption = truth.annotations(image.image)[0].caption
+        if caption.strip():
+            yield image, caption
 
 
 def _mask_scores(system: System) -> dict[str, float]:
@@ -343,8 +354,8 @@ def _mask_scores(system: System) -> dict[str, float]:
 
 def _annexe_release(system: System, truth: Truth) -> dict[str, float]:
     metric = AnnexeRelease()
-    for image in system.images:
-        metric.add_analysis(image.analysis, truth.annotations(image.image)[0].caption)
+    for image, caption in _analyzed(system, truth):
+        metric.add_analysis(image.analysis, caption)
     for query, result in zip(system.queries, system.results, strict=True):
         annotation = truth.annotations(query.image)[query.annotation]
         height, width = truth.size(query.image)
@@ -357,8 +368,8 @@ def _annexe_release(system: System, truth: Truth) -> dict[str, float]:
 
 def _earl_release(system: System, truth: Truth) -> dict[str, float]:
     metric = EarlRelease()
-    for image in system.images:
-        metric.add_analysis(image.analysis, truth.annotations(image.image)[0].caption)
+    for image, caption in _analyzed(system, truth):
+        metric.add_analysis(image.analysis, caption)
     for query, result in zip(system.queries, system.results, strict=True):
         annotation = truth.annotations(query.image)[query.annotation]
         names = mask_names(query.answer, {mask.slot: mask.phrase for mask in query.masks})
@@ -496,6 +507,8 @@ def _frequent_texts(dataset: LabeledDataset) -> tuple[str, str]:
     analyses: Counter[str] = Counter()
     answers: Counter[str] = Counter()
     for image in dataset.annotations_of("train") or dataset.annotations:
-        analyses[image[0].caption] += 1
+        if image[0].caption.strip():
+            analyses[image[0].caption] += 1
         answers.update(dataset.reference(annotation) for annotation in image)
-    return analyses.most_common(1)[0][0], answers.most_common(1)[0][0]
+    analysis = analyses.most_common(1)[0][0] if analyses else ""
+    return analysis, answers.most_common(1)[0][0]

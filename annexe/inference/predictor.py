@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from annexe.build import load_config, restore_model
+from annexe.build import answer_format_of, load_config, restore_model
 from annexe.checkpoints.run_folder import load_progress, require_checkpoint, without_sources
 from annexe.config import Config, device_settings
 from annexe.distributed import make_accelerator
@@ -198,16 +198,15 @@ class Predictor:
         """
         accelerator = make_accelerator(**device_settings(config.run))
         config = replace(config, model=without_sources(config.require_model(), checkpoint))
-        ((dataset_name, dataset),) = config.datasets.items()
-        answer_format = dataset.get("answer_format", "sentence")
+        answer_format = answer_format_of(config.datasets)
         model = restore_model(config, checkpoint, accelerator)
         run_folder = checkpoint.parent.parent
         about = {
             "run": str(run_folder),
             "checkpoint": str(checkpoint),
             "step": load_progress(checkpoint).step,
-            "dataset": dataset_name,
-            "data_root": str(dataset.get("data_root")),
+            "dataset": ", ".join(config.datasets),
+            "data_root": str(next(iter(config.datasets.values())).get("data_root")),
             "answer_format": answer_format,
             "image_size": model.rgb_encoder.image_size,
             "num_slots": model.pixel_decoder.num_slots,

@@ -82,6 +82,7 @@ class Batch:
     object_words: Tensor  # int64[B, O, W], token ids of that phrase, -1 = none
     samples: list[Sample]  # what it was made of, or empty
     patches: Tensor | None = None  # bfloat16[B, P, E], if they are stored
+    dataset_index: Tensor | None = None  # int64[B], if several data sets are mixed
 
     def to(self, device: torch.device) -> Batch:
         """The batch on ``device``; the host does not wait for copies from page-locked memory."""

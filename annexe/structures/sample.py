@@ -37,7 +37,7 @@ class Sample:
     image: np.ndarray  # uint8[S, S, 3]
     depth: np.ndarray  # float32[S, S], distance in the unit of its file, 0 = invalid
     target_ids: np.ndarray  # uint8[S, S]
-    analysis: str
+    analysis: str  # empty where there is none
     turns: list[Turn]
     original_size: tuple[int, int]  # height, width
     # Mask id -> phrase, over all annotations of the image
@@ -47,3 +47,5 @@ class Sample:
     answer_format: str | None = None
     # bfloat16[P, E] of a frozen RGB encoder, if they are stored
     patches: Tensor | None = None
+    # Which data set it is of, where several are mixed
+    dataset: int | None = None

@@ -85,9 +85,9 @@ def _load(arguments: argparse.Namespace) -> Config:
     if arguments.gpus < 1 or arguments.card <= 0:
         raise UserError(f"--gpus {arguments.gpus} and --card {arguments.card:g} must be above 0")
     config = load_config(arguments.cfg_path, arguments.options)
-    if config.model is None or len(config.datasets) != 1:
+    if config.model is None or not config.datasets:
         raise UserError(
-            f"'{arguments.cfg_path}' is of no training run; it needs one model and one data set"
+            f"'{arguments.cfg_path}' is of no training run; it needs a model and a data set"
         )
     language_model = config.model["language_model"]
     if language_model["type"] != "llama":

@@ -1,10 +1,11 @@
 """Named loss terms.
 
 Each is a total over its units and the number of those units, so that the number of processes,
-micro-batches and images in a batch does not change what is minimized.
+micro-batches and images in a batch does not change what is minimized. What a sample does not have,
+such as depth, has no units.
 
 Legend: B images, S image side, Q queries, K slots, U used slots, T label tokens, P image tokens,
-V words, O objects with a phrase, W words of one, h x w mask logits.
+V words, O objects with a phrase, W words of one, h x w mask logits, D data sets, N terms.
 """
 
 from __future__ import annotations
@@ -74,14 +75,22 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Term:
-    """``total(comparison)`` over the units that ``count(batch)`` counts before a forward pass."""
+    """One loss term, as what its units add to it.
 
-    total: Callable[[Comparison], Tensor]
-    count: Callable[[Batch], Tensor]
+    Attributes:
+        losses: of every unit, float32[rows, ...], by decoder layer where the term is a mean over
+            layers; 0 for what is no unit.
+        units: which of them are units, bool[rows, ...]; known before a forward pass.
+        image_index: image of every row, int64[rows].
+    """
+
+    losses: Callable[[Comparison], list[Tensor]]
+    units: Callable[[Batch], Tensor]
+    image_index: Callable[[Batch], Tensor]
 
 
-def depth_total(predictions: Predictions, batch: Batch) -> Tensor:
-    """Mean absolute difference of normalized inverse depths, summed over images: float32[].
+def depth_losses(predictions: Predictions, batch: Batch) -> Tensor:
+    """Differences of normalized inverse depths; an image's add up to their mean: float32[B, S * S].
 
     Each is normalized over its image's valid pixels by median and mean absolute deviation (MiDaS,
     TPAMI 2022), because the network knows inverse depth only up to scale and shift. Images without
@@ -106,18 +115,18 @@ def depth_total(predictions: Predictions, batch: Batch) -> Tensor:
 
     predicted = predictions.depth.float().flatten(1)
     error = (normalize(predicted) - normalize(inverse / scale)).abs()
-    return (error * weight).sum()
+    return error * weight
 
 
-def presence_total(predictions: Predictions, batch: Batch) -> Tensor:
-    """Binary cross entropy summed over all slots, mean over decoder layers: float32[]."""
+def presence_losses(predictions: Predictions, batch: Batch) -> list[Tensor]:
+    """Binary cross entropy of all slots, by decoder layer: float32[Q, K] each."""
     truth = (batch.slot_ids > 0).float()  # [Q, K]
     weight = batch.query_mask[:, None].float()  # [Q, 1]
-    totals = []
+    losses = []
     for grounding in predictions.groundings:
         logits = grounding.presence.float()
-        totals.append(F.binary_cross_entropy_with_logits(logits, truth, weight, reduction="sum"))
-    return _mean(totals)
+        losses.append(F.binary_cross_entropy_with_logits(logits, truth, weight, reduction="none"))
+    return losses
 
 
 def _mean(totals: list[Tensor]) -> Tensor:
@@ -125,11 +134,14 @@ def _mean(totals: list[Tensor]) -> Tensor:
     return sum(totals[1:], totals[0]) / len(totals)
 
 
-def _mask_total(comparison: Comparison, term: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """A term of the masks of used slots, summed over slots, mean over decoder layers: float32[]."""
-    is_used = comparison.batch.used_slots[0] >= 0  # [U]
-    totals = [(term(logits, truth) * is_used).sum() for logits, truth in comparison.masks]
-    return _mean(totals)
+def _mask_losses(term: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Comparison], list[Tensor]]:
+    """What gives a term of the masks of used slots, by decoder layer: float32[U] each."""
+
+    def losses(comparison: Comparison) -> list[Tensor]:
+        is_used = comparison.batch.used_slots[0] >= 0  # [U]
+        return [term(logits, truth) * is_used for logits, truth in comparison.masks]
+
+    return losses
 
 
 def mask_term(logits: Tensor, truth: Tensor) -> Tensor:
@@ -168,8 +180,8 @@ def dice_term(logits: Tensor, truth: Tensor) -> Tensor:
     return 1 - (2 * intersection + 1) / ((score + truth).sum((-2, -1)) + 1)
 
 
-def image_token_labels_total(predictions: Predictions, batch: Batch) -> Tensor:
-    """Every image token names what it shows, summed over objects that have a phrase: float32[].
+def image_token_label_losses(predictions: Predictions, batch: Batch) -> Tensor:
+    """Every image token names what it shows, by object that has a phrase: float32[B, O].
 
     Cross entropy of the words of an object's phrase, mean over its words and, weighted by cover,
     mean over the image tokens that the object covers.
@@ -194,38 +206,59 @@ def image_token_labels_total(predictions: Predictions, batch: Batch) -> Tensor:
     num_words = is_word.sum(-1).clamp(min=1)[:, None]  # [B, 1, O]
     of_phrase = (scores * is_word[:, None]).sum(-1) / num_words  # [B, P, O]
     of_object = -(of_phrase.transpose(1, 2) * cover).sum(-1) / cover.sum(-1).clamp(min=1e-6)
-    return (of_object * (batch.object_ids > 0)).sum()
+    return of_object * (batch.object_ids > 0)
 
 
-def num_used_slots(batch: Batch) -> Tensor:
-    """Slots that have a target, int64[]."""
-    return (batch.slot_ids > 0).sum()
+def _image_of_label(batch: Batch) -> Tensor:
+    return batch.text.label_positions // batch.text.input_ids.shape[1]
+
+
+def _image_of_query(batch: Batch) -> Tensor:
+    return batch.queries.image_index
+
+
+def _image_of_used_slot(batch: Batch) -> Tensor:
+    return batch.queries.image_index[batch.used_slots[0].clamp(min=0)]
+
+
+def _each_image(batch: Batch) -> Tensor:
+    return torch.arange(len(batch.images), device=batch.images.device)
+
+
+def _mask_term(term: Callable[[Tensor, Tensor], Tensor]) -> Term:
+    """A term of the masks of used slots."""
+    return Term(_mask_losses(term), lambda b: b.used_slots[0] >= 0, _image_of_used_slot)
 
 
 TERMS: dict[str, Term] = {
     "analysis": Term(
-        lambda c: (c.tokens * c.batch.text.is_analysis).sum(),
-        lambda b: b.text.is_analysis.sum(),
+        lambda c: [c.tokens * c.batch.text.is_analysis],
+        lambda b: b.text.is_analysis,
+        _image_of_label,
     ),
     "answer": Term(
-        lambda c: (c.tokens * ~c.batch.text.is_analysis).sum(),
-        lambda b: (~b.text.is_analysis & (b.text.labels >= 0)).sum(),
+        lambda c: [c.tokens * ~c.batch.text.is_analysis],
+        lambda b: ~b.text.is_analysis & (b.text.labels >= 0),
+        _image_of_label,
     ),
     "depth": Term(
-        lambda c: depth_total(c.predictions, c.batch),
-        lambda b: (b.depth > 0).flatten(1).any(1).sum(),
+        lambda c: [depth_losses(c.predictions, c.batch)],
+        lambda b: (b.depth > 0).flatten(1).any(1),
+        _each_image,
     ),
     "presence": Term(
-        lambda c: presence_total(c.predictions, c.batch),
-        lambda b: b.query_mask.sum() * b.slot_ids.shape[1],
+        lambda c: presence_losses(c.predictions, c.batch),
+        lambda b: b.query_mask[:, None].expand(b.slot_ids.shape),
+        _image_of_query,
     ),
-    "mask": Term(lambda c: _mask_total(c, mask_term), num_used_slots),
-    "focal": Term(lambda c: _mask_total(c, focal_term), num_used_slots),
-    "hard_pixel": Term(lambda c: _mask_total(c, hard_pixel_term), num_used_slots),
-    "dice": Term(lambda c: _mask_total(c, dice_term), num_used_slots),
+    "mask": _mask_term(mask_term),
+    "focal": _mask_term(focal_term),
+    "hard_pixel": _mask_term(hard_pixel_term),
+    "dice": _mask_term(dice_term),
     "image_token_labels": Term(
-        lambda c: image_token_labels_total(c.predictions, c.batch),
-        lambda b: (b.object_ids > 0).sum(),
+        lambda c: [image_token_label_losses(c.predictions, c.batch)],
+        lambda b: b.object_ids > 0,
+        _each_image,
     ),
 }
 
@@ -254,15 +287,62 @@ def active(weights: LossWeights, *, image_token_head: bool) -> dict[str, float]:
     return chosen
 
 
-def counts(batches: list[Batch], names: list[str]) -> Tensor:
-    """Units of each named term over all micro-batches of a step, float64[len(names)]."""
-    rows = []
+def counts(batches: list[Batch], names: list[str], num_datasets: int = 0) -> Tensor:
+    """Units of each named term over all micro-batches of a step.
+
+    Args:
+        num_datasets: D, where several are mixed and each is counted too, else 0.
+
+    Returns:
+        float64[1 + D, N]: all units, then those of each data set.
+    """
+    tables = []
     for batch in batches:
-        rows.append(torch.stack([TERMS[name].count(batch) for name in names]))
-    return torch.stack(rows).double().sum(0)
+        columns = []
+        for name in names:
+            units = TERMS[name].units(batch)
+            by_dataset = _by_dataset(TERMS[name], batch, units, num_datasets)
+            columns.append(torch.stack([units.sum(), *by_dataset]))
+        tables.append(torch.stack(columns, dim=1))
+    return torch.stack(tables).double().sum(0)
 
 
-def totals(predictions: Predictions, batch: Batch, names: list[str]) -> Tensor:
-    """Total of each named term, float32[len(names)]."""
+def totals(
+    predictions: Predictions, batch: Batch, names: list[str], num_datasets: int = 0
+) -> Tensor:
+    """Total of each named term.
+
+    Args:
+        num_datasets: as in `counts`.
+
+    Returns:
+        float32[1 + D, N]: over all images, then over those of each data set, without gradients.
+    """
     comparison = Comparison(predictions, batch)
-    return torch.stack([TERMS[name].total(comparison) for name in names])
+    columns = []
+    for name in names:
+        by_layer = TERMS[name].losses(comparison)
+        total = _mean([losses.sum() for losses in by_layer])
+        by_dataset = []
+        for losses in by_layer:
+            by_dataset.append(_by_dataset(TERMS[name], batch, losses.detach(), num_datasets))
+        columns.append(torch.stack([total, *_mean(by_dataset)]))
+    return torch.stack(columns, dim=1)
+
+
+def _by_dataset(term: Term, batch: Batch, values: Tensor, num_datasets: int) -> Tensor:
+    """Sums of the rows that belong to each data set.
+
+    Args:
+        values: of the units of a term, [rows, ...].
+
+    Returns:
+        [D], of the type that a sum has.
+    """
+    if not num_datasets:
+        return values.new_empty(0)
+    assert batch.dataset_index is not None
+    dataset = batch.dataset_index[term.image_index(batch)]  # [rows]
+    is_of = dataset == torch.arange(num_datasets, device=dataset.device)[:, None]  # [D, rows]
+    rows = values.flatten(1).sum(1) if values.dim() > 1 else values
+    return torch.where(is_of, rows, 0).sum(1)

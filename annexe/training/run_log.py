@@ -34,11 +34,18 @@ from annexe.files import append_text, write_text
 
 
 class LossWindow:
-    """Loss terms since the last log line; nothing waits for the device before they are read."""
+    """Loss terms since the last log line; nothing waits for the device before they are read.
 
-    def __init__(self, names: list[str], device: torch.device) -> None:
+    Args:
+        names: of the terms.
+        num_datasets: of which each has totals of its own, else 0.
+        device: of the totals.
+    """
+
+    def __init__(self, names: list[str], num_datasets: int, device: torch.device) -> None:
         self.names = names
-        self.totals, self.units, self.first_bad = torch.zeros(3, len(names), device=device)
+        shape = (3, 1 + num_datasets, len(names))
+        self.totals, self.units, self.first_bad = torch.zeros(shape, device=device)
         self.norm = torch.zeros((), device=device)
         self.steps = 0
         self.bad_step = torch.zeros((), dtype=torch.int64, device=device)  # 0 = none
@@ -67,7 +74,7 @@ class LossWindow:
         if not bad_step:
             return
         totals = []
-        for name, total in zip(self.names, self.first_bad.tolist(), strict=True):
+        for name, total in zip(self.names, self.first_bad[0].tolist(), strict=True):
             totals.append(f"{name} {total:g}")
         raise UserError(
             f"loss or gradient is not finite at step {step - self.steps + bad_step} "
@@ -75,9 +82,19 @@ class LossWindow:
             "intact. Lower run.learning_rate or check the data"
         )
 
-    def means(self, totals: Tensor) -> dict[str, float]:
-        """Mean of every term, from its ``totals`` over all ranks."""
-        return dict(zip(self.names, (totals / self.units.clamp(min=1)).tolist(), strict=True))
+    def means(self, totals: Tensor) -> list[dict[str, float]]:
+        """Mean of every term, from the ``totals`` over all ranks.
+
+        Returns:
+            The means over all images, then those of each data set without the terms that it lacks.
+        """
+        means = (totals / self.units.clamp(min=1)).tolist()
+        of_all, *by_dataset = [dict(zip(self.names, row, strict=True)) for row in means]
+        for terms, units in zip(by_dataset, self.units[1:].tolist(), strict=True):
+            for name, num_units in zip(self.names, units, strict=True):
+                if not num_units:
+                    del terms[name]
+        return [of_all, *by_dataset]
 
 
 class RunLogger:
