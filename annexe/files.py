@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich import filesize
+
 from annexe.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -26,6 +28,8 @@ _HEAD = 1024
 _TAIL = 1024  # programs put dates and other texts behind the pixels of a PNG
 # How files begin whose size or end changes with their pixels
 _COMPRESSED = (b"\x89PNG", b"\xff\xd8")
+
+_ROOM = 1.02  # of what is written has to be free
 
 _RUST_ERROR = re.compile(r"\bos error (\d+)\)")
 # What the system says of a disk that takes no more
@@ -213,6 +217,43 @@ def digest_of_file(path: str | Path) -> bytes:
         else:
             content += file.read()
     return hashlib.sha256(size.to_bytes(8, "little") + content).digest()
+
+
+def cache_folder(name: str) -> Path:
+    """Where annexe keeps what it can make or fetch again; nothing is made here.
+
+    It is a folder of ``$ANNEXE_CACHE``, else of ``$XDG_CACHE_HOME/annexe``, else of
+    ``~/.cache/annexe``.
+    """
+    cache_home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    cache = Path(os.environ.get("ANNEXE_CACHE") or Path(cache_home, "annexe")).expanduser()
+    return cache / name
+
+
+def require_room(folder: Path, num_bytes: int) -> None:
+    """Check that a disk takes what is about to be written, and 2 % for what surrounds it.
+
+    Args:
+        folder: it need not exist yet.
+
+    Raises:
+        UserError: with what is needed and what is free.
+    """
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    needed = round(num_bytes * _ROOM)
+    if needed > free:
+        raise UserError(
+            f"the disk of '{existing}' has {in_units(free)} free and {in_units(needed)} are "
+            "needed; make room, or name a folder on another disk"
+        )
+
+
+def in_units(num_bytes: float) -> str:
+    """A number of bytes for people, such as 4.1 GB."""
+    return filesize.decimal(round(num_bytes))
 
 
 @contextmanager

@@ -6,7 +6,8 @@ import io
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -134,6 +135,49 @@ def with_time_left(
             left = timedelta(seconds=round((total - num_done) / rate))
             message = "%d of %d %s, %.1f a second, %s left"
             log.info(message, num_done, total, what, rate, left)
+
+
+@contextmanager
+def counting_bytes(
+    description: str, total: int, every: float = 30
+) -> Iterator[Callable[[int], None]]:
+    """Show how many bytes of a long work are done: as a bar, or as log lines without a terminal.
+
+    Args:
+        description: stands before the bar.
+        total: bytes of all the work.
+        every: seconds between two log lines.
+
+    Yields:
+        A function that is told how many bytes were done since it was last called. Threads may
+        call it at once.
+    """
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    console = get_console()
+    num_done = 0
+    start = said = time.perf_counter()
+    with progress.Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(description, total=total)
+
+        def count(num_bytes: int) -> None:
+            nonlocal num_done, said
+            num_done += num_bytes
+            bar.advance(task, num_bytes)
+            now = time.perf_counter()
+            if not console.is_terminal and num_done < total and now - said >= every:
+                said = now
+                rate = num_done / (now - start)
+                left = timedelta(seconds=round((total - num_done) / max(rate, 1)))
+                message = "%s: %.1f of %.1f GB, %.1f MB a second, %s left"
+                log.info(message, description, num_done / 1e9, total / 1e9, rate / 1e6, left)
+
+        yield count
 
 
 def _console(stderr: bool) -> Console:

@@ -173,7 +173,7 @@ def save_checkpoint(
                 (part / "frozen.json").write_text(json.dumps(frozen, indent=1))
                 (part / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1))
                 OmegaConf.save(OmegaConf.create(config), part / "config.yaml")
-                size = _seal(part)
+                size = seal(part)
 
     # Only now an older one may go
     if is_main:
@@ -437,7 +437,7 @@ def _random_state(device: torch.device) -> dict[str, Tensor]:
     return state
 
 
-def _seal(folder: Path) -> int:
+def seal(folder: Path) -> int:
     """Write down every file's size; gives their sum in bytes."""
     sizes = {}
     for path in sorted(folder.rglob("*")):

@@ -31,7 +31,7 @@ import numpy as np
 from annexe.datasets.annotations import Annotation, read_annotations
 from annexe.datasets.image_names import annotation_files, is_annotation_file
 from annexe.errors import UserError
-from annexe.files import replaced
+from annexe.files import cache_folder, replaced
 from annexe.terminal import track
 
 log = logging.getLogger(__name__)
@@ -190,11 +190,9 @@ def index_file(folder: Path) -> Path:
 
     Data roots are often read-only.
     """
-    cache_home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    cache = Path(os.environ.get("ANNEXE_CACHE") or Path(cache_home, "annexe")).expanduser()
     folder = folder.resolve()
     key = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
-    return cache / "index" / f"{folder.name}-{key}.index"
+    return cache_folder("index") / f"{folder.name}-{key}.index"
 
 
 def folder_state(folder: Path) -> str:
