@@ -28,7 +28,6 @@ from annexe.checkpoints.run_folder import (
     find_checkpoint,
     is_of_run,
     load_progress,
-    require_checkpoint,
     saved_config,
 )
 from annexe.checkpoints.saved_settings import compare_start, require_same_meaning
@@ -38,6 +37,7 @@ from annexe.datasets.ego_irgbench import EgoIRGBench, MissingSplit
 from annexe.datasets.mixture import ALL, Ratio, require_ratio
 from annexe.datasets.training_set import TrainingSet
 from annexe.errors import UserError, unknown_name_error
+from annexe.hub.runs import local_run, require_run
 from annexe.models.annexe import Annexe
 from annexe.models.compile import compile_blocks
 from annexe.models.language_model.tokenizer import TextTokenizer, load_tokenizer
@@ -137,7 +137,7 @@ def _onto_checkpoint(base: DictConfig, overrides: DictConfig) -> Any:
         return base
     if base.get("model") is None:
         base["model"] = {}
-    saved = {"model": saved_config(require_checkpoint(checkpoint, "best"))["model"]}
+    saved = {"model": saved_config(require_run(checkpoint))["model"]}
     for part in PARTS:
         chosen = OmegaConf.select(base, f"model.{part}.type")
         if chosen not in (None, saved["model"].get(part, {}).get("type")):
@@ -443,6 +443,16 @@ def filled_config(folder: Path) -> dict[str, Any]:
     except UserError as error:
         raise UserError(f"'{folder / 'config.yaml'}': {error}{explain_versions(folder)}") from None
     return saved
+
+
+def fetch_start(spec: dict[str, Any]) -> None:
+    """Fetch the run of the hub that ``init_from`` of a ``model`` block names, and name its folder.
+
+    Raises:
+        UserError: for a name that is neither a path nor a run on the hub.
+    """
+    if spec.get("init_from") is not None:
+        spec["init_from"] = local_run(spec["init_from"])
 
 
 def check_start(spec: dict[str, Any]) -> None:

@@ -36,6 +36,8 @@ TOOLS = (
     "serve",
     "ablate",
     "bench",
+    "download",
+    "push",
 )
 
 _SHOWN = 200  # characters of a text that cannot be written

@@ -15,11 +15,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from annexe.build import answer_format_of, build_dataset, filled_config, restore_model
-from annexe.checkpoints.run_folder import (
-    load_progress,
-    require_checkpoint,
-    without_sources,
-)
+from annexe.checkpoints.run_folder import load_progress, run_of, without_sources
 from annexe.config import Config, device_settings
 from annexe.datasets.image_names import read_subsets
 from annexe.distributed import make_accelerator
@@ -29,6 +25,7 @@ from annexe.evaluation.records import Record, read_records, split_kinds, write_r
 from annexe.evaluation.scoring import Scores, score_all
 from annexe.evaluation.truth import LabeledDataset, Truth
 from annexe.files import locked, write_json
+from annexe.hub.runs import require_run
 from annexe.models.annexe import Annexe
 from annexe.report import write_report
 from annexe.terminal import table, track
@@ -95,7 +92,7 @@ def restore(config: Config, accelerator: Accelerator) -> Evaluation:
             "run.checkpoint is missing; "
             "give a training run's output folder or one of its checkpoints"
         )
-    checkpoint = require_checkpoint(run.checkpoint, "best")
+    checkpoint = require_run(run.checkpoint)
     saved = filled_config(checkpoint)
     config = replace(config, model=without_sources(config.model or saved["model"], checkpoint))
 
@@ -260,7 +257,7 @@ def report(
 ) -> None:
     """Draw the report, with the learning curves of the training if its log is there."""
     started = time.perf_counter()
-    training_log = evaluation.checkpoint.parent.parent / "log.jsonl"
+    training_log = run_of(evaluation.checkpoint) / "log.jsonl"
     meta = evaluation.meta
     write_report(
         path,

@@ -27,6 +27,7 @@ from annexe.build import (
     build_training_set,
     build_validation_sets,
     check_start,
+    fetch_start,
     filled_config,
 )
 from annexe.checkpoints.manifest import (
@@ -108,6 +109,7 @@ def set_up(config: Config) -> Trainer:
 
     # What is refused comes before what takes time
     resumed = _checkpoint_to_resume(run, output)
+    fetch_start(config.require_model())
     if resumed:
         changes = require_same_meaning(resumed, filled_config(resumed), as_dict(config))
     else:

@@ -113,6 +113,23 @@ def require_checkpoint(where: str, which: str) -> Path:
     return folder
 
 
+def run_of(checkpoint: Path) -> Path:
+    """The folder of the run that a checkpoint belongs to; itself, if it was published alone."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
+
+
+def evaluation_of(run_folder: Path) -> dict[str, Any]:
+    """What an evaluation under a run's folder wrote; empty if there is none that can be read."""
+    for file in (run_folder / "eval" / "metrics.json", run_folder / "metrics.json"):
+        try:
+            metrics = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(metrics, dict) and isinstance(metrics.get("standard"), dict):
+            return metrics
+    return {}
+
+
 def is_of_run(path: Path) -> bool:
     """Whether a file is the configuration that a run or one of its checkpoints was saved with."""
     folder = path.parent
@@ -137,8 +154,9 @@ def saved_config(folder: Path) -> dict[str, Any]:
 def without_sources(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The ``model`` block ``spec`` without the files of weights that a checkpoint makes needless.
 
-    Those of a part that was trained whole are, and so is a ``model.init_from`` that is not there:
-    `load_weights` then checks that frozen weights are the right ones all the same.
+    Those of a part that was trained whole are, and so is a ``model.init_from`` that is neither
+    there nor beside the checkpoint, as `annexe push` puts it: `load_weights` then checks that
+    frozen weights are the right ones all the same.
 
     Args:
         folder: of the checkpoint.
@@ -156,7 +174,9 @@ def without_sources(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     # What the run started from is needed for frozen weights alone
     init_from = spec.get("init_from")
-    if init_from is not None and not Path(init_from).exists():
+    if init_from is not None and (folder / init_from).exists():
+        spec |= {"init_from": str(folder / init_from)}
+    elif init_from is not None and not Path(init_from).exists():
         message = "model.init_from '%s' is not here; what was trained from it is in '%s'"
         log.warning(message, init_from, folder)
         spec |= {"init_from": None, "init": "random"}

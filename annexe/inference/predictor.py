@@ -12,7 +12,6 @@ Legend: S side of the square that the model sees.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -28,12 +27,18 @@ import torch
 from PIL import Image
 
 from annexe.build import answer_format_of, load_config, restore_model
-from annexe.checkpoints.run_folder import load_progress, require_checkpoint, without_sources
+from annexe.checkpoints.run_folder import (
+    evaluation_of,
+    load_progress,
+    run_of,
+    without_sources,
+)
 from annexe.config import Config, device_settings
 from annexe.distributed import make_accelerator
 from annexe.errors import UserError, unknown_name_error
 from annexe.evaluation.predict import prompt_collator, records_of_image
 from annexe.evaluation.records import ImageRecord, QueryRecord
+from annexe.hub.runs import require_run
 from annexe.inference.results import Answer, ImageInput, Photo, PhotoResult
 from annexe.models.annexe import Annexe, TextListener
 from annexe.models.language_model.tokenizer import PLACEHOLDER, TEMPLATE_TOKENS
@@ -93,6 +98,7 @@ def inference_config(
 
     Args:
         run_folder: of a training run, or one of its checkpoints; of a run the best one counts.
+            ``user/repo`` is a run on the hub, unless there is such a folder.
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: ``auto`` (bfloat16 on a GPU), ``float32`` or ``bfloat16``.
         compile: compile the blocks, which takes minutes and pays for many photos.
@@ -104,7 +110,7 @@ def inference_config(
     """
     if dtype not in _PRECISIONS:
         raise unknown_name_error("dtype", dtype, _PRECISIONS)
-    checkpoint = require_checkpoint(str(run_folder), "best")
+    checkpoint = require_run(run_folder)
     settings = [
         *_SIMPLE,
         f"run.device={device}",
@@ -200,7 +206,7 @@ class Predictor:
         config = replace(config, model=without_sources(config.require_model(), checkpoint))
         answer_format = answer_format_of(config.datasets)
         model = restore_model(config, checkpoint, accelerator)
-        run_folder = checkpoint.parent.parent
+        run_folder = run_of(checkpoint)
         about = {
             "run": str(run_folder),
             "checkpoint": str(checkpoint),
@@ -211,7 +217,7 @@ class Predictor:
             "image_size": model.rgb_encoder.image_size,
             "num_slots": model.pixel_decoder.num_slots,
             "max_new_tokens": config.run.max_new_tokens,
-            "scores": _scores(run_folder),
+            "scores": evaluation_of(run_folder).get("standard", {}),
         }
         return cls(
             model,
@@ -449,13 +455,3 @@ def _in_groups(photos: Iterable[Photo], size: int) -> Iterator[list[Photo]]:
     remaining = iter(photos)
     for first in remaining:
         yield list(chain([first], islice(remaining, size - 1)))
-
-
-def _scores(run_folder: Path) -> dict[str, float]:
-    """The standard scores of an evaluation under the run's folder; empty if there is none."""
-    for file in (run_folder / "eval" / "metrics.json", run_folder / "metrics.json"):
-        try:
-            return json.loads(file.read_text(encoding="utf-8"))["standard"]
-        except (OSError, ValueError, LookupError, TypeError):
-            continue
-    return {}

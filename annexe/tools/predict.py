@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "run_folder",
         metavar="RUN",
         type=os.path.expanduser,
-        help="folder of a training run, or of one of its checkpoints",
+        help="folder of a training run or of one of its checkpoints, or user/repo on the hub",
     )
     parser.add_argument(
         "inputs",

@@ -8,6 +8,7 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
+from annexe.checkpoints.run_folder import run_of
 from annexe.errors import UserError
 from annexe.inference.server.extra import require_extra
 from annexe.inference.server.limits import Limits
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "run_folder",
         metavar="run",
         type=os.path.expanduser,
-        help="run folder, or one of its checkpoints",
+        help="run folder, or one of its checkpoints, or user/repo of one on the hub",
     )
 
     # Where
@@ -138,7 +139,7 @@ def run(arguments: argparse.Namespace) -> None:
         on_death=metrics.deaths.inc,
     )
     metrics.watch(engine)
-    run_folder = checkpoint.parent.parent
+    run_folder = run_of(checkpoint)
     settings = Settings(
         model_name=arguments.model_name or run_folder.resolve().name,
         limits=limits,

@@ -16,11 +16,12 @@ from transformers import LlamaForCausalLM
 
 from annexe.checkpoints.names import our_name
 from annexe.checkpoints.public import recognize_source
-from annexe.checkpoints.run_folder import require_checkpoint, saved_config
+from annexe.checkpoints.run_folder import saved_config
 from annexe.checkpoints.tensor_files import read_tensors
 from annexe.checkpoints.training_state import require_same_frozen, saved_tensors
 from annexe.errors import UserError
 from annexe.files import replaced, require_writable
+from annexe.hub.runs import local_run, require_run
 from annexe.models.language_model.base_model import DTYPES, load_llama, require_llama
 from annexe.models.language_model.llama import Llama, Lora
 from annexe.models.language_model.tokenizer import load_tokenizer
@@ -36,14 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "inspect", help="say what a checkpoint holds and which setting takes it"
     )
     inspect.add_argument(
-        "file", type=Path, help=".pth or safetensors file, Hugging Face folder or run folder"
+        "file",
+        type=Path,
+        help=".pth or safetensors file, Hugging Face folder, run folder, or user/repo of a run",
     )
     export = actions.add_parser("export", help="write adapter, heads and tokenizer of a run")
     export.add_argument(
         "run_folder",
         metavar="run",
         type=os.path.expanduser,
-        help="run folder, or one of its checkpoints",
+        help="run folder, or one of its checkpoints, or user/repo of one on the hub",
     )
     export.add_argument("out", type=Path, help="folder to make")
     export.add_argument(
@@ -72,6 +75,7 @@ def inspect_file(path: Path) -> None:
     Raises:
         UserError: for a file that is no checkpoint, or of no known format.
     """
+    path = Path(local_run(path))
     tensors = read_tensors(path, shapes_only=True)
     source_format, prefix = recognize_source(path, tensors)
 
@@ -113,7 +117,7 @@ def export_run(run_folder: str, out: Path, *, merge: bool, base: Path | None = N
     """
     if out.exists():
         raise UserError(f"'{out}' exists already; choose another folder")
-    checkpoint = require_checkpoint(run_folder, "best")
+    checkpoint = require_run(run_folder)
     settings = saved_config(checkpoint)["model"]["language_model"]
     has_adapter = (checkpoint / "adapter").is_dir()
     if merge and has_adapter and settings["path"] is None:

@@ -1,0 +1,1 @@
+"""Data, weights and runs on the Hugging Face Hub."""
