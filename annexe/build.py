@@ -38,7 +38,7 @@ from annexe.datasets.mixture import ALL, Ratio, require_ratio
 from annexe.datasets.training_set import TrainingSet
 from annexe.errors import UserError, unknown_name_error
 from annexe.hub.runs import local_run, require_run
-from annexe.models.annexe import Annexe
+from annexe.models.annexe import Annexe, grid_of_masks
 from annexe.models.compile import compile_blocks
 from annexe.models.language_model.tokenizer import TextTokenizer, load_tokenizer
 from annexe.registry import import_plugins, lookup
@@ -104,7 +104,22 @@ def load_config(
         config.datasets[name] = check_dataset(name, spec)
     if config.model is not None:
         config.model = check_model(config.model)
+        _require_depth(config)
     return config
+
+
+def _require_depth(config: Config) -> None:
+    """Refuse to choose checkpoints by depth where none is predicted.
+
+    Raises:
+        UserError: naming both settings.
+    """
+    metric = config.run.validation_metric
+    if config.require_model()["depth_branch"]["type"] == "none" and metric.startswith("depth/"):
+        raise UserError(
+            f"run.validation_metric is {metric}, and model.depth_branch is none; choose another, "
+            "such as grounding/ciou"
+        )
 
 
 def _upgrade_model(settings: DictConfig) -> None:
@@ -404,7 +419,7 @@ def build_model(
             language_model.hidden_size,
             rgb_encoder.embed_dim,
             depth_branch.num_channels,
-            rgb_encoder.grid,
+            grid_of_masks(rgb_encoder, depth_branch),
         )
         projector = build_component(
             "projector",

@@ -389,8 +389,11 @@ class Trainer:
 
         # Loss terms in use and their weights
         device = accelerator.device
-        has_head = model.image_token_head
-        self.loss_weights = losses.active(run.loss_weights, image_token_head=has_head)
+        self.loss_weights = losses.active(
+            run.loss_weights,
+            image_token_head=model.image_token_head,
+            has_depth=model.predicts_depth,
+        )
         self.term_weights = torch.tensor(list(self.loss_weights.values()), device=device)
 
         # Data sets whose losses are summed apart, too

@@ -420,7 +420,10 @@ def test_evaluation_needs_a_checkpoint(make_config: MakeConfig, tmp_path: Path) 
             "model.rgb_encoder.embed_dim is 32; it must be a multiple of 12",
         ),
         ("model.rgb_encoder.image_size=-168", "model.rgb_encoder.image_size is -168"),
-        ("model.rgb_encoder.patch_size=28", "model.rgb_encoder.patch_size must be 14"),
+        (
+            "model.rgb_encoder.patch_size=48",
+            "model.rgb_encoder.image_size 112 is no multiple of the patch size 48; take 96 or 144",
+        ),
         ("model.pixel_decoder.num_slots=0", "model.pixel_decoder.num_slots is 0"),
         (
             "model.pixel_decoder.hidden_size=66",

@@ -88,15 +88,16 @@ def flops_of_batch(model: Annexe, batch: Batch) -> dict[str, Flops]:
     images = batch.images.to("meta").float()
 
     # RGB encoder, which stored patches leave out
-    rgb_encoder = model.rgb_encoder
+    rgb_encoder: Any = model.rgb_encoder
     num_encoded = 0 if batch.patches is not None else num_images
+    rgb_flops = Flops()
     if isinstance(rgb_encoder, EvaViT):
         rgb_flops = flops_of_vit(rgb_encoder, num_encoded)
-    else:
+    elif num_encoded:
         rgb_flops = flops_by_counter(rgb_encoder, images[:num_encoded])
 
     # Depth branch
-    depth_branch = model.depth_branch
+    depth_branch: Any = model.depth_branch
     if isinstance(depth_branch, DepthAnythingV2):
         depth_flops = flops_of_depth_branch(depth_branch, images.shape[-1], num_images)
     else:
@@ -104,9 +105,9 @@ def flops_of_batch(model: Annexe, batch: Batch) -> dict[str, Flops]:
 
     # Projector
     projector_flops = Flops()
-    projector_flops.add_linear(
-        _linear_layers(model.projector), num_image_tokens, _is_trained(rgb_encoder)
-    )
+    projector: Any = model.projector
+    layers = _linear_layers(projector)
+    projector_flops.add_linear(layers, num_image_tokens, _is_trained(rgb_encoder))
 
     # Language model: logits of the labels, and of image tokens where they are named
     language_model = model.language_model
@@ -234,7 +235,7 @@ def num_attended_pairs(segment_ids: Tensor) -> int:
 def flops_of_decoder(model: Annexe, batch: Batch) -> Flops:
     """The pixel decoder on a batch, counted while it runs without storage."""
     decoder = model.pixel_decoder
-    grid = model.rgb_encoder.grid
+    grid = model.grid_of_masks
     num_images = len(batch.images)
     num_queries = len(batch.queries.image_index)
     reads_prompt = decoder.conditioning == "prompt"
@@ -248,7 +249,8 @@ def flops_of_decoder(model: Annexe, batch: Batch) -> Flops:
     patches = torch.zeros(num_images, grid**2, model.rgb_encoder.embed_dim, device=meta)
     patches.requires_grad_(_is_trained(model.rgb_encoder))
     maps = []
-    for side in (grid, 2 * grid, 4 * grid, 8 * grid):
+    sides = (grid, 2 * grid, 4 * grid, 8 * grid) if model.predicts_depth else ()
+    for side in sides:
         depth_map = torch.zeros(
             num_images, model.depth_branch.num_channels, side, side, device=meta
         )
@@ -283,7 +285,7 @@ def flops_by_counter(module: nn.Module, *inputs: Any) -> Flops:
         return Flops(forward, counter.get_total_flops() - forward)
 
 
-def _is_trained(module: nn.Module) -> bool:
+def _is_trained(module: Any) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 

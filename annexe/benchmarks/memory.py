@@ -229,7 +229,12 @@ def measure(
         if live.current - saving > limit:
             return None
         batch = _hold_batch(batch, mode, live)
-        terms = list(losses.active(run.loss_weights, image_token_head=model.image_token_head))
+        weights_of_terms = losses.active(
+            run.loss_weights,
+            image_token_head=model.image_token_head,
+            has_depth=model.predicts_depth,
+        )
+        terms = list(weights_of_terms)
         loss, activations = _run_forward(model, batch, terms, live, bf16=bf16)
         _run_backward(loss, optimizer)
 

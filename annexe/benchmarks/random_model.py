@@ -72,6 +72,8 @@ def without_files(config: Config) -> tuple[Config, Any, list[str]]:
     for block, setting in blocks:
         if setting in block:
             block.update({setting: None, "init": "random"})
+    if "path" in model["rgb_encoder"]:  # its sizes stand in the folder
+        model["rgb_encoder"]["init"] = "random"
 
     if tokenizer is None:
         num_slots = model["pixel_decoder"]["num_slots"]

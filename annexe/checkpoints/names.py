@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable
 
 _DINOV2_BLOCK = r"^(depth_branch\.backbone\.blocks\.\d+)\."
+_HF_VIT = r"^(rgb_encoder\.model\..*?\.attention)"
 
 # From the libraries' names to ours: regular expression, replacement; applied in turn
 OUR_NAMES: tuple[tuple[str, str], ...] = (
@@ -25,6 +26,14 @@ OUR_NAMES: tuple[tuple[str, str], ...] = (
     (rf"{_DINOV2_BLOCK}attention\.(?:attention\.key|k_proj)\.", r"\1.attention.key."),
     (rf"{_DINOV2_BLOCK}attention\.(?:attention\.value|v_proj)\.", r"\1.attention.value."),
     (rf"{_DINOV2_BLOCK}attention\.(?:output\.dense|o_proj)\.", r"\1.attention.out."),
+    # Public vision encoders: peft's wrapping, SigLIP's inner model and DINOv2's attention as above
+    (r"^(rgb_encoder\..*)\.base_layer\.", r"\1."),
+    (r"^(rgb_encoder\..*\.lora_[AB])\.default\.", r"\1."),
+    (r"^rgb_encoder\.model\.vision_model\.", "rgb_encoder.model."),
+    (rf"{_HF_VIT}\.(?:attention\.)?(?:query|q_proj)\.", r"\1.query."),
+    (rf"{_HF_VIT}\.(?:attention\.)?(?:key|k_proj)\.", r"\1.key."),
+    (rf"{_HF_VIT}\.(?:attention\.)?(?:value|v_proj)\.", r"\1.value."),
+    (rf"{_HF_VIT}\.(?:output\.dense|o_proj)\.", r"\1.out."),
 )
 
 # The libraries' modules and parameters in the order in which 0.2 and earlier versions met them:

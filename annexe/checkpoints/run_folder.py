@@ -171,6 +171,8 @@ def without_sources(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     for part in ("rgb_encoder", "depth_branch"):
         if spec[part].get("weights") is not None and part not in frozen:
             spec[part] |= {"weights": None, "init": "random"}
+    if spec["rgb_encoder"].get("path") is not None and "rgb_encoder" not in frozen:
+        spec["rgb_encoder"] |= {"path": str(folder / "rgb_encoder"), "init": "random"}
 
     # What the run started from is needed for frozen weights alone
     init_from = spec.get("init_from")
@@ -182,8 +184,9 @@ def without_sources(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
         spec |= {"init_from": None, "init": "random"}
 
     # Every other file has to be there
-    sources = {"rgb_encoder": "weights", "depth_branch": "weights", "language_model": "path"}
-    for part, setting in sources.items():
+    sources = [("rgb_encoder", "weights"), ("rgb_encoder", "path")]
+    sources += [("depth_branch", "weights"), ("language_model", "path")]
+    for part, setting in sources:
         path = spec[part].get(setting)
         if path is not None and not Path(path).exists():
             raise UserError(

@@ -170,7 +170,7 @@ def _answers(predicted: _Predicted | UserError) -> Answers:
 
 def records_of_image(sample: Sample, image: ImageResponses) -> list[Record]:
     """The records of one image: its own, then those of its questions."""
-    depth = depth_errors(image.depth, sample.depth)
+    depth = None if image.depth is None else depth_errors(image.depth, sample.depth)
     records: list[Record] = [
         ImageRecord(image=sample.stem, analysis=image.analysis, depth=depth),
     ]

@@ -222,14 +222,14 @@ class PhotoResult:
         source: the photo.
         size: its height and width.
         record: its line of predictions.jsonl.
-        depth: float32[S, S], inverse depth up to scale and shift.
+        depth: float32[S, S], inverse depth up to scale and shift; None without a depth branch.
         answers: one for each question, in order.
     """
 
     source: Photo = field(repr=False)
     size: tuple[int, int]
     record: ImageRecord
-    depth: np.ndarray = field(repr=False)
+    depth: np.ndarray | None = field(repr=False)
     answers: list[Answer]
 
     @property

@@ -7,7 +7,7 @@ tokens, V words.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from annexe.checkpoints import public as checkpoints
 from annexe.errors import UserError
-from annexe.models.depth_branch import PATCH, DepthAnythingV2, DepthFeatures
+from annexe.models.depth_branch import DepthFeatures
+from annexe.models.image_ops import resize_patches
 from annexe.models.language_model.constraints import DecodingConstraints
 from annexe.models.language_model.generation import GreedyDecoder, Responses, TokenListener
 from annexe.models.language_model.kv_cache import Prefill
@@ -63,6 +64,24 @@ class RgbEncoder(Protocol):
     def __call__(self, images: Tensor) -> Tensor:
         """Encode float[B, 3, S, S] in [0, 1] to float[B, G * G, E]."""
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All weights."""
+
+
+class DepthBranch(Protocol):
+    """Photos to depth and depth-aware maps; an ``nn.Module``.
+
+    Attributes:
+        num_channels: channels of the maps, 0 if there are none.
+        grid: side of the coarsest map, None if there is none.
+    """
+
+    num_channels: int
+    grid: int | None
+
+    def __call__(self, images: Tensor) -> DepthFeatures:
+        """Depth and features of float[B, 3, S, S] in [0, 1]."""
+
 
 class Projector(Protocol):
     """Patches to tokens of the language model; an ``nn.Module``.
@@ -103,6 +122,11 @@ class PixelDecoder(Protocol):
         """Decode every query; arguments are those of `QueryDecoder.forward`."""
 
 
+def grid_of_masks(rgb_encoder: RgbEncoder, depth_branch: DepthBranch) -> int:
+    """Side of the grid that a pixel decoder works on: that of the depth maps, if there are any."""
+    return depth_branch.grid or rgb_encoder.grid
+
+
 class Annexe(nn.Module):
     """Wires the parts of the paper's figure.
 
@@ -129,7 +153,7 @@ class Annexe(nn.Module):
     def __init__(
         self,
         rgb_encoder: RgbEncoder,
-        depth_branch: DepthAnythingV2,
+        depth_branch: DepthBranch,
         projector: Projector,
         language_model: Llama,
         pixel_decoder: PixelDecoder,
@@ -144,17 +168,13 @@ class Annexe(nn.Module):
 
         # Settings
         checkpoints.require_source("model", "init_from", init_from, init)
-        grid = rgb_encoder.grid
-        if grid != rgb_encoder.image_size // PATCH:
-            raise UserError(
-                f"model.rgb_encoder.patch_size must be {PATCH}, that of the depth branch"
-            )
         if presence_threshold is not None and not 0 <= presence_threshold <= 1:
             raise UserError(
                 f"model.presence_threshold is {presence_threshold}; "
                 "it must be at least 0 and at most 1"
             )
         self.num_image_tokens = projector.num_tokens
+        self.grid_of_masks = grid_of_masks(rgb_encoder, depth_branch)
         self.image_token_head = image_token_head
         self.constrain_answers = constrain_answers
         self.presence_threshold = presence_threshold
@@ -172,7 +192,8 @@ class Annexe(nn.Module):
         if init_from is not None:
             required = []
             for name in self.state_dict():
-                if name.startswith("projector.") or ".lora_" in name:
+                is_adapter = name.startswith("language_model.") and ".lora_" in name
+                if name.startswith("projector.") or is_adapter:
                     required.append(name)
             checkpoints.load(self, "model", init_from, required)
 
@@ -218,8 +239,9 @@ class Annexe(nn.Module):
 
         # Images, each with its analysis
         texts = [self.language_model.tokenizer.decode(row) for row in responses.tokens]
-        depth_maps = encoding.depth.depth.float().cpu().numpy()
-        images = [ImageResponses("", depth, []) for depth in depth_maps]
+        depth = encoding.depth.depth
+        depth_maps = [None] * len(batch.images) if depth is None else depth.float().cpu().numpy()
+        images = [ImageResponses("", depth_map, []) for depth_map in depth_maps]
         places = _places(batch)
         for (image, query), text in zip(places, texts, strict=True):
             if query is None:
@@ -295,6 +317,11 @@ class Annexe(nn.Module):
             threshold = _DEFAULT_THRESHOLD
         return [threshold] * self.pixel_decoder.num_slots
 
+    @property
+    def predicts_depth(self) -> bool:
+        """Whether there is a depth branch."""
+        return self.depth_branch.grid is not None
+
     def blocks(self) -> list[nn.Module]:
         """The repeated blocks that hold most of the weights: of the RGB encoder, then of Llama."""
         return [*self.rgb_encoder.blocks, *self.language_model.llama.model.layers]
@@ -345,7 +372,8 @@ class Annexe(nn.Module):
     ) -> list[Grounding]:
         """Run the pixel decoder, whose arguments ``states`` and ``state_mask`` are."""
         maps = encoding.depth.maps
-        return self.pixel_decoder(states, state_mask, encoding.patches, maps, batch.queries)
+        patches = resize_patches(encoding.patches, self.grid_of_masks)
+        return self.pixel_decoder(states, state_mask, patches, maps, batch.queries)
 
     def _prompt_states(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """States of every query's prompt, left aligned.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from annexe.models.annexe import Annexe
+from annexe.models.depth_branch import NoDepthBranch
 
 
 def compile_blocks(model: Annexe, backend: str = "inductor") -> None:
@@ -25,9 +28,13 @@ def compile_blocks(model: Annexe, backend: str = "inductor") -> None:
     torch._dynamo.config.optimize_ddp = False
 
     # The library's hooks record outputs that nothing reads, and cannot be compiled
-    depth = model.depth_branch
-    for module in depth.model.backbone.modules():
-        module._forward_hooks.clear()
+    rgb: Any = model.rgb_encoder
+    depth: Any = model.depth_branch
+    has_depth = not isinstance(depth, NoDepthBranch)
+    of_libraries = [*rgb.children(), *([depth.model.backbone] if has_depth else [])]
+    for part in of_libraries:
+        for module in part.modules():
+            module._forward_hooks.clear()
 
     # Blocks
     language = model.language_model
@@ -35,10 +42,12 @@ def compile_blocks(model: Annexe, backend: str = "inductor") -> None:
     language.compiled = not any(block.gradient_checkpointing for block in llama_blocks)
     excluded = [] if language.compiled else llama_blocks
     decoder_blocks = getattr(model.pixel_decoder, "layers", [model.pixel_decoder])
-    for block in [*model.blocks(), *depth.model.backbone.encoder.layer, *decoder_blocks]:
+    depth_blocks = depth.model.backbone.encoder.layer if has_depth else []
+    for block in [*model.blocks(), *depth_blocks, *decoder_blocks]:
         if block not in excluded:
             block.forward = torch.compile(block.forward, backend=backend)
 
     # Methods, replaced on this instance alone
-    depth.neck = torch.compile(depth.neck, backend=backend)  # type: ignore[method-assign]
-    depth.head = torch.compile(depth.head, backend=backend)  # type: ignore[method-assign]
+    if has_depth:
+        depth.neck = torch.compile(depth.neck, backend=backend)
+        depth.head = torch.compile(depth.head, backend=backend)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from annexe.errors import require_sizes
+from annexe.errors import UserError, require_sizes
 from annexe.registry import register
 from annexe.structures.batch import QueryIndex
 from annexe.structures.prediction import Grounding
@@ -36,7 +36,7 @@ class DeconvDecoder(nn.Module):
             they have to be transposed, and presence does not gate masks.
 
     Raises:
-        UserError: for a size below 1.
+        UserError: for a size below 1, or without a depth branch.
     """
 
     conditioning = "prompt"
@@ -54,6 +54,11 @@ class DeconvDecoder(nn.Module):
     ) -> None:
         super().__init__()
         require_sizes("model.pixel_decoder", num_slots=num_slots, num_rows=num_rows)
+        if not depth_channels:
+            raise UserError(
+                "model.pixel_decoder of type deconv reads masks from the maps of a depth branch, "
+                "and model.depth_branch is none; set model.pixel_decoder.type=query"
+            )
         self.grid = grid
         self.num_slots = num_slots
         self.num_rows = num_rows

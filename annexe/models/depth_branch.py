@@ -77,9 +77,9 @@ TRAINED = {
 
 @dataclass
 class DepthFeatures:
-    """What the depth branch predicts, and the neck's fused maps."""
+    """What the depth branch predicts, and the neck's fused maps; nothing without a depth branch."""
 
-    depth: Tensor  # float[B, S, S], inverse depth up to scale and shift
+    depth: Tensor | None  # float[B, S, S], inverse depth up to scale and shift
     maps: list[Tensor]  # 4 x float[B, C, h, w], coarse to fine, sides G, 2 G, 4 G and 8 G
 
 
@@ -215,7 +215,8 @@ class DepthAnythingV2(nn.Module):
     """Depth Anything V2 (NeurIPS 2024) or V1 (CVPR 2024) in one backbone pass.
 
     Args:
-        image_size: side of the square input, in pixels.
+        image_size: side of the square input, in pixels. One that is no multiple of the patches'
+            side is resized to the nearest that is, and the depth map back.
         weights: checkpoint of this size; its positions are resized to the image size.
         init: ``random`` declares that the weights are meant to be random.
         version: ``v2`` or ``v1``. Without one it is V2, and ``weights`` has to say that it is: by
@@ -254,12 +255,13 @@ class DepthAnythingV2(nn.Module):
             raise unknown_name_error(f"setting {_SETTINGS}.version", version, VERSIONS)
         sizes = SIZES[size]
         self.num_channels = sizes.fusion
-        self.grid = image_size // PATCH
+        self.image_size = image_size
+        self.grid = max(round(image_size / PATCH), 1)
         self.out_indices = tapped_blocks(sizes, version or "v2")
 
         # The library's network
         backbone = Dinov2Config(
-            image_size=image_size,
+            image_size=self.grid * PATCH,
             patch_size=PATCH,
             hidden_size=sizes.hidden,
             num_hidden_layers=sizes.layers,
@@ -301,6 +303,8 @@ class DepthAnythingV2(nn.Module):
     def forward(self, images: Tensor) -> DepthFeatures:
         """Depth and features of ``images`` float[B, 3, S, S] in [0, 1]."""
         backbone = self.model.backbone
+        if self.image_size % PATCH:
+            images = upsample_bilinear(images, self.grid * PATCH, align_corners=False)
         tokens = backbone.embeddings(self.normalize(images))  # [B, 1 + G * G, D]
         tapped = []
         for index, block in enumerate(backbone.encoder.layer, start=1):
@@ -343,5 +347,20 @@ class DepthAnythingV2(nn.Module):
     def head(self, finest: Tensor) -> Tensor:
         """The library's head, float[B, C, 8 G, 8 G] -> inverse depth float[B, S, S]."""
         head = self.model.head
-        x = upsample_bilinear(head.conv1(finest), self.grid * PATCH, align_corners=True)
+        x = upsample_bilinear(head.conv1(finest), self.image_size, align_corners=True)
         return head.conv3(head.conv2(x).relu()).relu()[:, 0]
+
+
+@register("depth_branch", "none")
+class NoDepthBranch(nn.Module):
+    """No depth branch: masks come from the RGB encoder alone, and no depth is predicted."""
+
+    num_channels = 0
+    grid = None
+
+    def __init__(self, image_size: int) -> None:
+        super().__init__()
+
+    def forward(self, images: Tensor) -> DepthFeatures:
+        """Nothing."""
+        return DepthFeatures(depth=None, maps=[])

@@ -1,15 +1,18 @@
 """Normalization of pixels, and upsampling of maps.
 
-Legend: B images, C channels, S image side, h x w pixels of a map.
+Legend: B images, C channels, S image side, g and G patches a side, h x w pixels of a map.
 """
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from annexe.errors import unknown_name_error
+from annexe.errors import UserError, unknown_name_error
 
 # Mean and standard deviation of pixels in [0, 1], by channel
 STATISTICS = {
@@ -17,9 +20,22 @@ STATISTICS = {
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     # Depth Anything V2
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    # SigLIP, Perception Encoder
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     # The released training configuration
     "annexe": ((0.55, 0.55, 0.53), (0.22, 0.23, 0.25)),
 }
+
+
+def require_whole_patches(block: str, image_size: int, patch_size: int) -> None:
+    """Raise a `UserError` unless the image of a block of settings is some patches wide."""
+    if image_size < patch_size or image_size % patch_size:
+        below = max(image_size, 0) // patch_size * patch_size
+        choices = [str(size) for size in (below, below + patch_size) if size]
+        raise UserError(
+            f"{block}.image_size {image_size} is no multiple of the patch size {patch_size}; "
+            f"take {' or '.join(choices)}"
+        )
 
 
 class Normalize(nn.Module):
@@ -27,7 +43,8 @@ class Normalize(nn.Module):
 
     Args:
         block: the block of settings that names the statistics, for messages.
-        statistics: a name in `STATISTICS`.
+        statistics: a name in `STATISTICS`, or ``own`` where there are such.
+        own: mean and standard deviation of a public model.
 
     Raises:
         UserError: for an unknown name.
@@ -36,11 +53,17 @@ class Normalize(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, block: str, statistics: str) -> None:
+    def __init__(
+        self,
+        block: str,
+        statistics: str,
+        own: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+    ) -> None:
         super().__init__()
-        if statistics not in STATISTICS:
-            raise unknown_name_error(f"setting {block}.statistics", statistics, STATISTICS)
-        mean, std = STATISTICS[statistics]
+        choices: dict[str, Any] = {**STATISTICS} if own is None else {"own": own, **STATISTICS}
+        if statistics not in choices:
+            raise unknown_name_error(f"setting {block}.statistics", statistics, choices)
+        mean, std = choices[statistics]
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
@@ -58,6 +81,18 @@ def upsample_bilinear(maps: Tensor, side: int, *, align_corners: bool) -> Tensor
     if maps.is_cuda:
         return upsample_by_matmul(maps, side, align_corners)
     return F.interpolate(maps, size=(side, side), mode="bilinear", align_corners=align_corners)
+
+
+def resize_patches(patches: Tensor, grid: int) -> Tensor:
+    """Patches on a grid of another side, bilinearly: float[B, g * g, C] -> float[B, G * G, C].
+
+    They stay as they are if the side is the same.
+    """
+    side = math.isqrt(patches.shape[1])
+    if side == grid:
+        return patches
+    maps = patches.transpose(1, 2).unflatten(2, (side, side))
+    return upsample_bilinear(maps, grid, align_corners=False).flatten(2).transpose(1, 2)
 
 
 def upsample_by_matmul(maps: Tensor, side: int, align_corners: bool) -> Tensor:

@@ -160,6 +160,20 @@ class PixelFeatures:
     coarse: Tensor  # float[B, C, 2 G, 2 G], for masks of the layers before
 
 
+def _upsampling(hidden_size: int, pixel_dim: int, scale: int) -> nn.Sequential:
+    """Transposed convolutions from G to ``scale`` * G a side (Segment Anything, ICCV 2023)."""
+    layers: list[nn.Module] = []
+    width = hidden_size
+    while scale > 1:
+        if layers:
+            layers += [nn.GroupNorm(1, width), nn.GELU()]
+        scale //= 2
+        narrower = max(width // 2, pixel_dim) if scale > 1 else pixel_dim
+        layers.append(nn.ConvTranspose2d(width, narrower, 2, stride=2))
+        width = narrower
+    return nn.Sequential(*layers)
+
+
 @register("pixel_decoder", "query")
 class QueryDecoder(nn.Module):
     """Slots attend to each other and to the pixels; masks are dot products with the finest map.
@@ -170,7 +184,8 @@ class QueryDecoder(nn.Module):
     Args:
         language_dim: D.
         rgb_dim: E.
-        depth_channels: channels of the depth branch's maps.
+        depth_channels: channels of the depth branch's maps; 0 without one. Then the finest map is
+            made from the RGB patches alone, by transposed convolutions.
         grid: G.
         num_slots: targets that a query can have.
         hidden_size: width of slots and coarse pixels.
@@ -236,7 +251,7 @@ class QueryDecoder(nn.Module):
             nn.LayerNorm(language_dim), nn.Linear(language_dim, hidden_size)
         )
         self.rgb = nn.Linear(rgb_dim, hidden_size)
-        self.depth = nn.Conv2d(depth_channels, hidden_size, 1)
+        self.depth = nn.Conv2d(depth_channels, hidden_size, 1) if depth_channels else None
         position = build_sincos2d_pos_embed([grid, grid], dim=hidden_size)
         self.register_buffer("position", position, persistent=False)
         self.layers = nn.ModuleList(DecoderLayer(hidden_size, num_heads) for _ in range(num_layers))
@@ -259,7 +274,11 @@ class QueryDecoder(nn.Module):
 
         # The finest map
         self.pixel_rgb = nn.Conv2d(hidden_size, pixel_dim, 1)
-        self.pixel_depth = nn.Conv2d(depth_channels, pixel_dim, 3, padding=1)
+        self.pixel_depth = None
+        if depth_channels:
+            self.pixel_depth = nn.Conv2d(depth_channels, pixel_dim, 3, padding=1)
+        else:
+            self.pixel_upsampling = _upsampling(hidden_size, pixel_dim, mask_scale)
         self.pixel_norm = nn.GroupNorm(1, pixel_dim)
         self.pixel_out = nn.Conv2d(pixel_dim, pixel_dim, 3, padding=1)
 
@@ -279,7 +298,8 @@ class QueryDecoder(nn.Module):
                 of its placeholders.
             state_mask: bool[Q, L] or bool[Q, K], which of them are there.
             patches: float[B, G * G, E] of the RGB encoder.
-            maps: the depth branch's four fused maps, coarse to fine, sides G, 2 G, 4 G and 8 G.
+            maps: the depth branch's four fused maps, coarse to fine, sides G, 2 G, 4 G and 8 G; no
+                maps without a depth branch.
             queries: the image of every query.
 
         Returns:
@@ -321,15 +341,19 @@ class QueryDecoder(nn.Module):
         """Fuse RGB patches and depth maps, at G x G for attention and at full size for masks."""
         # What is attended to
         rgb = self.rgb(patches)  # [B, G * G, H]
-        depth = self.depth(maps[0]).flatten(2).transpose(1, 2)
-        values = rgb + depth
+        values = rgb
+        if self.depth is not None:
+            values = rgb + self.depth(maps[0]).flatten(2).transpose(1, 2)
         keys = values + self.position
 
-        # What masks are read from
-        depth_map = maps[_LEVEL_OF_SCALE[self.mask_scale]]  # [B, depth_channels, h, w]
-        fused = self.pixel_depth(depth_map)  # [B, C, h, w]
-        rgb_map = self.pixel_rgb(rgb.transpose(1, 2).unflatten(2, (self.grid, self.grid)))
-        fused = fused + upsample_bilinear(rgb_map, depth_map.shape[-1], align_corners=False)
+        # What masks are read from: what is fine comes from depth maps, or out of the patches
+        rgb_map = rgb.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # [B, H, G, G]
+        if self.pixel_depth is not None:
+            fused = self.pixel_depth(maps[_LEVEL_OF_SCALE[self.mask_scale]])  # [B, C, h, w]
+        else:
+            fused = self.pixel_upsampling(rgb_map)
+        rgb_map = self.pixel_rgb(rgb_map)
+        fused = fused + upsample_bilinear(rgb_map, fused.shape[-1], align_corners=False)
         finest = self.pixel_out(F.gelu(self.pixel_norm(fused)))
         coarse = F.avg_pool2d(finest, self.mask_scale // 2)
         return PixelFeatures(keys, values, finest, coarse)

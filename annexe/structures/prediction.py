@@ -27,7 +27,7 @@ class Predictions:
     """What one forward pass predicts for a batch."""
 
     token_logits: Tensor  # float[T, V + K]
-    depth: Tensor  # float[B, S, S], inverse depth up to scale and shift
+    depth: Tensor | None  # float[B, S, S], inverse depth up to scale and shift
     groundings: list[Grounding]  # one a decoder layer; the last one is the result
     # float[B, rows, columns, V + K], words that each image token stands for
     image_token_logits: Tensor | None
@@ -84,5 +84,5 @@ class ImageResponses:
     """What the model says about one image, and about each of its queries."""
 
     analysis: str
-    depth: np.ndarray  # float32[S, S], inverse depth up to scale and shift
+    depth: np.ndarray | None  # float32[S, S], inverse depth up to scale and shift
     responses: list[RawResponse]

@@ -116,8 +116,8 @@ def stored_patches(
     """
     if any(parameter.requires_grad for parameter in encoder.parameters()):
         raise UserError(
-            "run.store_patches needs model.rgb_encoder.frozen=true: "
-            "patches of a trained encoder change"
+            "run.store_patches needs model.rgb_encoder.frozen=true (trained=none of types other "
+            "than eva_vit): patches of a trained encoder change"
         )
     shape = (encoder.grid**2, encoder.embed_dim)
     num_bytes = _BYTES * math.prod(shape) * len(dataset)

@@ -113,6 +113,7 @@ def depth_losses(predictions: Predictions, batch: Batch) -> Tensor:
     inverse = torch.where(valid, 1 / batch.depth.flatten(1).clamp(min=1e-6), 0)
     scale = (inverse * weight).sum(1, keepdim=True).clamp(min=1e-12)
 
+    assert predictions.depth is not None
     predicted = predictions.depth.float().flatten(1)
     error = (normalize(predicted) - normalize(inverse / scale)).abs()
     return error * weight
@@ -263,14 +264,17 @@ TERMS: dict[str, Term] = {
 }
 
 
-def active(weights: LossWeights, *, image_token_head: bool) -> dict[str, float]:
+def active(
+    weights: LossWeights, *, image_token_head: bool, has_depth: bool = True
+) -> dict[str, float]:
     """Names of the terms to compute, and their weights.
 
     ``focal`` and ``hard_pixel`` stand in for ``mask`` and are left out at weight 0; the others are
-    computed at any weight, for the log.
+    computed at any weight, for the log. ``depth`` is left out of a model without a depth branch.
 
     Raises:
-        UserError: for a weight of ``image_token_labels`` if the model has no head for them.
+        UserError: for a weight of ``image_token_labels`` if the model has no head for them, or
+            where nothing is left to train.
     """
     if weights.image_token_labels and not image_token_head:
         raise UserError(
@@ -282,8 +286,14 @@ def active(weights: LossWeights, *, image_token_head: bool) -> dict[str, float]:
         weight = getattr(weights, name)
         is_left_out = name in _ALTERNATIVES and not weight
         has_no_head = name == "image_token_labels" and not image_token_head
-        if not is_left_out and not has_no_head:
+        is_without_depth = name == "depth" and not has_depth
+        if not is_left_out and not has_no_head and not is_without_depth:
             chosen[name] = weight
+    if not any(chosen.values()):
+        raise UserError(
+            "model.depth_branch is none, and all run.loss_weights but depth are 0; there is "
+            "nothing to train"
+        )
     return chosen
 
 

@@ -68,7 +68,7 @@ def _build_photo_tab(ask: Ask, about: dict[str, Any]) -> None:
                 with gr.Tabs():
                     with gr.Tab("Masks"):
                         masks = gr.AnnotatedImage(show_label=False, elem_id="masks")
-                    with gr.Tab("Depth"):
+                    with gr.Tab("Depth") as depth_tab:
                         depth = gr.Image(
                             show_label=False,
                             interactive=False,
@@ -93,13 +93,14 @@ def _build_photo_tab(ask: Ask, about: dict[str, Any]) -> None:
             shown: gr.Column(visible=True),
             answer: view.answer,
             masks: gr.AnnotatedImage((view.photo, layers), color_map=view.colors),
+            depth_tab: gr.Tab(visible=view.depth is not None),
             depth: view.depth,
             downloads: gr.HTML(view.downloads, visible=bool(view.downloads)),
             analysis: view.analysis,
         }
 
     inputs = [photo, question]
-    outputs = [message, shown, answer, masks, depth, downloads, analysis]
+    outputs = [message, shown, answer, masks, depth_tab, depth, downloads, analysis]
     gr.on([button.click, question.submit], show, inputs, outputs, api_visibility="private")
     if examples is not None:
         examples.load_input_event.then(show, inputs, outputs, api_visibility="private")

@@ -31,14 +31,14 @@ class View:
         photo: what lies under the masks.
         masks: layers over the photo.
         colors: label of a layer -> color.
-        depth: the depth view.
+        depth: the depth view, if the model predicts depth.
     """
 
     answer: str
     photo: Image.Image
     masks: list[LabeledMask]
     colors: dict[str, str]
-    depth: Image.Image
+    depth: Image.Image | None
     downloads: str
     analysis: str
 
@@ -68,12 +68,13 @@ def look(ask: Ask, path: str | None, question: str) -> View:
 def _view_of(result: PhotoResult) -> View:
     (answer,) = result.answers
     photo, layers, colors = mask_layers(result, answer)
+    depth = None if result.depth is None else depth_picture(result.depth, result.size)
     return View(
         answer=fragments.answer_card(answer),
         photo=photo,
         masks=layers,
         colors=colors,
-        depth=depth_picture(result.depth, result.size),
+        depth=depth,
         downloads=fragments.downloads(result, answer),
         analysis=fragments.analysis(result),
     )

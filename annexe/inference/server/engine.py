@@ -420,7 +420,6 @@ def _result_of(photo: Photo, done: Done) -> PhotoResult:
     """The result of a photo, as the predictor has it."""
     image_record, *query_records = done.records
     assert isinstance(image_record, ImageRecord)
-    assert done.depth is not None
     answers = []
     for record in query_records:
         assert isinstance(record, QueryRecord)

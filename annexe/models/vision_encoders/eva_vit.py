@@ -14,23 +14,11 @@ from torch import Tensor, nn
 from annexe.checkpoints import public as checkpoints
 from annexe.checkpoints.tensor_files import read_config
 from annexe.errors import UserError, require_multiple, require_sizes
-from annexe.models.image_ops import Normalize
+from annexe.models.image_ops import Normalize, require_whole_patches
 from annexe.registry import register
 from annexe.settings import PathSetting
 
 _SETTINGS = "model.rgb_encoder"
-
-
-def require_whole_patches(image_size: int, patch_size: int) -> None:
-    """Raise a `UserError` unless an image is some patches wide."""
-    if image_size < patch_size or image_size % patch_size:
-        below = image_size // patch_size * patch_size
-        above = below + patch_size
-        choices = f"{below} or {above}" if below else f"{above}"
-        raise UserError(
-            f"{_SETTINGS}.image_size {image_size} is no multiple of the patch size {patch_size}; "
-            f"take {choices}"
-        )
 
 
 @register("rgb_encoder", "eva_vit")
@@ -79,7 +67,7 @@ class EvaViT(nn.Module):
         multiple_of = math.lcm(num_heads, 4)
         reason = f"{num_heads} heads and positions in a plane"
         require_multiple(_SETTINGS, "embed_dim", embed_dim, multiple_of, reason)
-        require_whole_patches(image_size, patch_size)
+        require_whole_patches(_SETTINGS, image_size, patch_size)
         self.image_size = image_size
         self.grid = image_size // patch_size
         self.embed_dim = embed_dim
