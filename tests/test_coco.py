@@ -195,6 +195,8 @@ def test_hands_are_told_by_whole_words(name: str, hand: str | None) -> None:
 def test_photos_are_found_under_the_names_of_tools(tmp_path: Path, name: str) -> None:
     save_photo(tmp_path / "photos" / "kitchen" / "a.jpg")
     save_photo(tmp_path / "photos" / "kitchen" / "b.jpg")
+    save_photo(tmp_path / "photos" / "imported" / "RGB" / "a.jpg")
+    (tmp_path / "photos" / "imported" / "dataset_split").mkdir()
     path = tmp_path / "labels.json"
     path.write_text(json.dumps(minimal(name)))
     (image,) = read(path, images=tmp_path / "photos")

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -97,6 +98,13 @@ def cut_short(folder: Path) -> list[Path | str]:
 @refused("coco", "labels.json", "empty")
 def an_empty_file(folder: Path) -> list[Path | str]:
     return save("", folder)
+
+
+@refused("coco", "labels.json", "ZIP archive")
+def an_archive(folder: Path) -> list[Path | str]:
+    with ZipFile(folder / "labels.json", "w") as archive:
+        archive.writestr("annotations.json", bytes(range(256)))
+    return [folder / "labels.json"]
 
 
 @refused("coco", "gone.json")

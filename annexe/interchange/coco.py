@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import zipfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -362,7 +363,8 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         reason = error.strerror or str(error)
     except UnicodeDecodeError as error:
-        reason = f"byte {error.start} is not UTF-8"
+        is_archive = zipfile.is_zipfile(path)
+        reason = "a ZIP archive, unpack it" if is_archive else f"byte {error.start} is not UTF-8"
     except (ValueError, RecursionError) as error:
         reason = f"it is no JSON: {error}" if path.stat().st_size else "it is empty"
     raise UserError(f"cannot read '{path}' ({reason}); export it again")

@@ -110,7 +110,7 @@ class LabeledImage:
     contacts: dict[str, Contact] = field(default_factory=dict)
     # Sides of which the labels prove that no hand is in the photo
     absent_hands: frozenset[str] = frozenset()
-    # Whether everything of the categories in ``all_names`` is labeled (``--complete``)
+    # Whether everything of the labeled categories is labeled (``--complete``)
     is_complete: bool = False
     # Names of things that are labeled but have no usable mask: nothing is asked by these names
     unmasked_names: frozenset[str] = frozenset()

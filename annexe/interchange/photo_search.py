@@ -104,13 +104,17 @@ class PhotoSearch:
 
 
 def photos_below(*folders: Path) -> list[Path]:
-    """All photos in some folders and below them, in order, each once; hidden ones are passed over.
+    """All photos in some folders and below them, in order, each once.
 
-    Whether a file is a photo is told by its ending.
+    Whether a file is a photo is told by its ending. Hidden files and folders are passed over, and
+    so are data roots below, which hold copies of photos that were imported.
     """
     found: dict[Path, None] = {}
     for top in folders:
         for folder, below, names in os.walk(top):
+            if "dataset_split" in below and folder != os.fspath(top):
+                below.clear()
+                continue
             below[:] = sorted(name for name in below if not name.startswith("."))
             for name in sorted(names):
                 is_photo = os.path.splitext(name)[1].lower() in ENDINGS
