@@ -69,7 +69,7 @@ def read(
     if folder.suffix.lower() == ".json" or _is_coco(folder):
         yield from coco.read(folder, options, report)
         return
-    path = folder / FILE if folder.is_dir() else folder
+    path = _file_in(folder) if folder.is_dir() else folder
     shown_path = path if folder == source else source
     root = _parse(path, shown_path)
     _require_images(root, shown_path)
@@ -84,9 +84,15 @@ def read(
             yield error
 
 
+def _file_in(folder: Path) -> Path:
+    """The XML file of an export: annotations.xml, or the only one that there is."""
+    files = list(folder.glob("*.xml"))
+    return files[0] if len(files) == 1 else folder / FILE
+
+
 def _is_coco(folder: Path) -> bool:
     """Whether a folder is an export to COCO."""
-    return folder.is_dir() and not (folder / FILE).exists() and any(folder.glob("*/*.json"))
+    return folder.is_dir() and not any(folder.glob("*.xml")) and any(folder.glob("*/*.json"))
 
 
 def _unpack(source: Path) -> Path:

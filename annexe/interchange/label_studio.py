@@ -302,7 +302,7 @@ class _Reading:
         split = self.task.data.get("split")
         sequence = self.task.data.get("sequence")
         return LabeledImage(
-            name=name_of_photo(name),
+            name=_own_name(name),
             photo=photo,
             size=self.size or photo_size(photo),
             where=self.where,
@@ -519,6 +519,13 @@ class _Reading:
             elif texts:
                 self._leave_out("text areas that do not hold the analysis", result.from_name)
         return " ".join(lines) or None
+
+
+def _own_name(name: str) -> str:
+    """The path of a photo, without the folder that `write` puts photos into."""
+    path = name_of_photo(name)
+    folder = name_of_photo(PHOTO_PREFIX) + "/"
+    return path.removeprefix(folder) if name.startswith(PHOTO_PREFIX) else path
 
 
 def _names_of(shapes: list[_Result]) -> list[str]:
