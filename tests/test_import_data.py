@@ -136,6 +136,7 @@ def test_a_data_root_of_a_coco_file(
 
     # What is said of it
     printed = capsys.readouterr().out
+    assert "note: 0% of the questions have no target" in printed and "--complete" in printed
     assert "annotations without a mask" in printed and "annotation 1000" in printed
     assert f"doctor of '{out}': sound: 12 images, 0 errors" in printed
     report = json.loads((tmp_path / "report.json").read_text())

@@ -22,6 +22,7 @@ from annexe.workers import num_cores
 HELP = "make a data root of labels in another format; exit code 1 where the doctor finds errors"
 
 _SHOWN = 3  # entries that are named of each reason
+_FEW_REFUSALS = 0.1  # share of the questions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,6 +80,8 @@ def run(arguments: argparse.Namespace) -> None:
         num_workers=num_workers,
     )
     layout = write_layout(images, arguments.out, options, report)
+    if not arguments.complete:
+        _note_few_refusals(layout, report)
 
     # What was done, and whether it is sound
     show_report(layout, report)
@@ -121,6 +124,17 @@ def _shares(arguments: argparse.Namespace) -> tuple[float, float, float]:
             "give shares from 0 that leave something to train, and a seed from 0 on"
         )
     return 1 - val - test, val, test
+
+
+def _note_few_refusals(layout: Layout, report: ImportReport) -> None:
+    """Say it where a model would hardly learn that a question can have no target."""
+    counts = sum(layout.counts.values(), Counter())
+    share = counts["questions without target"] / counts["questions"]
+    if share < _FEW_REFUSALS:
+        report.note(
+            f"{share:.0%} of the questions have no target, so that a model learns little of "
+            "refusing; if everything of the labeled categories is labeled, say so by --complete"
+        )
 
 
 # The report
