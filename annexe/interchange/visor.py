@@ -94,7 +94,8 @@ class _Entity:
     Attributes:
         identity: its id in the file.
         name: what it is.
-        segments: int32[C, 2] each, x and y in pixels of the photo.
+        parts: segments of each of its parts, the outline first and then the rings within it;
+            int32[C, 2] each, x and y in pixels of the photo.
         is_exhaustive: whether the photo has nothing else of this name.
         contact: id of what a hand or glove touches, or a word for it; None = open.
         worn_on: sides of the hands that are in a glove; None for what is worn on no hand.
@@ -103,7 +104,7 @@ class _Entity:
 
     identity: str
     name: str
-    segments: list[np.ndarray]
+    parts: list[list[np.ndarray]]
     is_exhaustive: bool
     contact: str | None
     worn_on: list[str] | None
@@ -117,6 +118,11 @@ class _Entity:
     @property
     def is_worn(self) -> bool:
         return self.worn_on is not None
+
+    def mask(self, size: tuple[int, int], parts: list[int] | None = None) -> np.ndarray:
+        """All parts or some of them as uint8[H, W]."""
+        chosen = self.parts if parts is None else [self.parts[index] for index in parts]
+        return _filled([segment for part in chosen for segment in part], size)
 
 
 @dataclass
@@ -135,9 +141,12 @@ class _Hand:
     is_free: bool = False
     touched: _Entity | None = None
 
-    @property
-    def segments(self) -> list[np.ndarray]:
-        return [segment for entity in self.entities for segment in entity.segments]
+    def mask(self, size: tuple[int, int]) -> np.ndarray:
+        """Hand and glove together, uint8[H, W]."""
+        mask = np.zeros(size, np.uint8)
+        for entity in self.entities:
+            mask |= entity.mask(size)
+        return mask
 
 
 def read(
@@ -315,7 +324,7 @@ class _Reader:
         return _Entity(
             identity=str(content.get("id")),
             name=name,
-            segments=segments,
+            parts=_parts_of(segments, self.size),
             is_exhaustive=content.get("exhaustive") == "y",
             contact=None if contact is None else str(contact),
             worn_on=self._worn_on(content) if name in _GLOVES else None,
@@ -340,7 +349,7 @@ class _Reader:
                 f"{full[0]} x {full[1]}; check that the file is one of VISOR"
             )
         height, width = self.size
-        return (corners * (width / full[0], height / full[1])).astype(np.int32)
+        return (corners * (width, height) / full).astype(np.int32)
 
     def _worn_on(self, content: dict) -> list[str] | None:
         """Sides of the hands in a glove; none for "inconclusive", None for a glove on no hand."""
@@ -363,7 +372,7 @@ class _Reader:
         for side in SIDES:
             members = self._members(entities, side)
             hand = _Hand(side, members)
-            if self._fill(hand.segments).any():
+            if hand.mask(self.size).any():
                 self._settle_contact(hand, entities)
                 hands[side] = hand
             elif members:
@@ -378,18 +387,17 @@ class _Reader:
         is_complete = self.options.is_complete
         worn = [id(entity) for hand in hands.values() for entity in hand.entities]
         things = [each for each in entities if each.side is None and id(each) not in worn]
-        masked = [entity for entity in things if entity.segments]
+        masked = [entity for entity in things if entity.parts]
         for entity in masked:
             touching = [hand for hand in hands.values() if hand.touched is entity]
             parts = self._touched_parts(entity, touching)
-            others = [part for index, part in enumerate(entity.segments) if index not in parts]
+            others = [index for index in range(len(entity.parts)) if index not in parts]
             if parts and others:
                 is_complete = False  # they may be of the touched thing, too
             if others:
                 regions += self._region(others, entity, masked)
             if parts:
-                touched = [entity.segments[index] for index in parts]
-                found = self._region(touched, entity, masked)
+                found = self._region(parts, entity, masked)
                 if found:
                     indices[id(entity)] = len(regions)
                 regions += found
@@ -404,9 +412,9 @@ class _Reader:
                 contacts[side] = Contact((touched_index,), is_all=self.options.is_complete)
             else:
                 self.report.leave_out(OPEN_CONTACT, hand.entities[0].where)
-            rle = encode(self._fill(hand.segments))
+            rle = encode(hand.mask(self.size))
             regions.append(Region(rle, f"{side} hand", side, is_unique=True))
-        unmasked = [entity for entity in entities if not entity.segments]
+        unmasked = [entity for entity in entities if not entity.parts]
         for entity in unmasked:
             self.report.leave_out(NO_MASK, entity.where)
         unmasked_names = {entity.name for entity in unmasked if id(entity) not in worn}
@@ -443,22 +451,23 @@ class _Reader:
             hand.touched = found[0]
 
     def _touched_parts(self, entity: _Entity, hands: list[_Hand]) -> list[int]:
-        """Indices of the segments of an entity that reach hands which touch it.
+        """Indices of the parts of an entity that reach hands which touch it.
 
         A hand that none of them reaches is open from then on, and so are both hands where they
-        reach different segments.
+        reach different parts.
         """
         # Both are dilated, as the authors do, in steps to the four neighbors
         reach = max(1, round(_REACH * self.size[0] / _SIZE[1]))
         cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
         dilated = []
-        for segment in entity.segments:
-            dilated.append(cv2.dilate(self._fill([segment]), cross, iterations=reach))
+        for part in range(len(entity.parts)) if hands else []:
+            mask = entity.mask(self.size, [part])
+            dilated.append(cv2.dilate(mask, cross, iterations=reach))
 
         # What each hand reaches
         reached: list[list[int]] = []
         for hand in hands:
-            around = cv2.dilate(self._fill(hand.segments), cross, iterations=reach)
+            around = cv2.dilate(hand.mask(self.size), cross, iterations=reach)
             near = []
             for index, mask in enumerate(dilated):
                 if cv2.bitwise_and(mask, around).any():
@@ -477,22 +486,39 @@ class _Reader:
         self.report.leave_out(ONE_OR_TWO, entity.where)
         return []
 
-    def _region(
-        self, segments: list[np.ndarray], entity: _Entity, masked: list[_Entity]
-    ) -> list[Region]:
-        """The region of segments, or none where they have no pixel."""
-        mask = self._fill(segments)
+    def _region(self, parts: list[int], entity: _Entity, masked: list[_Entity]) -> list[Region]:
+        """The region of parts of an entity, or none where they have no pixel."""
+        mask = entity.mask(self.size, parts)
         if not mask.any():
             return []
         is_alone = [each.name for each in masked].count(entity.name) == 1
-        is_unique = entity.is_exhaustive and is_alone and len(entity.segments) == 1
+        is_unique = entity.is_exhaustive and is_alone and len(entity.parts) == 1
         return [Region(encode(mask), entity.name, is_unique=is_unique)]
 
-    def _fill(self, segments: list[np.ndarray]) -> np.ndarray:
-        """Segments of one entity as uint8[H, W]: all in one call, so that rings make holes."""
-        mask = np.zeros(self.size, np.uint8)
-        cv2.fillPoly(mask, segments, 1)
-        return mask
+
+def _parts_of(segments: list[np.ndarray], size: tuple[int, int]) -> list[list[np.ndarray]]:
+    """Segments by the outline in which they lie: rings are no parts of their own."""
+    if len(segments) < 2:
+        return [segments] if segments else []
+    by_area = sorted(segments, key=cv2.contourArea, reverse=True)
+    parts: list[list[np.ndarray]] = []
+    outlines: list[np.ndarray] = []
+    for segment in by_area:
+        mask = _filled([segment], size)
+        around = [index for index, outline in enumerate(outlines) if not (mask > outline).any()]
+        if around:
+            parts[around[0]].append(segment)
+        else:
+            parts.append([segment])
+            outlines.append(mask)
+    return parts
+
+
+def _filled(segments: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """Segments as uint8[H, W], filled in one call as the authors do, so that rings make holes."""
+    mask = np.zeros(size, np.uint8)
+    cv2.fillPoly(mask, segments, 1)
+    return mask
 
 
 def _as_array(segment: Any) -> np.ndarray | None:
