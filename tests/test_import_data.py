@@ -442,6 +442,13 @@ def test_an_error_in_the_midst_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged.jpg", "photos"]
 
 
+def test_messages_are_one_line(tmp_path: Path, make_image: Callable[..., LabeledImage]) -> None:
+    image = make_image("a.jpg")
+    twice = [image, make_image("two\nlines.jpg", photo=image.photo)]
+    with pytest.raises(UserError, match=r"'two\\nlines\.jpg'"):
+        collect([*twice], ImportReport(), skip_bad=False)
+
+
 def test_entries_are_checked_against_their_photos(
     tmp_path: Path, make_image: Callable[..., LabeledImage]
 ) -> None:
@@ -464,3 +471,10 @@ def test_several_processes_write_the_same(
     write(images, tmp_path / "one", num_workers=1)
     write(images, tmp_path / "two", num_workers=2)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+
+    # After an error no process goes on
+    images[0].photo.write_bytes(images[0].photo.read_bytes()[:700])
+    images += [make_image(f"more {index}.jpg", seed=index) for index in range(60)]
+    with pytest.raises(UserError, match=r"entry of '0.jpg'"):
+        write(images, tmp_path / "three", num_workers=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "photos", "two"]

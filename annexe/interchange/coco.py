@@ -199,7 +199,7 @@ class _FileReader:
             key = _key(category["id"])
             if self.names.setdefault(key, name) != name:
                 raise UserError(
-                    f"{where}: id {shown(key)} is '{self.names[key]}' and '{name}'; give each "
+                    f"{where}: id {shown(key)} is {self.names[key]!r} and {name!r}; give each "
                     "category an id of its own"
                 )
         return images, annotations
@@ -514,7 +514,7 @@ def write(images: list[LabeledImage], out: Path) -> None:
     for image_id, image in enumerate(images, start=1):
         if seen.setdefault(image.name, image.where) != image.where:
             raise UserError(
-                f"{image.where}: photo '{image.name}' is also that of "
+                f"{image.where}: photo {image.name!r} is also that of "
                 f"{seen[image.name]}; export one of them"
             )
         height, width = image.size

@@ -279,7 +279,7 @@ def write(images: list[LabeledImage], out: Path) -> None:
                 raise UserError(f"{image.where}: '{image.name}' leads out of '{out}'; rename it")
             if maps.setdefault(key, image.where) != image.where:
                 raise UserError(
-                    f"{image.where}: photo '{image.name}' would have the id map of {maps[key]}; "
+                    f"{image.where}: photo {image.name!r} would have the id map of {maps[key]}; "
                     "rename one of them"
                 )
             ids, mask_ids, hidden = flatten(image)

@@ -15,8 +15,8 @@ import re
 import shutil
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -304,17 +304,19 @@ def _write_photos(
         for image, stem in zip(images, stems, strict=True)
     ]
     written = in_processes(_write, jobs, min(options.num_workers, len(jobs)))
+    assert isinstance(written, Generator)
     counts: dict[int, Counter[str]] = {}
     converted: Counter[str] = Counter()
-    for index, result in enumerate(track(written, "writing photos", len(jobs), stderr=True)):
-        for reason, where in result.left_out:
-            report.leave_out(reason, where)
-        if result.error is not None:
-            _leave_out_bad(UserError(result.error), report, options.skip_bad)
-        if result.counts:
-            counts[index] = result.counts
-        if result.converted:
-            converted[result.converted] += 1
+    with closing(written):  # after an error no process writes on into a folder that goes away
+        for index, result in enumerate(track(written, "writing photos", len(jobs), stderr=True)):
+            for reason, where in result.left_out:
+                report.leave_out(reason, where)
+            if result.error is not None:
+                _leave_out_bad(UserError(result.error), report, options.skip_bad)
+            if result.counts:
+                counts[index] = result.counts
+            if result.converted:
+                converted[result.converted] += 1
 
     # What holds for all of them
     if not counts:
@@ -333,7 +335,7 @@ def _write(job: _Job) -> _Written:
         # Id map
         if len(image.regions) > MAX_ID:
             raise UserError(
-                f"{image.where}: photo '{image.name}' has {len(image.regions)} regions, and an id "
+                f"{image.where}: photo {image.name!r} has {len(image.regions)} regions, and an id "
                 f"map holds {MAX_ID}; remove some"
             )
         ids, mask_ids, num_hidden = flatten(image)
@@ -497,7 +499,7 @@ def _require_new(image: LabeledImage, other: LabeledImage | None) -> None:
     """Refuse a photo that stands twice in a source."""
     if other is not None:
         raise UserError(
-            f"{image.where}: photo '{image.name}' ('{image.photo}') is that of {other.where}, too; "
+            f"{image.where}: photo {image.name!r} ('{image.photo}') is that of {other.where}, too; "
             "keep one of them"
         )
 

@@ -85,12 +85,12 @@ class PhotoSearch:
             return best[0]
         if best:
             raise UserError(
-                f"{where}: photo '{name}' may be '{best[0]}' or '{best[1]}'; "
+                f"{where}: photo {name!r} may be '{best[0]}' or '{best[1]}'; "
                 f"name the folder of the right one ({self.option})"
             )
         folders = " or ".join(f"'{folder}'" for folder in self.folders) or "any folder"
         raise UserError(
-            f"{where}: photo '{name}' is not in {folders}; name the folder of the photos "
+            f"{where}: photo {name!r} is not in {folders}; name the folder of the photos "
             f"({self.option})"
         )
 
