@@ -367,64 +367,73 @@ class _Reader:
     def _label(self, entities: list[_Entity]) -> dict[str, Any]:
         """Regions, contacts and absent hands of the photo, as fields of `LabeledImage`."""
         # Hands
-        hands = {}
-        open_sides = set()
+        hands = []
+        absent = set(SIDES)
         for side in SIDES:
-            members = self._members(entities, side)
-            hand = _Hand(side, members)
+            hand = _Hand(side, self._members(entities, side))
             if hand.mask(self.size).any():
                 self._settle_contact(hand, entities)
-                hands[side] = hand
-            elif members:
-                open_sides.add(side)
-        doubtful = [entity for entity in entities if entity.worn_on == []]
-        if doubtful:
-            open_sides.update(SIDES)
+                hands.append(hand)
+            if hand.entities:
+                absent.remove(side)
+        if any(entity.worn_on == [] for entity in entities):
+            absent = set()
 
-        # Things from back to front: parts that no hand touches, then touched ones
+        # Things lie behind hands
+        worn = [id(entity) for hand in hands for entity in hand.entities]
+        things = [each for each in entities if each.side is None and id(each) not in worn]
         regions: list[Region] = []
         indices: dict[int, int] = {}
-        is_complete = self.options.is_complete
-        worn = [id(entity) for hand in hands.values() for entity in hand.entities]
-        things = [each for each in entities if each.side is None and id(each) not in worn]
-        masked = [entity for entity in things if entity.parts]
-        for entity in masked:
-            touching = [hand for hand in hands.values() if hand.touched is entity]
-            parts = self._touched_parts(entity, touching)
-            others = [index for index in range(len(entity.parts)) if index not in parts]
-            if parts and others:
-                is_complete = False  # they may be of the touched thing, too
-            if others:
-                regions += self._region(others, entity, masked)
-            if parts:
-                found = self._region(parts, entity, masked)
-                if found:
-                    indices[id(entity)] = len(regions)
-                regions += found
+        is_complete = self.options.is_complete and all(each.is_exhaustive for each in things)
+        for entity in things:
+            untouched, touched = self._split(entity, things, hands)
+            regions += untouched + touched
+            if touched:
+                indices[id(entity)] = len(regions) - 1
+            if touched and untouched:
+                is_complete = False  # the one may be a part of the other
 
-        # Hands lie on top
+        # What hands touch
         contacts = {}
-        for side, hand in hands.items():
+        for hand in hands:
             if hand.is_free:
-                contacts[side] = Contact()
-            elif hand.touched is not None and id(hand.touched) in indices:
-                touched_index = indices[id(hand.touched)]
-                contacts[side] = Contact((touched_index,), is_all=self.options.is_complete)
+                contacts[hand.side] = Contact()
+            elif hand.touched is not None:
+                index = indices[id(hand.touched)]
+                contacts[hand.side] = Contact((index,), is_all=self.options.is_complete)
             else:
                 self.report.leave_out(OPEN_CONTACT, hand.entities[0].where)
             rle = encode(hand.mask(self.size))
-            regions.append(Region(rle, f"{side} hand", side, is_unique=True))
+            regions.append(Region(rle, f"{hand.side} hand", hand.side, is_unique=True))
+
+        # What has no mask
         unmasked = [entity for entity in entities if not entity.parts]
         for entity in unmasked:
             self.report.leave_out(NO_MASK, entity.where)
-        unmasked_names = {entity.name for entity in unmasked if id(entity) not in worn}
+        names = {entity.name for entity in unmasked if id(entity) not in worn}
         return {
             "regions": regions,
             "contacts": contacts,
-            "absent_hands": frozenset(set(SIDES) - hands.keys() - open_sides),
-            "is_complete": is_complete and all(entity.is_exhaustive for entity in things),
-            "unmasked_names": frozenset(unmasked_names),
+            "absent_hands": frozenset(absent),
+            "is_complete": is_complete,
+            "unmasked_names": frozenset(names),
         }
+
+    def _split(
+        self, entity: _Entity, things: list[_Entity], hands: list[_Hand]
+    ) -> tuple[list[Region], list[Region]]:
+        """A region of the parts that no hand touches, and one of those that hands touch."""
+        touching = [hand for hand in hands if hand.touched is entity]
+        touched = self._touched_parts(entity, touching)
+        others = [index for index in range(len(entity.parts)) if index not in touched]
+        is_alone = [each.name for each in things].count(entity.name) == 1
+        is_unique = entity.is_exhaustive and is_alone and len(entity.parts) == 1
+        pair = []
+        for parts in (others, touched):
+            mask = entity.mask(self.size, parts)
+            region = Region(encode(mask), entity.name, is_unique=is_unique)
+            pair.append([region] if mask.any() else [])
+        return pair[0], pair[1]
 
     def _members(self, entities: list[_Entity], side: str) -> list[_Entity]:
         """The entities of a hand and of the glove that it wears."""
@@ -456,21 +465,15 @@ class _Reader:
         A hand that none of them reaches is open from then on, and so are both hands where they
         reach different parts.
         """
-        # Both are dilated, as the authors do, in steps to the four neighbors
-        reach = max(1, round(_REACH * self.size[0] / _SIZE[1]))
+        # Both would be dilated by the reach; to dilate one of them by twice as much is the same
+        steps = 2 * max(1, round(_REACH * self.size[0] / _SIZE[1]))
         cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
-        dilated = []
-        for part in range(len(entity.parts)) if hands else []:
-            mask = entity.mask(self.size, [part])
-            dilated.append(cv2.dilate(mask, cross, iterations=reach))
-
-        # What each hand reaches
         reached: list[list[int]] = []
         for hand in hands:
-            around = cv2.dilate(hand.mask(self.size), cross, iterations=reach)
+            around = cv2.dilate(hand.mask(self.size), cross, iterations=steps)
             near = []
-            for index, mask in enumerate(dilated):
-                if cv2.bitwise_and(mask, around).any():
+            for index in range(len(entity.parts)):
+                if cv2.bitwise_and(entity.mask(self.size, [index]), around).any():
                     near.append(index)
             if near:
                 reached.append(near)
@@ -485,15 +488,6 @@ class _Reader:
             hand.touched = None
         self.report.leave_out(ONE_OR_TWO, entity.where)
         return []
-
-    def _region(self, parts: list[int], entity: _Entity, masked: list[_Entity]) -> list[Region]:
-        """The region of parts of an entity, or none where they have no pixel."""
-        mask = entity.mask(self.size, parts)
-        if not mask.any():
-            return []
-        is_alone = [each.name for each in masked].count(entity.name) == 1
-        is_unique = entity.is_exhaustive and is_alone and len(entity.parts) == 1
-        return [Region(encode(mask), entity.name, is_unique=is_unique)]
 
 
 def _parts_of(segments: list[np.ndarray], size: tuple[int, int]) -> list[list[np.ndarray]]:
