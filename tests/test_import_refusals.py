@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from annexe import cli
+from annexe.interchange.brush_rle import encode_brush
 from annexe.rle import encode
 
 SIZE = (40, 56)  # height, width
@@ -343,6 +344,379 @@ def photos_alone(folder: Path) -> list[Path | str]:
     source = id_maps(folder)
     (folder / "a_ids.png").unlink()
     return source
+
+
+# Label Studio
+
+
+def brush(**fields: Any) -> dict[str, Any]:
+    """A region that covers the photo."""
+    frame = {"original_width": SIZE[1], "original_height": SIZE[0], "image_rotation": 0}
+    code = encode_brush(np.ones(SIZE, bool))
+    value = {"format": "rle", "rle": code, "brushlabels": ["mug"], **fields.pop("value", {})}
+    return {"id": "r1", "type": "brushlabels", "value": value, **frame, **fields}
+
+
+def task(folder: Path, *regions: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """A task of photo a.jpg."""
+    save_photo(folder / "a.jpg")
+    annotations = [{"id": 1, "result": list(regions)}]
+    return {
+        "id": 7,
+        "data": {"image": "/data/upload/3/a.jpg"},
+        "annotations": annotations,
+        **fields,
+    }
+
+
+def with_region(folder: Path, **fields: Any) -> list[Path | str]:
+    return save([task(folder, brush(**fields))], folder)
+
+
+@refused("label-studio", "labels.json", "empty export", "Export > JSON")
+def no_tasks(folder: Path) -> list[Path | str]:
+    return save([], folder)
+
+
+@refused("label-studio", "tasks without annotation", "labels.json", "task 7")
+def nobody_has_labeled(folder: Path) -> list[Path | str]:
+    return save([task(folder, annotations=[])], folder)
+
+
+@refused("label-studio", "labels.json", "JSON_MIN", "Export > JSON")
+def a_list_without_regions(folder: Path) -> list[Path | str]:
+    return save([{"image": "a.jpg", "mask": [{"format": "rle", "rle": []}]}], folder)
+
+
+@refused("label-studio", "labels.json", "coco")
+def a_file_of_coco(folder: Path) -> list[Path | str]:
+    return save(data_set(folder), folder)
+
+
+@refused("label-studio", "labels.json", "single entry")
+def an_entry_of_a_storage(folder: Path) -> list[Path | str]:
+    return save(task(folder, brush()), folder)
+
+
+@refused("label-studio", "labels.json", "before 1.0")
+def completions(folder: Path) -> list[Path | str]:
+    return save([{"id": 7, "data": {"image": "a.jpg"}, "completions": []}], folder)
+
+
+@refused("label-studio", "labels.json", "zip", "Export > JSON")
+def a_zip_of_masks(folder: Path) -> list[Path | str]:
+    with ZipFile(folder / "labels.json", "w") as archive:
+        archive.writestr("task-7.png", "")
+    return [folder / "labels.json"]
+
+
+@refused("label-studio", "labels.json", "task 7", "'lots'")
+def a_task_of_another_form(folder: Path) -> list[Path | str]:
+    return save([task(folder, annotations="lots")], folder)
+
+
+@refused("label-studio", "labels.json", "task 7", "b.jpg", "--images")
+def a_task_without_its_photo(folder: Path) -> list[Path | str]:
+    return save([task(folder, brush(), data={"image": "s3://bucket/b.jpg"})], folder)
+
+
+@refused("label-studio", "labels.json", "task 7", "left, right")
+def a_task_of_two_photos(folder: Path) -> list[Path | str]:
+    return save([task(folder, brush(), data={"left": "a.jpg", "right": "b.jpg"})], folder)
+
+
+@refused("label-studio", "labels.json", "task 7", "one/b.jpg", "two/b.jpg")
+def an_upload_that_may_be_two_photos(folder: Path) -> list[Path | str]:
+    save_photo(folder / "one" / "b.jpg")
+    save_photo(folder / "two" / "b.jpg")
+    return save([task(folder, brush(), data={"image": "/data/upload/1/1a2b3c4d-b.jpg"})], folder)
+
+
+@refused("label-studio", "labels.json", "task 7", "region 'r1'", "8960 values")
+def a_brush_code_of_another_size(folder: Path) -> list[Path | str]:
+    return with_region(folder, original_width=40, original_height=50)
+
+
+@refused("label-studio", "labels.json", "region 'r1'", "cut short")
+def a_brush_code_that_is_cut(folder: Path) -> list[Path | str]:
+    return with_region(folder, value={"rle": encode_brush(np.ones(SIZE, bool))[:-2]})
+
+
+@refused("label-studio", "labels.json", "region 'r1'", "no list of numbers")
+def a_brush_code_of_coco(folder: Path) -> list[Path | str]:
+    return with_region(folder, value={"rle": encode(np.ones(SIZE, bool))})
+
+
+@refused("label-studio", "labels.json", "region 'r1'", "90 degrees")
+def a_turned_photo(folder: Path) -> list[Path | str]:
+    return with_region(folder, image_rotation=90)
+
+
+@refused("label-studio", "labels.json", "region 'r1'", "original_width")
+def a_region_without_size(folder: Path) -> list[Path | str]:
+    return with_region(folder, original_width=None)
+
+
+@refused("label-studio", "labels.json", "region 'r2'", "50 x 40", "56 x 40")
+def regions_of_two_sizes(folder: Path) -> list[Path | str]:
+    polygon = {"points": [[1, 1], [9, 1], [5, 9]], "polygonlabels": ["bowl"]}
+    second = {"id": "r2", "type": "polygonlabels", "original_width": 50, "original_height": 40}
+    return save([task(folder, brush(), {**second, "value": polygon})], folder)
+
+
+@refused("label-studio", "labels.json", "region 'r1'", "(120, 9)", "per cent")
+def a_corner_outside(folder: Path) -> list[Path | str]:
+    points = [[1, 1], [120, 9], [3, 30]]
+    return with_region(folder, type="polygonlabels", value={"rle": None, "points": points})
+
+
+@refused("label-studio", "labels.json", "region 'r1'", "points")
+def corners_that_are_no_pairs(folder: Path) -> list[Path | str]:
+    points = [[1, 1], [9]]
+    return with_region(folder, type="polygonlabels", value={"rle": None, "points": points})
+
+
+@refused("label-studio", "labels.json", "task 7", "left hand", "nothing", "mug")
+def a_free_hand_that_holds(folder: Path) -> list[Path | str]:
+    hand = brush(id="r2", value={"brushlabels": ["left hand"]})
+    free = {"id": "r2", "type": "choices", "value": {"choices": ["touches nothing"]}}
+    relation = {"type": "relation", "from_id": "r2", "to_id": "r1", "labels": ["holds"]}
+    return save([task(folder, brush(), hand, free, relation)], folder)
+
+
+@refused("label-studio", "labels.json", "task 8", "task 7", "a.jpg")
+def two_tasks_of_a_photo(folder: Path) -> list[Path | str]:
+    return save([task(folder, brush()), task(folder, brush(), id=8)], folder)
+
+
+# CVAT
+
+
+def save_xml(folder: Path, *shapes: str, image: str | None = None) -> list[Path | str]:
+    """An export of photo a.jpg with some shapes."""
+    save_photo(folder / "a.jpg")
+    head = image or f'id="3" name="a.jpg" width="{SIZE[1]}" height="{SIZE[0]}"'
+    image = f"<image {head}>{''.join(shapes)}</image>"
+    return xml(folder, f"<annotations><version>1.1</version>{image}</annotations>")
+
+
+def xml(folder: Path, text: str) -> list[Path | str]:
+    path = folder / "labels.xml"
+    path.write_text(text)
+    return [path]
+
+
+def cvat_mask(rle: str = "0, 6", box: str = 'left="1" top="1" width="3" height="2"') -> str:
+    return f'<mask label="mug" rle="{rle}" {box}></mask>'
+
+
+@refused("cvat", "labels.xml", "no XML", "CVAT for images 1.1")
+def no_xml(folder: Path) -> list[Path | str]:
+    return xml(folder, "<annotations><image>")
+
+
+@refused("cvat", "labels.xml", "DOCTYPE")
+def a_bomb_of_entities(folder: Path) -> list[Path | str]:
+    entities = '<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;">'
+    return xml(folder, f"<!DOCTYPE annotations [{entities}]><annotations>&b;</annotations>")
+
+
+@refused("cvat", "labels.xml", "PASCAL VOC")
+def a_file_of_pascal(folder: Path) -> list[Path | str]:
+    return xml(folder, "<annotation><filename>a.jpg</filename></annotation>")
+
+
+@refused("cvat", "labels.xml", "tracks", "CVAT for images 1.1")
+def an_export_for_video(folder: Path) -> list[Path | str]:
+    return xml(folder, '<annotations><track id="0" label="mug"></track></annotations>')
+
+
+@refused("cvat", "labels.xml", "without any image")
+def an_export_without_images(folder: Path) -> list[Path | str]:
+    return xml(folder, "<annotations><version>1.1</version></annotations>")
+
+
+@refused("cvat", "source", "annotations.xml")
+def a_folder_without_labels(folder: Path) -> list[Path | str]:
+    save_photo(folder / "a.jpg")
+    return [folder]
+
+
+@refused("cvat", "export.zip", "../b.jpg", "path outside")
+def a_zip_with_a_path_outside(folder: Path) -> list[Path | str]:
+    with ZipFile(folder / "export.zip", "w") as archive:
+        archive.writestr("annotations.xml", "<annotations></annotations>")
+        archive.writestr("../b.jpg", "")
+    return [folder / "export.zip"]
+
+
+@refused("cvat", "labels.xml", "image 3", "whole number")
+def an_image_without_size(folder: Path) -> list[Path | str]:
+    return save_xml(folder, cvat_mask(), image='id="3" name="a.jpg"')
+
+
+@refused("cvat", "labels.xml", "image 3", "gone.jpg", "--images")
+def an_image_without_photo(folder: Path) -> list[Path | str]:
+    return save_xml(folder, cvat_mask(), image='id="3" name="gone.jpg" width="56" height="40"')
+
+
+@refused("cvat", "labels.xml", "image 3", "60 x 40", "56 x 40")
+def an_image_of_another_size(folder: Path) -> list[Path | str]:
+    return save_xml(folder, cvat_mask(), image='id="3" name="a.jpg" width="60" height="40"')
+
+
+@refused("cvat", "labels.xml", "image 3, shape 2 (mug)", "(55, 1)", "56 x 40")
+def a_box_outside(folder: Path) -> list[Path | str]:
+    box = 'left="55" top="1" width="3" height="2"'
+    return save_xml(folder, cvat_mask(), cvat_mask(box=box))
+
+
+@refused("cvat", "labels.xml", "image 3, shape 1 (mug)", "add up to 7")
+def runs_that_are_too_long(folder: Path) -> list[Path | str]:
+    return save_xml(folder, cvat_mask("0, 7"))
+
+
+@refused("cvat", "labels.xml", "image 3, shape 1 (mug)", "add up to 3")
+def runs_that_are_too_short(folder: Path) -> list[Path | str]:
+    return save_xml(folder, cvat_mask("0, 2, 1"))
+
+
+@refused("cvat", "labels.xml", "image 3, shape 1 (mug)", "whole numbers")
+def runs_that_are_no_numbers(folder: Path) -> list[Path | str]:
+    return save_xml(folder, cvat_mask("0, many"))
+
+
+@refused("cvat", "labels.xml", "image 3, shape 1 (mug)", "(90, 9)")
+def a_polygon_of_cvat_outside(folder: Path) -> list[Path | str]:
+    return save_xml(folder, '<polygon label="mug" points="1,1;90,9;3,30"></polygon>')
+
+
+@refused("cvat", "labels.xml", "image 3, shape 1 (mug)", "corners")
+def a_polygon_of_words(folder: Path) -> list[Path | str]:
+    return save_xml(folder, '<polygon label="mug" points="here;there"></polygon>')
+
+
+@refused("cvat", "labels.xml", "image 3, shape 1", "no label")
+def a_shape_without_label(folder: Path) -> list[Path | str]:
+    return save_xml(folder, '<mask rle="0, 1" left="1" top="1" width="1" height="1"></mask>')
+
+
+# EgoHOS
+
+
+def egohos_split(folder: Path, value: int = 2) -> Path:
+    """A split of one photo whose label has one id."""
+    save_photo(folder / "val" / "image" / "a.jpg")
+    (folder / "val" / "label").mkdir()
+    Image.fromarray(np.full(SIZE, value, np.uint8)).save(folder / "val" / "label" / "a.png")
+    return folder
+
+
+@refused("egohos", "source", "label/", "test_outdomain/")
+def no_labels(folder: Path) -> list[Path | str]:
+    return [folder]
+
+
+@refused("egohos", "label_twohands", "'label'")
+def labels_with_other_numbers(folder: Path) -> list[Path | str]:
+    (folder / "val" / "label_twohands").mkdir(parents=True)
+    return [folder]
+
+
+@refused("egohos", "val/label/a.png", "id 9")
+def an_unknown_class(folder: Path) -> list[Path | str]:
+    return [egohos_split(folder, 9)]
+
+
+@refused("egohos", "val/image/a.jpg", "no label", "val/label/a.png")
+def a_photo_without_a_label(folder: Path) -> list[Path | str]:
+    egohos_split(folder)
+    (folder / "val" / "label" / "a.png").unlink()
+    return [folder]
+
+
+# VISOR
+
+
+def visor_file(folder: Path, segment: Any, size: tuple[int, int] = (180, 320)) -> list[Path | str]:
+    """A file about one photo with one entity of one segment."""
+    save_photo(folder / "P01_01_frame_0000000140.jpg", size)
+    entity = {"id": "p", "name": "pan", "exhaustive": "y", "segments": [segment]}
+    photo = {"image": {"name": "P01_01_frame_0000000140.jpg"}, "annotations": [entity]}
+    return save({"video_annotations": [photo]}, folder)
+
+
+@refused("visor", "labels.json", "video_annotations")
+def another_file_of_coco(folder: Path) -> list[Path | str]:
+    return save(data_set(folder), folder)
+
+
+@refused("visor", "labels.json", "no photos")
+def a_file_without_photos(folder: Path) -> list[Path | str]:
+    return save({"video_annotations": []}, folder)
+
+
+@refused("visor", "source", "P01_01.json")
+def a_folder_without_files(folder: Path) -> list[Path | str]:
+    return [folder]
+
+
+@refused("visor", "labels.json", "frame_0000000140.jpg", "entity 1 'pan'", "(1950, 9)")
+def a_corner_outside(folder: Path) -> list[Path | str]:
+    return visor_file(folder, [[1, 1], [1950, 9], [3, 30]])
+
+
+@refused("visor", "labels.json", "entity 1 'pan'", "pairs of numbers")
+def corners_that_are_no_pairs(folder: Path) -> list[Path | str]:
+    return visor_file(folder, [1, 1, 50, 9, 3, 30])
+
+
+@refused("visor", "labels.json", "frame_0000000140.jpg", "320 x 240", "1920 x 1080")
+def a_photo_of_another_shape(folder: Path) -> list[Path | str]:
+    return visor_file(folder, [[1, 1], [50, 9], [3, 30]], (240, 320))
+
+
+@refused("visor", "labels.json", "frame_0000000140.jpg", "--images")
+def a_frame_that_is_missing(folder: Path) -> list[Path | str]:
+    source = visor_file(folder, [[1, 1], [50, 9], [3, 30]])
+    (folder / "P01_01_frame_0000000140.jpg").unlink()
+    return source
+
+
+# HOI4D
+
+
+def hoi4d_clip(folder: Path, color: tuple[int, int, int] = (128, 0, 0)) -> Path:
+    """A clip of a toy car in one frame."""
+    clip = folder / "ZY20210800001/H1/C1/N01/S01/s01/T1"
+    save_photo(clip / "align_rgb" / "00000.jpg")
+    (clip / "2Dseg" / "mask").mkdir(parents=True)
+    Image.new("RGB", SIZE[::-1], color).save(clip / "2Dseg" / "mask" / "00000.png")
+    return clip
+
+
+@refused("hoi4d", "source", "2Dseg")
+def no_clips(folder: Path) -> list[Path | str]:
+    return [folder]
+
+
+@refused("hoi4d", "mask/00000.png", "category C1", "(0, 0, 128)")
+def a_color_without_a_meaning(folder: Path) -> list[Path | str]:
+    hoi4d_clip(folder, (0, 0, 128))
+    return [folder]
+
+
+@refused("hoi4d", "align_rgb", "ffmpeg -i", "image.mp4", "%05d.jpg")
+def a_video_that_was_not_decoded(folder: Path) -> list[Path | str]:
+    clip = hoi4d_clip(folder)
+    (clip / "align_rgb" / "00000.jpg").rename(clip / "align_rgb" / "image.mp4")
+    return [folder]
+
+
+@refused("hoi4d", "source/clip", "ZY*/H*")
+def folders_that_were_renamed(folder: Path) -> list[Path | str]:
+    hoi4d_clip(folder).rename(folder / "clip")
+    return [folder]
 
 
 # Every case; they stand above
