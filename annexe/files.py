@@ -141,6 +141,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         OSError: naming the file, for a disk that takes no more.
     """
     require_new_folder(path)
+    path = Path(os.path.abspath(path))  # "." has no name to put ".part" behind
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced(path) as part:
         part.mkdir()

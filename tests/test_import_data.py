@@ -419,6 +419,20 @@ def test_photos_are_added_to_a_data_root(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "out", "photos"]
 
 
+def test_the_current_folder_becomes_a_data_root(
+    tmp_path: Path, make_image: Callable[..., LabeledImage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = make_image()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    write([image], Path("."))
+    assert (tmp_path / "here" / "RGB" / "a.jpg").is_file()
+    monkeypatch.chdir(tmp_path / "here")
+    write([make_image("b.jpg")], Path("."), split="test")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "photos"]
+    assert len(files_of(tmp_path / "here")) == 8
+
+
 def test_other_folders_are_not_touched(
     tmp_path: Path, make_image: Callable[..., LabeledImage]
 ) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import filecmp
 import io
 import json
+import os
 import re
 import shutil
 import zlib
@@ -154,6 +155,7 @@ def write_layout(
             has more regions than ids; or no photo is left. Nothing was written then.
     """
     # Names, before the long work
+    out = Path(os.path.abspath(out))  # "." has no name to put ".part" behind
     check_target(out)
     stems = stems_of(images)
     is_added = (out / "dataset_split").is_dir()
