@@ -719,6 +719,124 @@ def folders_that_were_renamed(folder: Path) -> list[Path | str]:
     return [folder]
 
 
+# EgoHOS
+
+
+def egohos_split(folder: Path, value: int = 2) -> Path:
+    """A split of one photo whose label has one id."""
+    save_photo(folder / "val" / "image" / "a.jpg")
+    (folder / "val" / "label").mkdir()
+    Image.fromarray(np.full(SIZE, value, np.uint8)).save(folder / "val" / "label" / "a.png")
+    return folder
+
+
+@refused("egohos", "source", "label/", "test_outdomain/")
+def no_labels(folder: Path) -> list[Path | str]:
+    return [folder]
+
+
+@refused("egohos", "label_twohands", "'label'")
+def labels_with_other_numbers(folder: Path) -> list[Path | str]:
+    (folder / "val" / "label_twohands").mkdir(parents=True)
+    return [folder]
+
+
+@refused("egohos", "val/label/a.png", "id 9")
+def an_unknown_class(folder: Path) -> list[Path | str]:
+    return [egohos_split(folder, 9)]
+
+
+@refused("egohos", "val/image/a.jpg", "no label", "val/label/a.png")
+def a_photo_without_a_label(folder: Path) -> list[Path | str]:
+    egohos_split(folder)
+    (folder / "val" / "label" / "a.png").unlink()
+    return [folder]
+
+
+# VISOR
+
+
+def visor_file(folder: Path, segment: Any, size: tuple[int, int] = (180, 320)) -> list[Path | str]:
+    """A file about one photo with one entity of one segment."""
+    save_photo(folder / "P01_01_frame_0000000140.jpg", size)
+    entity = {"id": "p", "name": "pan", "exhaustive": "y", "segments": [segment]}
+    photo = {"image": {"name": "P01_01_frame_0000000140.jpg"}, "annotations": [entity]}
+    return save({"video_annotations": [photo]}, folder)
+
+
+@refused("visor", "labels.json", "video_annotations")
+def another_file_of_coco(folder: Path) -> list[Path | str]:
+    return save(data_set(folder), folder)
+
+
+@refused("visor", "labels.json", "no photos")
+def a_file_without_photos(folder: Path) -> list[Path | str]:
+    return save({"video_annotations": []}, folder)
+
+
+@refused("visor", "source", "P01_01.json")
+def a_folder_without_files(folder: Path) -> list[Path | str]:
+    return [folder]
+
+
+@refused("visor", "labels.json", "frame_0000000140.jpg", "entity 1 'pan'", "(1950, 9)")
+def a_corner_of_a_segment_outside(folder: Path) -> list[Path | str]:
+    return visor_file(folder, [[1, 1], [1950, 9], [3, 30]])
+
+
+@refused("visor", "labels.json", "entity 1 'pan'", "pairs of numbers")
+def a_segment_without_pairs(folder: Path) -> list[Path | str]:
+    return visor_file(folder, [1, 1, 50, 9, 3, 30])
+
+
+@refused("visor", "labels.json", "frame_0000000140.jpg", "320 x 240", "1920 x 1080")
+def a_photo_of_another_shape(folder: Path) -> list[Path | str]:
+    return visor_file(folder, [[1, 1], [50, 9], [3, 30]], (240, 320))
+
+
+@refused("visor", "labels.json", "frame_0000000140.jpg", "--images")
+def a_frame_that_is_missing(folder: Path) -> list[Path | str]:
+    source = visor_file(folder, [[1, 1], [50, 9], [3, 30]])
+    (folder / "P01_01_frame_0000000140.jpg").unlink()
+    return source
+
+
+# HOI4D
+
+
+def hoi4d_clip(folder: Path, color: tuple[int, int, int] = (128, 0, 0)) -> Path:
+    """A clip of a toy car in one frame."""
+    clip = folder / "ZY20210800001/H1/C1/N01/S01/s01/T1"
+    save_photo(clip / "align_rgb" / "00000.jpg")
+    (clip / "2Dseg" / "mask").mkdir(parents=True)
+    Image.new("RGB", SIZE[::-1], color).save(clip / "2Dseg" / "mask" / "00000.png")
+    return clip
+
+
+@refused("hoi4d", "source", "2Dseg")
+def no_clips(folder: Path) -> list[Path | str]:
+    return [folder]
+
+
+@refused("hoi4d", "mask/00000.png", "category C1", "(0, 0, 128)")
+def a_color_without_a_meaning(folder: Path) -> list[Path | str]:
+    hoi4d_clip(folder, (0, 0, 128))
+    return [folder]
+
+
+@refused("hoi4d", "align_rgb", "ffmpeg -i", "image.mp4", "%05d.jpg")
+def a_video_that_was_not_decoded(folder: Path) -> list[Path | str]:
+    clip = hoi4d_clip(folder)
+    (clip / "align_rgb" / "00000.jpg").rename(clip / "align_rgb" / "image.mp4")
+    return [folder]
+
+
+@refused("hoi4d", "source/clip", "ZY*/H*")
+def folders_that_were_renamed(folder: Path) -> list[Path | str]:
+    hoi4d_clip(folder).rename(folder / "clip")
+    return [folder]
+
+
 # Every case; they stand above
 
 
