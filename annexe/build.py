@@ -25,12 +25,13 @@ import annexe.datasets
 import annexe.models  # noqa: F401  (both register their components)
 from annexe.checkpoints.manifest import describe_changes, explain_versions
 from annexe.checkpoints.run_folder import (
-    find_checkpoint,
     is_of_run,
     load_progress,
     saved_config,
+    without_sources,
 )
 from annexe.checkpoints.saved_settings import compare_start, require_same_meaning
+from annexe.checkpoints.start import folder_of_start, settings_of_start
 from annexe.checkpoints.training_state import load_weights
 from annexe.config import OPTIONAL_PARTS, PARTS, Config, RunConfig, is_released
 from annexe.datasets.ego_irgbench import EgoIRGBench, MissingSplit
@@ -88,6 +89,9 @@ def load_config(
             _upgrade_model(settings)
         if onto_checkpoint:
             base = _onto_checkpoint(base, overrides)
+        start = _start_of_parts(base, overrides)
+        if start is not None:
+            base = _onto_model({"model": settings_of_start(start)}, base)
         _drop_settings_of_other_types(base, overrides)
         config = merge_strictly(Config, overlay(base, overrides))
     except OmegaConfBaseException as error:
@@ -105,6 +109,10 @@ def load_config(
     if config.model is not None:
         config.model = check_model(config.model)
         _require_depth(config)
+    if start is not None:
+        folder = folder_of_start(Path(start))
+        assert folder is not None
+        config.model = without_sources(config.require_model(), folder)
     return config
 
 
@@ -150,14 +158,37 @@ def _onto_checkpoint(base: DictConfig, overrides: DictConfig) -> Any:
     has_model = any(settings.get("model") is not None for settings in (base, overrides))
     if not isinstance(checkpoint, str) or not has_model:
         return base
+    saved = {"model": saved_config(require_run(checkpoint))["model"]}
+    return _onto_model(saved, base)
+
+
+def _onto_model(saved: dict[str, Any], base: DictConfig) -> DictConfig:
+    """``base`` over a saved ``model`` block; a part of another type takes nothing from there."""
     if base.get("model") is None:
         base["model"] = {}
-    saved = {"model": saved_config(require_run(checkpoint))["model"]}
     for part in PARTS:
         chosen = OmegaConf.select(base, f"model.{part}.type")
         if chosen not in (None, saved["model"].get(part, {}).get("type")):
             saved["model"][part] = {}
     return overlay(saved, base)
+
+
+def _start_of_parts(base: DictConfig, overrides: DictConfig) -> str | None:
+    """The path that ``model.init_from`` means, if the parts of the model are to be those of there.
+
+    A file that gives every part its ``type`` says itself what the model is.
+    """
+    given = overlay(base, overrides)
+    start = OmegaConf.select(given, "model.init_from")
+    if isinstance(start, str):
+        start = read_path(start, "model.init_from", optional=True)
+    if not isinstance(start, str):
+        return None
+    for part in PARTS:
+        has_type = OmegaConf.select(given, f"model.{part}.type") is not None
+        if not has_type and part not in OPTIONAL_PARTS:
+            return local_run(start)
+    return None
 
 
 def _drop_settings_of_other_types(base: Any, overrides: DictConfig) -> None:
@@ -478,7 +509,7 @@ def check_start(spec: dict[str, Any]) -> None:
     """
     if spec.get("init_from") is None:
         return
-    folder = _run_of(Path(spec["init_from"]))
+    folder = folder_of_start(Path(spec["init_from"]))
     lora = spec["language_model"].get("lora")
     if folder is not None:
         changes = compare_start(folder, filled_config(folder)["model"], spec)
@@ -490,15 +521,6 @@ def check_start(spec: dict[str, Any]) -> None:
             "adapters with %g, and files do not say it",
             *(lora["alpha"], _PUBLISHED_ALPHA),
         )
-
-
-def _run_of(path: Path) -> Path | None:
-    """The checkpoint of a run of ours that ``path`` is, or lies in; None if it is none."""
-    folder = find_checkpoint(path, "best")
-    if folder is not None:
-        return folder
-    is_ours = path.suffix == ".safetensors" and (path.parent / "config.yaml").is_file()
-    return path.parent if is_ours else None
 
 
 def restore_model(config: Config, checkpoint: Path, accelerator: Accelerator) -> Annexe:

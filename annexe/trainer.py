@@ -46,11 +46,13 @@ from annexe.checkpoints.run_folder import (
     saved_config,
 )
 from annexe.checkpoints.saved_settings import require_same_meaning
+from annexe.checkpoints.start import folder_of_start
 from annexe.checkpoints.training_state import (
     frozen_fingerprint,
     load_optimizer,
     load_weights,
     names_of_groups,
+    require_same_frozen,
     save_checkpoint,
 )
 from annexe.config import Config, RunConfig, as_dict, device_settings
@@ -127,6 +129,7 @@ def set_up(config: Config) -> Trainer:
     set_seed(run.seed)
     bf16 = accelerator.mixed_precision == "bf16"
     model = build_model(config.require_model(), tokenizer, accelerator.device, bf16=bf16)
+    _require_frozen_of_start(config, model, resumed)
     frozen = frozen_fingerprint(model)
     set_seed(run.seed + accelerator.process_index)
 
@@ -289,7 +292,7 @@ def _prepare_tokenizer(
     start = model.get("init_from")
     earlier = resumed
     if earlier is None and start and not llama:
-        earlier = find_checkpoint(Path(start))
+        earlier = folder_of_start(Path(start))
 
     # Training one is the main process's work
     if earlier:
@@ -304,6 +307,18 @@ def _prepare_tokenizer(
                 train_tokenizer(train_set.texts(), num_slots).save(folder)
     accelerator.wait_for_everyone()
     return build_tokenizer(config, folder)
+
+
+def _require_frozen_of_start(config: Config, model: Annexe, resumed: Path | None) -> None:
+    """Check that what was frozen in the run to start from is the same here, before training.
+
+    Raises:
+        UserError: if it is not; what was trained on top of it would then mean nothing.
+    """
+    start = config.require_model().get("init_from")
+    folder = folder_of_start(Path(start)) if start and not resumed else None
+    if folder is not None and (folder / "frozen.json").is_file():
+        require_same_frozen(folder, model, starts=True)
 
 
 def training_loader(

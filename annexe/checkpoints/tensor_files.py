@@ -21,6 +21,7 @@ from annexe.checkpoints.run_folder import DAMAGED, require_checkpoint
 from annexe.errors import UserError
 
 CONFIG = "config.json"  # of a Hugging Face folder: what its model is
+HEADS = "heads.safetensors"  # of an export of ours: what was trained outside of Llama
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors")
 _NAMES_OF_WEIGHTS = r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)"
 _WEIGHT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".gguf", ".h5", ".msgpack")
@@ -77,7 +78,8 @@ _OTHER_FILES = (
 def read_tensors(source: str | Path, *, shapes_only: bool = False) -> dict[str, Tensor]:
     """All tensors of a checkpoint by key.
 
-    A checkpoint is a ``.pth`` or safetensors file, a Hugging Face folder, or a run of ours.
+    A checkpoint is a ``.pth`` or safetensors file, a Hugging Face folder, or a run or an export of
+    ours.
 
     Args:
         shapes_only: give tensors on the meta device, which hold no data.
@@ -88,6 +90,8 @@ def read_tensors(source: str | Path, *, shapes_only: bool = False) -> dict[str, 
     path = Path(source)
     if not path.exists():
         raise UserError(f"no checkpoint '{path}'; check the path")
+    if (path / HEADS).is_file():
+        return _read_export(path, shapes_only)
     tensors: dict[str, Tensor] = {}
     for file in _files(path):
         tensors |= _read_file(file, shapes_only)
@@ -97,6 +101,19 @@ def read_tensors(source: str | Path, *, shapes_only: bool = False) -> dict[str, 
     # Saved from inside DistributedDataParallel
     if all(key.startswith("module.") for key in tensors):
         return {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
+    return tensors
+
+
+def _read_export(folder: Path, shapes_only: bool) -> dict[str, Tensor]:
+    """All tensors of an export of ours (`annexe.tools.weights`) by names of its model.
+
+    An adapter and a Llama have the names of peft and transformers in their own folders. Where there
+    is an adapter, the Llama beside it has it merged in.
+    """
+    tensors = _read_file(folder / HEADS, shapes_only)
+    language_model = folder / ("adapter" if (folder / "adapter").is_dir() else "llama")
+    for key, tensor in read_tensors(language_model, shapes_only=shapes_only).items():
+        tensors[f"language_model.model.{key}"] = tensor
     return tensors
 
 

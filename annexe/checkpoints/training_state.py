@@ -353,19 +353,26 @@ def load_weights(folder: Path, model: nn.Module) -> None:
         tensor.copy_(tensors[name])
 
 
-def require_same_frozen(folder: Path, model: nn.Module, part: str = "") -> None:
+def require_same_frozen(
+    folder: Path, model: nn.Module, part: str = "", *, starts: bool = False
+) -> None:
     """Check the frozen weights of ``model`` against those that a checkpoint was trained with.
 
     Args:
         part: such as ``language_model``, where ``model`` has that one alone.
+        starts: ``model`` starts from there. It may train what was frozen, have parts of other
+            types, and hold them quantized.
 
     Raises:
         UserError: naming the first parameter that differs.
     """
-    frozen = {name: p for name, p in _parameters(model).items() if not p.requires_grad}
+    if starts:
+        frozen = {name: p for name, p in _parameters(model).items() if p.is_floating_point()}
+    else:
+        frozen = {name: p for name, p in _parameters(model).items() if not p.requires_grad}
     for saved_name, values in json.loads((folder / "frozen.json").read_text()).items():
         name = our_name(saved_name)
-        if not name.startswith(part):
+        if not name.startswith(part) or (starts and name not in frozen):
             continue
         saved = torch.tensor(values)
         present = torch.tensor(_probe(frozen[name]) if name in frozen else [])

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 from annexe.checkpoints.names import our_name
 from annexe.checkpoints.public import recognize_source
 from annexe.checkpoints.run_folder import saved_config
-from annexe.checkpoints.tensor_files import read_tensors
+from annexe.checkpoints.tensor_files import HEADS, read_tensors
 from annexe.checkpoints.training_state import require_same_frozen, saved_tensors
 from annexe.errors import UserError
 from annexe.files import replaced, require_writable
@@ -106,8 +106,8 @@ def export_run(run_folder: str, out: Path, *, merge: bool, base: Path | None = N
     """Write the best checkpoint of a run in formats that peft and transformers read.
 
     ``out`` appears complete or not at all. It holds adapter/ (peft), heads.safetensors (every other
-    trained tensor, by our names), tokenizer/, config.yaml and a README.md. A language model that
-    was trained whole, or ``merge``, makes llama/ (transformers).
+    trained tensor, by our names), tokenizer/, config.yaml, frozen.json and a README.md. A language
+    model that was trained whole, or ``merge``, makes llama/ (transformers).
 
     Args:
         base: folder of the Llama that the run was trained on; None is where it was then.
@@ -184,9 +184,10 @@ def _write_export(
     # What is in every export
     tensors = saved_tensors(checkpoint)
     heads = {name: tensor for name, tensor in tensors.items() if not name.startswith(_LLAMA)}
-    save_file(heads, part / "heads.safetensors", metadata={"format": "pt"})
+    save_file(heads, part / HEADS, metadata={"format": "pt"})
     shutil.copytree(checkpoint / "tokenizer", part / "tokenizer")
-    shutil.copy(checkpoint / "config.yaml", part / "config.yaml")
+    for name in ("config.yaml", "frozen.json"):
+        shutil.copy(checkpoint / name, part / name)
     contents = [f"- heads.safetensors: {len(heads)} tensors"]
 
     # The adapter, or the language model that was trained whole

@@ -1,0 +1,190 @@
+"""Fine-tuning: a model of a run or an export trains on, on other photos."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from annexe.build import load_config
+from annexe.checkpoints.run_folder import find_checkpoint
+from annexe.checkpoints.training_state import trained_tensors
+from annexe.config import Config
+from annexe.errors import UserError
+from annexe.inference.predictor import Predictor
+from annexe.tools.weights import export_run
+from annexe.trainer import set_up, train
+from tests.conftest import ROOT, SMALLEST, TINY
+
+FINETUNE = ROOT / "train_configs" / "finetune.yaml"
+SHORT = (
+    "run.max_steps=1",
+    "run.warmup_steps=0",
+    "run.batch_size=2",
+    "run.num_workers=0",
+    "run.device=cpu",
+    "run.validate_every=0",
+    "run.max_new_tokens=8",
+)
+MakeConfig = Callable[..., Config]
+
+
+@pytest.fixture
+def finetune(trained: Path, scenes: Path, tmp_path: Path) -> MakeConfig:
+    """Loads finetune.yaml with further ``a.b=c`` options; it starts from the fixture's run."""
+
+    def make(*options: str) -> Config:
+        own = (
+            f"model.init_from={trained}",
+            f"datasets.ego_irgbench.data_root={scenes}",
+            f"run.output_dir={tmp_path / 'mine'}",
+        )
+        return load_config(FINETUNE, [*own, *SHORT, *options])
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def adapted(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step with adapters on a frozen language model, and a frozen encoder."""
+    folder = tmp_path_factory.mktemp("adapted")
+    options = (
+        *SMALLEST,
+        f"datasets.ego_irgbench.data_root={scenes}",
+        f"run.output_dir={folder}",
+        "run.max_steps=1",
+        "run.warmup_steps=0",
+        "model.rgb_encoder.frozen=true",
+        "model.language_model.lora.rank=2",
+    )
+    train(load_config(TINY, options))
+    return folder
+
+
+def saved(run: Path) -> dict[str, torch.Tensor]:
+    folder = find_checkpoint(run)
+    assert folder is not None
+    return load_file(folder / "model.safetensors")
+
+
+def test_the_model_is_that_of_the_start(finetune: MakeConfig, trained: Path) -> None:
+    config = finetune("model.pixel_decoder.num_layers=1", "model.presence_threshold=0.4")
+    before = load_config(trained / "config.yaml").require_model()
+    after = config.require_model()
+    assert after["init_from"] == str(trained) and after["init"] is None
+    for part in ("rgb_encoder", "depth_branch", "language_model"):
+        assert after[part] == before[part]
+    assert after["pixel_decoder"] == before["pixel_decoder"] | {"num_layers": 1}
+    assert after["image_token_head"] is True and after["presence_threshold"] == 0.4
+
+
+def test_a_part_of_another_type_takes_nothing_from_the_start(finetune: MakeConfig) -> None:
+    decoder = finetune("model.pixel_decoder.type=deconv").require_model()["pixel_decoder"]
+    assert decoder["type"] == "deconv" and "num_layers" not in decoder
+
+
+def test_a_file_that_describes_all_parts_stays_as_it_is(
+    make_config: MakeConfig, trained: Path
+) -> None:
+    start = ("model.init=null", f"model.init_from={trained}")
+    model = make_config(*start, "model.image_token_head=false").require_model()
+    assert model["image_token_head"] is False
+
+
+@pytest.mark.parametrize("which", ["run", "checkpoint", "file"])
+def test_it_starts_with_weights_and_words_of_the_start(
+    finetune: MakeConfig, trained: Path, tmp_path: Path, which: str
+) -> None:
+    checkpoint = find_checkpoint(trained)
+    assert checkpoint is not None
+    place = {"run": trained, "checkpoint": checkpoint, "file": checkpoint / "model.safetensors"}
+    started = set_up(finetune(f"model.init_from={place[which]}"))
+    tensors = trained_tensors(started.model)
+    for name, tensor in saved(trained).items():
+        assert torch.equal(tensors[name], tensor), name
+    started.model.language_model.tokenizer.save(tmp_path / "its")
+    its = (tmp_path / "its" / "tokenizer.json").read_bytes()
+    assert its == (checkpoint / "tokenizer" / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["trained", "adapted"])
+def test_an_export_starts_as_its_run_does(
+    finetune: MakeConfig, tmp_path: Path, kind: str, request: pytest.FixtureRequest
+) -> None:
+    run = request.getfixturevalue(kind)
+    export_run(str(run), tmp_path / "export", merge=False)
+    started = set_up(finetune(f"model.init_from={tmp_path / 'export'}"))
+    tensors = trained_tensors(started.model)
+    expected = saved(run)
+    assert tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensors[name], tensor), name
+
+
+def test_a_fine_tuned_run_answers_without_its_start(
+    finetune: MakeConfig, trained: Path, scenes: Path, tmp_path: Path
+) -> None:
+    start = shutil.copytree(trained, tmp_path / "start")
+    train(finetune(f"model.init_from={start}"))
+    shutil.rmtree(start)
+    photo = next((scenes / "RGB").iterdir())
+    (result,) = Predictor.from_run(tmp_path / "mine").predict(photo, "Show me the held object.")
+    assert result.answers
+    before = saved(trained)
+    assert any(not torch.equal(t, before[name]) for name, t in saved(tmp_path / "mine").items())
+
+
+def test_frozen_weights_that_are_not_those_of_the_start(
+    finetune: MakeConfig, adapted: Path
+) -> None:
+    set_up(finetune(f"model.init_from={adapted}"))
+    with pytest.raises(UserError, match="frozen weights of rgb_encoder are not those"):
+        set_up(finetune(f"model.init_from={adapted}", "run.seed=1"))
+
+
+def test_wrong_starts_are_refused(finetune: MakeConfig, trained: Path, tmp_path: Path) -> None:
+    def refusal(start: Path, *options: str) -> str:
+        with pytest.raises(UserError) as caught:
+            finetune(f"model.init_from={start}", *options)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    # Nothing, a public checkpoint, and a run without a checkpoint
+    nothing = tmp_path / "nothing"
+    assert f"nothing at '{nothing}'" in refusal(nothing)
+    public = tmp_path / "minigpt.safetensors"
+    save_file({"llama_proj.weight": torch.zeros(2, 2)}, public)
+    assert "is no run and no export" in refusal(public) and "annexe.yaml" in refusal(public)
+    empty = tmp_path / "empty"
+    (empty / "checkpoints").mkdir(parents=True)
+    shutil.copy(trained / "config.yaml", empty)
+    assert "no complete checkpoint" in refusal(empty)
+
+    # An export of an older version
+    export = tmp_path / "export"
+    export_run(str(trained), export, merge=False)
+    (export / "frozen.json").unlink()
+    assert "export its run again" in refusal(export)
+
+    # A setting that no part has
+    message = refusal(trained, "model.pixel_decoder.num_layer=1")
+    assert "model.pixel_decoder.num_layer:" in message and "num_layers" in message
+
+
+def test_weights_of_a_frozen_part_that_moved_are_named(
+    finetune: MakeConfig, adapted: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(adapted, tmp_path / "run")
+    folder = find_checkpoint(run)
+    assert folder is not None
+    sizes = json.loads((folder / "files.json").read_text())
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("path: null", "path: /moved/llama"))
+    (folder / "files.json").write_text(json.dumps(sizes | {"config.yaml": config.stat().st_size}))
+    with pytest.raises(UserError, match=r"model\.language_model\.path=PATH"):
+        finetune(f"model.init_from={run}")
