@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +230,49 @@ def test_a_folder_of_splits(tmp_path: Path) -> None:
         ("train/a.jpg", "train", "train"),
         ("valid/a.jpg", "val", "valid"),
     ]
+
+
+# Damaged
+
+
+def places_in(value: Any, place: tuple = ()) -> Iterator[tuple]:
+    """Every place in a JSON value, as the keys that lead to it."""
+    if place:
+        yield place
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from places_in(value[key], (*place, key))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_is_damaged_is_told_in_one_line(by_hand: Path, seed: int) -> None:
+    """A value is taken away or becomes another one. Nothing but a UserError may come of it."""
+    content = json.loads(by_hand.read_text())
+    places = list(places_in(content))
+    junk = [None, True, -1, 1.5, 1e308, "", "x", "\ud800", [], [[]], {}, [1, 2, 3, 4]]
+    junk += [[["a", 2, 3, 4, 5, 6]], float("nan"), {"size": [40, 56], "counts": "zzzz"}]
+    rng = np.random.default_rng(seed)
+    outcomes = set()
+    for _ in range(60):
+        damaged = copy.deepcopy(content)
+        *path, key = places[rng.integers(len(places))]
+        parent = damaged
+        for step in path:
+            parent = parent[step]
+        if rng.random() < 0.2:
+            del parent[key]
+        else:
+            parent[key] = junk[rng.integers(len(junk))]
+        by_hand.write_text(json.dumps(damaged))
+        try:
+            entries = read(by_hand)
+        except UserError as error:
+            entries = [error]
+        for entry in entries:
+            outcomes.add(type(entry))
+            if isinstance(entry, UserError):
+                assert "labels.json" in str(entry) and "\n" not in str(entry)
+    assert outcomes == {LabeledImage, UserError}
 
 
 # Written and read again

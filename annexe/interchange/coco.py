@@ -48,6 +48,7 @@ CAPTIONS = "captions beside the first one of a photo"
 _UNNAMED = "object"  # category of exported regions that have no name
 _TOLERANCE = 1  # pixels by which a corner may lie outside of its photo
 _MIN_NUMBERS = 6  # of a polygon: three corners
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON writes it
 _NO_LICENSE = {"name": "", "id": 0, "url": ""}  # of datumaro
 _SPLIT_WORDS = {
     "train": "train",
@@ -359,7 +360,13 @@ def read_json(path: Path) -> Any:
         UserError: it cannot be read, or is no JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        content = json.loads(text)
+        if _SURROGATE.search(text):
+            json.dumps(content, ensure_ascii=False).encode()
+        return content
+    except UnicodeEncodeError:
+        reason = "half of a surrogate pair in it is no character"
     except OSError as error:
         reason = error.strerror or str(error)
     except UnicodeDecodeError as error:
@@ -393,7 +400,10 @@ def kind_of(content: Any) -> str | None:
     if "images" not in content or "annotations" not in content:
         missing = "images" if "images" not in content else "annotations"
         return f"it has no '{missing}'; take the file of the data set, not that of the results"
-    annotations = [each for each in content["annotations"] or [] if isinstance(each, dict)]
+    annotations = content["annotations"]
+    if not isinstance(annotations, list):
+        return "its 'annotations' are no list; export it again"
+    annotations = [each for each in annotations if isinstance(each, dict)]
     if any("segments_info" in each for each in annotations):
         return "it is panoptic; convert it to instances"
     if not annotations or any(each.get("segmentation") for each in annotations):
