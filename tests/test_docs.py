@@ -119,10 +119,8 @@ def test_every_setting_that_is_named_exists(page: Path):
     run |= {f"loss_weights.{field.name}" for field in dataclasses.fields(LossWeights)}
     run |= {f"wandb.{field.name}" for field in dataclasses.fields(WandbConfig)}
     parameters = inspect.signature(EgoIRGBench).parameters.values()
-    known = {
-        "run": run,
-        "datasets.ego_irgbench": {p.name for p in parameters if p.kind is p.KEYWORD_ONLY},
-    }
+    of_data = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    known = {"run": run, "datasets.ego_irgbench": {*of_data, "type", "ratio"}}
     for block, name in _SETTING.findall(page.read_text()):
         assert name in known[block], f"{block}.{name}"
 

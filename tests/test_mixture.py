@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from annexe.benchmarks.planning import candidates, lengths, queries_per_image
+from annexe.benchmarks.random_model import without_files
 from annexe.build import build_dataset, build_training_set, load_config
 from annexe.checkpoints.run_folder import saved_config
 from annexe.config import Config
@@ -26,6 +28,7 @@ from annexe.evaluation.validation import join_metrics
 from annexe.evaluator import evaluate
 from annexe.inference.predictor import Predictor
 from annexe.models.language_model.tokenizer import train_tokenizer
+from annexe.report.curves import read_curves
 from annexe.structures.sample import Sample
 from annexe.trainer import set_up, train
 from annexe.training import losses
@@ -94,7 +97,7 @@ def test_three_to_one_over_a_thousand_batches():
     # Every epoch of a data set is a permutation of its own
     epochs: dict[tuple[int, int], list[int]] = {}
     for draw in order:
-        epochs.setdefault((draw.dataset, draw.epoch), []).append(draw.index)
+        epochs.setdefault((draw.dataset, draw.epoch), []).append(draw.image)
     complete = [
         images for (dataset, _), images in epochs.items() if len(images) == (37, 11)[dataset]
     ]
@@ -297,6 +300,10 @@ def test_it_trains_validates_and_resumes(make_mixed, tmp_path):
     assert "egohos/answer/cider" not in found
     assert found["num_images"] == 4
 
+    curves = read_curves(tmp_path / "run" / "log.jsonl")
+    assert {"Total, weighted", "Mask"} <= {panel.title for panel in curves["Training loss"]}
+    assert "cIoU" in {panel.title for panel in curves["Validation"]}
+
     # From the middle on, the same again
     halfway = tmp_path / "run" / "checkpoints" / "step-00000003"
     assert saved_config(halfway)["datasets"]["egohos"]["ratio"] == 1
@@ -319,6 +326,16 @@ def test_it_trains_validates_and_resumes(make_mixed, tmp_path):
     assert "egohos/iou_mean" in metrics["standard"]
     about = Predictor.from_run(tmp_path / "run", device="cpu").about
     assert about["dataset"] == "ego_irgbench, egohos" and about["answer_format"] == "sentence"
+
+
+def test_memory_is_planned_for_the_longest_batch_of_all_data_sets(make_mixed):
+    config, tokenizer, _ = without_files(make_mixed())
+    assert queries_per_image(config) == 12
+    branches, source = lengths(config, tokenizer, None)
+    assert source.count("'") == 4 and len(branches(config)) == config.run.batch_size
+    of_scenes = "datasets.ego_irgbench.queries_per_image"
+    fewest = list(candidates(config, 1))[-1]
+    assert fewest[of_scenes] == 1 and "datasets.egohos.queries_per_image" not in fewest
 
 
 def test_another_share_is_told_where_a_run_goes_on(make_mixed, tmp_path, caplog):

@@ -131,7 +131,7 @@ def test_every_epoch_is_a_permutation_of_its_own():
     mixture = Mixture([5], ["all"], seed=1)
     order = mixture.order(0, 10)
     assert [draw.epoch for draw in order] == [0] * 5 + [1] * 5
-    images = [draw.index for draw in order]
+    images = [draw.image for draw in order]
     first = images[:5]
     second = images[5:]
     assert sorted(first) == sorted(second) == list(range(5))

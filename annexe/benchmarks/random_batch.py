@@ -83,7 +83,7 @@ def real_branches(config: Config, tokenizer: Any) -> Branches:
     for draw in train_set.mixture.order(0, num_images):
         # Prompt and response of the analysis, then of some queries
         dataset = train_set.members[draw.dataset]
-        annotations = dataset.annotations[draw.index]
+        annotations = dataset.annotations[draw.image]
         pairs = [(tokenizer.template.analysis_prompt(), annotations[0].caption)]
         chosen = random.permutation(len(annotations))[: dataset.queries_per_image]
         for annotation in (annotations[i] for i in chosen.tolist()):

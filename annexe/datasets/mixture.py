@@ -31,7 +31,7 @@ class Draw(NamedTuple):
 
     dataset: int  # which data set it is of
     epoch: int  # passes over that data set before
-    index: int  # of its image
+    image: int  # its index among the images of that data set
 
 
 class Mixture:

@@ -46,7 +46,7 @@ class TrainingSet(Dataset):
         return sum(self.mixture.sizes)
 
     def __getitem__(self, draw: Draw) -> Sample:
-        sample = self.members[draw.dataset][draw.epoch, draw.index]
+        sample = self.members[draw.dataset][draw.epoch, draw.image]
         return replace(sample, dataset=draw.dataset) if self.is_mixed else sample
 
     @property

@@ -308,12 +308,14 @@ def counts(batches: list[Batch], names: list[str], num_datasets: int = 0) -> Ten
     """
     tables = []
     for batch in batches:
-        columns = []
+        of_all = []
+        by_dataset = []
         for name in names:
             units = TERMS[name].units(batch)
-            by_dataset = _by_dataset(TERMS[name], batch, units, num_datasets)
-            columns.append(torch.stack([units.sum(), *by_dataset]))
-        tables.append(torch.stack(columns, dim=1))
+            of_all.append(units.sum())
+            if num_datasets:
+                by_dataset.append(_by_dataset(TERMS[name], batch, units, num_datasets))
+        tables.append(_table(of_all, by_dataset))
     return torch.stack(tables).double().sum(0)
 
 
@@ -329,15 +331,22 @@ def totals(
         float32[1 + D, N]: over all images, then over those of each data set, without gradients.
     """
     comparison = Comparison(predictions, batch)
-    columns = []
+    of_all = []
+    by_dataset = []
     for name in names:
-        by_layer = TERMS[name].losses(comparison)
-        total = _mean([losses.sum() for losses in by_layer])
-        by_dataset = []
-        for losses in by_layer:
-            by_dataset.append(_by_dataset(TERMS[name], batch, losses.detach(), num_datasets))
-        columns.append(torch.stack([total, *_mean(by_dataset)]))
-    return torch.stack(columns, dim=1)
+        term = TERMS[name]
+        by_layer = term.losses(comparison)
+        of_all.append(_mean([losses.sum() for losses in by_layer]))
+        if num_datasets:
+            sums = [_by_dataset(term, batch, each.detach(), num_datasets) for each in by_layer]
+            by_dataset.append(_mean(sums))
+    return _table(of_all, by_dataset)
+
+
+def _table(of_all: list[Tensor], by_dataset: list[Tensor]) -> Tensor:
+    """One column for each term: its sum over all, [], above those of the data sets, [D], if any."""
+    first_row = torch.stack(of_all)[None]
+    return torch.cat([first_row, torch.stack(by_dataset, dim=1)]) if by_dataset else first_row
 
 
 def _by_dataset(term: Term, batch: Batch, values: Tensor, num_datasets: int) -> Tensor:
@@ -349,8 +358,6 @@ def _by_dataset(term: Term, batch: Batch, values: Tensor, num_datasets: int) -> 
     Returns:
         [D], of the type that a sum has.
     """
-    if not num_datasets:
-        return values.new_empty(0)
     assert batch.dataset_index is not None
     dataset = batch.dataset_index[term.image_index(batch)]  # [rows]
     is_of = dataset == torch.arange(num_datasets, device=dataset.device)[:, None]  # [D, rows]
