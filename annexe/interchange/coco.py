@@ -119,6 +119,8 @@ class _FileReader:
         report: takes what is left out.
         split: of all photos, None where nobody says.
         prefix: in front of the names of photos.
+        names: category id -> name.
+        takes_crowds: whether crowds are single things, because the file says crowd of all masks.
     """
 
     path: Path
@@ -126,7 +128,7 @@ class _FileReader:
     report: ImportReport
     split: str | None = None
     prefix: str = ""
-    names: dict[Any, str] = field(default_factory=dict)  # of categories, by id
+    names: dict[Any, str] = field(default_factory=dict)
     takes_crowds: bool = False
 
     def read(self) -> Iterator[LabeledImage | UserError]:
