@@ -233,8 +233,15 @@ def make_egohos(root: Path, num_scenes: int) -> Scenes:
     return scenes
 
 
-def make_visor(root: Path, num_scenes: int) -> Scenes:
-    """Drawn scenes as VISOR labels them: things of one noun are one entity."""
+def make_visor(root: Path, num_scenes: int, *, withheld: bool = True) -> Scenes:
+    """Drawn scenes as VISOR labels them: things of one noun are one entity.
+
+    Args:
+        root: folder of all files.
+        num_scenes: how many.
+        withheld: some scenes are labeled in part, as those of VISOR are: unused things have no
+            mask, or it stays open what a hand touches.
+    """
     scenes: Scenes = {}
     entries = []
     for index in range(num_scenes):
@@ -242,12 +249,20 @@ def make_visor(root: Path, num_scenes: int) -> Scenes:
         truth = truth_of(scene)
         entities = []
         for noun in sorted(set(truth.names.values())):
-            segments = [s for each in truth.called(noun) for s in segments_of(ids == each)]
-            entities.append({"id": noun, "name": noun, "exhaustive": "y", "segments": segments})
+            shown = truth.called(noun)
+            if withheld and index % 2:
+                shown &= truth.in_contact
+            segments = [s for each in shown for s in segments_of(ids == each)]
+            exhaustive = "y" if shown == truth.called(noun) else "n"
+            entity = {"id": noun, "name": noun, "exhaustive": exhaustive, "segments": segments}
+            if shown:
+                entities.append(entity)
         for side, hand in truth.hands.items():
             (contact,) = [truth.names[each] for each in truth.touched[side]] or [None]
             entity = {"id": side, "name": f"{side} hand", "segments": segments_of(ids == hand)}
             entity["in_contact_object"] = contact or "hand-not-in-contact"
+            if withheld and index % 6 == (2 if side == "left" else 4):
+                entity["in_contact_object"] = "inconclusive"
             entities.append(entity)
         name = f"P01_01_frame_{index:010d}.jpg"
         entries.append({"image": {"name": name, "video": "P01_01"}, "annotations": entities})
@@ -300,22 +315,24 @@ def checked(images: Iterator, scenes: Scenes, vocabulary: tuple[str, ...] = ()) 
         ("egohos", False, NUM_SCENES, 0.15),
         ("visor", False, NUM_SCENES, 0.15),
         ("visor", True, NUM_SCENES, 0.25),
-        pytest.param("egohos", False, 145, 0.15, marks=pytest.mark.slow),
-        pytest.param("visor", False, 145, 0.15, marks=pytest.mark.slow),
-        pytest.param("visor", True, 145, 0.25, marks=pytest.mark.slow),
+        pytest.param("egohos", False, 150, 0.15, marks=pytest.mark.slow),
+        pytest.param("visor", False, 150, 0.15, marks=pytest.mark.slow),
+        pytest.param("visor", True, 150, 0.25, marks=pytest.mark.slow),
     ],
 )
 def test_questions_about_drawn_scenes_are_right(
     name: str, is_complete: bool, num_scenes: int, min_share: float, tmp_path: Path
 ) -> None:
-    make, reader = {"egohos": (make_egohos, egohos), "visor": (make_visor, visor)}[name]
-    scenes = make(tmp_path, num_scenes)
-    report = ImportReport()
-    images = reader.read(tmp_path, ReadOptions(is_complete=is_complete), report)
+    if name == "egohos":
+        scenes = make_egohos(tmp_path, num_scenes)
+    else:
+        scenes = make_visor(tmp_path, num_scenes, withheld=not is_complete)
+    reader = {"egohos": egohos, "visor": visor}[name]
+    images = reader.read(tmp_path, ReadOptions(is_complete=is_complete), ImportReport())
     nouns = tuple(CATEGORIES.values()) if is_complete else ()
     counts = checked(images, scenes, nouns)
     assert counts["photos"] == num_scenes
-    assert counts["questions"] > (1000 if num_scenes > 100 else 6 * num_scenes)
+    assert counts["questions"] >= (1000 if num_scenes > 100 else 5 * num_scenes)
     assert counts["without target"] > min_share * counts["questions"]
 
 

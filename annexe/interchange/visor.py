@@ -376,8 +376,7 @@ class _Reader:
                 hands.append(hand)
             if hand.entities:
                 absent.remove(side)
-        if any(entity.worn_on == [] for entity in entities):
-            absent = set()
+        may_be_hand = any(entity.worn_on == [] for entity in entities)
 
         # Things lie behind hands
         worn = [id(entity) for hand in hands for entity in hand.entities]
@@ -385,6 +384,9 @@ class _Reader:
         regions: list[Region] = []
         indices: dict[int, int] = {}
         is_complete = self.options.is_complete and all(each.is_exhaustive for each in things)
+        if may_be_hand:
+            absent = set()
+            is_complete = False
         for entity in things:
             untouched, touched = self._split(entity, things, hands)
             regions += untouched + touched
