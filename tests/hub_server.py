@@ -9,14 +9,16 @@ import base64
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlparse
 
 _LARGE = 2000  # bytes from which a file belongs to LFS
+_CHUNK = 1 << 18  # bytes that are sent at once
 _PAGE = 4  # entries of a page of a tree
 
 
@@ -45,6 +47,7 @@ class Faults:
         break_after: bodies of files end after so many bytes,
         num_breaks: for so many of the next requests,
         break_in: for files whose names begin like this.
+        seconds_per_mb: that bodies take.
         silent: nothing is answered, to any request.
         spoil: a byte of every body is another one.
         status: of every answer.
@@ -55,6 +58,7 @@ class Faults:
     break_after: int | None = None
     num_breaks: int = 0
     break_in: str = ""
+    seconds_per_mb: float = 0
     silent: bool = False
     spoil: bool = False
     status: int | None = None
@@ -107,6 +111,10 @@ def _handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def log_message(self, *_: object) -> None:
             pass
+
+        def handle(self) -> None:
+            with suppress(ConnectionError):  # of a client that was killed
+                super().handle()
 
         def do_HEAD(self) -> None:
             self._answer()
@@ -275,9 +283,12 @@ def _handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 faults.num_breaks -= 1
                 body = body[: faults.break_after]
                 self.close_connection = True
-            self.wfile.write(body)
-            self.wfile.flush()
-            hub.num_bytes += len(body)
+            for first in range(0, len(body), _CHUNK):
+                chunk = body[first : first + _CHUNK]
+                time.sleep(faults.seconds_per_mb * len(chunk) / 1e6)
+                self.wfile.write(chunk)
+                self.wfile.flush()
+                hub.num_bytes += len(chunk)
 
         # Uploads
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import tarfile
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +23,7 @@ from huggingface_hub import constants
 from omegaconf import OmegaConf
 
 from annexe import Predictor
+from annexe.build import load_config
 from annexe.checkpoints.run_folder import require_checkpoint
 from annexe.checkpoints.training_state import seal
 from annexe.config import Config
@@ -34,6 +37,7 @@ from annexe.hub.publish import publish
 from annexe.synthetic.generate import generate
 from annexe.tools import download, push
 from annexe.trainer import train
+from tests.conftest import ROOT
 from tests.hub_server import Hub, running_hub
 
 NO_SERVER = "http://127.0.0.1:9"  # nothing listens there
@@ -97,6 +101,7 @@ def test_an_interrupted_download_goes_on_and_ends_with_the_same_bytes(
     content = noise(900_000)
     hub.add("user/model", {"large.bin": content, "small.json": b"{}"})
     monkeypatch.setattr(transfer, "_TRIES", 1)  # a break ends the call, as a kill does
+    monkeypatch.setattr(transfer, "_SMALL", 1000)  # the large file comes first
     for num_stopped in range(1, 4):
         hub.faults.break_after = 200_000
         hub.faults.num_breaks = 1
@@ -110,6 +115,31 @@ def test_an_interrupted_download_goes_on_and_ends_with_the_same_bytes(
     assert hub.ranges == [f"bytes={count}-" for count in (200_000, 400_000, 600_000)]
     assert hub.num_bytes == len(content) + 2  # none came twice
     assert left_in(tmp_path / "out") == [transfer.RECORD, "large.bin", "small.json"]
+
+
+@pytest.mark.slow
+def test_a_download_that_is_killed_three_times_goes_on(hub: Hub, tmp_path: Path) -> None:
+    content = noise(8_000_000)
+    (file,) = find_item("depth-anything-v2-base").files
+    hub.add("depth-anything/Depth-Anything-V2-Base", {file: content})
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.address}
+    command = [sys.executable, "-m", "annexe", "download", "depth-anything-v2-base", "out"]
+    hub.faults.seconds_per_mb = 0.5
+    for _ in range(3):
+        sent = hub.num_bytes
+        process = subprocess.Popen(command, env=environment, cwd=tmp_path)
+        while hub.num_bytes < sent + 2_000_000:
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+        assert not (tmp_path / "out" / file).exists()
+
+    hub.faults.seconds_per_mb = 0
+    subprocess.run(command, env=environment, cwd=tmp_path, check=True)
+    assert (tmp_path / "out" / file).read_bytes() == content
+    assert len(hub.ranges) == 3
+    assert hub.num_bytes < len(content) + 3_000_000  # what was on its way when it was killed
 
 
 def test_breaks_within_a_call_are_taken_up_at_once(hub: Hub, tmp_path: Path) -> None:
@@ -127,10 +157,10 @@ def test_a_server_without_ranges_and_a_part_that_is_too_long_start_anew(
 ) -> None:
     content = noise(50_000)
     hub.add("user/model", {"large.bin": content})
-    digest = hashlib.sha256(content).hexdigest()
+    (file,) = list_files("user/model").files
     for before in (content[:20_000], content + b"more"):
         hub.faults.ignore_range = True
-        part = tmp_path / "out" / transfer.PARTS / f"{digest}.part"
+        part = transfer._part_of(file, tmp_path / "out")
         part.parent.mkdir(parents=True)
         part.write_bytes(before)
         assert fetch_all("user/model", tmp_path / "out") == 1
@@ -162,6 +192,15 @@ def test_a_second_call_checks_every_byte_and_mends_what_is_damaged(
     damaged.write_bytes(noise(50_000)[:-1] + b"?")  # of the same size
     assert fetch_all("user/model", tmp_path / "out") == 1
     assert damaged.read_bytes() == noise(50_000)
+
+
+def test_many_small_files_come_together(hub: Hub, tmp_path: Path) -> None:
+    files = {f"folder/{index}.json": str(index % 7).encode() for index in range(40)}
+    hub.add("user/model", files)
+    assert fetch_all("user/model", tmp_path / "out") == 40
+    for name, content in files.items():
+        assert (tmp_path / "out" / name).read_bytes() == content
+    assert list((tmp_path / "out").glob(f"{transfer.PARTS}/*")) == []
 
 
 def test_a_file_from_elsewhere_is_not_replaced(hub: Hub, tmp_path: Path) -> None:
@@ -593,6 +632,10 @@ def test_a_download_of_a_run_is_a_run(
     assert require_checkpoint("runs/tiny", "best") == Path("runs/tiny")
     call(push, "runs/tiny", "user/again", "--out", "again")  # what was pushed can be pushed
     pushed = hub.repos["model", "user/tiny"].files
+    config = ROOT / "eval_configs" / "annexe_tiny.yaml"
+    options = ["run.checkpoint=user/tiny", "model.presence_threshold=0.4"]
+    evaluated = load_config(config, options, onto_checkpoint=True)
+    assert evaluated.require_model()["rgb_encoder"]["embed_dim"] == 32  # of the run
     again = (tmp_path / "again" / "model.safetensors").read_bytes()
     assert again == pushed["model.safetensors"]
     assert "exists already" in refusal(lambda: call(push, "runs/tiny", "u/a", "--out", "again"))

@@ -1,7 +1,7 @@
 """Files of a repository into a folder: checked by their hashes, and resumed where they stopped.
 
-The bytes of a file that is not complete lie in ``.download/DIGEST.part`` of the folder. The name is
-that of the content, so that a file that has changed on the hub starts anew. A complete file is
+The bytes of a file that is not complete lie in ``.download`` of the folder, under a name with the
+hash of the content, so that a file that has changed on the hub starts anew. A complete file is
 renamed into its place after its hash was compared.
 """
 
@@ -12,7 +12,9 @@ import logging
 import os
 import re
 import time
+import zlib
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,9 @@ log = logging.getLogger(__name__)
 PARTS = ".download"  # folder for what is not complete
 RECORD = ".annexe-download.json"  # what a folder was fetched from; written last
 _CHUNK = 1 << 20  # bytes that are hashed at a time
+_SMALL = 10_000_000  # bytes of the largest file that comes together with others,
+_NUM_THREADS = 8  # so many at a time,
+_GROUP = 64  # and at most so many are waited for after an error
 _TRIES = 3  # in a row that bring nothing
 _PAUSE = 1.0  # seconds before the second try; then twice as long each time
 
@@ -81,16 +86,27 @@ def _fetch(repository: Repository, files: Sequence[RemoteFile], folder: Path) ->
         num_bytes += file.size - min(_size_of(_part_of(file, folder)), file.size)
     require_room(folder, num_bytes)
 
-    with counting_bytes(f"fetching {repository.name}", num_bytes) as count:
-        for file in missing:
+    large = [file for file in missing if file.size > _SMALL]
+    small = [file for file in missing if file.size <= _SMALL]
+    description = f"fetching {repository.name}"
+    with connected(), counting_bytes(description, num_bytes) as count:
+        for file in large:
             fetch_file(repository, file, folder, count)
+
+        # Of many small files most time is that of waiting for answers
+        def fetch_small(file: RemoteFile) -> None:
+            fetch_file(repository, file, folder, count)
+
+        with ThreadPoolExecutor(_NUM_THREADS) as pool:
+            for first in range(0, len(small), _GROUP):
+                list(pool.map(fetch_small, small[first : first + _GROUP]))
     remove(folder / PARTS)
     record(repository, files, folder)
     return len(missing)
 
 
 def fetch_file(repository: Repository, file: RemoteFile, folder: Path, count: Counter) -> None:
-    """Bring one file to ``folder``, whole and with the right hash.
+    """Bring one file to ``folder``, whole and with the right hash, while `connected`.
 
     Args:
         count: is told how many bytes came.
@@ -104,7 +120,7 @@ def fetch_file(repository: Repository, file: RemoteFile, folder: Path, count: Co
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with one_line(what), connected(), named(path), _Part(path, file) as part:
+        with one_line(what), named(path), _Part(path, file) as part:
             _receive_all(repository.address(file), part, count)
             digest = part.hash.hexdigest()
     except OSError as error:
@@ -319,7 +335,8 @@ def is_whole(folder: Path) -> bool:
 
 def _part_of(file: RemoteFile, folder: Path) -> Path:
     """Where the bytes of a file lie until it is complete."""
-    return folder / PARTS / f"{file.digest}.part"
+    which = zlib.crc32(file.name.encode())  # files of the same content may come at once
+    return folder / PARTS / f"{file.digest}-{which:08x}.part"
 
 
 def remove_if_empty(folder: Path) -> None:
