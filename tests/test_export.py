@@ -34,6 +34,7 @@ from annexe.rle import decode, encode
 from annexe.synthetic.generate import generate
 
 SIZE = (40, 56)  # height, width
+PAGE = Path(__file__).parent.parent / "docs" / "evaluation.md"
 STEM = "ZY20210800001_H1_C02_N07_S185_s02_T2_00104"  # C02 is a mug
 
 Annexe = Callable[..., str]
@@ -412,6 +413,17 @@ def test_results_name_their_question(annexe: Annexe, tmp_path: Path) -> None:
         np.testing.assert_array_equal(decode(mask.rle), pixels)
     assert (second.key, len(second.masks)) == ((STEM, 1, "b"), 1)
     assert (third.answer, third.masks) == ("", [])
+
+
+def test_the_example_of_the_page(annexe: Annexe, tmp_path: Path) -> None:
+    page = PAGE.read_text().split("### From results of COCO")[1]
+    (entry,) = json.loads(page.split("```json")[1].split("```")[0])
+    entry["segmentation"] = encode(box(1, 1))
+    entry["image_id"] = STEM
+    row = f"{entry['annotation']}\t{entry['query_id']}\tA mug.\n"
+    assert "1 queries with 1 masks" in convert(annexe, tmp_path, [entry], rows=row)
+    (record,) = read_records(tmp_path / "predictions.jsonl")
+    assert (record.key, record.masks[0].score) == ((STEM, 3, 17), 0.91)
 
 
 def test_a_data_set_may_have_an_image_for_every_question(annexe: Annexe, tmp_path: Path) -> None:

@@ -782,7 +782,7 @@ def test_the_example_of_the_page_runs(
     """Masks as images and a table, made as the page says, score as the records they stand for."""
     page = PAGE.read_text().split("## Scoring another system's predictions")[1]
     (block,) = re.findall(
-        r"```bash\n(.*?)```", page.split("### From mask images")[1].split("\n## ")[0], re.S
+        r"```bash\n(.*?)```", page.split("### From mask images")[1].split("\n##")[0], re.S
     )
     (table,) = re.findall(r"```text\n(image\t.*?)```", page, re.S)
     header = table.splitlines()[0].split("\t")

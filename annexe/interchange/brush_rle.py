@@ -2,7 +2,7 @@
 
 It is no code of COCO: a stream of bits, highest bit first, that holds the red, green, blue and
 alpha value of every pixel, row by row. The mask is the alpha channel. Label Studio's editor packs
-it with the JavaScript library rle-pack (thi.ng/umbrella).
+it with the JavaScript library rle-pack of the project umbrella.
 
     32 bits     number of values: 4 x pixels
     5 bits      width of a value in bits, less 1
