@@ -20,7 +20,7 @@ from annexe.synthetic.language import NUM_SLOTS, record, records
 from annexe.synthetic.wordings import FORMS, Form, read_forms
 
 _NUM_ABSENT = 2  # names of things that are not there, of which a photo is asked
-_MAX_TARGETS_PER_REFUSAL = 4  # questions with a target for each one without
+_MAX_PER_REFUSAL = 4  # questions with a target for each one without
 
 # What a label of contact does not tell; {a_thing} needs an article that a name does not have
 _SAYS_MORE = re.compile(r"\b(used?|uses|unused|table|wearer|a_thing)\b|interact with the {thing}")
@@ -244,39 +244,14 @@ def _rank(region: Region) -> int:
 def _caption(image: LabeledImage) -> str:
     """The analysis sentence: hands and what they touch, or what is in view where that is open."""
     present = [side for side in SIDES if any(region.hand == side for region in image.regions)]
-
-    # Hands that touch the same things share a clause
-    clauses = []
-    groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    is_settled = False
-    for side in present:
-        contact = image.contacts.get(side)
-        if contact is None:
-            clauses.append(f"the {side} hand is in view")
-            continue
-        is_settled = True
-        if not contact.touched:
-            clauses.append(f"the {side} hand is touching nothing")
-        for index in contact.touched:
-            sides = tuple(other for other in _sides_of(image, index, "touched") if other in present)
-            if side == sides[0]:
-                groups[sides].append(_thing(image.regions[index], "something"))
-    touching = []
-    for sides, things in groups.items():
-        subject = "both hands are" if len(sides) == 2 else f"the {sides[0]} hand is"
-        touching.append(f"{subject} touching {_listed(things)}")
-    if is_settled:
-        text = " while ".join(touching + clauses)
-        again = text.partition("something")
-        return (
-            f"In this image, {again[0]}{again[1]}{again[2].replace('something', 'something else')}."
-        )
+    if any(side in image.contacts for side in present):
+        return f"In this image, {' while '.join(_clauses(image, present))}."
 
     # What can be seen
     seen = [f"the {side} hand" for side in present]
-    things = [_thing(region, "") for region in image.regions if region.hand is None]
-    for thing in dict.fromkeys(filter(None, things)):
-        seen.append(thing if things.count(thing) == 1 else f"more than one {thing[len('the ') :]}")
+    names = [_spoken(region.name) for region in image.regions if region.name and not region.hand]
+    for name in dict.fromkeys(names):
+        seen.append(f"the {name}" if names.count(name) == 1 else f"more than one {name}")
     if seen:
         verb = "are" if len(seen) > 1 else "is"
         return f"In this image, {_listed(seen)} {verb} in view."
@@ -285,13 +260,34 @@ def _caption(image: LabeledImage) -> str:
     return ""
 
 
-def _thing(region: Region, unnamed: str) -> str:
-    """A thing as the analysis sentence calls it."""
-    return f"the {_spoken(region.name)}" if region.name else unnamed
+def _clauses(image: LabeledImage, present: list[str]) -> list[str]:
+    """What each hand in view does; hands that touch the same things share a clause."""
+    groups: dict[tuple[str, ...], list[str | None]] = defaultdict(list)
+    others = []
+    for side in present:
+        contact = image.contacts.get(side)
+        if contact is None:
+            others.append(f"the {side} hand is in view")
+        elif not contact.touched:
+            others.append(f"the {side} hand is touching nothing")
+        for index in contact.touched if contact else ():
+            sides = tuple(each for each in _sides_of(image, index, "touched") if each in present)
+            if side == sides[0]:
+                groups[sides].append(image.regions[index].name)
+
+    # Things without a name are something, and something else
+    clauses = []
+    unnamed = "something"
+    for sides, names in groups.items():
+        things = [f"the {_spoken(name)}" if name else unnamed for name in names]
+        subject = "both hands are" if len(sides) == 2 else f"the {sides[0]} hand is"
+        clauses.append(f"{subject} touching {_listed(list(dict.fromkeys(things)))}")
+        if None in names:
+            unnamed = "something else"
+    return clauses + others
 
 
 def _listed(words: list[str]) -> str:
-    words = list(dict.fromkeys(words))
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
@@ -531,7 +527,7 @@ def _limited(chosen: list[Candidate]) -> list[Candidate]:
     num_refused = sum(not candidate.targets for candidate in chosen)
     if num_refused == 0:
         return chosen
-    num_left = num_refused * _MAX_TARGETS_PER_REFUSAL
+    num_left = num_refused * _MAX_PER_REFUSAL
     result = []
     for candidate in chosen:
         if candidate.targets and num_left == 0:
