@@ -585,7 +585,9 @@ def test_a_pushed_run_gives_the_same_predictions_byte_for_byte(
     assert "does not know the token" in refusal(lambda: call(push, str(trained), "user/tiny"))
     monkeypatch.setenv("HF_TOKEN", hub.token)
     call(push, str(trained), "user/tiny", "--private", "--license", "mit")
-    assert "pushed: http://127.0.0.1" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "pushed: http://127.0.0.1" in printed.out
+    assert printed.err == ""
     files = hub.repos["model", "user/tiny"].files
     assert hub.repos["model", "user/tiny"].private
     assert "optimizer.pt" not in files and "rng-0.pt" not in files
@@ -607,6 +609,10 @@ def test_a_pushed_run_gives_the_same_predictions_byte_for_byte(
     sent = hub.num_bytes
     monkeypatch.setenv("HF_ENDPOINT", NO_SERVER)
     assert runs.require_run("user/tiny") == Path(predictor.about["checkpoint"])
+    with monkeypatch.context() as patched:
+        patched.setenv("HF_ENDPOINT", hub.address)
+        patched.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert runs.require_run("user/tiny") == Path(predictor.about["checkpoint"])
     assert hub.num_bytes == sent
 
     # What is neither a folder nor a repository, or a folder of that name

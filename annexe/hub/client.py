@@ -153,7 +153,7 @@ def one_line(what: str) -> Iterator[None]:
     except errors.EntryNotFoundError:
         raise UserError(f"the hub has no '{what}' any more; repeat the command") from None
     except errors.OfflineModeIsEnabled:
-        raise UserError(
+        raise NoConnection(
             f"'{what}' was not asked for, because HF_HUB_OFFLINE is set; unset it"
         ) from None
     except errors.HfHubHTTPError as error:
@@ -173,7 +173,7 @@ def one_line(what: str) -> Iterator[None]:
 
 
 class NoConnection(UserError):
-    """The hub could not be reached."""
+    """The hub could not be reached, or may not be."""
 
 
 def gated_error(what: str) -> UserError:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,7 +169,7 @@ def _replace_paths(published: Published, name: str) -> None:
     """Replace all other paths, and the names of an account, by values that say nothing."""
     settings = published.settings
     for key, value in settings["run"].items():
-        if _is_path_setting(key) and value is not None:
+        if _is_path_setting(key) and value not in (None, "auto"):
             settings["run"][key] = f"runs/{name}" if key == "output_dir" else None
             published.replaced.append(f"run.{key}")
     if settings["run"].get("wandb") not in (None, asdict(WandbConfig())):
@@ -222,6 +225,25 @@ def _clean(file: Path) -> None:
         write_json(file, content)
 
 
+@contextmanager
+def _quiet_unless_terminal() -> Iterator[None]:
+    """No bars of the library in a file or a log."""
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    is_quiet = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    if is_quiet:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if is_quiet:
+            enable_progress_bars()
+
+
 def upload(folder: Path, name: str, *, private: bool, message: str) -> str:
     """Make a repository hold the files of a folder, in one commit.
 
@@ -242,7 +264,7 @@ def upload(folder: Path, name: str, *, private: bool, message: str) -> str:
     of_a_run = [*_FILES, "config.yaml", "files.json", MANIFEST_FILE, "metrics.json"]
     of_a_run += [f"{path.name}/*" for path in folder.iterdir() if path.is_dir()]
     of_a_run += ["adapter/*", f"{START}/*"]
-    with one_line(name), connected() as api:
+    with one_line(name), connected() as api, _quiet_unless_terminal():
         api.create_repo(name, repo_type="model", private=private, exist_ok=True)
         commit = api.upload_folder(
             repo_id=name,
