@@ -48,6 +48,7 @@ class Faults:
         num_breaks: for so many of the next requests,
         break_in: for files whose names begin like this.
         seconds_per_mb: that bodies take.
+        elsewhere: large files are at another address, to which the hub sends.
         silent: nothing is answered, to any request.
         spoil: a byte of every body is another one.
         status: of every answer.
@@ -59,6 +60,7 @@ class Faults:
     num_breaks: int = 0
     break_in: str = ""
     seconds_per_mb: float = 0
+    elsewhere: bool = False
     silent: bool = False
     spoil: bool = False
     status: int | None = None
@@ -77,6 +79,7 @@ class Hub:
         self.num_bytes = 0  # of files that were sent
         self.requests: list[str] = []
         self.ranges: list[str] = []
+        self.tokens_elsewhere: list[str | None] = []
         self.address = ""
         self.wakes = threading.Event()
 
@@ -153,6 +156,9 @@ def _handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self._api(path.removeprefix("/api/"), body)
             elif path.endswith("/info/lfs/objects/batch"):
                 self._batch(json.loads(body))
+            elif path.startswith("/elsewhere/"):
+                hub.tokens_elsewhere.append(self.headers.get("Authorization"))
+                self._send_file("", hub.uploads[path.removeprefix("/elsewhere/")])
             elif "/resolve/" in path:
                 self._file(path)
             else:
@@ -258,13 +264,23 @@ def _handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 return
 
             content = repo.files[file_name]
+            if hub.faults.elsewhere and len(content) >= _LARGE:
+                digest = hashlib.sha256(content).hexdigest()
+                hub.uploads[digest] = content
+                address = hub.address.replace("127.0.0.1", "localhost")
+                self._send(302, b"", headers={"Location": f"{address}/elsewhere/{digest}"})
+                return
+            self._send_file(file_name, content)
+
+        def _send_file(self, name: str, content: bytes) -> None:
+            """What is asked of a file."""
             start = 0
             asked = self.headers.get("Range")
             if asked is not None:
                 hub.ranges.append(asked)
             if asked is not None and not hub.faults.ignore_range:
                 start = int(asked.removeprefix("bytes=").rstrip("-"))
-            self._send_content(file_name, content, start)
+            self._send_content(name, content, start)
 
         def _send_content(self, name: str, content: bytes, start: int) -> None:
             faults = hub.faults

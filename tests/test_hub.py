@@ -194,6 +194,20 @@ def test_a_second_call_checks_every_byte_and_mends_what_is_damaged(
     assert damaged.read_bytes() == noise(50_000)
 
 
+def test_a_token_stays_at_the_hub(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    hub.add("user/model", {"large.bin": noise(40_000)}, private=True)
+    hub.faults.elsewhere = True
+    hub.faults.break_after = 10_000
+    hub.faults.num_breaks = 1
+    assert fetch_all("user/model", tmp_path / "out") == 1
+    assert (tmp_path / "out" / "large.bin").read_bytes() == noise(40_000)
+    assert hub.tokens_elsewhere == [None, None]
+    assert hub.ranges == ["bytes=10000-"]
+
+
 def test_many_small_files_come_together(hub: Hub, tmp_path: Path) -> None:
     files = {f"folder/{index}.json": str(index % 7).encode() for index in range(40)}
     hub.add("user/model", files)
@@ -480,7 +494,7 @@ def test_the_data_set_is_unpacked_checked_and_resumed(
     printed = capsys.readouterr().out
     assert "license: cc-by-nc-4.0" in printed
     assert "sound: 6 images, 0 errors" in printed
-    assert f"ego_irgbench: {{data_root: {root}}}" in printed
+    assert f"ego_irgbench:\n    data_root: {root}" in printed
     assert sorted(os.listdir(tmp_path)) == ["ego"]
     for name in ("RGB", "depth", "mask", "dataset_split"):
         assert left_in(root / name) == left_in(small_scenes / name)
@@ -506,6 +520,14 @@ def test_repositories_that_are_no_data_are_refused(hub: Hub, tmp_path: Path) -> 
     assert "holds no archives and none of the folders" in refusal(fetch)
     repo.files = {"RGB.zip": zip_of(ONE)}
     assert "has no folder depth, mask, dataset_split" in refusal(fetch)
+
+    # What an earlier commit left beside it does not get in
+    staged = tmp_path / "ego.download" / "data" / "RGB"
+    assert left_in(staged) == ["a.jpg"]
+    repo.files = {"RGB.zip": zip_of({"RGB/b.jpg": b"abc"})}
+    refusal(fetch)
+    assert left_in(staged) == ["b.jpg"]
+
     (tmp_path / "ego").mkdir()
     (tmp_path / "ego" / "notes.txt").write_text("mine")
     assert "holds something else than a data set" in refusal(fetch)
@@ -535,10 +557,8 @@ def test_weights_by_name_give_lines_for_the_configuration(
         printed = capsys.readouterr().out
         assert "every checksum is right" in printed
         lines = printed.partition("for the configuration:\n")[2]
-        (block,) = OmegaConf.to_container(OmegaConf.create(lines)).values()
-        paths = [value for value in str(block).replace("'", " ").replace("}", " ").split()]
-        named = [path for path in paths if path.startswith("weights/")]
-        assert named and all(Path(path.rstrip(",")).exists() for path in named)
+        path = Path(OmegaConf.select(OmegaConf.create(lines), item.setting))
+        assert path.exists() and path.is_relative_to(Path("weights", item.name))
     call(download, "eva-clip-g")
     assert "all files were here" in capsys.readouterr().out
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
 
 from annexe.errors import UserError
 from annexe.hub.client import RemoteFile, Repository
@@ -21,7 +24,8 @@ class Item:
         kind: of the repository.
         files: patterns of what is taken; () takes all of a data set.
         license: as published, in a few words.
-        yaml: the lines of a configuration, with ``{path}`` for where it lies.
+        setting: takes its path.
+        others: further settings that go with it.
         instead: where else it is, for a repository that is gone.
     """
 
@@ -30,7 +34,8 @@ class Item:
     kind: str
     files: tuple[str, ...]
     license: str
-    yaml: str
+    setting: str
+    others: Mapping[str, Any] = field(default_factory=dict)
     is_gated: bool = False
     instead: str = ""
 
@@ -62,7 +67,11 @@ class Item:
     def settings(self, folder: Path) -> str:
         """The lines of a configuration that use what lies in ``folder``."""
         is_file = len(self.files) == 1
-        return self.yaml.format(path=folder / self.files[0] if is_file else folder)
+        path = folder / self.files[0] if is_file else folder
+        block = OmegaConf.create()
+        for name, value in {self.setting: str(path), **self.others}.items():
+            OmegaConf.update(block, name, value)
+        return OmegaConf.to_yaml(block).rstrip()
 
 
 def _depth_anything(size: str, folder: str, license: str) -> Item:
@@ -72,7 +81,8 @@ def _depth_anything(size: str, folder: str, license: str) -> Item:
         kind="model",
         files=(f"depth_anything_v2_{size}.pth",),
         license=license,
-        yaml=f"model:\n  depth_branch: {{{{weights: {{path}}, size: {size}}}}}",
+        setting="model.depth_branch.weights",
+        others={"model.depth_branch.size": size},
     )
 
 
@@ -83,7 +93,7 @@ ITEMS = (
         kind="dataset",
         files=(),
         license="as its page says",
-        yaml="datasets:\n  ego_irgbench: {{data_root: {path}}}",
+        setting="datasets.ego_irgbench.data_root",
     ),
     Item(
         name="eva-clip-g",
@@ -91,7 +101,7 @@ ITEMS = (
         kind="model",
         files=("model.safetensors",),
         license="MIT",
-        yaml="model:\n  rgb_encoder: {{weights: {path}}}",
+        setting="model.rgb_encoder.weights",
         instead="eva_vit_g.pth of LAVIS holds the same model",
     ),
     _depth_anything("vits", "Small", "Apache 2.0"),
@@ -103,7 +113,7 @@ ITEMS = (
         kind="space",
         files=("minigptv2_checkpoint.pth",),
         license="BSD 3-Clause, on Llama 2",
-        yaml="model:\n  init_from: {path}",
+        setting="model.init_from",
         instead="the README of github.com/Vision-CAIR/MiniGPT-4 links to it",
     ),
     Item(
@@ -113,7 +123,7 @@ ITEMS = (
         files=("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*"),
         license="Llama 2 Community License",
         is_gated=True,
-        yaml="model:\n  language_model: {{path: {path}}}",
+        setting="model.language_model.path",
     ),
 )
 

@@ -22,11 +22,12 @@ from annexe.terminal import counting_bytes
 log = logging.getLogger(__name__)
 
 _NEEDED = ("RGB", "depth", "mask", "dataset_split")  # folders without which there are no data
-_DONE = "done.json"  # digests of the archives that are unpacked
+_DONE = "done.json"  # which archives are unpacked, by their digests, and of which commit
 
 
 def staging_folder(root: Path) -> Path:
     """Where a data root is made until it is complete."""
+    root = root.absolute()
     return root.with_name(f"{root.name}.download")
 
 
@@ -71,7 +72,7 @@ def _make(
     root: Path,
 ) -> int:
     """Fetch, unpack, and give the data their folder, while nobody else writes to ``staging``."""
-    done = _read_done(staging)
+    done = _read_done(staging, repository.commit)
     by_name = {file.name: file for file in repository.files}
     _require_room(staging, archives, plain, by_name, done)
     unpacker = Unpacker(staging / "data")
@@ -120,12 +121,19 @@ def require_complete(root: Path, repository: Repository | None) -> None:
         )
 
 
-def _read_done(staging: Path) -> list[str]:
-    """Digests of the archives that an earlier call unpacked."""
+def _read_done(staging: Path, commit: str) -> list[str]:
+    """Digests of the archives that an earlier call unpacked; what is of another commit is removed.
+
+    Files that come again are still known by their hashes.
+    """
     try:
-        return list(json.loads((staging / _DONE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return []
+        content = json.loads((staging / _DONE).read_text(encoding="utf-8"))
+        if content["commit"] == commit:
+            return list(content["archives"])
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    remove(staging / "data")
+    return []
 
 
 def _require_room(
@@ -170,7 +178,7 @@ def _add(
     with counting_bytes(f"unpacking {archive.name}", sum(file.size for file in files)) as count:
         unpacker.unpack(archive.name, parts, count)
     done.append(files[0].digest)
-    write_json(staging / _DONE, done)
+    write_json(staging / _DONE, {"commit": repository.commit, "archives": done})
     for part in parts:
         part.unlink()
 

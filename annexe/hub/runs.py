@@ -62,6 +62,11 @@ def local_run(where: str | Path) -> str:
         return str(_cached(text))
     except UserError as error:
         raise UserError(f"there is no folder '{text}' here, and on the hub: {error}") from None
+    except OSError as error:
+        raise UserError(
+            f"cannot keep '{text}' in '{cache_folder('hub')}' ({error.strerror}); set "
+            "ANNEXE_CACHE to a folder that can be written"
+        ) from None
 
 
 def is_hub_name(text: str) -> bool:
