@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig
@@ -123,8 +125,8 @@ class HfViT(nn.Module):
         """Encode ``images`` float[B, 3, S, S] in [0, 1] to patches float[B, P, D], row by row."""
         pixels = self.normalize(images)
         if self.model_type == "siglip2_vision_model":
-            outputs = self.model(**self._flattened(pixels))
-        elif self.model_type == "siglip_vision_model":
+            return self._encode_flattened(pixels)
+        if self.model_type == "siglip_vision_model":
             outputs = self.model(pixels, interpolate_pos_encoding=True)
         else:
             outputs = self.model(pixels)
@@ -140,17 +142,26 @@ class HfViT(nn.Module):
             content = json.dumps({"image_mean": mean, "image_std": std}, indent=1)
             (copy / _PROCESSORS[0]).write_text(content)
 
-    def _flattened(self, pixels: Tensor) -> dict[str, Any]:
-        """Pixels as SigLIP 2 of any size takes them: patch by patch, with the sides of the grid."""
+    def _encode_flattened(self, pixels: Tensor) -> Tensor:
+        """SigLIP 2 of any size (NaFlex), whose patches come as vectors: float[B, P, D].
+
+        Its own forward pass asks the device for the sides of the grid, which makes the host wait.
+        """
         sides = (self.grid, self.patch_size)
         x = pixels.unflatten(3, sides).unflatten(2, sides)  # [B, 3, G, patch, G, patch]
         patches = x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # [B, P, patch * patch * 3]
-        shapes = torch.full((len(pixels), 2), self.grid, device=pixels.device)
-        return {
-            "pixel_values": patches,
-            "pixel_attention_mask": None,  # all patches are there
-            "spatial_shapes": shapes,
-        }
+
+        # Positions, resized as its code does it
+        embeddings = self.model.embeddings
+        table = embeddings.position_embedding.weight  # [side * side, D]
+        side = math.isqrt(len(table))
+        positions = table.t().unflatten(1, (side, side))[None]
+        if side != self.grid:
+            positions = F.interpolate(
+                positions, size=(self.grid, self.grid), mode="bilinear", antialias=True
+            )
+        tokens = embeddings.patch_embedding(patches) + positions.flatten(2).transpose(1, 2)
+        return self.model.post_layernorm(self.model.encoder(inputs_embeds=tokens).last_hidden_state)
 
 
 def _side(size: Any) -> int:
