@@ -93,6 +93,8 @@ def test_every_torchrun_command_has_a_configuration_that_loads():
         parser.add_argument("--options", nargs="+", default=[])
         parser.add_argument("--dataset")
         given = parser.parse_args(words[words.index(script) + 1 :])
+        if given.cfg_path == "train_configs/finetune.yaml":
+            continue  # needs a run to start from; tests/test_finetune.py runs these commands
         config = load_config(
             ROOT / given.cfg_path, [o for o in given.options if not o.startswith("imports=")]
         )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from annexe import cli
 from annexe.build import load_config
 from annexe.checkpoints.run_folder import find_checkpoint
 from annexe.checkpoints.training_state import trained_tensors
 from annexe.config import Config
 from annexe.errors import UserError
+from annexe.evaluator import evaluate
 from annexe.inference.predictor import Predictor
 from annexe.tools.weights import export_run
 from annexe.trainer import set_up, train
@@ -188,3 +193,64 @@ def test_weights_of_a_frozen_part_that_moved_are_named(
     (folder / "files.json").write_text(json.dumps(sizes | {"config.yaml": config.stat().st_size}))
     with pytest.raises(UserError, match=r"model\.language_model\.path=PATH"):
         finetune(f"model.init_from={run}")
+
+
+PAGE = ROOT / "docs" / "your_data.md"
+_BLOCK = re.compile(r"test_finetune\.py runs.*?```bash\n(.*?)```", re.S)
+
+
+def run_block(text: str, *, short: tuple[str, ...]) -> None:
+    """Run the commands of a block of the page in this process.
+
+    Args:
+        short: options put behind those of trainings and evaluations.
+    """
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line)
+        if not words:
+            continue
+        if words[0] == "annexe":
+            sys.argv = words
+            cli.main()
+            continue
+        assert words[:4] == ["torchrun", "--standalone", "--nproc_per_node", "1"]
+        script, cfg_path, path, option_sign, *options = words[4:]
+        assert (cfg_path, option_sign) == ("--cfg-path", "--options")
+        is_training = script == "train.py"
+        assert is_training or script == "eval_scripts/eval_egoirgbench.py"
+        config = load_config(path, [*options, *short], onto_checkpoint=not is_training)
+        train(config) if is_training else evaluate(config)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page(
+    trained: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A folder like that of the repository, in which the demo was made
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    for name in ("train_configs", "eval_configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(trained, tmp_path / "runs" / "demo")
+    (tmp_path / "runs" / "demo" / "data").symlink_to(scenes)
+
+    # From drawn scenes to a report
+    own, mixed = _BLOCK.findall(PAGE.read_text())
+    fewer = own.replace("--images 50 --val 5 --test 15", "--images 10 --val 2 --test 3")
+    assert fewer != own
+    run_block(fewer, short=SHORT)
+    scores = json.loads((tmp_path / "runs" / "mine" / "eval" / "metrics.json").read_text())
+    assert scores["standard"]["num_images"] == 3
+    assert (tmp_path / "runs" / "mine" / "eval" / "report.html").is_file()
+    photo = next((tmp_path / "my_data" / "RGB").iterdir())
+    predictor = Predictor.from_run("runs/mine")
+    assert predictor.predict(photo, "Where is the left hand?")[0].answers
+
+    # Beside the data that the demo was trained on
+    run_block(mixed, short=SHORT)
+    datasets = load_config("runs/mixed/config.yaml").datasets
+    assert {name: spec["ratio"] for name, spec in datasets.items()} == {
+        "ego_irgbench": 1,
+        "original": 1,
+    }
