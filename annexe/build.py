@@ -32,6 +32,7 @@ from annexe.checkpoints.run_folder import (
 )
 from annexe.checkpoints.saved_settings import compare_start, require_same_meaning
 from annexe.checkpoints.start import folder_of_start, settings_of_start
+from annexe.checkpoints.tensor_files import read_config
 from annexe.checkpoints.training_state import load_weights
 from annexe.config import OPTIONAL_PARTS, PARTS, Config, RunConfig, is_released
 from annexe.datasets.ego_irgbench import EgoIRGBench, MissingSplit
@@ -413,15 +414,27 @@ def build_tokenizer(config: Config, folder: Path) -> TextTokenizer:
     """
     model = config.require_model()
     language_model = model["language_model"]
-    size = language_model["vocab_size"]
+    size = table_rows(language_model)
     num_slots = model["pixel_decoder"]["num_slots"]
     tokenizer = load_tokenizer(folder, num_slots, size, language_model["prompt_template"])
-    if size is not None and tokenizer.vocab_size > size:
+    is_set = language_model["vocab_size"] is not None
+    if is_set and size is not None and tokenizer.vocab_size > size:
         raise UserError(
             f"model.language_model.vocab_size is {size} but the tokenizer in '{folder}' has "
             f"{tokenizer.vocab_size} words; raise it or leave it out"
         )
     return tokenizer
+
+
+def table_rows(language_model: dict[str, Any]) -> int | None:
+    """Rows of the tables of a checked ``language_model`` block; None: as many as it has words.
+
+    A folder of type causal_lm says it itself.
+    """
+    if language_model["type"] != "causal_lm" or language_model["vocab_size"] is not None:
+        return language_model["vocab_size"]
+    stored = read_config(language_model["path"])
+    return None if stored is None else stored.get("vocab_size")
 
 
 def build_model(
@@ -468,11 +481,16 @@ def build_model(
 
 
 def _cast_frozen_matrices(model: nn.Module) -> None:
-    """Frozen float32 weights of linear layers and convolutions become bfloat16."""
+    """Frozen float32 weights of linear layers and convolutions become bfloat16.
+
+    A head that is its model's table of embeddings stays: what is read from it is not rounded.
+    """
+    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             for parameter in module.parameters(recurse=False):
-                if parameter.dtype == torch.float32 and not parameter.requires_grad:
+                is_frozen = not parameter.requires_grad and parameter not in tables
+                if parameter.dtype == torch.float32 and is_frozen:
                     parameter.data = parameter.data.to(torch.bfloat16)
 
 

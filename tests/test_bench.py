@@ -23,7 +23,7 @@ from annexe.benchmarks.flops import (
     flops_by_counter,
     flops_of_batch,
     flops_of_depth_branch,
-    flops_of_llama,
+    flops_of_language_model,
     flops_of_vit,
     num_attended_pairs,
 )
@@ -166,10 +166,10 @@ def test_the_language_model_takes_what_the_counter_counts_without_the_mask(
     # Pairs of tokens that the mask hides, which the counter counts as well
     num_rows, num_columns = text.segment_ids.shape
     hidden_pairs = num_rows * num_columns**2 - num_attended_pairs(text.segment_ids)
-    masked = 4 * hidden_pairs * width * len(language_model.llama.model.layers)
+    masked = 4 * hidden_pairs * width * len(language_model.base.model.layers)
 
     # Angles of the positions are a product too
-    formula = flops_of_llama(language_model, text, num_logits=len(text.label_positions))
+    formula = flops_of_language_model(language_model, text, num_logits=len(text.label_positions))
     assert forward == pytest.approx(formula.forward + masked, rel=2e-3)
     assert total == pytest.approx(formula.total + 3 * masked, rel=2e-3)
     assert (formula.backward == 2 * formula.forward) == (rank == 0)
@@ -386,7 +386,7 @@ def test_no_state_ends_a_response(make_parts: Callable[..., tuple]) -> None:
     states = torch.randn(500, language_model.hidden_size)
     eos_id = language_model.tokenizer.eos_id
     with torch.no_grad():
-        language_model.llama.lm_head.weight[eos_id] *= 1000
+        language_model.base.lm_head.weight[eos_id] *= 1000
         ends = language_model.logits(states).argmax(-1) == eos_id
         assert ends.float().mean() > 0.3
         never_end(language_model)

@@ -27,7 +27,7 @@ def run_alone(
     text_ids = torch.cat([prefix, torch.tensor(ids, dtype=torch.int64)])
     words = model.language_model.embed(text_ids[None])[0]
     embeddings = torch.cat([words[:start], image_tokens[image], words[start:]])
-    llama = model.language_model.llama.model
+    llama = model.language_model.base.model
     return llama(inputs_embeds=embeddings[None], use_cache=False).last_hidden_state[0]
 
 

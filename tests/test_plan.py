@@ -161,7 +161,7 @@ def test_activations_are_those_that_a_real_forward_pass_saves(
     held = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     saved: list[Tensor] = []
     # A checkpointed block has what it is called with, which autograd's hooks do not see
-    for block in model.language_model.llama.model.layers:
+    for block in model.language_model.base.model.layers:
         if block.gradient_checkpointing:
             block.register_forward_pre_hook(
                 lambda _, *inputs: saved.extend(

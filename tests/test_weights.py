@@ -38,7 +38,8 @@ from annexe.datasets.collate import Collator
 from annexe.errors import UserError
 from annexe.models.annexe import Annexe
 from annexe.models.depth_branch import DepthAnythingV2
-from annexe.models.language_model.llama import Llama, Lora
+from annexe.models.language_model.causal_lm import Lora
+from annexe.models.language_model.llama import make_llama
 from annexe.models.language_model.tokenizer import TextTokenizer, load_tokenizer
 from annexe.models.pixel_decoder import QueryDecoder
 from annexe.models.projector import ConcatProjector
@@ -349,7 +350,7 @@ def full_size(part: str) -> nn.Module:
         tokenizer = load_tokenizer(PARITY / "toy_tokenizer", num_slots=4)
         rgb = eva(None, 448, 39)
         depth = DepthAnythingV2(448, init="random", size="vitb", trained="released")
-        language = Llama(tokenizer, init="random")
+        language = make_llama(tokenizer, init="random")
         decoder = QueryDecoder(4096, 1408, 128, 32)
         projector = ConcatProjector(1408, 32, 4096)
         return Annexe(rgb, depth, projector, language, decoder, init="random")
@@ -545,7 +546,7 @@ def test_models_that_no_setting_takes_are_named(tmp_path, name, capsys):
     ("config", "words"),
     [
         ({"model_type": "llama"}, "format: Llama .transformers.\ntaken by: model.language_model"),
-        ({"model_type": "mistral"}, "format: mistral .transformers.\ntaken by: no setting"),
+        ({"model_type": "mistral"}, "mistral .transformers.\ntaken by: .*type: causal_lm"),
         (
             {"model_type": "llama", "quantization_config": {"quant_method": "gptq"}},
             "format: llama, quantized with gptq",
@@ -649,7 +650,7 @@ def test_llama_with_minigpt_adapters_equals_the_original(recipe, tmp_path):
     torch.save({"model": lora | head}, tmp_path / "minigpt.pth")
     tokenizer = TextTokenizer(toy_tokenizer_or_skip().base, num_slots=4)
     tokenizer.vocab_size = 320 if len(tokenizer.base) != 320 else tokenizer.vocab_size
-    language = Llama(tokenizer, path=str(tmp_path / "llama"), lora=Lora(rank=64, alpha=16))
+    language = make_llama(tokenizer, path=str(tmp_path / "llama"), lora=Lora(rank=64, alpha=16))
     rgb = EvaViT(image_size=56, init="random", depth=1)
     depth = DepthAnythingV2(56, init="random", size="tiny")
     decoder = QueryDecoder(256, 1408, 16, 4, hidden_size=32, num_heads=4)
@@ -662,7 +663,7 @@ def test_llama_with_minigpt_adapters_equals_the_original(recipe, tmp_path):
     kit = np.load(PARITY / "llama_lora_tiny_seed0.npz")
     lens = kit["lens"].tolist()
     mask = (torch.arange(24) < torch.tensor(lens)[:, None]).long()
-    llama = model.language_model.llama
+    llama = model.language_model.base
     left_padded = []
     for row, length in zip(embeds, lens, strict=True):
         is_there = torch.arange(24) >= 24 - length
@@ -778,7 +779,7 @@ def test_an_exported_run_loads_with_peft_and_transformers_alone(
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "llama", dtype=getattr(torch, dtype))
     with torch.no_grad():
         plain = stock(ids).logits
-        mine = language.llama(ids).logits
+        mine = language.base(ids).logits
         adapted = peft.PeftModel.from_pretrained(stock, out / "adapter").eval()(ids).logits
         merged = AutoModelForCausalLM.from_pretrained(out / "llama")(ids).logits
     assert (mine - plain).abs().max() > 1e-3  # the adapter does something
@@ -796,7 +797,7 @@ def test_an_adapter_is_merged_into_a_base_that_has_moved(llama_run, tmp_path):
     run = str(llama_run)
     for base, message in {
         None: "not at .* any more; say where it is: --base FOLDER",
-        tmp_path / "nowhere": "no Llama in",
+        tmp_path / "nowhere": "no language model in",
         other: "the frozen weights of language_model are not those",
     }.items():
         with pytest.raises(UserError, match=message):

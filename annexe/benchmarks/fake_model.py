@@ -133,7 +133,7 @@ def fake_model(config: Config, tokenizer: Any, mode: FakeTensorMode, *, bf16: bo
         spec["language_model"]["dtype"] = "bfloat16"  # float8 takes as much
     model = build_model(spec, tokenizer, torch.device("meta"), bf16=bf16)
 
-    blocks = model.language_model.llama.model.layers
+    blocks = model.language_model.base.model.layers
     with mode:
         model.to_empty(device="cpu")
         if dtype in QUANTIZED:

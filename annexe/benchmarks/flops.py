@@ -4,7 +4,7 @@ A product and its sum are two. There are formulas of matrix and attention produc
 activations and losses are left out. Packed tokens count once, and attention counts where its mask
 lets a token see, whatever a kernel computes beside it. What is computed again for activation
 checkpointing is not counted. The pixel decoder, and parts that are no EvaViT, DepthAnythingV2 or
-Llama, run on tensors without storage under PyTorch's counter.
+CausalLM, run on tensors without storage under PyTorch's counter.
 
 Legend: B images, S image side, G patches a side, D width, N tokens, Q queries, K slots, L prompt
 tokens.
@@ -25,8 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from annexe.models.annexe import Annexe
 from annexe.models.depth_branch import DepthAnythingV2
+from annexe.models.language_model.causal_lm import CausalLM
 from annexe.models.language_model.float8 import Float8Linear
-from annexe.models.language_model.llama import Llama
 from annexe.models.vision_encoders.eva_vit import EvaViT
 from annexe.structures.batch import Batch, PackedText, QueryIndex
 
@@ -111,7 +111,7 @@ def flops_of_batch(model: Annexe, batch: Batch) -> dict[str, Flops]:
 
     # Language model: logits of the labels, and of image tokens where they are named
     language_model = model.language_model
-    assert isinstance(language_model, Llama)
+    assert isinstance(language_model, CausalLM)
     num_logits = int((batch.text.labels >= 0).sum())
     if model.image_token_head:
         num_logits += num_image_tokens
@@ -120,7 +120,7 @@ def flops_of_batch(model: Annexe, batch: Batch) -> dict[str, Flops]:
         "rgb_encoder": rgb_flops,
         "depth_branch": depth_flops,
         "projector": projector_flops,
-        "language_model": flops_of_llama(language_model, batch.text, num_logits),
+        "language_model": flops_of_language_model(language_model, batch.text, num_logits),
         "pixel_decoder": flops_of_decoder(model, batch),
     }
 
@@ -199,19 +199,20 @@ def flops_of_depth_branch(branch: DepthAnythingV2, image_size: int, num_images: 
     return flops
 
 
-def flops_of_llama(language_model: Llama, text: PackedText, num_logits: int) -> Flops:
+def flops_of_language_model(language_model: CausalLM, text: PackedText, num_logits: int) -> Flops:
     """The language model on all packed tokens of a batch.
 
     The projector before it is always trained, so its input has a gradient.
     """
     flops = Flops()
-    llama = language_model.llama
-    layers = llama.model.layers
+    base = language_model.base
+    layers = base.model.layers
+    width = base.config.num_attention_heads * language_model.head_dim
     num_tokens = int((text.segment_ids >= 0).sum())
     num_pairs = num_attended_pairs(text.segment_ids)
     flops.add_linear(_linear_layers(layers), num_tokens, True)
-    flops.add_attention(num_pairs * len(layers), llama.config.hidden_size, True)
-    flops.add_linear([llama.lm_head, language_model.mask_head], num_logits, True)
+    flops.add_attention(num_pairs * len(layers), width, True)
+    flops.add_linear([base.lm_head, language_model.mask_head], num_logits, True)
     return flops
 
 

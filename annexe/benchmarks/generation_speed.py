@@ -14,7 +14,7 @@ from annexe import terminal
 from annexe.benchmarks.random_batch import nominal_branches, random_batch, without_responses
 from annexe.benchmarks.random_model import (
     never_end,
-    require_llama,
+    require_language_model,
     tokenizer_of_size,
     with_random_weights,
 )
@@ -59,7 +59,7 @@ def measure_generation(config: Config, settings: GenerationSettings) -> tuple[Re
         UserError: for a configuration without a Llama.
     """
     # Model and batch
-    require_llama(config)
+    require_language_model(config)
     if settings.real:
         notes = ["weights are the configured ones"]
     else:

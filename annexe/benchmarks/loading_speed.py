@@ -14,7 +14,7 @@ from annexe import terminal
 from annexe.benchmarks.machine import scratch_folder
 from annexe.benchmarks.random_model import (
     count_image_tokens,
-    require_llama,
+    require_language_model,
     with_random_weights,
 )
 from annexe.benchmarks.timing import memory_of
@@ -46,7 +46,7 @@ def measure_loading(
         UserError: for a configuration without a Llama, or without data.
     """
     # What the run's own loader is made of
-    require_llama(config)
+    require_language_model(config)
     dataset = build_training_set(config, cached=False)
     use_cuda = torch.cuda.is_available() and config.run.device != "cpu"
     device = torch.device("cuda" if use_cuda else "cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from annexe.benchmarks.fake_model import fake_mode, fake_model
@@ -22,6 +23,7 @@ from annexe.benchmarks.random_model import data_roots
 from annexe.benchmarks.units import GB, Record
 from annexe.config import Config
 from annexe.models.language_model.base_model import QUANTIZED
+from annexe.models.language_model.support import require_packable
 from annexe.registry import lookup
 
 Options = dict[str, Any]  # values under dotted keys
@@ -99,6 +101,13 @@ def _even_lengths(config: Config, tokenizer: Any, num_tokens: int) -> Callable[[
     return even
 
 
+def _num_blocks(language_model: dict[str, Any]) -> int:
+    """Blocks of a checked ``language_model`` block."""
+    if language_model["type"] == "causal_lm":
+        return require_packable(Path(language_model["path"])).num_hidden_layers
+    return language_model["num_layers"]
+
+
 def candidates(config: Config, gpus: int) -> Iterator[Options]:
     """Settings that save memory, each on top of those before it, the cheapest first."""
     language_model = config.require_model()["language_model"]
@@ -106,7 +115,7 @@ def candidates(config: Config, gpus: int) -> Iterator[Options]:
     options: Options = {}
 
     # Compute activations again: half of the blocks, then all
-    num_layers = language_model["num_layers"]
+    num_layers = _num_blocks(language_model)
     for num_blocks in (num_layers // 2, num_layers):
         if num_blocks > language_model["checkpointed_blocks"]:
             options |= {"model.language_model.checkpointed_blocks": num_blocks}

@@ -15,7 +15,8 @@ import torch
 from annexe.build import build_component, build_tokenizer, build_training_set
 from annexe.config import PARTS, Config
 from annexe.errors import UserError
-from annexe.models.language_model.llama import Llama
+from annexe.models.language_model.causal_lm import CausalLM
+from annexe.models.language_model.support import require_packable
 from annexe.models.language_model.tokenizer import BPE_VOCABULARY, TextTokenizer, train_tokenizer
 
 _LLAMA_VOCABULARY = 32000  # words of Llama 2
@@ -30,16 +31,16 @@ _LLAMA_SIZES = {
 }
 
 
-def require_llama(config: Config) -> None:
+def require_language_model(config: Config) -> None:
     """Check that a configuration has a model that can be measured.
 
     Raises:
         UserError: for a configuration without a model, or with another language model.
     """
-    if config.require_model()["language_model"]["type"] != "llama":
+    if config.require_model()["language_model"]["type"] not in ("llama", "causal_lm"):
         raise UserError(
-            "annexe bench knows language models of type llama alone; "
-            "set model.language_model.type=llama"
+            "annexe bench knows language models of the types llama and causal_lm alone; "
+            "set model.language_model.type to one of them"
         )
 
 
@@ -52,7 +53,8 @@ def data_roots(config: Config) -> list[Path]:
 def without_files(config: Config) -> tuple[Config, Any, list[str]]:
     """The configuration with random weights in place of every file.
 
-    Of the Llama's folder config.json and the tokenizer are read where they exist.
+    Of the language model's folder config.json and the tokenizer are read where they exist. One of
+    type causal_lm keeps its path, for its sizes are there.
 
     Returns:
         The configuration; a tokenizer, or what has all that `build_model` reads of one but no
@@ -71,7 +73,8 @@ def without_files(config: Config) -> tuple[Config, Any, list[str]]:
     blocks += [(model[part], "weights") for part in PARTS]
     for block, setting in blocks:
         if setting in block:
-            block.update({setting: None, "init": "random"})
+            keeps_path = block.get("type") == "causal_lm"
+            block.update({"init": "random"} if keeps_path else {setting: None, "init": "random"})
     if "path" in model["rgb_encoder"]:  # its sizes stand in the folder
         model["rgb_encoder"]["init"] = "random"
 
@@ -91,14 +94,17 @@ def _vocabulary(config: Config) -> tuple[TextTokenizer | None, int, list[str]]:
     num_words = language_model["vocab_size"] or BPE_VOCABULARY
     path = language_model.get("path")
 
+    # Another family, whose folder tells its sizes
+    if language_model["type"] == "causal_lm":
+        num_words = require_packable(Path(path)).vocab_size
+        return build_tokenizer(config, Path(path)) if _has_tokenizer(path) else None, num_words, []
+
     # The configured Llama
     if path is not None and (Path(path) / "config.json").is_file():
         sizes = _llama_sizes(Path(path) / "config.json")
         num_words = sizes.pop("vocab_size")
         language_model.update(sizes)
-        names = ("tokenizer.json", "tokenizer_config.json")
-        has_tokenizer = all((Path(path) / name).is_file() for name in names)
-        return build_tokenizer(config, Path(path)) if has_tokenizer else None, num_words, []
+        return build_tokenizer(config, Path(path)) if _has_tokenizer(path) else None, num_words, []
 
     # A Llama that is not there
     if path is not None:
@@ -114,6 +120,11 @@ def _vocabulary(config: Config) -> tuple[TextTokenizer | None, int, list[str]]:
         tokenizer = TextTokenizer(trained.base, num_slots, language_model["vocab_size"])
         return tokenizer, num_words, []
     return None, num_words, [f"no data to train a tokenizer on: {num_words} words assumed"]
+
+
+def _has_tokenizer(path: str) -> bool:
+    names = ("tokenizer.json", "tokenizer_config.json")
+    return all((Path(path) / name).is_file() for name in names)
 
 
 def _llama_sizes(path: Path) -> dict[str, int]:
@@ -162,7 +173,7 @@ def tokenizer_of_size(config: Config) -> TextTokenizer:
     return TextTokenizer(train_tokenizer((), num_slots).base, num_slots, num_words)
 
 
-def never_end(language_model: Llama) -> None:
+def never_end(language_model: CausalLM) -> None:
     """Give the end of sequence the logit 0, which is never the highest of all words."""
     with torch.no_grad():
-        language_model.llama.lm_head.weight[language_model.tokenizer.eos_id] = 0
+        language_model.base.lm_head.weight[language_model.tokenizer.eos_id] = 0

@@ -29,7 +29,7 @@ from annexe.benchmarks.generation_speed import (
 )
 from annexe.benchmarks.http_clients import Load, first_word_seconds, run_clients
 from annexe.benchmarks.machine import release_memory
-from annexe.benchmarks.random_model import require_llama, with_random_weights
+from annexe.benchmarks.random_model import require_language_model, with_random_weights
 from annexe.benchmarks.timing import percentiles
 from annexe.benchmarks.units import Record
 from annexe.config import Config, device_settings
@@ -80,7 +80,7 @@ def measure_serving(config: Config, settings: ServingSettings) -> tuple[Record, 
             the libraries of a server.
     """
     require_extra()
-    require_llama(config)
+    require_language_model(config)
     if settings.num_queries > len(_QUESTIONS):
         raise UserError(f"--queries is {settings.num_queries}; ask at most {len(_QUESTIONS)}")
     batch_size = settings.batch_size or config.run.batch_size

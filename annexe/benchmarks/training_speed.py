@@ -24,7 +24,7 @@ from annexe.benchmarks.machine import release_memory, shared_folder
 from annexe.benchmarks.random_batch import even_branches, random_batch, tokens_of_branches
 from annexe.benchmarks.random_model import (
     count_image_tokens,
-    require_llama,
+    require_language_model,
     with_random_weights,
 )
 from annexe.benchmarks.timing import (
@@ -38,7 +38,7 @@ from annexe.benchmarks.timing import (
 from annexe.benchmarks.units import TERA, Record
 from annexe.config import PARTS, Config, WandbConfig
 from annexe.inference.processes import Processes
-from annexe.models.language_model.llama import Llama
+from annexe.models.language_model.causal_lm import CausalLM
 from annexe.structures.batch import Batch
 from annexe.synthetic.generate import generate
 from annexe.trainer import Trainer, count_samples, set_up
@@ -81,7 +81,7 @@ def measure_training(
     Raises:
         UserError: for a configuration without a Llama, or too few tokens for its branches.
     """
-    require_llama(config)
+    require_language_model(config)
     processes = Processes(config.run)
     with shared_folder(processes, with_index_cache=not settings.real) as folder:
         prepare = _on_real_data if settings.real else _on_random_data
@@ -291,10 +291,10 @@ def _timing_parts(trainer: Trainer, timeline: Timeline) -> Iterator[None]:
 
     # The backward pass of the language model begins with the gradient of its output, and ends with
     # that of its input
-    def hook_input(_: Llama, inputs: tuple) -> None:
+    def hook_input(_: CausalLM, inputs: tuple) -> None:
         inputs[0].register_hook(entering("rest of backward"))
 
-    def hook_output(_: Llama, __: tuple, hidden: Tensor) -> None:
+    def hook_output(_: CausalLM, __: tuple, hidden: Tensor) -> None:
         hidden.register_hook(entering("language_model, backward"))
 
     hooks: list[Any] = [

@@ -133,7 +133,11 @@ _MINIGPT: Substitutions = (
 )
 _MINIGPT_OLDER: Substitutions = ((r"lm_head\.0\.", "lm_head."),)
 
-TEXT_ALONE = "model.language_model.path takes the folder of a Llama, of text alone"
+OTHER_FAMILIES = "model.language_model.path, with type: causal_lm"
+TEXT_ALONE = (
+    "model.language_model.path takes the folder of a language model, of text alone: type llama a "
+    "Llama, causal_lm other families (docs/backbones.md)"
+)
 _WHICH_DEPTH = (
     "V1, V2 and V2 metric have the same names; config.json in its folder says which it is, or "
     "model.depth_branch.version for a file alone."

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from annexe.checkpoints.formats import (
     FORMATS,
+    OTHER_FAMILIES,
     TEXT_ALONE,
     UNQUANTIZED,
     Format,
@@ -163,7 +164,10 @@ def recognize_source(source: str | Path, keys: Collection[str]) -> tuple[Format,
     is_language_model = found.part == "language_model"
     if is_language_model and model_type == "llama":
         return replace(found, note=""), prefix
-    if is_language_model or (not found.part and isinstance(model_type, str)):
+    if is_language_model:
+        name = f"{model_type} (transformers)"
+        return replace(found, name=name, setting=OTHER_FAMILIES, note=""), prefix
+    if not found.part and isinstance(model_type, str):
         advice = found.advice or TEXT_ALONE
         return not_taken(f"{model_type} (transformers)", advice), ""
     return found, prefix

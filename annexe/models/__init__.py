@@ -8,7 +8,7 @@ from annexe.models import (  # noqa: F401  (each registers its components)
     vision_encoders,
 )
 from annexe.models.annexe import Annexe
-from annexe.models.language_model import llama  # noqa: F401
+from annexe.models.language_model import causal_lm, llama  # noqa: F401
 from annexe.registry import register
 
 register("model", "annexe")(Annexe)

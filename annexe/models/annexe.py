@@ -17,10 +17,10 @@ from annexe.checkpoints import public as checkpoints
 from annexe.errors import UserError
 from annexe.models.depth_branch import DepthFeatures
 from annexe.models.image_ops import resize_patches
+from annexe.models.language_model.causal_lm import CausalLM
 from annexe.models.language_model.constraints import DecodingConstraints
 from annexe.models.language_model.generation import GreedyDecoder, Responses, TokenListener
 from annexe.models.language_model.kv_cache import Prefill
-from annexe.models.language_model.llama import Llama
 from annexe.models.mask_postprocessing import split_by_query
 from annexe.prompts import ANSWER_OPENING, NO_TARGET
 from annexe.settings import PathSetting
@@ -155,7 +155,7 @@ class Annexe(nn.Module):
         rgb_encoder: RgbEncoder,
         depth_branch: DepthBranch,
         projector: Projector,
-        language_model: Llama,
+        language_model: CausalLM,
         pixel_decoder: PixelDecoder,
         *,
         init_from: PathSetting | None = None,
@@ -323,8 +323,8 @@ class Annexe(nn.Module):
         return self.depth_branch.grid is not None
 
     def blocks(self) -> list[nn.Module]:
-        """The repeated blocks that hold most of the weights: of the RGB encoder, then of Llama."""
-        return [*self.rgb_encoder.blocks, *self.language_model.llama.model.layers]
+        """The repeated blocks that hold most weights: of RGB encoder, then of language model."""
+        return [*self.rgb_encoder.blocks, *self.language_model.base.model.layers]
 
     def _ground_then_answer(
         self,

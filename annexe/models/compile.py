@@ -13,8 +13,8 @@ from annexe.models.depth_branch import NoDepthBranch
 def compile_blocks(model: Annexe, backend: str = "inductor") -> None:
     """Compile the repeated blocks one by one, so that those of a part share one compilation.
 
-    Of a pixel decoder these are its ``layers``, or all of it if it has none. If blocks of Llama
-    compute their activations again (``checkpointed_blocks``), Llama is not compiled.
+    Of a pixel decoder these are its ``layers``, or all of it if it has none. If blocks of
+    the language model compute activations again (``checkpointed_blocks``), it is not compiled.
 
     Args:
         model: changed in place.
@@ -38,9 +38,9 @@ def compile_blocks(model: Annexe, backend: str = "inductor") -> None:
 
     # Blocks
     language = model.language_model
-    llama_blocks = list(language.llama.model.layers)
-    language.compiled = not any(block.gradient_checkpointing for block in llama_blocks)
-    excluded = [] if language.compiled else llama_blocks
+    language_blocks = list(language.base.model.layers)
+    language.compiled = not any(block.gradient_checkpointing for block in language_blocks)
+    excluded = [] if language.compiled else language_blocks
     decoder_blocks = getattr(model.pixel_decoder, "layers", [model.pixel_decoder])
     depth_blocks = depth.model.backbone.encoder.layer if has_depth else []
     for block in [*model.blocks(), *depth_blocks, *decoder_blocks]:

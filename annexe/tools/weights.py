@@ -9,22 +9,22 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
+from annexe.build import build_component, filled_config, table_rows
 from annexe.checkpoints.names import our_name
 from annexe.checkpoints.public import recognize_source
-from annexe.checkpoints.run_folder import saved_config
 from annexe.checkpoints.tensor_files import HEADS, read_tensors
 from annexe.checkpoints.training_state import require_same_frozen, saved_tensors
 from annexe.errors import UserError
 from annexe.files import replaced, require_writable
 from annexe.hub.runs import local_run, require_run
-from annexe.models.language_model.base_model import DTYPES, load_llama, require_llama
-from annexe.models.language_model.llama import Llama, Lora
-from annexe.models.language_model.tokenizer import load_tokenizer
+from annexe.models.language_model.base_model import DTYPES, load_base, require_plain_folder
+from annexe.models.language_model.tokenizer import TextTokenizer, load_tokenizer
 from annexe.terminal import say, table
 
 HELP = "inspect a checkpoint, or export a run for peft and transformers"
@@ -52,13 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     export.add_argument(
         "--merge",
         action="store_true",
-        help="also write llama/, the language model with LoRA merged in",
+        help="also write the language model with LoRA merged in",
     )
     export.add_argument(
         "--base",
         type=Path,
         metavar="FOLDER",
-        help="the Llama that the run was trained on, if it is not where it was",
+        help="the language model that the run was trained on, if it is not where it was",
     )
 
 
@@ -107,10 +107,11 @@ def export_run(run_folder: str, out: Path, *, merge: bool, base: Path | None = N
 
     ``out`` appears complete or not at all. It holds adapter/ (peft), heads.safetensors (every other
     trained tensor, by our names), tokenizer/, config.yaml, frozen.json and a README.md. A language
-    model that was trained whole, or ``merge``, makes llama/ (transformers).
+    model that was trained whole, or ``merge``, makes llama/ or, for another family,
+    language_model/ (transformers).
 
     Args:
-        base: folder of the Llama that the run was trained on; None is where it was then.
+        base: folder of the language model that the run was trained on; None is where it was then.
 
     Raises:
         UserError: where ``out`` exists or cannot be written, or the base cannot be had.
@@ -118,68 +119,69 @@ def export_run(run_folder: str, out: Path, *, merge: bool, base: Path | None = N
     if out.exists():
         raise UserError(f"'{out}' exists already; choose another folder")
     checkpoint = require_run(run_folder)
-    settings = saved_config(checkpoint)["model"]["language_model"]
+    settings = filled_config(checkpoint)["model"]["language_model"]
     has_adapter = (checkpoint / "adapter").is_dir()
-    if merge and has_adapter and settings["path"] is None:
+    is_random = settings["path"] is None or settings["init"] == "random"
+    if merge and has_adapter and is_random:
         raise UserError(
-            f"the Llama under the adapter of '{checkpoint}' was random (model.language_model.init) "
+            f"the base under the adapter of '{checkpoint}' was random (model.language_model.init) "
             "and is in no file, so there is nothing to merge into; export without --merge"
         )
 
     # The base, before anything is written
-    llama = None
+    language_model = None
     if settings["path"] is not None and (merge or not has_adapter):
         settings["path"] = _base_folder(checkpoint, settings["path"], base)
         if has_adapter:
-            llama = _load_base(checkpoint, settings)
+            language_model = _load_base(checkpoint, settings)
     elif base is not None:
         raise UserError("--base is not needed for this export; leave it out, or add --merge")
 
     require_writable(out)
     with replaced(out) as part:
         part.mkdir()
-        _write_export(part, checkpoint, settings, llama)
+        _write_export(part, checkpoint, settings, language_model)
     names = ", ".join(sorted(path.name for path in out.iterdir()))
     say(f"written: {names} under '{out}'")
 
 
 def _base_folder(checkpoint: Path, path: str, base: Path | None) -> str:
-    """Folder of the Llama that a checkpoint was trained on: ``base``, else ``path``.
+    """Folder of the language model that a checkpoint was trained on: ``base``, else ``path``.
 
     Raises:
-        UserError: if there is no Llama.
+        UserError: if there is none.
     """
     folder = Path(path) if base is None else base
     if base is None and not folder.is_dir():
         raise UserError(
-            f"the Llama that '{checkpoint}' was trained on is not at '{path}' any more; "
+            f"the language model that '{checkpoint}' was trained on is not at '{path}' any more; "
             "say where it is: --base FOLDER"
         )
-    require_llama(folder)
+    require_plain_folder(folder)
     return str(folder)
 
 
-def _load_base(checkpoint: Path, settings: dict[str, Any]) -> LlamaForCausalLM:
-    """The Llama under the adapter of a checkpoint.
+def _load_base(checkpoint: Path, settings: dict[str, Any]) -> PreTrainedModel:
+    """The language model under the adapter of a checkpoint.
 
     Raises:
-        UserError: for another Llama than the checkpoint was trained on.
+        UserError: for another one than the checkpoint was trained on.
     """
     dtype = settings["dtype"] if settings["dtype"] in DTYPES else "bfloat16"
-    llama = load_llama(settings["path"], dtype).requires_grad_(False)
-    as_in_model = nn.ModuleDict({"language_model": nn.ModuleDict({"model": llama})})
+    base = load_base(settings["path"], dtype).requires_grad_(False)
+    as_in_model = nn.ModuleDict({"language_model": nn.ModuleDict({"model": base})})
     require_same_frozen(checkpoint, as_in_model, "language_model")
-    return llama
+    return base
 
 
 def _write_export(
-    part: Path, checkpoint: Path, settings: dict[str, Any], llama: LlamaForCausalLM | None
+    part: Path, checkpoint: Path, settings: dict[str, Any], base: PreTrainedModel | None
 ) -> None:
     """Fill the folder ``part``.
 
     Args:
         settings: of the language model.
-        llama: the base that the adapter is merged into, if it is to be.
+        base: the one that the adapter is merged into, if it is to be.
     """
     # What is in every export
     tensors = saved_tensors(checkpoint)
@@ -189,25 +191,26 @@ def _write_export(
     for name in ("config.yaml", "frozen.json"):
         shutil.copy(checkpoint / name, part / name)
     contents = [f"- heads.safetensors: {len(heads)} tensors"]
+    folder = "llama" if settings["type"] == "llama" else "language_model"
 
     # The adapter, or the language model that was trained whole
     adapter = checkpoint / "adapter"
     if adapter.is_dir():
         shutil.copytree(adapter, part / "adapter")
         contents.append(
-            "- adapter/: `PeftModel.from_pretrained(llama, 'adapter')` on the stock Llama, "
+            "- adapter/: `PeftModel.from_pretrained(model, 'adapter')` on the stock model, "
             "vocabulary as it is"
         )
     else:
-        _save_llama(settings, tensors, part)
+        _save_whole(settings, tensors, part / folder)
 
     # The adapter merged into its base
-    if llama is not None:
-        merged = PeftModel.from_pretrained(llama, adapter).merge_and_unload()
-        merged.save_pretrained(part / "llama")
-    if (part / "llama").is_dir():
-        load_tokenizer(checkpoint / "tokenizer", 1).save(part / "llama")
-        contents.append("- llama/: `AutoModelForCausalLM.from_pretrained('llama')`")
+    if base is not None:
+        merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+        merged.save_pretrained(part / folder)
+    if (part / folder).is_dir():
+        _load_tokenizer(checkpoint, settings).save(part / folder)
+        contents.append(f"- {folder}/: `AutoModelForCausalLM.from_pretrained('{folder}')`")
 
     readme = _README.format(checkpoint=checkpoint.name, contents="\n".join(contents))
     (part / "README.md").write_text(readme, encoding="utf-8")
@@ -222,18 +225,23 @@ The `<MSK_k>` placeholders are rows of our own in heads.safetensors (mask_embedd
 """
 
 
-def _save_llama(settings: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
-    """Save a language model that was trained whole, in its own sizes, under ``folder``/llama.
+def _load_tokenizer(checkpoint: Path, settings: dict[str, Any]) -> TextTokenizer:
+    """The tokenizer of a checkpoint, as the language model takes it; placeholders do not matter."""
+    rows = table_rows(settings)
+    return load_tokenizer(checkpoint / "tokenizer", 1, rows, settings["prompt_template"])
+
+
+def _save_whole(settings: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
+    """Save a language model that was trained whole, in its own sizes.
 
     Args:
         settings: of the language model.
         tensors: all that was trained, by our names.
+        folder: to make, beside that of the tokenizer.
     """
-    tokenizer = load_tokenizer(folder / "tokenizer", 1, settings["vocab_size"])
-    sizes = {name: value for name, value in settings.items() if name not in ("type", "lora")}
-    language_model = Llama(tokenizer, lora=Lora(rank=0), **sizes)
-    state = {}
-    for name in language_model.model.state_dict():
-        state[name] = tensors[our_name(f"language_model.model.{name}")]
-    language_model.model.load_state_dict(state)
-    language_model.model.save_pretrained(str(folder / "llama"))
+    tokenizer = _load_tokenizer(folder.parent, settings)
+    language_model = build_component("language_model", settings, tokenizer)
+    with torch.no_grad():
+        for name, parameter in language_model.model.named_parameters():
+            parameter.copy_(tensors[our_name(f"language_model.model.{name}")])
+    language_model.model.save_pretrained(str(folder))

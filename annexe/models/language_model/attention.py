@@ -1,4 +1,4 @@
-"""Llama's attention over packed sequences, and of new tokens over a prefix that responses share.
+"""Attention over packed sequences, and of new tokens over a prefix that responses share.
 
 A row of a packed batch holds an image's prefix and, behind it, one branch for its analysis and one
 for each query. A token attends to the prefix and, causally, to its own branch, as if no other
@@ -19,7 +19,8 @@ branch were there:
 Where padding is left out ("unpad"), one row holds the sequences of all images, one behind the
 other. A token then attends only within its own image.
 
-The attention is registered with transformers under `NAME`, so that Llama's own blocks call it.
+The attention is registered with transformers under `NAME`, so that its own blocks call it. What
+they may ask of it are the arguments of `attend`: an argument that it does not know is an error.
 
 Legend: B images (or rows), N packed tokens, R responses, Lp prefix tokens, Lr columns of a
 response, H query heads, Hk key heads, G query heads for each key head (H / Hk), Dh width of a head.
@@ -28,7 +29,6 @@ response, H query heads, Hk key heads, G query heads for each key head (H / Hk),
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -209,12 +209,15 @@ def attend(
     attention_mask: Tensor | BlockMask | None,
     *,
     scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    position_ids: Tensor | None = None,
+    use_cache: bool = False,
     prefill_cache: PrefillCache | None = None,
     shared_prefix_cache: SharedPrefixCache | None = None,
     decode_index: DecodeIndex | None = None,
-    **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as a block of Llama calls it between its projections.
+    """Attention as a block calls it between its projections.
 
     Args:
         module: the attention module that calls.
@@ -223,11 +226,15 @@ def attend(
         value: float[., Hk, tokens, Dh].
         attention_mask: a mask of this file, for packed sequences.
         scaling: factor of the scores before the softmax.
+        dropout: probability that a weight is dropped in training.
+        sliding_window: positions that a token looks back; there are never more of them, for they
+            limit the positions of the model (`annexe.models.language_model.support`).
+        position_ids: without effect.
+        use_cache: without effect.
         prefill_cache: where given, gets the keys and values of the packed sequence.
         shared_prefix_cache: where given, ``query`` is one new token of each response, which attends
             to this cache.
         decode_index: belongs to ``shared_prefix_cache``.
-        **others: for transformers' own attention.
 
     Returns:
         float[., tokens, H, Dh], and None in place of the attention weights.
@@ -256,7 +263,7 @@ def attend(
         return output.transpose(1, 2).contiguous(), None
     with masked_kernels(query.device):
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **others
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout
         )
 
 

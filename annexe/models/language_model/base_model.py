@@ -1,4 +1,4 @@
-"""The frozen base: a Llama from its Hugging Face folder, or one of random weights.
+"""The frozen base: a language model from its Hugging Face folder, or one of random weights.
 
 It is held in float32, bfloat16, int8 or NF4. float8 starts from bfloat16, once the adapters are
 there (`annexe.models.language_model.float8`).
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from annexe.checkpoints.formats import UNQUANTIZED
 from annexe.checkpoints.public import quantization_of
@@ -28,10 +28,13 @@ FLOAT8 = "float8"
 
 # Magnitude of an input from which on LLM.int8() multiplies its column in 16 bits (its section 3.2).
 _INT8_OUTLIER_THRESHOLD = 6.0
+# Largest weight of a Llama's final norm, below which a file holds a difference: in models it is
+# about 1 or more, in differences of models some hundredths at most.
+_MIN_NORM = 0.1
 
 
-def load_llama(path: str, dtype: str) -> LlamaForCausalLM:
-    """Load every tensor of a Llama from its Hugging Face folder.
+def load_base(path: str, dtype: str) -> PreTrainedModel:
+    """Load every tensor of a language model from its Hugging Face folder.
 
     Args:
         path: the folder.
@@ -41,18 +44,17 @@ def load_llama(path: str, dtype: str) -> LlamaForCausalLM:
         The model, on torch's default device if it is quantized, else on the CPU.
 
     Raises:
-        UserError: for a folder that holds no Llama, or a quantized one, is damaged, or lacks a
-            tensor.
+        UserError: for a folder that is damaged, lacks a tensor, or holds the difference of two
+            models.
     """
-    require_llama(Path(path))
-
     # Read the folder. Of what is damaged in it the libraries raise whatever they like.
     try:
-        loaded: Any = LlamaForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=DTYPES.get(dtype, torch.bfloat16),
             attn_implementation=NAME,
             local_files_only=True,
+            trust_remote_code=False,
             output_loading_info=True,
             # A small card could not hold the weights before they are quantized.
             device_map={"": "cpu"} if dtype in QUANTIZED else None,
@@ -63,7 +65,8 @@ def load_llama(path: str, dtype: str) -> LlamaForCausalLM:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"cannot load the Llama in '{path}' ({type(error).__name__}: {reason}); fetch it again"
+            f"cannot load the language model in '{path}' ({type(error).__name__}: {reason}); "
+            "fetch it again"
         ) from None
 
     # Insist on every tensor.
@@ -71,8 +74,10 @@ def load_llama(path: str, dtype: str) -> LlamaForCausalLM:
     faults += [f"{key} does not fit" for key in info["mismatched_keys"]]
     if faults:
         raise UserError(
-            f"the Llama in '{path}' is not complete: {'; '.join(faults[:3])}; fetch it again"
+            f"the language model in '{path}' is not complete: {'; '.join(faults[:3])}; "
+            "fetch it again"
         )
+    _require_no_delta(model, path)
     log.info(
         "model.language_model.path: %d tensors from '%s'; %d left over",
         len(model.state_dict()),
@@ -82,8 +87,40 @@ def load_llama(path: str, dtype: str) -> LlamaForCausalLM:
     return quantize(model, dtype)
 
 
+def _require_no_delta(model: PreTrainedModel, path: str) -> None:
+    """Refuse the difference of two Llamas, as Vicuna was first published: its norms are all but 0.
+
+    Raises:
+        UserError: for such a folder.
+    """
+    if model.config.model_type != "llama":
+        return
+    if float(model.model.norm.weight.float().abs().max()) < _MIN_NORM:
+        raise UserError(
+            f"'{path}' holds the difference of two models (a delta), not a model; add it to its "
+            "base with the script that it was published with, and give the sum"
+        )
+
+
 def require_llama(folder: Path) -> None:
     """Check by its small files that a folder holds a Llama in plain weights.
+
+    Raises:
+        UserError: if it does not, saying what it holds.
+    """
+    model_type = require_plain_folder(folder)["model_type"]
+    if model_type != "llama":
+        raise UserError(
+            f"'{folder}' holds a model of type '{model_type}', and model.language_model.type llama "
+            "takes a llama; set it to causal_lm"
+        )
+
+
+def require_plain_folder(folder: Path) -> dict[str, Any]:
+    """Check by its small files that a folder holds a model in plain weights.
+
+    Returns:
+        The content of its config.json.
 
     Raises:
         UserError: if it does not, saying what it holds.
@@ -91,23 +128,23 @@ def require_llama(folder: Path) -> None:
     if not (folder / CONFIG).is_file():
         what = f"; {contents_of(folder)}" if folder.is_dir() else ""
         raise UserError(
-            f"no Llama in '{folder}' ({CONFIG} is missing{what}); give its Hugging Face folder"
+            f"no language model in '{folder}' ({CONFIG} is missing{what}); "
+            "give its Hugging Face folder"
         )
     require_real_files(folder)
     content = read_json(folder / CONFIG)
-    model_type = content.get("model_type") if isinstance(content, dict) else None
-    if model_type != "llama":
-        raise UserError(
-            f"'{folder}' holds a model of type '{model_type}'; "
-            "model.language_model.path takes a llama"
-        )
+    if not isinstance(content, dict) or "model_type" not in content:
+        raise UserError(f"'{folder / CONFIG}' does not name a model_type; fetch it again")
     method = quantization_of(content)
     if method is not None:
-        raise UserError(f"the Llama in '{folder}' is quantized with {method}; {UNQUANTIZED}")
+        raise UserError(
+            f"the language model in '{folder}' is quantized with {method}; {UNQUANTIZED}"
+        )
+    return content
 
 
-def random_llama(config: LlamaConfig, dtype: str) -> LlamaForCausalLM:
-    """Make a Llama of random weights on torch's default device.
+def random_base(config: PretrainedConfig, dtype: str) -> PreTrainedModel:
+    """Make a language model of random weights on torch's default device.
 
     It is made in its own dtype, so that it never takes the memory of float32.
 
@@ -124,27 +161,13 @@ def random_llama(config: LlamaConfig, dtype: str) -> LlamaForCausalLM:
     previous = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES.get(dtype, torch.bfloat16))
     try:
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
     finally:
         torch.set_default_dtype(previous)
     return quantize(model, dtype)
 
 
-def _require_no_biases(blocks: nn.Module, dtype: str) -> None:
-    """Refuse linear layers with biases, for which quantized layers have no place.
-
-    Raises:
-        UserError: naming the first one.
-    """
-    for name, module in blocks.named_modules():
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            raise UserError(
-                f"model.language_model.dtype {dtype} takes no biases, and '{name}' of this Llama "
-                "has one; set it to bfloat16"
-            )
-
-
-def quantize(model: LlamaForCausalLM, dtype: str) -> LlamaForCausalLM:
+def quantize(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
     """Put bitsandbytes' layers in place of the linear layers of every block.
 
     int8 is LLM.int8() (NeurIPS 2022), nf4 is NF4 with double quantization (QLoRA, NeurIPS 2023).
@@ -158,10 +181,8 @@ def quantize(model: LlamaForCausalLM, dtype: str) -> LlamaForCausalLM:
         The model, on torch's default device if it was quantized.
 
     Raises:
-        UserError: if bitsandbytes is needed and not installed, or layers have biases.
+        UserError: if bitsandbytes is needed and not installed.
     """
-    if dtype not in DTYPES:
-        _require_no_biases(model.model.layers, dtype)
     if dtype not in QUANTIZED:
         return model
     try:
@@ -177,11 +198,12 @@ def quantize(model: LlamaForCausalLM, dtype: str) -> LlamaForCausalLM:
         layer = bnb.nn.Linear8bitLt(
             linear.in_features,
             linear.out_features,
-            bias=False,
+            bias=linear.bias is not None,
             has_fp16_weights=False,
             threshold=_INT8_OUTLIER_THRESHOLD,
             device="meta",
         )
+        layer.bias = linear.bias
         layer.weight = bnb.nn.Int8Params(
             linear.weight.data.cpu(), requires_grad=False, has_fp16_weights=False
         )
@@ -191,10 +213,11 @@ def quantize(model: LlamaForCausalLM, dtype: str) -> LlamaForCausalLM:
         layer = bnb.nn.Linear4bit(
             linear.in_features,
             linear.out_features,
-            bias=False,
+            bias=linear.bias is not None,
             compute_dtype=torch.bfloat16,
             device="meta",
         )
+        layer.bias = linear.bias
         layer.weight = bnb.nn.Params4bit(
             linear.weight.data,
             requires_grad=False,

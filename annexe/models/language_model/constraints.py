@@ -30,7 +30,8 @@ class SlotConstraint:
     allowed in ascending order only, each of them once.
 
     Args:
-        tokenizer: knows the ids of the placeholders and of the tokens that end a sentence.
+        tokenizer: knows the ids of the placeholders and of the full stop.
+        end_ids: tokens that end a response.
         forbidden_first_tokens: as in `DecodingConstraints`.
         device: where the logits are.
     """
@@ -38,13 +39,14 @@ class SlotConstraint:
     def __init__(
         self,
         tokenizer: TextTokenizer,
+        end_ids: tuple[int, ...],
         forbidden_first_tokens: tuple[int, ...],
         device: torch.device,
     ) -> None:
         num_tokens = tokenizer.vocab_size + tokenizer.num_slots
         self.slot_ids = torch.arange(tokenizer.vocab_size, num_tokens, device=device)
         self.is_end = torch.zeros(num_tokens, dtype=torch.bool, device=device)
-        self.is_end[[tokenizer.eos_id, tokenizer.full_stop_id]] = True
+        self.is_end[[*end_ids, tokenizer.full_stop_id]] = True
         self.is_forbidden_first = torch.zeros(num_tokens, dtype=torch.bool, device=device)
         self.is_forbidden_first[list(forbidden_first_tokens)] = True
 

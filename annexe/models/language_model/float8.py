@@ -128,7 +128,7 @@ class _Float8Matmul(torch.autograd.Function):
 
 
 class Float8Linear(nn.Module):
-    """A frozen linear layer without bias, in float8.
+    """A frozen linear layer in float8. Its bias, if it has one, stays as it is.
 
     Args:
         linear: the layer; its weight is float[out, in].
@@ -147,6 +147,7 @@ class Float8Linear(nn.Module):
         # They are int8 on the outside, for what cannot send or count float8.
         self.weight = nn.Parameter(codes.view(torch.int8), requires_grad=False)
         transposed_weight = transposed_codes.view(torch.int8)
+        self.bias = linear.bias
         self.register_buffer("scales", scales, persistent=False)
         self.register_buffer("transposed_weight", transposed_weight, persistent=False)
         self.register_buffer("transposed_scales", transposed_scales, persistent=False)
@@ -160,20 +161,21 @@ class Float8Linear(nn.Module):
         Returns:
             bfloat16[..., out].
         """
-        return _Float8Matmul.apply(
+        output = _Float8Matmul.apply(
             x,
             self.weight.view(_DTYPE),
             self.scales,
             self.transposed_weight.view(_DTYPE),
             self.transposed_scales,
         )
+        return output if self.bias is None else output + self.bias.to(output.dtype)
 
 
 def to_float8(blocks: nn.ModuleList) -> None:
     """Put `Float8Linear` in place of the frozen linear layers, on torch's default device.
 
     Args:
-        blocks: blocks of Llama, changed in place.
+        blocks: blocks of the language model, changed in place.
 
     Raises:
         UserError: for a GPU without float8, or widths that are not multiples of 16.

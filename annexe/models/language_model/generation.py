@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributed import ReduceOp, all_reduce
 from torch.distributed.fsdp import FSDPModule
 
+from annexe.models.language_model.causal_lm import CausalLM
 from annexe.models.language_model.constraints import DecodingConstraints, SlotConstraint
 from annexe.models.language_model.kv_cache import (
     CachePool,
@@ -34,7 +35,6 @@ from annexe.models.language_model.kv_cache import (
     Prefill,
     SharedPrefixCache,
 )
-from annexe.models.language_model.llama import Llama
 from annexe.structures.batch import round_up
 
 # With CUDA graphs sizes are rounded up to these multiples, so that few graphs serve all batches.
@@ -104,13 +104,14 @@ class Responses:
     tokens: list[list[int]]  # of each response, without end of sequence
     slot_states: Tensor  # float[R, K, D], hidden states of the placeholders, 0 = not named
 
-    def collect(self, state: DecodingState, eos_id: int) -> None:
+    def collect(self, state: DecodingState, end_ids: tuple[int, ...]) -> None:
         """Take over the rows of ``state`` as they are now; padding rows are skipped."""
-        # Cut the tokens at the end of sequence.
+        # Cut the tokens at the first that ends a response.
         response_indices = state.response_index.tolist()
         for index, row in zip(response_indices, state.tokens.tolist(), strict=True):
             if index >= 0:
-                self.tokens[index] = row[: row.index(eos_id)] if eos_id in row else row
+                is_end = (column for column, token in enumerate(row) if token in end_ids)
+                self.tokens[index] = row[: next(is_end, len(row))]
 
         # Copy the states of the placeholders.
         is_real = state.response_index >= 0
@@ -133,7 +134,7 @@ class DecodeStep:
 
     def __init__(
         self,
-        language_model: Llama,
+        language_model: CausalLM,
         state: DecodingState,
         caches: list[SharedPrefixCache],
         max_responses: int,
@@ -155,10 +156,14 @@ class DecodeStep:
         # What it may be.
         num_tokens = tokenizer.vocab_size + tokenizer.num_slots
         self.slot_ids = torch.arange(tokenizer.vocab_size, num_tokens, device=device)
+        self.end_ids = torch.tensor(language_model.end_ids, device=device)
         self.slot_constraint: SlotConstraint | None = None
         if constraints is not None and constraints.slots is not None:
             forbidden_first_tokens = constraints.forbidden_first_tokens
-            self.slot_constraint = SlotConstraint(tokenizer, forbidden_first_tokens, device)
+            end_ids = language_model.end_ids
+            self.slot_constraint = SlotConstraint(
+                tokenizer, end_ids, forbidden_first_tokens, device
+            )
 
     def load(self, state: DecodingState, column: int, num_generated: int) -> None:
         """Continue with other rows of the same shapes.
@@ -204,7 +209,7 @@ class DecodeStep:
 
         # Finish rows at the end of sequence or, under constraints, with the last slot.
         is_named = token[:, None] == self.slot_ids  # [R, K]
-        state.finished |= token == eos_id
+        state.finished |= (token[:, None] == self.end_ids).any(1)
         if self.slot_constraint is not None:
             state.slots_left &= ~is_named
             state.finished |= is_named.any(1) & ~state.slots_left.any(1)
@@ -237,7 +242,7 @@ class GreedyDecoder:
         language_model: predicts the tokens.
     """
 
-    def __init__(self, language_model: Llama) -> None:
+    def __init__(self, language_model: CausalLM) -> None:
         self.language_model = language_model
         self.graphs = False  # replay steps as CUDA graphs
         self.cache_pool = CachePool()
@@ -266,7 +271,7 @@ class GreedyDecoder:
         Returns:
             A response for every branch.
         """
-        eos_id = self.language_model.tokenizer.eos_id
+        end_ids = self.language_model.end_ids
         on_gpu = prefill.hidden.is_cuda
         steps_per_look = _GPU_STEPS_PER_LOOK if on_gpu else _CPU_STEPS_PER_LOOK
 
@@ -284,7 +289,7 @@ class GreedyDecoder:
 
             # Compact: drop the finished rows once they are at least half.
             if step is None or self._is_half_empty(state, num_running):
-                responses.collect(state, eos_id)
+                responses.collect(state, end_ids)
                 step = self._compact(prefill, state, step, num_generated, constraints)
                 state = step.state
 
@@ -295,13 +300,13 @@ class GreedyDecoder:
                 step.advance()
             num_generated += num_steps
             if on_tokens is not None:
-                responses.collect(state, eos_id)
+                responses.collect(state, end_ids)
                 for branch in state.response_index.tolist():
                     if branch >= 0:
                         on_tokens(branch, responses.tokens[branch])
 
         # Collect what is left.
-        responses.collect(state, eos_id)
+        responses.collect(state, end_ids)
         return responses
 
     def start_rows(
@@ -367,7 +372,7 @@ class GreedyDecoder:
     @property
     def _is_sharded(self) -> bool:
         """Whether FSDP gathers weights in every step, so that all ranks take the same steps."""
-        return isinstance(self.language_model.llama.model.layers[0], FSDPModule)
+        return isinstance(self.language_model.base.model.layers[0], FSDPModule)
 
     def _count_running(self, state: DecodingState) -> int:
         """Rows that are not finished; with sharded weights, on the rank that has most of them."""

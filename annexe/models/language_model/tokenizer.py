@@ -147,7 +147,7 @@ def load_tokenizer(
     if not Path(folder).is_dir():
         raise UserError(
             f"no folder '{folder}' with a tokenizer; "
-            "set model.language_model.path to the folder of a Llama"
+            "set model.language_model.path to the folder of a language model"
         )
     # From tokenizer.model alone transformers would build one that merges spaces differently.
     for name in ("tokenizer_config.json", "tokenizer.json"):
@@ -190,7 +190,8 @@ def _require_special_tokens(
             raise UserError(
                 f"the tokenizer in '{folder}' has no {name}, so it cannot {does}; set {name} in "
                 "its tokenizer_config.json to the word that the model was trained with, such as "
-                f"'{'<s>' if name == 'bos_token' else '</s>'}' for Llama 2"
+                f"'{'<s>' if name == 'bos_token' else '</s>'}' for Llama 2, or choose another "
+                "model.language_model.prompt_template"
             )
     if not base(".", add_special_tokens=False)["input_ids"]:
         raise UserError(
@@ -200,7 +201,7 @@ def _require_special_tokens(
 
 
 def train_tokenizer(texts: Iterable[str], num_slots: int) -> TextTokenizer:
-    """Train a small byte-level BPE, for runs that have no Llama tokenizer.
+    """Train a small byte-level BPE, for runs that have no tokenizer.
 
     Args:
         texts: texts to train on, besides those of the prompts. Their order does not matter.
