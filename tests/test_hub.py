@@ -260,6 +260,12 @@ def test_no_network_is_one_line(hub: Hub, tmp_path: Path, monkeypatch: pytest.Mo
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("address", ["not an address", "http://[::1", "ftp://hub", "http://a:b"])
+def test_an_address_that_is_none_is_one_line(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    assert f"HF_ENDPOINT is '{address}'" in refusal(lambda: list_files("user/model"))
+
+
 def test_a_full_disk_is_one_line_before_and_during_a_download(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote, urlsplit
 
 from annexe.errors import UserError
 
@@ -72,16 +73,29 @@ class Repository:
 
     def address(self, file: RemoteFile) -> str:
         """Where a file can be fetched."""
-        from urllib.parse import quote
-
         return f"{self.page}/resolve/{self.commit}/{quote(file.name)}"
 
 
 def endpoint() -> str:
-    """The address of the hub: ``HF_ENDPOINT``, else the public one."""
+    """The address of the hub: ``HF_ENDPOINT``, else the public one.
+
+    Raises:
+        UserError: for what is no address.
+    """
     from huggingface_hub import constants
 
-    return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+    address = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+    try:
+        parts = urlsplit(address)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname)
+        is_address = is_address and (parts.port or 1) > 0
+    except ValueError:
+        is_address = False
+    if not is_address:
+        raise UserError(
+            f"HF_ENDPOINT is '{address}'; set it to an address such as https://huggingface.co"
+        )
+    return address
 
 
 def has_token() -> bool:
