@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import math
+import random
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -368,6 +371,47 @@ def test_visor_folders_tell_splits_and_photos(tmp_path: Path) -> None:
     (frames.parent / "P01_01.zip").touch()
     (error,), _ = read(visor, tmp_path)
     assert "P01_01.zip'; unpack" in str(error) and photo.name in str(error)
+
+
+JUNK = (None, True, -1, 1e300, 10**400, "", "x", "glove", "r", [], {}, [1], [[1, 2]], math.nan)
+
+
+def places(content: Any, path: tuple = ()) -> Iterator[tuple]:
+    """The keys that lead to every value within a JSON value."""
+    if path:
+        yield path
+    children: Iterable[tuple[Any, Any]] = ()
+    if isinstance(content, dict):
+        children = content.items()
+    elif isinstance(content, list):
+        children = enumerate(content)
+    for key, value in children:
+        yield from places(value, (*path, key))
+
+
+def test_damaged_visor_files_end_in_photos_or_errors(tmp_path: Path) -> None:
+    worn = glove("s", ["right hand"])
+    path = save_visor(tmp_path, THING, entity("r", "right hand", OTHER), worn, size=(54, 96))
+    sound = json.loads(path.read_text())
+    where = list(places(sound))
+    rng = random.Random(0)
+    num_errors = 0
+    for _ in range(150):
+        content = copy.deepcopy(sound)
+        *keys, last = rng.choice(where)
+        parent = content
+        for key in keys:
+            parent = parent[key]
+        parent[last] = copy.deepcopy(rng.choice(JUNK))
+        path.write_text(json.dumps(content))
+        try:
+            entries, _ = read(visor, path)
+        except UserError as error:
+            entries = [error]
+        for entry in entries:
+            assert isinstance(entry, LabeledImage) or "\n" not in str(entry)
+            num_errors += isinstance(entry, UserError)
+    assert 50 < num_errors < 150
 
 
 # HOI4D

@@ -10,7 +10,6 @@ Legend: H, W height and width of a photo, C corners of a segment.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,6 +44,7 @@ _INTERPOLATED_SIZE = (854, 480)  # of those in files of interpolations
 _TOLERANCE = 0.01  # of a side, by which a corner may lie outside
 _REACH = 5  # pixels of 1080 rows by which hand and object are dilated
 _MIN_CORNERS = 3
+_MAX_CORNER = 1e9  # pixels; what is larger is no corner, and what is not finite is not smaller
 
 _FREE = ("hand-not-in-contact", "glove-not-in-contact")
 _HAND_NAMES = {
@@ -311,10 +311,13 @@ class _Reader:
         number = f"entity {index + 1}"
         if not isinstance(content, dict) or not isinstance(content.get("name"), str):
             raise UserError(f"{self.where}, {number} has no name; download the file again")
-        where = f"{self.where}, {number} '{content['name']}'"
         name = " ".join(content["name"].split())
+        where = f"{self.where}, {number} '{name}'"
+        listed = content.get("segments")
+        if not isinstance(listed, list):
+            raise UserError(f"{where}: its segments are {shown(listed)}; expected a list")
         segments = []
-        for segment in content.get("segments") or []:
+        for segment in listed:
             corners = self._corners(segment, where)
             if len(corners) >= _MIN_CORNERS:
                 segments.append(corners)
@@ -359,7 +362,7 @@ class _Reader:
         names = [worn_on] if isinstance(worn_on, str) else worn_on
         if not isinstance(names, list):
             return []
-        sides = [_HAND_NAMES[name] for name in names if name in _HAND_NAMES]
+        sides = [_HAND_NAMES[str(name)] for name in names if str(name) in _HAND_NAMES]
         return list(dict.fromkeys(sides)) if len(names) < len(SIDES) else list(SIDES)
 
     # Regions and contacts
@@ -518,7 +521,7 @@ def _filled(segments: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
 
 
 def _as_array(segment: Any) -> np.ndarray | None:
-    """Corners as float64[C, 2]; None where they are no pairs of finite numbers."""
+    """Corners as float64[C, 2]; None where they are no pairs of numbers."""
     if not isinstance(segment, list):
         return None
     for corner in segment:
@@ -526,6 +529,6 @@ def _as_array(segment: Any) -> np.ndarray | None:
             return None
         for number in corner:
             is_number = isinstance(number, int | float) and not isinstance(number, bool)
-            if not is_number or not math.isfinite(number):
+            if not is_number or not abs(number) < _MAX_CORNER:
                 return None
     return np.array(segment, np.float64).reshape(-1, 2)
