@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -420,6 +420,12 @@ def test_what_labels_leave_open_is_not_asked() -> None:
     for query, targets in asked(both).items():
         assert "both hands" not in query and "pan" not in query.replace("large pan", "")
         assert targets or re.search("free|empty|nothing|no object", query), query
+
+    # Hands without a side
+    one = Region(DOT, "hand", "unknown", is_unique=True)
+    assert asked(labeled([one, pan]))["All hands"] == [1]
+    two = replace(one, is_unique=False)
+    assert not any("hand" in query for query in asked(labeled([two, two, pan])))
 
     # A thing without a mask, and a region of which no pixel is left
     unmasked = labeled([right, pan], unmasked_names=frozenset(["large pan", "left hand"]))

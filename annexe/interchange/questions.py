@@ -347,6 +347,8 @@ class _Facts:
             return None
         if self.is_complete and (self.hands or any(self._labels_hand.values())):
             return tuple(sorted(self.hands, key=lambda index: _rank(self.regions[index])))
+        if len(self.hands) == 1 and not self._sided_hands():
+            return tuple(self.hands) if self.regions[self.hands[0]].is_unique else None
         found: list[int] = []
         for side in SIDES:
             hand = self.hand(side)
