@@ -197,6 +197,8 @@ def _drop_settings_of_other_types(base: Any, overrides: DictConfig) -> None:
     for part in PARTS:
         chosen = OmegaConf.select(overrides, f"model.{part}.type")
         before = OmegaConf.select(base, f"model.{part}.type")
+        if before is None and OmegaConf.select(base, f"model.{part}") is not None:
+            before = OPTIONAL_PARTS.get(part)
         if chosen is not None and before is not None and chosen != before:
             base.model[part] = {}
 

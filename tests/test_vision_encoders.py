@@ -406,22 +406,22 @@ def test_the_default_has_the_tensors_that_it_had(tmp_path: Path) -> None:
     assert digest == "6d2b686330b3708573ebadc7c3922533b24ff38f84e6e6b214308bbf716e9aae"
 
 
-def test_older_settings_and_short_forms_are_read() -> None:
-    assert load_config(TINY).require_model()["projector"] == {
-        "type": "concat",
-        "patches_per_token": 4,
+def test_older_settings_and_short_forms_are_read(tmp_path: Path) -> None:
+    forms = {
+        "model.patches_per_token=2": {"type": "concat", "patches_per_token": 2},
+        "model.projector=mlp": {"type": "mlp"},
+        "model.projector.type=pixel_shuffle": {"type": "pixel_shuffle", "patches_per_side": 2},
     }
-    for options, expected in {
-        ("model.patches_per_token=2",): {"type": "concat", "patches_per_token": 2},
-        ("model.projector=mlp",): {"type": "mlp"},
-        ("model.projector={type: pixel_shuffle}",): {
-            "type": "pixel_shuffle",
-            "patches_per_side": 2,
-        },
-    }.items():
-        assert load_config(TINY, options).require_model()["projector"] == expected
+    for option, expected in forms.items():
+        assert load_config(TINY, [option]).require_model()["projector"] == expected
     old = ROOT / "tests" / "run_of_0_1" / "checkpoints" / "step-00000003" / "config.yaml"
     assert load_config(old).require_model()["projector"]["patches_per_token"] == 4
+
+    # A projector of another type takes nothing of what stood there
+    text = TINY.read_text().replace("  type: annexe\n", "  type: annexe\n  patches_per_token: 2\n")
+    (tmp_path / "own.yaml").write_text(text)
+    changed = load_config(tmp_path / "own.yaml", ["model.projector.type=mlp"])
+    assert changed.require_model()["projector"] == {"type": "mlp"}
 
 
 def test_depth_of_any_image_size_has_the_size_of_the_image() -> None:

@@ -260,7 +260,8 @@ FORMATS = (
     ),
     not_taken(
         "a DINOv2 or another plain ViT",
-        "model.rgb_encoder.weights takes EVA-CLIP, model.depth_branch.weights Depth Anything",
+        "model.rgb_encoder takes a file with type timm_vit and a folder of transformers with type "
+        "hf_vit; eva_vit takes EVA-CLIP, and model.depth_branch Depth Anything",
         "blocks.0.attn.qkv.weight",
         "encoder.layer.0.attention.attention.query.weight",
         "encoder.layers.0.self_attn.q_proj.weight",

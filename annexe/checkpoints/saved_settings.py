@@ -64,7 +64,10 @@ def upgraded(settings: dict[str, Any], where: object) -> dict[str, Any]:
             raise UserError(
                 f"'{where}' sets {name}, which no model has any more; use annexe 0.1 for this run"
             )
-    return _nested({_RENAMED.get(name, name): value for name, value in flat.items()})
+    renamed = {_RENAMED.get(name, name): value for name, value in flat.items()}
+    if "model.projector.patches_per_token" in renamed:
+        renamed.setdefault("model.projector.type", "concat")  # before it had a type
+    return _nested(renamed)
 
 
 def flatten(block: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
