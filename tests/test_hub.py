@@ -465,8 +465,9 @@ def packed_scenes(scenes: Path, *, num_parts: int) -> dict[str, bytes]:
         files[name] = whole[index * step : (index + 1) * step]
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w:gz", compresslevel=1) as archive:
+        archive.add(scenes, ".", recursive=False)
         for name in ("depth", "mask"):
-            archive.add(scenes / name, f"Ego-IRGBench/{name}")
+            archive.add(scenes / name, f"./Ego-IRGBench/{name}")
     files["maps.tar.gz"] = stream.getvalue()
     for path in (scenes / "dataset_split").rglob("*.json"):
         files[str(path.relative_to(scenes))] = path.read_bytes()

@@ -292,7 +292,10 @@ def _read_tar(name: str, file: IO[bytes], packed: int) -> list[_Member]:
     total = 0
     members = []
     for info in archive:
-        require_safe_name(info.name.removeprefix("./") or "root", f"'{name}'")
+        if info.isdir() and info.name == ".":
+            continue
+        inside = info.name.removeprefix("./")
+        require_safe_name(inside, f"'{name}'")
         if not (info.isreg() or info.isdir()):
             raise UserError(
                 f"'{name}' holds a link or device, '{info.name}'; nothing of it was written"
@@ -305,7 +308,7 @@ def _read_tar(name: str, file: IO[bytes], packed: int) -> list[_Member]:
             )
         if info.isreg():
             opened = _opener(archive.extractfile, info)
-            members.append(_Member(info.name.removeprefix("./"), info.size, None, opened))
+            members.append(_Member(inside, info.size, None, opened))
     return members
 
 
