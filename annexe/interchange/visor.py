@@ -155,11 +155,12 @@ def read(
     """Photos of an annotation file, or of all files in a folder: see `labels.Reader`."""
     files = _files(source)
     search = PhotoSearch(_photo_folders(source, options))
+    archives = {path.stem: path for folder in search.folders for path in folder.rglob("*.zip")}
     for path in files:
         content = read_json(path)
         for index, entry in enumerate(_entries(path, content)):
             try:
-                image = _Reader(path, index, entry, options, report).read(search)
+                image = _Reader(path, index, entry, options, report).read(search, archives)
             except UserError as error:
                 yield error
                 continue
@@ -233,8 +234,12 @@ class _Reader:
         self.size = (0, 0)  # height, width
         self.name = ""
 
-    def read(self, search: PhotoSearch) -> LabeledImage | None:
+    def read(self, search: PhotoSearch, archives: dict[str, Path]) -> LabeledImage | None:
         """The photo with its labels; None where it cannot be used, which the report then says.
+
+        Args:
+            search: finds photos.
+            archives: video -> its photos, where they are still packed.
 
         Raises:
             UserError: it is missing, or its entry is damaged.
@@ -246,7 +251,7 @@ class _Reader:
             raise UserError(f"{self.where} has no name; download the file again")
         self.name = name
         self.where = f"'{self.path}', photo '{name}'"
-        photo = self._find(search)
+        photo = self._find(search, archives)
         self.size = photo_size(photo)
         self._check_size(photo)
 
@@ -278,18 +283,17 @@ class _Reader:
             raise UserError(f"{self.where} has no object '{key}'; download the file again")
         return value
 
-    def _find(self, search: PhotoSearch) -> Path:
-        """The file of the photo; where there are archives, the error says that."""
+    def _find(self, search: PhotoSearch, archives: dict[str, Path]) -> Path:
+        """The file of the photo; the error says if it is still packed."""
         try:
             return search.find(self.name, self.where)
         except UserError as error:
-            video = self.name.partition("_frame_")[0]
-            for folder in search.folders:
-                archive = next(folder.rglob(f"{video}.zip"), None)
-                if archive is not None:
-                    message = f"{self.where}: its photo is still packed in '{archive}'; unpack that"
-                    raise UserError(message) from None
-            raise error
+            archive = archives.get(self.name.partition("_frame_")[0])
+            if archive is None:
+                raise error
+            raise UserError(
+                f"{self.where}: its photo is still packed in '{archive}'; unpack that"
+            ) from None
 
     def _check_size(self, photo: Path) -> None:
         """Refuse a photo of another shape than the videos."""
@@ -314,6 +318,7 @@ class _Reader:
         name = " ".join(content["name"].split())
         where = f"{self.where}, {number} '{name}'"
         listed = content.get("segments")
+        listed = [] if listed is None else listed
         if not isinstance(listed, list):
             raise UserError(f"{where}: its segments are {shown(listed)}; expected a list")
         segments = []
