@@ -199,7 +199,8 @@ def build_optimizer(model: nn.Module, run: RunConfig) -> torch.optim.Optimizer:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if parameter.ndim < 2 or "pos" in name.rpartition(".")[2]:
+        is_position = "pos" in name.rpartition(".")[2] or "position_embedding." in name
+        if parameter.ndim < 2 or is_position:
             undecayed.append(parameter)
         elif parameter in muon_weights:
             orthogonalized.append(parameter)
