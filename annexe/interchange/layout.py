@@ -171,7 +171,8 @@ def write_layout(
 
         # Splits, of the photos that are left
         splits = _splits([images[index] for index in kept], [stems[i] for i in kept], options)
-        if len([name for name in SPLITS if splits[name]]) == 1 and not options.split:
+        is_shared = not options.split and any(images[index].split is None for index in kept)
+        if is_shared and len([name for name in SPLITS if splits[name]]) == 1:
             report.note(
                 f"all photos are in train, for there are fewer than {len(SPLITS)} sequences to "
                 "share out; training with validation needs photos of its own (--split val)"
