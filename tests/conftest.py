@@ -95,11 +95,13 @@ def make_config(scenes: Path, tmp_path: Path) -> Callable[..., Config]:
 
     def make(*options: str) -> Config:
         own = (f"datasets.ego_irgbench.data_root={scenes}", f"run.output_dir={tmp_path / 'run'}")
-        chosen = [
-            o
-            for o in SMALLEST
-            if not ("model.pixel_decoder.type=deconv" in options and "pixel_decoder" in o)
-        ]
+        # A part of another type has settings of its own
+        others = []
+        if "model.pixel_decoder.type=deconv" in options:
+            others.append("pixel_decoder")
+        if "model.language_model.type=causal_lm" in options:
+            others.append("language_model")
+        chosen = [o for o in SMALLEST if not any(part in o for part in others)]
         return load_config(TINY, [*chosen, *own, *options])
 
     return make

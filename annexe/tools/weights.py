@@ -1,4 +1,4 @@
-"""`annexe weights`: inspect a checkpoint, or export a run for peft and transformers."""
+"""`annexe weights`: inspect a checkpoint, export a run for transformers, convert a GGUF file."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ from annexe.errors import UserError
 from annexe.files import replaced, require_writable
 from annexe.hub.runs import local_run, require_run
 from annexe.models.language_model.base_model import DTYPES, load_base, require_plain_folder
+from annexe.models.language_model.gguf_file import convert_gguf
 from annexe.models.language_model.tokenizer import TextTokenizer, load_tokenizer
 from annexe.terminal import say, table
 
-HELP = "inspect a checkpoint, or export a run for peft and transformers"
+HELP = "inspect a checkpoint, export a run, or convert a GGUF file"
 _LLAMA = "language_model.llama."  # names of its tensors begin with
 
 
@@ -60,11 +61,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="the language model that the run was trained on, if it is not where it was",
     )
+    from_gguf = actions.add_parser(
+        "from-gguf", help="turn a language model of llama.cpp into a folder of transformers"
+    )
+    from_gguf.add_argument("file", type=Path, help="GGUF file")
+    from_gguf.add_argument("out", type=Path, help="folder to make")
 
 
 def run(arguments: argparse.Namespace) -> None:
     if arguments.action == "inspect":
         inspect_file(arguments.file)
+    elif arguments.action == "from-gguf":
+        num_parameters = convert_gguf(arguments.file, arguments.out)
+        say(f"written: {num_parameters:,} parameters and a tokenizer under '{arguments.out}'")
     else:
         export_run(arguments.run_folder, arguments.out, merge=arguments.merge, base=arguments.base)
 

@@ -95,7 +95,7 @@ def _require_no_delta(model: PreTrainedModel, path: str) -> None:
     """
     if model.config.model_type != "llama":
         return
-    if float(model.model.norm.weight.float().abs().max()) < _MIN_NORM:
+    if float(model.model.norm.weight.detach().float().abs().max()) < _MIN_NORM:
         raise UserError(
             f"'{path}' holds the difference of two models (a delta), not a model; add it to its "
             "base with the script that it was published with, and give the sum"
