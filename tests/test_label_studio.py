@@ -159,7 +159,7 @@ def said(identity: str | None, kind: str, name: str, *words: str) -> dict[str, A
 
 
 def test_regions_are_read_to_the_pixel(tmp_path: Path) -> None:
-    """A brush, a brush without label, a polygon in per cent, and labels beside a brush."""
+    """A brush, one without label, a polygon in per cent, labels beside a brush and a polygon."""
     polygon = {"points": [[25, 25], [75, 25], [75, 75], [25, 75]], "closed": True}
     mask_beside = {"format": "rle", "rle": encode_brush(box(30, 40))}
     result = [
@@ -172,7 +172,6 @@ def test_regions_are_read_to_the_pixel(tmp_path: Path) -> None:
             **FRAME,
             "value": {**polygon, "polygonlabels": ["Right_Hand"]},
         },
-        {"id": "r4", "type": "brush", "from_name": "b", **FRAME, "value": mask_beside},
         {
             "id": "r4",
             "type": "labels",
@@ -180,16 +179,22 @@ def test_regions_are_read_to_the_pixel(tmp_path: Path) -> None:
             **FRAME,
             "value": {**mask_beside, "labels": ["bowl"]},
         },
+        {"id": "r4", "type": "brush", "from_name": "b", **FRAME, "value": mask_beside},
     ]
+    for kind in ("labels", "polygon"):
+        own = {"labels": ["plate"]} if kind == "labels" else {}
+        value = {**polygon, **own}
+        result.append({"id": "r5", "type": kind, "from_name": "l", **FRAME, "value": value})
     report = ImportReport()
     image = read_one(tmp_path, result, report)
     whole = np.zeros(SIZE, bool)
     whole[10:30, 14:42] = True
-    expected = [box(2, 3), box(10, 1), whole, box(30, 40)]
+    expected = [box(2, 3), box(10, 1), whole, box(30, 40), whole]
     for region, mask in zip(image.regions, expected, strict=True):
         np.testing.assert_array_equal(decode(region.rle), mask)
-    assert [region.name for region in image.regions] == ["red mug", None, "Right_Hand", "bowl"]
-    assert [region.hand for region in image.regions] == [None, None, "right", None]
+    names = [region.name for region in image.regions]
+    assert names == ["red mug", None, "Right_Hand", "bowl", "plate"]
+    assert [region.hand for region in image.regions] == [None, None, "right", None, None]
     assert image.size == SIZE and image.photo == tmp_path / "a.jpg" and not report.left_out
 
 

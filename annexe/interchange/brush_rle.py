@@ -17,7 +17,7 @@ Legend: H, W height and width of the photo.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -61,7 +61,7 @@ def _repeated(length: int) -> str:
     return f"1{which:02b}{length - 1:0{_LENGTH_BITS[which]}b}"
 
 
-def decode_brush(code: Sequence[int], size: tuple[int, int]) -> np.ndarray:
+def decode_brush(code: Iterable[int], size: tuple[int, int]) -> np.ndarray:
     """Decode a mask.
 
     The editor draws soft edges, and scripts write 1 for 255: a pixel is inside if its alpha is at
@@ -79,7 +79,7 @@ def decode_brush(code: Sequence[int], size: tuple[int, int]) -> np.ndarray:
     """
     # Head
     try:
-        bits = _Bits(bytes(code))
+        bits = _Bits(bytes(list(code)))
     except (TypeError, ValueError):
         raise ValueError("is no list of numbers from 0 to 255") from None
     num_values = bits.number(32)

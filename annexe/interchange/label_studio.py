@@ -374,7 +374,9 @@ class _Reading:
         """
         # With Labels beside Brush, two results have the same identity and the same mask
         names = _names_of(shapes)
-        shape = next((each for each in shapes if {"rle", "points"} & each.value.keys()), shapes[0])
+        masked = [each for each in shapes if {"rle", "points"} & each.value.keys()]
+        masked.sort(key=lambda each: each.kind not in _MASK_KINDS)
+        shape = masked[0] if masked else shapes[0]
         entry = f"region '{identity}'" if not str(identity).startswith("\n") else "a region"
         is_mask = shape.kind in _MASK_KINDS or (shape.type == "labels" and "rle" in shape.value)
         if not is_mask:
