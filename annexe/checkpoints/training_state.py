@@ -5,6 +5,7 @@
     model.safetensors   the trained tensors, by names of our own (`annexe.checkpoints.names`)
     adapter/            the same adapters for peft, if there is LoRA
     tokenizer/          words and merges
+    rgb_encoder/        sizes and statistics of an encoder that came from a folder of transformers
     optimizer.pt        moments by the same names, and settings of every group of parameters
     state.json          `Progress`
     frozen.json         a few values of the frozen weights, to recognize them by
