@@ -292,6 +292,15 @@ def test_predictions_for_cvat(annexe: Annexe, predictions: Path, tmp_path: Path)
         assert "Question 1?: The mask of the mug is &lt;MSK_0&gt;." in text
 
 
+def test_photos_of_a_data_root(annexe: Annexe, predictions: Path, tmp_path: Path) -> None:
+    photo = tmp_path / "root" / "RGB" / f"{STEM}.jpg"
+    photo.parent.mkdir(parents=True)
+    Image.fromarray(np.zeros((*SIZE, 3), np.uint8)).save(photo)
+    words = ("export-predictions", "cvat", predictions, tmp_path / "out")
+    assert "only named" not in annexe(*words, "--data-root", tmp_path / "root")
+    assert (tmp_path / "out" / "images" / f"{STEM}.jpg").read_bytes() == photo.read_bytes()
+
+
 def test_predictions_as_id_maps(
     annexe: Annexe, predictions: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
