@@ -118,14 +118,14 @@ def test_an_interrupted_download_goes_on_and_ends_with_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_a_download_that_is_killed_three_times_goes_on(hub: Hub, tmp_path: Path) -> None:
-    content = noise(8_000_000)
+def test_a_download_that_is_killed_goes_on(hub: Hub, tmp_path: Path) -> None:
+    content = noise(6_000_000)
     (file,) = find_item("depth-anything-v2-base").files
     hub.add("depth-anything/Depth-Anything-V2-Base", {file: content})
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.address}
     command = [sys.executable, "-m", "annexe", "download", "depth-anything-v2-base", "out"]
     hub.faults.seconds_per_mb = 0.5
-    for _ in range(3):
+    for _ in range(2):
         sent = hub.num_bytes
         process = subprocess.Popen(command, env=environment, cwd=tmp_path)
         while hub.num_bytes < sent + 2_000_000:
@@ -138,8 +138,8 @@ def test_a_download_that_is_killed_three_times_goes_on(hub: Hub, tmp_path: Path)
     hub.faults.seconds_per_mb = 0
     subprocess.run(command, env=environment, cwd=tmp_path, check=True)
     assert (tmp_path / "out" / file).read_bytes() == content
-    assert len(hub.ranges) == 3
-    assert hub.num_bytes < len(content) + 3_000_000  # what was on its way when it was killed
+    assert len(hub.ranges) == 2
+    assert hub.num_bytes < len(content) + 2_000_000  # what was on its way when it was killed
 
 
 def test_breaks_within_a_call_are_taken_up_at_once(hub: Hub, tmp_path: Path) -> None:
@@ -450,7 +450,8 @@ def test_parts_are_joined_and_folders_around_the_layout_dropped(tmp_path: Path) 
 def small_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data root with three train, one val and two test scenes in small pictures."""
     root = tmp_path_factory.mktemp("small")
-    generate(root, num_images=6, seed=3, val_fraction=0.2, test_fraction=0.3, height=180)
+    shares = {"val_fraction": 0.2, "test_fraction": 0.3}
+    generate(root, num_images=6, seed=3, height=180, num_workers=1, **shares)
     return root
 
 

@@ -75,6 +75,7 @@ def _make(
     done = _read_done(staging, repository.commit)
     by_name = {file.name: file for file in repository.files}
     _require_room(staging, archives, plain, by_name, done)
+    write_json(staging / _DONE, {"commit": repository.commit, "archives": done})
     unpacker = Unpacker(staging / "data")
     for archive in archives:
         files = [by_name[part] for part in archive.parts]
