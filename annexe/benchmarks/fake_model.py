@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -151,6 +150,8 @@ def fake_model(config: Config, tokenizer: Any, mode: FakeTensorMode, *, bf16: bo
 
 def _quantize(block: nn.Module, dtype: str) -> None:
     """Put `QuantizedLinear` in place of every frozen linear layer of a block."""
+    from peft.tuners.lora import LoraLayer
+
     for name, module in list(block.named_modules()):
         if isinstance(module, nn.Linear) and not module.weight.requires_grad:
             block.set_submodule(name, QuantizedLinear(module, dtype))

@@ -12,11 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
@@ -43,6 +41,10 @@ from annexe.models.language_model.tokenizer import TextTokenizer
 from annexe.registry import register
 from annexe.settings import PathSetting
 from annexe.structures.batch import PackedText
+
+# Takes seconds, with bitsandbytes behind it, and models without adapters do without it
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +91,8 @@ def add_adapters(model: PreTrainedModel, lora: Lora) -> PeftModel:
     Raises:
         UserError: for a target that no layer is called.
     """
+    from peft import LoraConfig, get_peft_model
+
     # Check the targets, which peft would report without the choices.
     layers = [name for name, module in model.named_modules() if not any(module.children())]
     for target in lora.targets or [""]:
@@ -207,8 +211,9 @@ class CausalLM(nn.Module):
         self.compiled = False  # `compile_blocks` sets it once the blocks run through torch.compile
 
         # Add the adapters. Only what they leave frozen becomes float8.
+        self.has_adapters = lora.rank > 0
         self.model: PreTrainedModel | PeftModel = base
-        if lora.rank > 0:
+        if self.has_adapters:
             self.model = add_adapters(base, lora)
         if dtype == FLOAT8:
             to_float8(self.base.model.layers)
@@ -223,9 +228,7 @@ class CausalLM(nn.Module):
     @property
     def base(self) -> Any:
         """The model of transformers. Its layers hold the adapters, so calling it runs them, too."""
-        if isinstance(self.model, PeftModel):
-            return self.model.get_base_model()
-        return self.model
+        return self.model.get_base_model() if self.has_adapters else self.model
 
     @property
     def supports_cuda_graphs(self) -> bool:
@@ -357,7 +360,7 @@ class CausalLM(nn.Module):
             folder: folder of a checkpoint.
             tensors: the trained tensors of this component, by name.
         """
-        if isinstance(self.model, PeftModel):
+        if self.has_adapters:
             adapter = {}
             for name, tensor in tensors.items():
                 if name.startswith("model."):
@@ -371,7 +374,7 @@ class CausalLM(nn.Module):
         They are not merged where the weights are too coarse. A sum in bfloat16 is rounded, which
         would lose much of an adapter that has hardly been trained.
         """
-        if not isinstance(self.model, PeftModel) or self.dtype not in DTYPES:
+        if not self.has_adapters or self.dtype not in DTYPES:
             return
         share = self._surviving_share()
         if share >= _MIN_SURVIVING_SHARE:
@@ -389,6 +392,8 @@ class CausalLM(nn.Module):
 
         It is the projection of the rounded update onto the exact one, over all adapted weights.
         """
+        from peft.tuners.lora import LoraLayer
+
         exact = 0.0
         surviving = 0.0
         for layer in self.model.modules():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from annexe.errors import UserError, require_sizes
@@ -80,6 +79,8 @@ def set_trained(
 
 def _add_adapters(network: nn.Module, blocks: Sequence[nn.Module], lora: EncoderLora) -> None:
     """Put an adapter beside every linear layer of the blocks."""
+    from peft import LoraConfig, inject_adapter_in_model
+
     in_blocks = {module for block in blocks for module in block.modules()}
     targets = []
     for name, module in network.named_modules():
