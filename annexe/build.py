@@ -34,6 +34,7 @@ from annexe.checkpoints.saved_settings import compare_start, require_same_meanin
 from annexe.checkpoints.start import folder_of_start, settings_of_start
 from annexe.checkpoints.tensor_files import read_config
 from annexe.checkpoints.training_state import load_weights
+from annexe.checkpoints.whole_models import family_of, read_once, settings_of_whole
 from annexe.config import OPTIONAL_PARTS, PARTS, Config, RunConfig, is_released
 from annexe.datasets.ego_irgbench import EgoIRGBench, MissingSplit
 from annexe.datasets.mixture import ALL, Ratio, require_ratio
@@ -90,7 +91,10 @@ def load_config(
             _upgrade_model(settings)
         if onto_checkpoint:
             base = _onto_checkpoint(base, overrides)
-        start = _start_of_parts(base, overrides)
+        whole = _whole_of_start(base, overrides)
+        start = _start_of_parts(base, overrides) if whole is None else None
+        if whole is not None:
+            base = _onto_model({"model": settings_of_whole(whole)}, base)
         if start is not None:
             base = _onto_model({"model": settings_of_start(start)}, base)
         _drop_settings_of_other_types(base, overrides)
@@ -180,16 +184,28 @@ def _start_of_parts(base: DictConfig, overrides: DictConfig) -> str | None:
     A file that gives every part its ``type`` says itself what the model is.
     """
     given = overlay(base, overrides)
-    start = OmegaConf.select(given, "model.init_from")
-    if isinstance(start, str):
-        start = read_path(start, "model.init_from", optional=True)
-    if not isinstance(start, str):
+    start = _init_from(given)
+    if start is None:
         return None
     for part in PARTS:
         has_type = OmegaConf.select(given, f"model.{part}.type") is not None
         if not has_type and part not in OPTIONAL_PARTS:
             return local_run(start)
     return None
+
+
+def _init_from(given: Any) -> str | None:
+    """The path that ``model.init_from`` names."""
+    start = OmegaConf.select(given, "model.init_from")
+    if isinstance(start, str):
+        start = read_path(start, "model.init_from", optional=True)
+    return start if isinstance(start, str) else None
+
+
+def _whole_of_start(base: DictConfig, overrides: DictConfig) -> str | None:
+    """The folder that ``model.init_from`` names, if it holds a whole vision-language model."""
+    start = _init_from(overlay(base, overrides))
+    return start if start is not None and family_of(start) is not None else None
 
 
 def _drop_settings_of_other_types(base: Any, overrides: DictConfig) -> None:
@@ -436,7 +452,9 @@ def table_rows(language_model: dict[str, Any]) -> int | None:
     if language_model["type"] != "causal_lm" or language_model["vocab_size"] is not None:
         return language_model["vocab_size"]
     stored = read_config(language_model["path"])
-    return None if stored is None else stored.get("vocab_size")
+    if stored is None:
+        return None
+    return stored.get("text_config", stored).get("vocab_size")
 
 
 def build_model(
@@ -455,7 +473,7 @@ def build_model(
     """
     # Encoders first: the other parts ask for their sizes
     device = torch.get_default_device() if device is None else device
-    with torch.device(device):
+    with read_once(), torch.device(device):
         rgb_encoder = build_component("rgb_encoder", spec["rgb_encoder"])
         depth_branch = build_component("depth_branch", spec["depth_branch"], rgb_encoder.image_size)
         language_model = build_component("language_model", spec["language_model"], tokenizer)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from annexe.checkpoints import public as checkpoints
+from annexe.checkpoints.whole_models import family_of, fill_projector
 from annexe.errors import UserError
 from annexe.models.depth_branch import DepthFeatures
 from annexe.models.image_ops import resize_patches
@@ -137,7 +138,8 @@ class Annexe(nn.Module):
         language_model: packed embeddings to hidden states and tokens.
         pixel_decoder: presence and masks of every query's slots.
         init_from: MiniGPT-v2 checkpoint, training run of the released code or run folder of ours.
-            It gives projector and adapters, and whatever else it holds for the parts.
+            It gives projector and adapters, and whatever else it holds for the parts. The folder
+            of a whole vision-language model gives the projector; its other parts name it, too.
         init: ``random`` declares that projector and adapters are meant to start untrained.
         image_token_head: predict, for every image token, the words of the phrase it shows. The
             ``image_token_labels`` loss needs it, which helps runs from scratch.
@@ -189,7 +191,9 @@ class Annexe(nn.Module):
         self.text_decoder = GreedyDecoder(language_model)
 
         # Weights
-        if init_from is not None:
+        if init_from is not None and family_of(init_from) is not None:
+            fill_projector(projector, init_from)
+        elif init_from is not None:
             required = []
             for name in self.state_dict():
                 is_adapter = name.startswith("language_model.") and ".lora_" in name

@@ -6,6 +6,7 @@ there (`annexe.models.language_model.float8`).
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from annexe.checkpoints.formats import UNQUANTIZED
 from annexe.checkpoints.public import quantization_of
 from annexe.checkpoints.tensor_files import CONFIG, contents_of, read_json, require_real_files
+from annexe.checkpoints.whole_models import family_of, load_whole
 from annexe.errors import UserError
 from annexe.models.language_model.attention import NAME
 
@@ -47,6 +49,9 @@ def load_base(path: str, dtype: str) -> PreTrainedModel:
         UserError: for a folder that is damaged, lacks a tensor, or holds the difference of two
             models.
     """
+    if family_of(path) is not None:
+        return quantize(_base_of_whole(path, dtype), dtype)
+
     # Read the folder. Of what is damaged in it the libraries raise whatever they like.
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -85,6 +90,27 @@ def load_base(path: str, dtype: str) -> PreTrainedModel:
         len(info["unexpected_keys"]),
     )
     return quantize(model, dtype)
+
+
+def _base_of_whole(path: str, dtype: str) -> PreTrainedModel:
+    """The language model of a whole vision-language model, as one of its own.
+
+    Args:
+        path: folder of the whole model.
+        dtype: as of `load_base`.
+    """
+    whole = load_whole(path)
+    language_model = whole.model.get_submodule(whole.family.language_model)
+    language_model.set_attn_implementation(NAME)
+
+    # The class of causal language models around it, without weights of its own
+    with torch.device("meta"):
+        base: Any = AutoModelForCausalLM.from_config(copy.deepcopy(language_model.config))
+    base.model = language_model
+    base.lm_head = whole.model.lm_head
+    base.config = language_model.config
+    base.generation_config = whole.model.generation_config
+    return base.to(DTYPES.get(dtype, torch.bfloat16))
 
 
 def _require_no_delta(model: PreTrainedModel, path: str) -> None:

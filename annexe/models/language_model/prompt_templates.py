@@ -6,6 +6,8 @@ are in the templates of models that were trained with them; others tell tasks ap
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedTokenizerBase
 
 from annexe.errors import UserError
@@ -17,6 +19,8 @@ _SETTING = "model.language_model.prompt_template"
 _IMAGE = "(here-is-the-image)"
 _TASK = "(here-is-the-task)"
 _RESPONSE = "(here-is-the-response)"
+# Image tokens of InternVL, Qwen-VL and LLaVA
+_IMAGE_WORDS = ("<IMG_CONTEXT>", "<|image_pad|>", "<image>")
 
 
 def find_template(name: str, base: PreTrainedTokenizerBase) -> PromptTemplate:
@@ -110,7 +114,7 @@ def auto(base: PreTrainedTokenizerBase) -> PromptTemplate:
 
 
 def _render(
-    base: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, add_generation_prompt: bool
+    base: PreTrainedTokenizerBase, messages: list[dict[str, Any]], *, add_generation_prompt: bool
 ) -> str:
     """A conversation as the tokenizer's chat template writes it.
 
@@ -124,7 +128,7 @@ def _render(
     except Exception as error:  # a template is a program, and raises whatever it likes
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{_SETTING} auto cannot apply the tokenizer's chat template ({reason}); set it to "
+            f"{_SETTING}: cannot apply the tokenizer's chat template ({reason}); set it to "
             "plain, chatml, llama3 or minigpt_v2"
         ) from None
     assert isinstance(text, str)
@@ -138,3 +142,80 @@ def _first_special_word(base: PreTrainedTokenizerBase, text: str) -> str | None:
         if word in base.get_added_vocab():
             return word
     return None
+
+
+@register("prompt_template", "image_chat")
+def image_chat(base: PreTrainedTokenizerBase) -> PromptTemplate:
+    """The chat template of a vision-language model, split around the image token and the task.
+
+    What its processor puts around the tokens of an image, as InternVL's does, is added.
+
+    Raises:
+        UserError: if there is none, it cannot be split, or its pieces are other tokens than the
+            whole.
+    """
+    if not base.chat_template:
+        raise UserError(
+            f"{_SETTING} image_chat takes the chat template of a vision-language model, and the "
+            "folder has none (chat_template.jinja is missing); fetch it, or set it to chatml"
+        )
+
+    # A conversation up to the response, and with it
+    content = [{"type": "image"}, {"type": "text", "text": _TASK}]
+    user = {"role": "user", "content": content}
+    answer = [{"type": "text", "text": _RESPONSE}]
+    asked = _render(base, [user], add_generation_prompt=True)
+    answered = _render(
+        base, [user, {"role": "assistant", "content": answer}], add_generation_prompt=False
+    )
+
+    # The pieces around what changes
+    words = [word for word in _image_words(base) if asked.count(word) == 1]
+    rest, _, closing = asked.partition(_TASK)
+    if len(words) != 1 or not closing or _RESPONSE not in answered or words[0] not in rest:
+        raise UserError(
+            f"{_SETTING} image_chat cannot split the chat template, which writes an image and a "
+            f"task as '{asked[:200]}'; set it to chatml or plain"
+        )
+    prefix, _, opening = rest.partition(words[0])
+    if words[0] == getattr(base, "context_image_token", None):
+        prefix = f"{prefix}{base.start_image_token}"  # type: ignore[attr-defined]
+        opening = f"{base.end_image_token}{opening}"  # type: ignore[attr-defined]
+    _require_same_tokens(base, prefix, words[0], f"{opening}{_TASK}{closing}")
+
+    behind = answered.rpartition(_RESPONSE)[2]
+    around = (opening, closing)
+    return PromptTemplate(
+        prefix=prefix,
+        analysis=around,
+        query=around,
+        begins_with_bos=False,
+        end=_first_special_word(base, behind),
+    )
+
+
+def _image_words(base: PreTrainedTokenizerBase) -> list[str]:
+    """Words that stand for an image token in templates, as far as the tokenizer knows them."""
+    named = [getattr(base, name, None) for name in ("context_image_token", "image_token")]
+    words = [word for word in (*named, *_IMAGE_WORDS) if word is not None]
+    vocabulary = base.get_vocab()
+    return [word for word in dict.fromkeys(words) if word in vocabulary]
+
+
+def _require_same_tokens(
+    base: PreTrainedTokenizerBase, prefix: str, image: str, branch: str
+) -> None:
+    """Check that a prompt's pieces, encoded one by one, are the tokens of the prompt.
+
+    Raises:
+        UserError: if they are not; the model would be asked otherwise than it was trained.
+    """
+    whole = base(f"{prefix}{image}{branch}", add_special_tokens=False)["input_ids"]
+    pieces: list[int] = []
+    for piece in (prefix, image, branch):
+        pieces += base(piece, add_special_tokens=False)["input_ids"]
+    if pieces != whole:
+        raise UserError(
+            f"{_SETTING} image_chat: the tokenizer joins words across the image, so its prompts "
+            "cannot be written in pieces; set it to chatml or plain"
+        )

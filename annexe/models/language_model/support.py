@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from annexe.checkpoints.whole_models import text_config_of
 from annexe.errors import UserError
 from annexe.models.language_model.attention import NAME, packed_attention_mask
 from annexe.models.language_model.base_model import require_plain_folder
@@ -104,6 +105,7 @@ def require_packable(folder: Path) -> PretrainedConfig:
             f"cannot read config.json in '{folder}' ({type(error).__name__}: {reason}); "
             "fetch it again, or take a model that transformers knows"
         ) from None
+    config = text_config_of(config)
     against = _reason_against(config) or _difference(config)
     if against is not None:
         raise UserError(
@@ -119,7 +121,10 @@ def _reason_against(config: PretrainedConfig) -> str | None:
     if config.is_encoder_decoder:
         return "it is an encoder with a decoder"
     if config.get_text_config() is not config:
-        return "it holds a language model among other parts; give that one in a folder of its own"
+        return (
+            "it holds a language model among other parts, and is none of the whole models that "
+            "model.init_from takes; give the language model in a folder of its own"
+        )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return "transformers has no causal language model of this type"
 

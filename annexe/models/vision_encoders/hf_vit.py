@@ -53,7 +53,7 @@ _LAST_NORMS = ("post_layernorm", "layernorm", "norm")
 # What stands before the names of a vision model's tensors in files of whole models
 _PREFIXES = {r"^(model\.)?vision_tower\.": ""}
 # Where a folder has the statistics of pixels
-_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
 @register("rgb_encoder", "hf_vit")
@@ -96,7 +96,7 @@ class HfViT(nn.Module):
         config = _vision_config(Path(path))
         require_whole_patches(_SETTINGS, image_size, _side(config.patch_size))
         require_trained(trained, config.num_hidden_layers)
-        own = _statistics(Path(path), statistics)
+        own = own_statistics(Path(path), statistics)
         self.normalize = Normalize(_SETTINGS, statistics, own)
 
         # The network
@@ -140,7 +140,7 @@ class HfViT(nn.Module):
         if self._statistics is not None:
             mean, std = self._statistics
             content = json.dumps({"image_mean": mean, "image_std": std}, indent=1)
-            (copy / _PROCESSORS[0]).write_text(content)
+            (copy / PROCESSORS[0]).write_text(content)
 
     def _encode_flattened(self, pixels: Tensor) -> Tensor:
         """SigLIP 2 of any size (NaFlex), whose patches come as vectors: float[B, P, D].
@@ -251,7 +251,7 @@ def _load(path: str, config: Any) -> nn.Module:
     return model.train()
 
 
-def _statistics(
+def own_statistics(
     folder: Path, statistics: str
 ) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Mean and standard deviation of a folder's image processor; None where it has none.
@@ -259,7 +259,7 @@ def _statistics(
     Raises:
         UserError: if they are asked for and not there.
     """
-    for name in _PROCESSORS:
+    for name in PROCESSORS:
         file = folder / name
         content = read_json(file) if file.is_file() else {}
         content = content.get("image_processor", content) if isinstance(content, dict) else {}
@@ -267,7 +267,7 @@ def _statistics(
             return tuple(content["image_mean"]), tuple(content["image_std"])
     if statistics == "own":
         raise UserError(
-            f"nothing in '{folder}' says how pixels are normalized ({_PROCESSORS[0]} is missing); "
+            f"nothing in '{folder}' says how pixels are normalized ({PROCESSORS[0]} is missing); "
             f"fetch it, or set {_SETTINGS}.statistics, such as half for SigLIP and imagenet for "
             "DINOv2, DINOv3 and InternViT"
         )
