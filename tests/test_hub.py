@@ -33,7 +33,7 @@ from annexe.hub import archives, client, runs, transfer
 from annexe.hub.archives import Unpacker, find_archives, layout_name
 from annexe.hub.catalog import ITEMS, find_item, public_path
 from annexe.hub.client import list_files
-from annexe.hub.publish import publish
+from annexe.hub.publish import _is_private, publish
 from annexe.synthetic.generate import generate
 from annexe.tools import download, push
 from annexe.trainer import train
@@ -754,6 +754,22 @@ def test_a_card_tells_scores_needs_and_what_was_replaced(trained: Path, tmp_path
     (run / "eval" / "metrics.json").write_text(json.dumps(metrics))
     call(push, str(run), "user/tiny", "--out", str(tmp_path / "other"))
     assert "without an evaluation" in (tmp_path / "other" / "README.md").read_text()
+
+
+def test_paths_are_private_and_names_of_models_are_not() -> None:
+    private = {
+        "datasets.mine.data_root": "data",
+        "datasets.mine.exclude": "report.json",
+        "datasets.mine.other": "some/folder",
+        "model.rgb_encoder.other": "/home/someone/file",
+    }
+    public = {
+        "model.rgb_encoder.model": "hf-hub:timm/vit_tiny_patch16_224",
+        "model.rgb_encoder.weights": "path/to/eva_vit_g.pth",
+        "datasets.mine.answer_format": "phrases",
+    }
+    assert all(_is_private(place, value) for place, value in private.items())
+    assert not any(_is_private(place, value) for place, value in public.items())
 
 
 def test_what_is_a_name_on_the_hub() -> None:

@@ -204,9 +204,10 @@ def _is_private(place: str, value: str) -> bool:
         return False  # replaced before
     if place == "model.init_from":
         return False
-    is_root = place.endswith("root")
-    is_path = place.endswith((".exclude", ".split_dir"))
-    return is_root or is_path or "/" in value or "\\" in value or value.startswith("~")
+    if place.startswith("model."):
+        return value.startswith(("/", "~", "\\"))  # names of models on the hub have a slash, too
+    is_path = place.endswith(("root", ".exclude", ".split_dir"))
+    return is_path or "/" in value or "\\" in value or value.startswith("~")
 
 
 def _clean(file: Path) -> None:
