@@ -135,6 +135,7 @@ def fake_model(config: Config, tokenizer: Any, mode: FakeTensorMode, *, bf16: bo
     blocks = model.language_model.base.model.layers
     with mode:
         model.to_empty(device="cpu")
+        model.language_model.base.tie_weights()  # tables that are one were made two
         if dtype in QUANTIZED:
             for block in blocks:
                 _quantize(block, dtype)

@@ -90,10 +90,10 @@ def _load(arguments: argparse.Namespace) -> Config:
             f"'{arguments.cfg_path}' is of no training run; it needs a model and a data set"
         )
     language_model = config.model["language_model"]
-    if language_model["type"] != "llama":
+    if language_model["type"] not in ("llama", "causal_lm"):
         raise UserError(
-            "annexe plan knows language models of type llama alone; "
-            "set model.language_model.type=llama"
+            "annexe plan knows language models of the types llama and causal_lm alone; "
+            "set model.language_model.type to one of them"
         )
     is_sharded = config.run.parallel == "fsdp" and arguments.gpus > 1
     if is_sharded and language_model["dtype"] not in DTYPES:
