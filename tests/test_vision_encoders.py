@@ -268,7 +268,9 @@ def train_on(model: Annexe, batch: Batch) -> list[float]:
     return values
 
 
-@pytest.mark.parametrize("case", ["lora", "last block", "folder"])
+@pytest.mark.parametrize(
+    "case", ["lora", "last block", pytest.param("folder", marks=pytest.mark.slow)]
+)
 def test_other_encoders_are_trained_and_answer(
     case: str, configure: MakeConfig, hf_folder: Path
 ) -> None:
