@@ -34,7 +34,7 @@ from annexe.checkpoints.saved_settings import compare_start, require_same_meanin
 from annexe.checkpoints.start import folder_of_start, settings_of_start
 from annexe.checkpoints.tensor_files import read_config
 from annexe.checkpoints.training_state import load_weights
-from annexe.checkpoints.whole_models import family_of, read_once, settings_of_whole
+from annexe.checkpoints.whole_models import is_whole, read_once, settings_of_whole
 from annexe.config import OPTIONAL_PARTS, PARTS, Config, RunConfig, is_released
 from annexe.datasets.ego_irgbench import EgoIRGBench, MissingSplit
 from annexe.datasets.mixture import ALL, Ratio, require_ratio
@@ -205,7 +205,7 @@ def _init_from(given: Any) -> str | None:
 def _whole_of_start(base: DictConfig, overrides: DictConfig) -> str | None:
     """The folder that ``model.init_from`` names, if it holds a whole vision-language model."""
     start = _init_from(overlay(base, overrides))
-    return start if start is not None and family_of(start) is not None else None
+    return start if start is not None and is_whole(start) else None
 
 
 def _drop_settings_of_other_types(base: Any, overrides: DictConfig) -> None:

@@ -175,6 +175,7 @@ def set_up(config: Config) -> Trainer:
         pad_to_multiple_of=PAD_TO_MULTIPLE_OF if use_graphs else 1,
         unpad=model.language_model.uses_flex_attention,
         max_positions=model.language_model.max_positions,
+        num_image_positions=model.num_image_positions,
         keep_samples=False,
     )
     batches = partial(

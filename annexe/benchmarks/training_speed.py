@@ -239,7 +239,9 @@ def _micro_batches(trainer: Trainer, settings: TrainingSettings) -> Generator[Ba
     )
     batch = replace(batch, samples=[])
     if settings.stored:
-        shape = (len(batch.images), model.rgb_encoder.grid**2, model.rgb_encoder.embed_dim)
+        encoder = model.rgb_encoder
+        num_channels = getattr(encoder, "num_channels", encoder.embed_dim)
+        shape = (len(batch.images), encoder.grid**2, num_channels)
         patches = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         batch = replace(batch, patches=patches.bfloat16())
     if trainer.accelerator.device.type == "cuda":

@@ -27,6 +27,7 @@ from annexe.errors import UserError
 log = logging.getLogger(__name__)
 
 _SETTING = "model.init_from"
+_QWEN_IMAGE_SIZE = 448
 _WHERE = "docs/backbones.md names whole models that can be taken"
 
 
@@ -36,14 +37,14 @@ class Family:
 
     Args:
         vision: where the vision model is in the model of transformers.
-        projector: where the projector is.
+        projector: where the projector is, each with what stands before the names of ours.
         language_model: where the language model is.
         settings: makes a ``model`` block's settings of parts from the configuration of a folder.
         left_over: tensors of the model that no part takes, by the beginning of their name.
     """
 
     vision: str
-    projector: str
+    projector: dict[str, str]
     language_model: str
     settings: Callable[[Any], dict[str, dict[str, Any]]]
     left_over: tuple[str, ...] = ()
@@ -89,6 +90,37 @@ def _internvl_settings(config: Any) -> dict[str, dict[str, Any]]:
     }
 
 
+def _llava_settings(config: Any) -> dict[str, dict[str, Any]]:
+    """The parts of LLaVA-OneVision (arXiv 2408.03326), for one tile a photo.
+
+    Its own image size may hold a fraction of a patch, which its vision model leaves out.
+    """
+    _require(config, "vision_feature_layer", (-1, [-1]))
+    _require(config, "vision_feature_select_strategy", ("full",))
+    _require(config, "multimodal_projector_bias", (True,))
+    _require(config, "projector_hidden_act", ("gelu",))
+    vision = config.vision_config
+    patch_size = _side(vision.patch_size)
+    image_size = _side(vision.image_size) // patch_size * patch_size
+    return {
+        "rgb_encoder": {"type": "hf_vit", "image_size": image_size, "last_norm": False},
+        "projector": {"type": "mlp", "newline": True},
+    }
+
+
+def _qwen_settings(config: Any) -> dict[str, dict[str, Any]]:
+    """The parts of Qwen2.5-VL and Qwen3-VL; a folder names no size of images, so 448 is taken."""
+    vision = config.vision_config
+    _require(vision, "spatial_merge_size", (2,))
+    projector: dict[str, Any] = {"type": config.model_type}
+    if config.model_type == "qwen3_vl":
+        projector["num_levels"] = len(vision.deepstack_visual_indexes)
+    return {
+        "rgb_encoder": {"type": "qwen_vit", "image_size": _QWEN_IMAGE_SIZE},
+        "projector": projector,
+    }
+
+
 def _require(config: Any, name: str, known: tuple[Any, ...]) -> None:
     """Check that a setting of a whole model is one of those that its parts here know.
 
@@ -111,13 +143,38 @@ def _side(size: Any) -> int:
 FAMILIES: dict[str, Family] = {
     "internvl": Family(
         vision="model.vision_tower",
-        projector="model.multi_modal_projector",
+        projector={"model.multi_modal_projector.": ""},
         language_model="model.language_model",
         settings=_internvl_settings,
         left_over=("model.vision_tower.embeddings.mask_token",),
     ),
+    "llava_onevision": Family(
+        vision="model.vision_tower",
+        projector={"model.multi_modal_projector.": "", "model.image_newline": "image_newline"},
+        language_model="model.language_model",
+        settings=_llava_settings,
+        left_over=("model.vision_tower.post_layernorm.", "model.vision_tower.head."),
+    ),
+    "qwen2_5_vl": Family(
+        vision="model.visual",
+        projector={"model.visual.merger.": ""},
+        language_model="model.language_model",
+        settings=_qwen_settings,
+    ),
+    "qwen3_vl": Family(
+        vision="model.visual",
+        projector={
+            "model.visual.merger.": "",
+            "model.visual.deepstack_merger_list.": "deepstack_merger_list.",
+        },
+        language_model="model.language_model",
+        settings=_qwen_settings,
+    ),
 }
 """Model type -> what is where in it."""
+
+PARTS_OF_WHOLE = ("qwen2_5_vl_text", "qwen3_vl_text")
+"""Types of language models that transformers has no class of their own for."""
 
 
 def family_of(source: str | Path) -> Family | None:
@@ -128,6 +185,25 @@ def family_of(source: str | Path) -> Family | None:
     content = read_json(file)
     model_type = content.get("model_type") if isinstance(content, dict) else None
     return FAMILIES.get(str(model_type))
+
+
+def is_whole(source: str | Path) -> bool:
+    """Whether a folder holds a whole model.
+
+    Raises:
+        UserError: for a whole model of a type that is not known.
+    """
+    if family_of(source) is not None:
+        return True
+    file = Path(source) / CONFIG
+    content = read_json(file) if file.is_file() else None
+    if isinstance(content, dict) and "vision_config" in content:
+        raise UserError(
+            f"{_SETTING}: the whole model of type '{content.get('model_type')}' in '{source}' is "
+            f"none of those that annexe takes: {', '.join(FAMILIES)} (of InternVL the folder that "
+            f"ends with -hf); {_WHERE}"
+        )
+    return False
 
 
 def require_family(path: str, known: tuple[str, ...], setting: str) -> Any:
@@ -253,7 +329,11 @@ def fill_projector(projector: nn.Module, folder: str) -> None:
         UserError: for a projector of another kind or size.
     """
     whole = load_whole(folder)
-    theirs = whole.model.get_submodule(whole.family.projector).state_dict()
+    theirs = {}
+    for name, tensor in whole.model.state_dict().items():
+        for start, our_start in whole.family.projector.items():
+            if name.startswith(start):
+                theirs[our_start + name.removeprefix(start)] = tensor
     ours = projector.state_dict()
     faults = [f"missing {name}" for name in ours.keys() - theirs.keys()]
     faults += [f"no place for {name}" for name in theirs.keys() - ours.keys()]
@@ -277,8 +357,8 @@ def report_of(whole: WholeModel) -> str:
     """Where the tensors of a whole model go: how many to which part, and which are left over."""
     family = whole.family
     parts = {
+        "projector": tuple(family.projector),
         "rgb_encoder": (f"{family.vision}.",),
-        "projector": (f"{family.projector}.",),
         "language_model": (f"{family.language_model}.", "lm_head."),
     }
     counts = dict.fromkeys(parts, 0)

@@ -143,7 +143,11 @@ def lay_out(
 
 
 def to_tensors(
-    table: list[PlacedBranch], prefix: list[int], num_image_tokens: int, padding: Padding
+    table: list[PlacedBranch],
+    prefix: list[int],
+    num_image_tokens: int,
+    padding: Padding,
+    num_image_positions: int | None = None,
 ) -> PackedText:
     """Write branches that `lay_out` placed into rows of tokens.
 
@@ -152,6 +156,8 @@ def to_tensors(
         prefix: token ids before the image tokens.
         num_image_tokens: of every image.
         padding: how rows, prompts and labels are rounded up.
+        num_image_positions: positions that an image takes (default: one a token). Where they are
+            fewer, the language model places the tokens in rows and columns itself.
     """
     num_images = table[-1].image_index + 1
     prefix_length = len(prefix) + num_image_tokens
@@ -164,6 +170,9 @@ def to_tensors(
     input_ids[:, : len(prefix)] = prefix
     segment_ids[:, :prefix_length] = PREFIX_SEGMENT
     position_ids[:, :prefix_length] = np.arange(prefix_length)
+    first_position = prefix_length
+    if num_image_positions is not None:
+        first_position = len(prefix) + num_image_positions
 
     # The branches behind it
     label_positions: list[int] = []
@@ -174,7 +183,7 @@ def to_tensors(
         length = branch.end - branch.start
         input_ids[branch.image_index, columns] = branch.prompt + branch.response
         segment_ids[branch.image_index, columns] = branch.segment_id
-        position_ids[branch.image_index, columns] = prefix_length + np.arange(length)
+        position_ids[branch.image_index, columns] = first_position + np.arange(length)
 
         first_label = branch.image_index * row_length + branch.label_start
         label_positions += range(first_label, first_label + len(branch.response))
@@ -208,12 +217,16 @@ def to_tensors(
 
 
 def pack(
-    branches: list[list[Branch]], prefix: list[int], num_image_tokens: int, padding: Padding
+    branches: list[list[Branch]],
+    prefix: list[int],
+    num_image_tokens: int,
+    padding: Padding,
+    num_image_positions: int | None = None,
 ) -> PackedText:
     """Pack every image's branches behind one prefix: `lay_out`, then `to_tensors`."""
     prefix_length = len(prefix) + num_image_tokens
     table = lay_out(branches, prefix_length, fill_queries=padding.fill_queries)
-    return to_tensors(table, prefix, num_image_tokens, padding)
+    return to_tensors(table, prefix, num_image_tokens, padding, num_image_positions)
 
 
 def unpadded_indices(segment_ids: np.ndarray) -> Tensor:
@@ -281,6 +294,7 @@ class Collator:
             attention that skips blocks.
         max_positions: of the language model, for the prefix and any text behind it.
         num_generated: positions of these that generated tokens will take.
+        num_image_positions: positions of these that an image takes (default: one a token).
         keep_samples: the batch brings its samples along; their pixels slow down the way from one
             process to another.
     """
@@ -296,6 +310,7 @@ class Collator:
         unpad: bool = False,
         max_positions: int | None = None,
         num_generated: int = 0,
+        num_image_positions: int | None = None,
         keep_samples: bool = True,
     ) -> None:
         self.tokenizer = tokenizer
@@ -304,6 +319,7 @@ class Collator:
         self.responses = responses
         self.max_positions = max_positions
         self.num_generated = num_generated
+        self.num_image_positions = num_image_positions
         self.keep_samples = keep_samples
         self.padding = Padding.to_multiple_of(pad_to_multiple_of, unpad=unpad)
 
@@ -314,7 +330,7 @@ class Collator:
         branches = [self._branches(sample, ids) for sample in samples]
         for sample, own in zip(samples, branches, strict=True):
             self._require_room(sample, len(prefix), own)
-        text = pack(branches, prefix, self.num_image_tokens, self.padding)
+        text = pack(branches, prefix, self.num_image_tokens, self.padding, self.num_image_positions)
 
         # Queries and their slots
         num_queries = [len(sample.turns) for sample in samples]
@@ -390,7 +406,7 @@ class Collator:
         longest = max(len(prompt) + len(response) for prompt, response in branches)
         parts = {
             "of the prompt's beginning": prefix_length,
-            "of the image": self.num_image_tokens,
+            "of the image": self.num_image_positions or self.num_image_tokens,
             "of its longest text": longest,
             "to generate (run.max_new_tokens)": self.num_generated,
         }

@@ -77,6 +77,7 @@ def prompt_collator(model: Annexe, max_new_tokens: int) -> Collator:
         responses=False,
         max_positions=model.language_model.max_positions,
         num_generated=max_new_tokens,
+        num_image_positions=model.num_image_positions,
     )
 
 

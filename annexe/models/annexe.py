@@ -8,7 +8,7 @@ tokens, V words.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ class Encoding(NamedTuple):
     depth: DepthFeatures
     image_tokens: Tensor  # float[B, P, D]
     embeddings: Tensor  # float[B, N, D], text with the image tokens in their place
+    image_levels: list[Tensor]  # float[B, P, D] each, for the first blocks of the language model
 
 
 class RgbEncoder(Protocol):
@@ -97,6 +98,14 @@ class Projector(Protocol):
 
     def __call__(self, patches: Tensor) -> Tensor:
         """Project float[B, G * G, E] to float[B, P, D]."""
+
+
+@runtime_checkable
+class ProjectsLevels(Protocol):
+    """A projector with tokens for the first blocks of the language model as well."""
+
+    def project_levels(self, patches: Tensor) -> list[Tensor]:
+        """Project float[B, G * G, E] to float[B, P, D] for each of these blocks."""
 
 
 class PixelDecoder(Protocol):
@@ -176,6 +185,14 @@ class Annexe(nn.Module):
                 "it must be at least 0 and at most 1"
             )
         self.num_image_tokens = projector.num_tokens
+        self.num_image_positions = projector.num_tokens
+        if language_model.has_image_axes:
+            self.num_image_positions = projector.num_rows
+        if image_token_head and projector.num_tokens % projector.num_rows:
+            raise UserError(
+                "model.image_token_head needs image tokens in rows, and this projector adds one "
+                "behind them; set it to false, or model.projector.newline to false"
+            )
         self.grid_of_masks = grid_of_masks(rgb_encoder, depth_branch)
         self.image_token_head = image_token_head
         self.constrain_answers = constrain_answers
@@ -192,6 +209,7 @@ class Annexe(nn.Module):
 
         # Weights
         if init_from is not None and family_of(init_from) is not None:
+            assert isinstance(projector, nn.Module)
             fill_projector(projector, init_from)
         elif init_from is not None:
             required = []
@@ -204,7 +222,9 @@ class Annexe(nn.Module):
     def forward(self, batch: Batch) -> Predictions:
         """Teacher-forced pass over a packed batch."""
         encoding = self.encode(batch)
-        hidden = self.language_model(encoding.embeddings, batch.text)  # [B, N, D]
+        hidden = self.language_model(
+            encoding.embeddings, batch.text, image_levels=encoding.image_levels
+        )  # [B, N, D]
         label_states = hidden.flatten(0, 1)[batch.text.label_positions]  # [T, D]
         token_logits = self.language_model.logits(label_states)
         if self.pixel_decoder.conditioning == "prompt":
@@ -233,7 +253,9 @@ class Annexe(nn.Module):
         """
         # Masks and tokens, in the order that the decoder needs
         encoding = self.encode(batch)
-        prefill = self.language_model.prefill(encoding.embeddings, batch.text)
+        prefill = self.language_model.prefill(
+            encoding.embeddings, batch.text, encoding.image_levels
+        )
         on_tokens = None if on_text is None else self._tell_texts(batch, on_text)
         if self.pixel_decoder.conditioning == "prompt":
             decode = self._ground_then_answer
@@ -298,7 +320,13 @@ class Annexe(nn.Module):
         before = words[:, : text.image_start]
         after = words[:, text.prefix_length :]
         embeddings = torch.cat([before, image_tokens.to(words.dtype), after], dim=1)
-        return Encoding(patches, depth, image_tokens, embeddings)
+
+        # Further levels of the encoder, which are the projector's alone
+        image_levels: list[Tensor] = []
+        if isinstance(self.projector, ProjectsLevels):
+            image_levels = self.projector.project_levels(patches)
+        patches = patches[..., : self.rgb_encoder.embed_dim]
+        return Encoding(patches, depth, image_tokens, embeddings, image_levels)
 
     def present_slots(self, grounding: Grounding) -> Tensor:
         """Slots that have a target, bool[Q, K]: present, and with a pixel.

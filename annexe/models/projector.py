@@ -6,6 +6,7 @@ r patches a side of a token, T image tokens.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,6 +14,8 @@ from annexe.errors import UserError, require_sizes
 from annexe.registry import register
 
 _SETTINGS = "model.projector"
+_QWEN_SIDE = 2  # patches a side of a token
+_QWEN_EPSILON = 1e-6
 
 
 @register("projector", "concat")
@@ -58,22 +61,32 @@ class MlpProjector(nn.Module):
         embed_dim: E.
         grid: G.
         language_dim: L.
+        newline: one learned token more, behind the last patch (LLaVA-OneVision, arXiv 2408.03326).
 
     Attributes:
-        num_tokens: T = P.
+        num_tokens: T = P, and the one more.
         num_rows: rows in which the tokens lie, G.
     """
 
-    def __init__(self, embed_dim: int, grid: int, language_dim: int) -> None:
+    def __init__(
+        self, embed_dim: int, grid: int, language_dim: int, *, newline: bool = False
+    ) -> None:
         super().__init__()
-        self.num_tokens = grid**2
+        self.num_tokens = grid**2 + newline
         self.num_rows = grid
+        self.image_newline: nn.Parameter | None = None
+        if newline:
+            self.image_newline = nn.Parameter(torch.randn(language_dim) * language_dim**-0.5)
         self.linear_1 = nn.Linear(embed_dim, language_dim)
         self.linear_2 = nn.Linear(language_dim, language_dim)
 
     def forward(self, patches: Tensor) -> Tensor:
         """float[B, P, E] -> float[B, T, L]."""
-        return self.linear_2(F.gelu(self.linear_1(patches)))
+        tokens = self.linear_2(F.gelu(self.linear_1(patches)))
+        if self.image_newline is None:
+            return tokens
+        newline = self.image_newline.to(tokens.dtype).expand(len(tokens), 1, -1)
+        return torch.cat([tokens, newline], dim=1)
 
 
 @register("projector", "pixel_shuffle")
@@ -131,3 +144,101 @@ def _require_divisor(setting: str, value: int, grid: int) -> None:
         raise UserError(
             f"{_SETTINGS}.{setting} {value} does not divide the {grid} patches of a row; change one"
         )
+
+
+@register("projector", "qwen2_5_vl")
+class Qwen25Projector(nn.Module):
+    """Projects squares of patches, each patch normalized, by two layers (Qwen2.5-VL).
+
+    It is the ``Qwen2_5_VLPatchMerger`` of transformers' ``modeling_qwen2_5_vl.py``.
+
+    Args:
+        embed_dim: E.
+        grid: G.
+        language_dim: L.
+
+    Attributes:
+        num_tokens: T = P / 4.
+        num_rows: rows in which the tokens lie, G / 2.
+
+    Raises:
+        UserError: if G is odd.
+    """
+
+    def __init__(self, embed_dim: int, grid: int, language_dim: int) -> None:
+        super().__init__()
+        _require_divisor("type qwen2_5_vl with", _QWEN_SIDE, grid)
+        self.num_rows = grid // _QWEN_SIDE
+        self.num_tokens = self.num_rows**2
+        width = embed_dim * _QWEN_SIDE**2
+        self.ln_q = nn.RMSNorm(embed_dim, eps=_QWEN_EPSILON)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, language_dim))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """float[B, P, E] -> float[B, T, L]."""
+        return self.mlp(pixel_shuffle(self.ln_q(patches), self.num_rows, _QWEN_SIDE))
+
+
+@register("projector", "qwen3_vl")
+class Qwen3Projector(nn.Module):
+    """Projects squares of patches, and those of further levels of the encoder (Qwen3-VL).
+
+    Tokens of a level are added to the hidden states of the image behind one block of the language
+    model each, from the first on (DeepStack, arXiv 2406.04334).
+
+    Args:
+        embed_dim: E.
+        grid: G.
+        language_dim: L.
+        num_levels: further levels, whose channels lie behind those of the patches.
+
+    Attributes:
+        num_tokens: T = P / 4.
+        num_rows: rows in which the tokens lie, G / 2.
+
+    Raises:
+        UserError: if G is odd.
+    """
+
+    def __init__(
+        self, embed_dim: int, grid: int, language_dim: int, *, num_levels: int = 3
+    ) -> None:
+        super().__init__()
+        _require_divisor("type qwen3_vl with", _QWEN_SIDE, grid)
+        self.embed_dim = embed_dim
+        self.num_rows = grid // _QWEN_SIDE
+        self.num_tokens = self.num_rows**2
+        width = embed_dim * _QWEN_SIDE**2
+        self.norm = nn.LayerNorm(embed_dim, eps=_QWEN_EPSILON)
+        self.linear_fc1 = nn.Linear(width, width)
+        self.linear_fc2 = nn.Linear(width, language_dim)
+        levels = [_LevelProjector(width, language_dim) for _ in range(num_levels)]
+        self.deepstack_merger_list = nn.ModuleList(levels)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """float[B, P, (1 + levels) * E] -> float[B, T, L], of the patches alone."""
+        own = self.norm(patches[..., : self.embed_dim])
+        squares = pixel_shuffle(own, self.num_rows, _QWEN_SIDE)
+        return self.linear_fc2(F.gelu(self.linear_fc1(squares)))
+
+    def project_levels(self, patches: Tensor) -> list[Tensor]:
+        """float[B, P, (1 + levels) * E] -> float[B, T, L] of every further level."""
+        _, *levels = patches.split(self.embed_dim, dim=-1)
+        tokens = []
+        for level, projector in zip(levels, self.deepstack_merger_list, strict=True):
+            tokens.append(projector(pixel_shuffle(level, self.num_rows, _QWEN_SIDE)))
+        return tokens
+
+
+class _LevelProjector(nn.Module):
+    """Projects squares of patches of one level, normalized square by square."""
+
+    def __init__(self, width: int, language_dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=_QWEN_EPSILON)
+        self.linear_fc1 = nn.Linear(width, width)
+        self.linear_fc2 = nn.Linear(width, language_dim)
+
+    def forward(self, squares: Tensor) -> Tensor:
+        """float[B, T, 4 * E] -> float[B, T, L]."""
+        return self.linear_fc2(F.gelu(self.linear_fc1(self.norm(squares))))

@@ -23,7 +23,12 @@ from annexe.checkpoints.training_state import require_same_frozen, saved_tensors
 from annexe.errors import UserError
 from annexe.files import replaced, require_writable
 from annexe.hub.runs import local_run, require_run
-from annexe.models.language_model.base_model import DTYPES, load_base, require_plain_folder
+from annexe.models.language_model.base_model import (
+    DTYPES,
+    load_base,
+    require_class_for_text,
+    require_plain_folder,
+)
 from annexe.models.language_model.gguf_file import convert_gguf
 from annexe.models.language_model.tokenizer import TextTokenizer, load_tokenizer
 from annexe.terminal import say, table
@@ -178,6 +183,7 @@ def _load_base(checkpoint: Path, settings: dict[str, Any]) -> PreTrainedModel:
     """
     dtype = settings["dtype"] if settings["dtype"] in DTYPES else "bfloat16"
     base = load_base(settings["path"], dtype).requires_grad_(False)
+    require_class_for_text(base)
     as_in_model = nn.ModuleDict({"language_model": nn.ModuleDict({"model": base})})
     require_same_frozen(checkpoint, as_in_model, "language_model")
     return base
@@ -250,6 +256,7 @@ def _save_whole(settings: dict[str, Any], tensors: dict[str, Tensor], folder: Pa
     """
     tokenizer = _load_tokenizer(folder.parent, settings)
     language_model = build_component("language_model", settings, tokenizer)
+    require_class_for_text(language_model.model)
     with torch.no_grad():
         for name, parameter in language_model.model.named_parameters():
             parameter.copy_(tensors[our_name(f"language_model.model.{name}")])

@@ -119,7 +119,8 @@ def stored_patches(
             "run.store_patches needs model.rgb_encoder.frozen=true (trained=none of types other "
             "than eva_vit): patches of a trained encoder change"
         )
-    shape = (encoder.grid**2, encoder.embed_dim)
+    # Behind the patches there may be further levels of the encoder
+    shape = (encoder.grid**2, getattr(encoder, "num_channels", encoder.embed_dim))
     num_bytes = _BYTES * math.prod(shape) * len(dataset)
     settings = {**settings, "precision": accelerator.mixed_precision}
     path = folder / f"{_name(encoder, dataset, settings)}.patches"

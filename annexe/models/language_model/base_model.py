@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
 from annexe.checkpoints.formats import UNQUANTIZED
 from annexe.checkpoints.public import quantization_of
 from annexe.checkpoints.tensor_files import CONFIG, contents_of, read_json, require_real_files
-from annexe.checkpoints.whole_models import family_of, load_whole
+from annexe.checkpoints.whole_models import PARTS_OF_WHOLE, family_of, load_whole
 from annexe.errors import UserError
 from annexe.models.language_model.attention import NAME
 
@@ -33,6 +34,52 @@ _INT8_OUTLIER_THRESHOLD = 6.0
 # Largest weight of a Llama's final norm, below which a file holds a difference: in models it is
 # about 1 or more, in differences of models some hundredths at most.
 _MIN_NORM = 0.1
+
+
+class LanguagePart(PreTrainedModel):
+    """A language model that transformers has as a part of a whole model alone, with its head."""
+
+    base_model_prefix = "model"
+    generation_config = None  # it does not generate by itself
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
+        self.model = AutoModel.from_config(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The table of words."""
+        return self.model.embed_tokens
+
+    def forward(self, input_ids: Tensor, **others: Any) -> CausalLMOutput:
+        """Logits of the next token, float[B, N, V], for rows of words int[B, N]."""
+        hidden = self.model(input_ids=input_ids, **others).last_hidden_state
+        return CausalLMOutput(logits=self.lm_head(hidden))
+
+
+def require_class_for_text(model: nn.Module) -> None:
+    """Check that transformers can load a language model from a folder of its own.
+
+    Raises:
+        UserError: for one that it has as a part of a whole model alone.
+    """
+    if isinstance(model, LanguagePart):
+        raise UserError(
+            f"transformers has no language model of type '{model.config.model_type}' by itself, "
+            "so it cannot be exported; export the adapter, without --merge"
+        )
+
+
+def make_language_model(config: PretrainedConfig, **settings: Any) -> PreTrainedModel:
+    """A causal language model of random weights.
+
+    Args:
+        config: its sizes.
+        settings: of transformers' ``from_config``.
+    """
+    if config.model_type in PARTS_OF_WHOLE:
+        return LanguagePart._from_config(config, **settings)
+    return AutoModelForCausalLM.from_config(config, **settings)
 
 
 def load_base(path: str, dtype: str) -> PreTrainedModel:
@@ -105,7 +152,7 @@ def _base_of_whole(path: str, dtype: str) -> PreTrainedModel:
 
     # The class of causal language models around it, without weights of its own
     with torch.device("meta"):
-        base: Any = AutoModelForCausalLM.from_config(copy.deepcopy(language_model.config))
+        base: Any = make_language_model(copy.deepcopy(language_model.config))
     base.model = language_model
     base.lm_head = whole.model.lm_head
     base.config = language_model.config
@@ -187,7 +234,7 @@ def random_base(config: PretrainedConfig, dtype: str) -> PreTrainedModel:
     previous = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES.get(dtype, torch.bfloat16))
     try:
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
+        model = make_language_model(config, attn_implementation=NAME)
     finally:
         torch.set_default_dtype(previous)
     return quantize(model, dtype)

@@ -7,6 +7,7 @@ K slots.
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
@@ -32,6 +34,7 @@ from annexe.models.language_model.base_model import (
 from annexe.models.language_model.float8 import to_float8
 from annexe.models.language_model.kv_cache import Prefill, PrefillCache
 from annexe.models.language_model.support import (
+    has_image_axes,
     head_dim_of,
     position_limit,
     require_packable,
@@ -176,6 +179,8 @@ class CausalLM(nn.Module):
 
     Attributes:
         end_ids: tokens that end a response; the first one is the tokenizer's.
+        has_image_axes: positions of image tokens are of row and column, so that an image takes as
+            many positions as its tokens have rows.
 
     Raises:
         UserError: for a setting out of range.
@@ -206,6 +211,7 @@ class CausalLM(nn.Module):
         self.hidden_size = base.config.hidden_size
         self.head_dim = head_dim_of(base.config)
         self.max_positions = position_limit(base.config)
+        self.has_image_axes = has_image_axes(base.config)
         self.end_ids = _end_ids(tokenizer, base)
         self.dtype = dtype
         self.compiled = False  # `compile_blocks` sets it once the blocks run through torch.compile
@@ -269,20 +275,25 @@ class CausalLM(nn.Module):
         return torch.cat([words, self.mask_head(hidden)], dim=-1)
 
     def run_layers(
-        self, x: Tensor, position_ids: Tensor, attention_kwargs: list[dict[str, Any]]
+        self,
+        x: Tensor,
+        position_ids: Tensor,
+        attention_kwargs: list[dict[str, Any]],
+        added: Sequence[Tensor] = (),
     ) -> Tensor:
         """Run all blocks and the final norm.
 
         Args:
             x: float[B, N, D], embeddings.
-            position_ids: int[B, N].
+            position_ids: int[B, N], or int[3, B, N] where they have three axes.
             attention_kwargs: for each block, arguments of `attend` in
                 `annexe.models.language_model.attention`.
+            added: float[B, N, D] each, what is added behind the first blocks.
 
         Returns:
             float[B, N, D], final hidden states.
         """
-        hidden = run_layers(self.base.model, x, position_ids, attention_kwargs)
+        hidden = run_layers(self.base.model, x, position_ids, attention_kwargs, added)
         return hidden.to(self.mask_head.weight.dtype)
 
     def forward(
@@ -290,6 +301,7 @@ class CausalLM(nn.Module):
         embeddings: Tensor,
         text: PackedText,
         prefill_caches: list[PrefillCache] | None = None,
+        image_levels: Sequence[Tensor] = (),
     ) -> Tensor:
         """Run the language model over packed sequences.
 
@@ -297,25 +309,49 @@ class CausalLM(nn.Module):
             embeddings: float[B, N, D].
             text: their structure.
             prefill_caches: one for each layer, which gets its keys and values.
+            image_levels: float[B, P, D] each, what is added to the states of the image tokens
+                behind the first blocks.
 
         Returns:
             float[B, N, D], final hidden states.
         """
         make_mask = packed_block_mask if self.uses_flex_attention else packed_attention_mask
+        num_behind = embeddings.shape[1] - text.prefix_length
+        around = (0, 0, text.image_start, num_behind)
+        added = [F.pad(level, around) for level in image_levels]  # [B, N, D]
         if prefill_caches is None and text.unpadded_indices is not None:
-            return self._forward_unpadded(embeddings, text, make_mask)
+            return self._forward_unpadded(embeddings, text, make_mask, added)
 
         mask = make_mask(text.segment_ids)
         num_layers = len(self.base.model.layers)
         caches: Sequence[PrefillCache | None] = prefill_caches or [None] * num_layers
         attention_kwargs = [{"attention_mask": mask, "prefill_cache": cache} for cache in caches]
-        return self.run_layers(embeddings, text.position_ids, attention_kwargs)
+        return self.run_layers(embeddings, self._positions(text), attention_kwargs, added)
+
+    def _positions(self, text: PackedText) -> Tensor:
+        """Positions, int[B, N]; int[3, B, N] where they have three axes.
+
+        The image tokens then lie in a square at the time of the first one, and text has the same
+        number on all axes.
+        """
+        if not self.has_image_axes:
+            return text.position_ids
+        positions = text.position_ids.repeat(3, 1, 1)
+        num_tokens = text.prefix_length - text.image_start
+        tokens = torch.arange(num_tokens, device=positions.device)
+        side = math.isqrt(num_tokens)
+        image = slice(text.image_start, text.prefix_length)
+        positions[0, :, image] = text.image_start
+        positions[1, :, image] = text.image_start + tokens // side
+        positions[2, :, image] = text.image_start + tokens % side
+        return positions
 
     def _forward_unpadded(
         self,
         embeddings: Tensor,
         text: PackedText,
         make_mask: Callable[[Tensor, Tensor], Tensor | BlockMask],
+        added: Sequence[Tensor],
     ) -> Tensor:
         """`forward` over one row of the tokens of all images; states of padding are 0."""
         unpadded_indices = text.unpadded_indices
@@ -331,7 +367,13 @@ class CausalLM(nn.Module):
         image_index = (unpadded_indices // length)[None]
         mask = make_mask(unpad(text.segment_ids), image_index)
         attention_kwargs = [{"attention_mask": mask}] * len(self.base.model.layers)
-        hidden = self.run_layers(unpad(embeddings), unpad(text.position_ids), attention_kwargs)[0]
+        positions = self._positions(text)
+        if positions.ndim == 3:
+            positions = torch.stack([unpad(axis) for axis in positions])  # [3, 1, M]
+        else:
+            positions = unpad(positions)
+        added = [unpad(level) for level in added]
+        hidden = self.run_layers(unpad(embeddings), positions, attention_kwargs, added)[0]
 
         # Put the states back into padded rows; those of spare tokens go to an extra one and away.
         padded = hidden.new_zeros(num_images * length + 1, self.hidden_size)
@@ -339,18 +381,21 @@ class CausalLM(nn.Module):
         return padded[:-1].view(num_images, length, -1)
 
     @torch.no_grad()
-    def prefill(self, embeddings: Tensor, text: PackedText) -> Prefill:
+    def prefill(
+        self, embeddings: Tensor, text: PackedText, image_levels: Sequence[Tensor] = ()
+    ) -> Prefill:
         """Run the language model over packed prompts and keep its keys and values for decoding.
 
         Args:
             embeddings: float[B, N, D].
             text: their structure.
+            image_levels: as of `forward`.
 
         Returns:
             The prompts with hidden states and caches.
         """
         prefill_caches = [PrefillCache() for _ in self.base.model.layers]
-        hidden = self(embeddings, text, prefill_caches)
+        hidden = self(embeddings, text, prefill_caches, image_levels)
         return Prefill(text, hidden, prefill_caches)
 
     def save_extras(self, folder: Path, tensors: dict[str, Tensor]) -> None:

@@ -356,7 +356,7 @@ class GreedyDecoder:
             response_index=response_index,
             image_index=image_index,
             index_in_image=index_in_image,
-            position=text.prefix_length + prompt_length,
+            position=text.position_ids[image_index, last_column] + 1,
             key_mask=columns < prompt_length[:, None],
             hidden=hidden,
             slots_left=slots_left,

@@ -9,18 +9,22 @@ the rest by number: it runs a small copy of the model both ways.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-from annexe.checkpoints.whole_models import text_config_of
+from annexe.checkpoints.whole_models import PARTS_OF_WHOLE, text_config_of
 from annexe.errors import UserError
 from annexe.models.language_model.attention import NAME, packed_attention_mask
-from annexe.models.language_model.base_model import require_plain_folder
+from annexe.models.language_model.base_model import (
+    make_language_model,
+    require_plain_folder,
+)
 from annexe.models.language_model.kv_cache import PrefillCache
 
 # Types of blocks whose attention sees every position within the model's limit
@@ -64,24 +68,36 @@ def position_limit(config: PretrainedConfig) -> int:
     return min(limits)
 
 
+def has_image_axes(config: PretrainedConfig) -> bool:
+    """Whether positions have three axes: time, row and column of an image (M-RoPE of Qwen-VL)."""
+    return "mrope_section" in (getattr(config, "rope_parameters", None) or {})
+
+
 def run_layers(
-    model: Any, x: Tensor, position_ids: Tensor, attention_kwargs: list[dict[str, Any]]
+    model: Any,
+    x: Tensor,
+    position_ids: Tensor,
+    attention_kwargs: list[dict[str, Any]],
+    added: Sequence[Tensor] = (),
 ) -> Tensor:
     """Run all blocks and the final norm.
 
     Args:
         model: of transformers, the part below the head.
         x: float[B, N, D], embeddings.
-        position_ids: int[B, N].
+        position_ids: int[B, N], or int[3, B, N] where they have three axes.
         attention_kwargs: for each block, arguments of `attend` in
             `annexe.models.language_model.attention`.
+        added: float[B, N, D] each, what is added behind the first blocks.
 
     Returns:
         float[B, N, D], final hidden states.
     """
     rotation = model.rotary_emb(x, position_ids=position_ids)
-    for block, kwargs in zip(model.layers, attention_kwargs, strict=True):
+    for index, (block, kwargs) in enumerate(zip(model.layers, attention_kwargs, strict=True)):
         x = block(x, position_embeddings=rotation, **kwargs)
+        if index < len(added):
+            x = x + added[index].to(x.dtype)
     return model.norm(x)
 
 
@@ -125,11 +141,13 @@ def _reason_against(config: PretrainedConfig) -> str | None:
             "it holds a language model among other parts, and is none of the whole models that "
             "model.init_from takes; give the language model in a folder of its own"
         )
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    is_part = config.model_type in PARTS_OF_WHOLE
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not is_part:
         return "transformers has no causal language model of this type"
 
     # State that runs along the row
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    mapping = MODEL_MAPPING if is_part else MODEL_FOR_CAUSAL_LM_MAPPING
+    model_class = mapping[type(config)]
     others = sorted(set(getattr(config, "layer_types", None) or ()) - set(_ATTENTION_TYPES))
     if others or model_class._is_stateful:
         kind = f"its blocks of type {others[0]}" if others else "its recurrent blocks"
@@ -163,7 +181,7 @@ def _difference(config: PretrainedConfig) -> str | None:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
             torch.manual_seed(0)
             # Each from a copy: the library writes the attention into the configuration
-            stock = AutoModelForCausalLM.from_config(
+            stock = make_language_model(
                 copy.deepcopy(small), dtype=torch.float32, attn_implementation="eager"
             ).eval()
             _randomize(stock)
@@ -172,7 +190,7 @@ def _difference(config: PretrainedConfig) -> str | None:
                 return f"its blocks are laid out otherwise (it has no {missing[0]})"
             if any(name.endswith("sinks") for name, _ in stock.named_parameters()):
                 return "its attention has sinks"
-            packed = AutoModelForCausalLM.from_config(
+            packed = make_language_model(
                 copy.deepcopy(small), dtype=torch.float32, attn_implementation=NAME
             ).eval()
             packed.load_state_dict(stock.state_dict())

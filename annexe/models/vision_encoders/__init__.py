@@ -3,5 +3,6 @@
 from annexe.models.vision_encoders import (  # noqa: F401  (each registers its component)
     eva_vit,
     hf_vit,
+    qwen_vit,
     timm_vit,
 )

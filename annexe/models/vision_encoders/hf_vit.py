@@ -72,6 +72,8 @@ class HfViT(nn.Module):
             the folder's image processor. Or ``clip``, ``imagenet``, ``half``, ``annexe``.
         trained: ``none``, ``all``, ``lora``, or how many of the last blocks.
         lora: the adapters, with ``trained`` ``lora``.
+        last_norm: whether the norm behind the last block is applied, if there is one.
+            LLaVA-OneVision reads patches without it.
 
     Raises:
         UserError: for a folder without a vision model that is known, sizes that do not fit, or
@@ -87,6 +89,7 @@ class HfViT(nn.Module):
         statistics: str = "own",
         trained: int | str = "none",
         lora: EncoderLora = EncoderLora(),  # noqa: B008
+        last_norm: bool = True,
     ) -> None:
         super().__init__()
 
@@ -109,7 +112,11 @@ class HfViT(nn.Module):
         self._statistics = own
 
         # What is trained; mask tokens take no part
-        norms = [getattr(self.model, name) for name in _LAST_NORMS if hasattr(self.model, name)]
+        names = [name for name in _LAST_NORMS if hasattr(self.model, name)]
+        if not last_norm:
+            for name in names:
+                setattr(self.model, name, nn.Identity())
+        norms = [getattr(self.model, name) for name in names]
         set_trained(self.model, self.blocks, norms, trained, lora)
         for name, parameter in self.model.named_parameters():
             if name.endswith("mask_token"):
