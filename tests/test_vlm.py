@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from annexe.build import build_dataset, build_model, build_tokenizer, load_confi
 from annexe.checkpoints.run_folder import require_checkpoint
 from annexe.checkpoints.training_state import saved_tensors, trained_tensors
 from annexe.config import Config
-from annexe.datasets.collate import Collator
+from annexe.datasets.collate import Collator, unpadded_indices
 from annexe.errors import UserError
 from annexe.inference.predictor import Predictor
 from annexe.models.annexe import Annexe
@@ -286,6 +287,35 @@ def test_packed_logits_are_those_of_the_whole_model(wholes, make_whole, name):
                 logits[image, columns[:known]], expected[:known], atol=1e-4, rtol=0
             )
             assert expected.abs().max() > 1
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl"])
+def test_rows_without_padding_are_the_same(make_whole, name):
+    model, batch = built(make_whole(name))
+    indices = unpadded_indices(batch.text.segment_ids.numpy())
+    in_one_row = replace(batch.text, unpadded_indices=indices)
+    with torch.no_grad():
+        encoding = model.encode(batch)
+        padded, unpadded = (
+            model.language_model(encoding.embeddings, text, image_levels=encoding.image_levels)
+            for text in (batch.text, in_one_row)
+        )
+    is_token = batch.text.segment_ids >= 0
+    torch.testing.assert_close(unpadded[is_token], padded[is_token], atol=1e-5, rtol=0)
+
+
+def test_positions_and_levels_of_a_photo_count(make_whole):
+    model, batch = built(make_whole("qwen3_vl"))
+    language_model = model.language_model
+    with torch.no_grad():
+        encoding = model.encode(batch)
+        arguments = (encoding.embeddings, batch.text)
+        hidden = language_model(*arguments, image_levels=encoding.image_levels)
+        without_levels = language_model(*arguments)
+        language_model.has_image_axes = False
+        in_line = language_model(*arguments, image_levels=encoding.image_levels)
+    assert (hidden - without_levels).abs().max() > 0.1
+    assert (hidden - in_line).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("name", mostly_slow("internvl3", "qwen3_vl"))
