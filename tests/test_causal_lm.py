@@ -28,7 +28,6 @@ from transformers import (
     Phi3Config,
     PretrainedConfig,
     PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
     Qwen2Config,
     Qwen3Config,
 )
@@ -419,7 +418,6 @@ REFUSED = {
     "cohere": (CohereConfig(**SIZES), "factor of its own .logit_scale"),
     "gpt_oss": (GptOssConfig(**SIZES, head_dim=16), "mixture of experts"),
     "sinks": (GptOssConfig(**SIZES, head_dim=16, num_local_experts=0), "cannot be packed"),
-    "qwen2_vl": (Qwen2_5_VLConfig(), "holds a language model among other parts"),
 }
 
 
