@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 from omegaconf import OmegaConf
+from rich import get_console
 
 from annexe import Predictor
 from annexe.build import load_config
@@ -549,7 +550,7 @@ def test_weights_by_name_give_lines_for_the_configuration(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(get_console(), "_width", 200)  # or names are wrapped
     for item in ITEMS:
         names = [pattern.replace("*", "x") for pattern in item.files] or ["RGB/a.jpg"]
         hub.add(item.repository, {name: noise(3000) for name in names}, item.kind)

@@ -411,7 +411,7 @@ def test_the_default_has_the_tensors_that_it_had(tmp_path: Path) -> None:
 def test_older_settings_and_short_forms_are_read(tmp_path: Path) -> None:
     forms = {
         "model.patches_per_token=2": {"type": "concat", "patches_per_token": 2},
-        "model.projector=mlp": {"type": "mlp"},
+        "model.projector=mlp": {"type": "mlp", "newline": False},
         "model.projector.type=pixel_shuffle": {"type": "pixel_shuffle", "patches_per_side": 2},
     }
     for option, expected in forms.items():
@@ -423,7 +423,7 @@ def test_older_settings_and_short_forms_are_read(tmp_path: Path) -> None:
     text = TINY.read_text().replace("  type: annexe\n", "  type: annexe\n  patches_per_token: 2\n")
     (tmp_path / "own.yaml").write_text(text)
     changed = load_config(tmp_path / "own.yaml", ["model.projector.type=mlp"])
-    assert changed.require_model()["projector"] == {"type": "mlp"}
+    assert changed.require_model()["projector"] == {"type": "mlp", "newline": False}
 
 
 def test_depth_of_any_image_size_has_the_size_of_the_image() -> None:
