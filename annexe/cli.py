@@ -19,26 +19,26 @@ from annexe.files import FULL_DISK
 from annexe.terminal import escape_unprintable, log_handler, say
 
 # Sub-commands, in the order in which they are listed; each is a module of `annexe.tools`
-TOOLS = (
-    "synth",
-    "doctor",
-    "split",
-    "import-data",
-    "export-data",
-    "score",
-    "compare",
-    "convert-predictions",
-    "export-predictions",
-    "weights",
-    "convert-config",
-    "plan",
-    "predict",
-    "serve",
-    "ablate",
-    "bench",
-    "download",
-    "push",
-)
+TOOLS = {
+    "synth": "draw synthetic scenes in the layout of Ego-IRGBench",
+    "doctor": "check every file of a data root; exit code 1 where there are errors",
+    "split": "write split lists that share no video, object instance or room",
+    "import-data": "make a data root of labels in another format, and run the doctor over it",
+    "export-data": "write the labels of a data root in the format of an annotation tool",
+    "score": "score a predictions file of any system",
+    "compare": "compare two predictions files on the queries that both hold",
+    "convert-predictions": "make predictions.jsonl of masks or COCO results, and of answers",
+    "export-predictions": "write predictions.jsonl in the format of another tool",
+    "weights": "inspect a checkpoint, export a run, or convert a GGUF file",
+    "convert-config": "turn a YAML file of the released ANNEXE code into ours",
+    "plan": "predict the GPU memory of a training step, and find settings that fit a card",
+    "predict": "analyze your own photos and videos, answer questions, and draw the masks",
+    "serve": "answer questions about photos over HTTP, in batches",
+    "ablate": "train and evaluate every row of an ablation, and write one table",
+    "bench": "measure training, generation, serving, loading or scoring on this machine",
+    "download": "fetch data, public weights or a pushed run from the Hugging Face Hub",
+    "push": "publish a trained run on the Hugging Face Hub, with a model card",
+}
 
 _SHOWN = 200  # characters of a text that cannot be written
 
@@ -162,14 +162,14 @@ def main() -> None:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    # Only the named sub-command is imported, so that it does not wait for the imports of all
-    first_argument = sys.argv[1] if len(sys.argv) > 1 else ""
-    names = (first_argument,) if first_argument in TOOLS else TOOLS
-    for name in names:
-        tool = importlib.import_module(f"annexe.tools.{name.replace('-', '_')}")
-        command = commands.add_parser(name, help=tool.HELP, description=tool.HELP)
-        tool.add_arguments(command)
-        command.set_defaults(run=tool.run)
+    # Only the named sub-command is imported: a list of all is there at once
+    named = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    for name, about in TOOLS.items():
+        command = commands.add_parser(name, help=about, description=about)
+        if name == named:
+            tool = importlib.import_module(f"annexe.tools.{name.replace('-', '_')}")
+            tool.add_arguments(command)
+            command.set_defaults(run=tool.run)
 
     arguments = parser.parse_args()
     for name, value in vars(arguments).items():

@@ -28,8 +28,6 @@ from annexe.ablation.table import markdown, summary
 from annexe.errors import UserError, unknown_name_error
 from annexe.files import write_json, write_text
 
-HELP = "train and evaluate every row of an ablation, and write one table"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(

@@ -25,8 +25,6 @@ from annexe.errors import UserError
 from annexe.files import require_writable, write_json
 from annexe.workers import num_cores
 
-HELP = "measure training, generation, serving, loading or scoring on this machine"
-
 _ABOUT = {
     "train": "time the training step on in-memory batches with random weights, or on its own data",
     "generate": "time the answers to random prompts, masks at full size and encoded included",

@@ -17,8 +17,6 @@ from annexe.tools.score import add_data_arguments, require_output, truth_of
 
 log = logging.getLogger(__name__)
 
-HELP = "compare two predictions files on the queries that both hold"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("first", type=Path, metavar="A", help="predictions.jsonl of one system")

@@ -17,8 +17,6 @@ from annexe.files import write_text
 from annexe.models.image_ops import STATISTICS
 from annexe.settings import read_yaml
 
-HELP = "turn a YAML file of the released ANNEXE code into ours"
-
 Settings = dict[str, Any]
 
 # All keys of the released code, with what becomes of each

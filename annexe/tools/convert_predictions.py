@@ -35,8 +35,6 @@ from annexe.tools.score import require_output
 
 log = logging.getLogger(__name__)
 
-HELP = "make predictions.jsonl of mask images or results of COCO, and a table of answers"
-
 REQUIRED = ("image", "annotation", "query_id", "answer")
 OPTIONAL = ("query", "presence", "analysis")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")

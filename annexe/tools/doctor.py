@@ -17,7 +17,6 @@ from annexe.files import require_writable, write_json
 from annexe.terminal import say, table
 from annexe.workers import num_cores
 
-HELP = "check every file of a data root; exit code 1 where there are errors"
 _COLORS = {NOTE: "cyan", WARNING: "yellow", ERROR: "red"}
 
 

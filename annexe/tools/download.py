@@ -29,7 +29,6 @@ from annexe.workers import num_cores
 
 log = logging.getLogger(__name__)
 
-HELP = "fetch data, public weights or a pushed run from the Hugging Face Hub"
 _EXAMPLES = """\
 examples:
   annexe download --list

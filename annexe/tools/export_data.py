@@ -14,8 +14,6 @@ from annexe.interchange.labels import ImportReport, LabeledImage, Writer
 from annexe.interchange.predictions import NAMES, read_truth
 from annexe.terminal import say, table
 
-HELP = "write the labels of a data root in the format of an annotation tool"
-
 FORMATS = ("coco", "label-studio", "cvat", "id-png")
 _SHOWN = 3  # entries that are named of each reason
 

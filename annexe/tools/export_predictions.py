@@ -19,8 +19,6 @@ from annexe.terminal import say
 from annexe.tools.export_data import FORMATS as DATA_FORMATS
 from annexe.tools.export_data import add_writing_arguments, show_export, writer_of
 
-HELP = "write predictions.jsonl in the format of another tool"
-
 FORMATS = (*DATA_FORMATS, "png")
 
 

@@ -19,8 +19,6 @@ from annexe.terminal import say, table, track
 from annexe.tools.doctor import show, verdict_of
 from annexe.workers import num_cores
 
-HELP = "make a data root of labels in another format; exit code 1 where the doctor finds errors"
-
 _SHOWN = 3  # entries that are named of each reason
 _FEW_REFUSALS = 0.1  # share of the questions
 

@@ -17,8 +17,6 @@ from annexe.errors import UserError
 from annexe.files import write_json
 from annexe.models.language_model.base_model import DTYPES
 
-HELP = "predict the GPU memory of a training step, and find settings that fit a card"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(

@@ -28,7 +28,6 @@ from annexe.inference.questions import questions_of
 from annexe.inference.results import Photo
 from annexe.terminal import say, track, with_time_left
 
-HELP = "analyze photos and videos of your own, answer questions about them, and draw the masks"
 _EXAMPLES = """\
 examples:
   annexe predict runs/demo photo.jpg --out out

@@ -16,8 +16,6 @@ from annexe.hub.publish import CARD, publish, upload
 from annexe.hub.runs import is_hub_name
 from annexe.terminal import say
 
-HELP = "publish a trained run on the Hugging Face Hub, with a model card"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""

@@ -16,7 +16,6 @@ from annexe.files import require_writable, write_json
 from annexe.terminal import table
 from annexe.workers import num_cores
 
-HELP = "score a predictions file of any system"
 _DATA = ("data_root", "answer_format", "split_dir", "exclude")  # arguments that the data set takes
 
 

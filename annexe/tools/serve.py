@@ -14,8 +14,6 @@ from annexe.inference.server.extra import require_extra
 from annexe.inference.server.limits import Limits
 from annexe.terminal import say
 
-HELP = "answer questions about photos over HTTP, in batches"
-
 _TOKEN = "ANNEXE_API_KEY"
 _LIMITS = {
     "max_body_mb": "size of a request, in MB",

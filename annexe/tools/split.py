@@ -20,8 +20,6 @@ from annexe.errors import UserError
 from annexe.files import replaced
 from annexe.terminal import say, table
 
-HELP = "write split lists that share no video, object instance or room"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""

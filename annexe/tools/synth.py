@@ -15,8 +15,6 @@ from annexe.terminal import say
 
 log = logging.getLogger(__name__)
 
-HELP = "draw synthetic scenes in the layout of Ego-IRGBench"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument

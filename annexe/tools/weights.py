@@ -33,7 +33,6 @@ from annexe.models.language_model.gguf_file import convert_gguf
 from annexe.models.language_model.tokenizer import TextTokenizer, load_tokenizer
 from annexe.terminal import say, table
 
-HELP = "inspect a checkpoint, export a run, or convert a GGUF file"
 _LLAMA = "language_model.llama."  # names of its tensors begin with
 
 
