@@ -328,12 +328,15 @@ def fill_projector(projector: nn.Module, folder: str) -> None:
     Raises:
         UserError: for a projector of another kind or size.
     """
+    # Its tensors by our names
     whole = load_whole(folder)
     theirs = {}
     for name, tensor in whole.model.state_dict().items():
         for start, our_start in whole.family.projector.items():
             if name.startswith(start):
                 theirs[our_start + name.removeprefix(start)] = tensor
+
+    # All of ours have to be there, and no others
     ours = projector.state_dict()
     faults = [f"missing {name}" for name in ours.keys() - theirs.keys()]
     faults += [f"no place for {name}" for name in theirs.keys() - ours.keys()]
@@ -347,6 +350,8 @@ def fill_projector(projector: nn.Module, folder: str) -> None:
             f"({'; '.join(sorted(faults)[:3])}); leave out the settings of model.projector, and "
             "take rgb_encoder and language_model from the same folder"
         )
+
+    # Loaded
     with torch.no_grad():
         for name, tensor in ours.items():
             tensor.copy_(theirs[name])

@@ -124,6 +124,7 @@ def connected() -> Iterator[Any]:
                 seconds[what] = _SECONDS_OF_SILENCE
         request.extensions["timeout"] = seconds
 
+    # For the time of the block alone: a limit for every request, and two switches
     client = get_session()
     hooks = client.event_hooks
     client.event_hooks = {**hooks, "request": [*hooks.get("request", []), limit]}

@@ -42,9 +42,12 @@ def fetch_dataset(repository: Repository, root: Path) -> int:
         UserError: for a folder that holds something else, and for all that `fetch` and `Unpacker`
             refuse. ``root`` does not exist then.
     """
+    # What is there already is checked alone
     if root.exists() and any(root.iterdir()):
         require_complete(root, repository)
         return 0
+
+    # What the repository has for us
     by_name = {file.name: file for file in repository.files}
     archives, others = find_archives(list(by_name))
     plain = [by_name[name] for name in others if layout_name("", name) is not None]
@@ -53,6 +56,8 @@ def fetch_dataset(repository: Repository, root: Path) -> int:
             f"'{repository.name}' holds no archives and none of the folders {', '.join(FOLDERS)}; "
             "look at its page, and fetch it by hand"
         )
+
+    # A folder of its own, which a later call goes on with
     staging = staging_folder(root)
     with locked(staging, setting="folder"):
         try:
@@ -95,6 +100,7 @@ def require_complete(root: Path, repository: Repository | None) -> None:
     Raises:
         UserError: for a folder from elsewhere, of another commit, or with files missing.
     """
+    # Where it is from
     content = read_record(root)
     if not content:
         raise UserError(
@@ -110,6 +116,8 @@ def require_complete(root: Path, repository: Repository | None) -> None:
             f"'{root}' is of commit {str(content.get('commit'))[:12]} and the hub has "
             f"{repository.commit[:12]}; name another folder for that, or --revision for this"
         )
+
+    # Its files
     wrong = []
     for name, size in content["sizes"].items():
         path = root / name

@@ -86,6 +86,7 @@ def publish(checkpoint: Path, folder: Path, name: str) -> Published:
     Raises:
         UserError: for a configuration that this version does not know.
     """
+    # Files as they are
     folder.mkdir(parents=True)
     for file in _FILES:
         shutil.copyfile(checkpoint / file, folder / file)
@@ -93,6 +94,7 @@ def publish(checkpoint: Path, folder: Path, name: str) -> Published:
         if path.is_dir() and path.name not in (START, PARTS):
             shutil.copytree(path, folder / path.name)
 
+    # What is said of them, without paths of the machine
     published = Published(
         settings=saved_config(checkpoint),
         manifest=_public_manifest(checkpoint),
@@ -104,6 +106,7 @@ def publish(checkpoint: Path, folder: Path, name: str) -> Published:
     for path in sorted(folder.glob("*/*")):
         _clean(path)
 
+    # Written and sealed
     OmegaConf.save(OmegaConf.create(published.settings), folder / "config.yaml")
     write_json(folder / MANIFEST_FILE, published.manifest)
     if published.scores:

@@ -114,6 +114,7 @@ def fetch_file(repository: Repository, file: RemoteFile, folder: Path, count: Co
     Raises:
         UserError: as `fetch` says.
     """
+    # Bytes that are missing
     what = f"{repository.name}/{file.name}"
     target = folder / file.name
     path = _part_of(file, folder)
@@ -131,6 +132,7 @@ def fetch_file(repository: Repository, file: RemoteFile, folder: Path, count: Co
             "command, which goes on where it was"
         ) from None
 
+    # Under its name only with the right hash
     if digest != file.digest:
         remove(path)
         raise UserError(
@@ -223,6 +225,7 @@ def _receive(address: str, part: _Part, count: Counter) -> None:
     from huggingface_hub import constants, get_session
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
+    # Ask for what is behind the bytes that are there
     headers = build_hf_headers()
     headers["Accept-Encoding"] = "identity"  # else the bytes are not those of the file
     if part.size:
@@ -236,6 +239,8 @@ def _receive(address: str, part: _Part, count: Counter) -> None:
             part.restart()
             return
         hf_raise_for_status(response)
+
+        # Is it that, and no more or less?
         if part.size and not _continues(response, part.size):
             part.restart()
         announced = int(response.headers.get("Content-Length", part.file.size - part.size))
@@ -245,6 +250,8 @@ def _receive(address: str, part: _Part, count: Counter) -> None:
                 f"'{part.file.name}' comes with {announced} bytes and the hub names "
                 f"{part.file.size}; check HF_ENDPOINT and the proxy, or repeat the command"
             )
+
+        # Keep it
         for content in response.iter_bytes():
             if part.size + len(content) > part.file.size:
                 part.restart()

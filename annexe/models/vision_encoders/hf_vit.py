@@ -142,12 +142,7 @@ class HfViT(nn.Module):
 
     def save_extras(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         """Write what the encoder is into a checkpoint, which may then do without its folder."""
-        copy = folder / "rgb_encoder"
-        self.model.config.save_pretrained(copy)
-        if self._statistics is not None:
-            mean, std = self._statistics
-            content = json.dumps({"image_mean": mean, "image_std": std}, indent=1)
-            (copy / PROCESSORS[0]).write_text(content)
+        save_settings(self.model.config, self._statistics, folder / "rgb_encoder")
 
     def _encode_flattened(self, pixels: Tensor) -> Tensor:
         """SigLIP 2 of any size (NaFlex), whose patches come as vectors: float[B, P, D].
@@ -256,6 +251,21 @@ def _load(path: str, config: Any) -> nn.Module:
         )
     log.info("%s.path: %d tensors from '%s'", _SETTINGS, len(model.state_dict()), path)
     return model.train()
+
+
+def save_settings(config: Any, statistics: Any, folder: Path) -> None:
+    """Write what a loader needs beside the weights: sizes, and how pixels are normalized.
+
+    Args:
+        config: of the encoder, as transformers has it.
+        statistics: mean and standard deviation of each channel; None = a name that settings give.
+        folder: to make.
+    """
+    config.save_pretrained(folder)
+    if statistics is not None:
+        mean, std = statistics
+        content = json.dumps({"image_mean": mean, "image_std": std}, indent=1)
+        (folder / PROCESSORS[0]).write_text(content)
 
 
 def own_statistics(

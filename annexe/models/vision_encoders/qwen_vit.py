@@ -6,7 +6,6 @@ a head, m patches a side of a token, L levels.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from annexe.checkpoints.whole_models import load_whole, require_family
 from annexe.errors import UserError, unknown_name_error
 from annexe.models.image_ops import Normalize, require_whole_patches
 from annexe.models.vision_encoders.adaptation import EncoderLora, require_trained, set_trained
-from annexe.models.vision_encoders.hf_vit import PROCESSORS, own_statistics
+from annexe.models.vision_encoders.hf_vit import own_statistics, save_settings
 from annexe.registry import register
 from annexe.settings import PathSetting
 
@@ -169,12 +168,7 @@ class QwenViT(nn.Module):
 
     def save_extras(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         """Write what the encoder is into a checkpoint, which may then do without its folder."""
-        copy = folder / "rgb_encoder"
-        self.model.config.save_pretrained(copy)
-        if self._statistics is not None:
-            mean, std = self._statistics
-            content = json.dumps({"image_mean": mean, "image_std": std}, indent=1)
-            (copy / PROCESSORS[0]).write_text(content)
+        save_settings(self.model.config, self._statistics, folder / "rgb_encoder")
 
     def _patch_vectors(self, pixels: Tensor) -> Tensor:
         """Pixels of every patch, row by row, float[B, P, 3 * frames * patch * patch]."""
