@@ -169,8 +169,8 @@ class SharedGradients:
     """Gradients that all ranks sum in one exchange, behind the last pass of a step.
 
     They lie in one tensor, where passes add to them in place, as a CUDA graph of a pass needs it.
-    DistributedDataParallel starts to exchange during the pass, which a graph does not allow; behind
-    the pass, 158 M gradients of the full-size model take 1 % of a step over NVLink.
+    DistributedDataParallel starts to exchange during the pass, which a graph does not allow;
+    docs/hardware.md has the speed of two GPUs.
 
     Args:
         parameters: all that get a gradient. They may be zeroed but not dropped from now on.

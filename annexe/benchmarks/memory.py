@@ -210,7 +210,7 @@ def measure(
     live = LiveBytes()
     model = fake_model(config, tokenizer, mode, bf16=bf16)
     sharding = Sharding.of(model, run.parallel, gpus)
-    # DDP keeps gradients in its buckets
+    # Several processes sum gradients where they lie
     keep_gradients = run.gradient_accumulation > 1 or (gpus > 1 and run.parallel == "ddp")
 
     # The step, phase by phase

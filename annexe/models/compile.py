@@ -24,8 +24,6 @@ def compile_blocks(model: Annexe, backend: str = "inductor") -> None:
     torch._dynamo.config.recompile_limit = 64
     # Drops what is cheap to compute again, at no loss of speed
     torch._functorch.config.activation_memory_budget = 0.9
-    # This would cut a whole model where buckets end; here only blocks are compiled
-    torch._dynamo.config.optimize_ddp = False
 
     # The library's hooks record outputs that nothing reads, and cannot be compiled
     rgb: Any = model.rgb_encoder
