@@ -228,6 +228,13 @@ def report(
                     "grounding/ciou": 0.0,
                 },
             },
+            "analysis": {
+                "wrong": {
+                    "num_queries": 33,
+                    "grounding/num_target_queries": 33,
+                    "grounding/ciou": 0.222,
+                }
+            },
             "group": {
                 "left_hand": {
                     "num_queries": 11,
@@ -688,8 +695,9 @@ def test_breakdowns_lead_to_their_queries(page: str) -> None:
         return [re.sub("<.*?>", "", cell) for cell in re.findall("<td.*?</td>", row)]
 
     assert cells("one target")[:2] == ["77", "45.6%"] and cells("left hand")[:2] == ["11", "56.7%"]
+    assert cells("wrong")[:2] == ["33", "22.2%"]
     assert cells("no target")[:2] == ["55", "–"]  # no pixel can be right there
-    for address in ("targets=single", "targets=none", "hand=left_hand"):
+    for address in ("targets=single", "targets=none", "analysis=wrong", "hand=left_hand"):
         assert f'href="report/queries.html#{address}"' in page
 
 

@@ -628,6 +628,7 @@ def test_breakdowns_are_the_scores_of_their_queries(truth: Truth, records: list[
         "target_kind": lambda s: [s.target_kind],
         "wording": lambda s: ["sentence" if s.is_sentence else "phrase"],
         "group": lambda s: s.groups,
+        "analysis": lambda s: [s.analysis] if s.analysis else [],
     }
     assert set(parts) == set(members)
     for name, values_of in members.items():

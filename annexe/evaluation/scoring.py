@@ -24,6 +24,7 @@ from annexe.evaluation.records import (
 )
 from annexe.evaluation.truth import LabeledDataset, Truth
 from annexe.metrics import (
+    AnalysisSlots,
     AnnexeRelease,
     AnswerContradictions,
     ClusterBootstrap,
@@ -36,8 +37,10 @@ from annexe.metrics import (
     PresenceRisk,
     TextMetrics,
     best_threshold,
+    judge_slots,
     normalize,
 )
+from annexe.metrics.analysis import ALL_SLOTS
 from annexe.metrics.consistency import Agreement
 from annexe.metrics.grounding import QueryResult
 from annexe.metrics.released import (
@@ -71,6 +74,8 @@ class QueryScore:
         presence: as predicted. Where the system gave none, 0 for a rejected query and 1 for others.
         answer_matches: the answer equals the reference, both normalized.
         mask_ious: slot -> IoU of the predicted mask with the target, of slots that have both.
+        analysis: ``right`` or ``wrong``, of the photo's predicted analysis as a whole; None where
+            there is none, or the true one cannot be read slot by slot.
     """
 
     image: str
@@ -87,6 +92,7 @@ class QueryScore:
     presence: float
     answer_matches: bool
     mask_ious: dict[int, float]
+    analysis: str | None
 
 
 class Scores(NamedTuple):
@@ -299,15 +305,17 @@ def _standard(system: System, truth: Truth) -> dict[str, float]:
 def _text_scores(system: System, truth: Truth) -> dict[str, float]:
     """Scores of analyses and answers."""
     analysis = TextMetrics()
+    slots = AnalysisSlots()
     for image, caption in _analyzed(system, truth):
         analysis.update(image.image, image.analysis, caption)
+        slots.add(image.analysis, caption)
     answer = TextMetrics()
     for query in system.queries:
         annotation = truth.annotations(query.image)[query.annotation]
         key = f"{query.image}/{query.annotation}/{query.query_id!r}"  # 0 and "0" are two wordings
         reference = truth.dataset.reference(annotation)
         answer.update(key, query.answer, reference, has_target=bool(annotation.slots))
-    return analysis.compute("analysis") | answer.compute("answer")
+    return analysis.compute("analysis") | slots.compute() | answer.compute("answer")
 
 
 def _analyzed(system: System, truth: Truth) -> Iterator[tuple[ImageRecord, str]]:
@@ -401,13 +409,20 @@ def _true_masks(query: QueryRecord, truth: Truth) -> dict[int, Rle]:
 
 
 def _query_scores(system: System, truth: Truth) -> list[QueryScore]:
+    analyses = {}
+    for image, caption in _analyzed(system, truth):
+        right = judge_slots(image.analysis, caption)
+        if right is not None:
+            analyses[image.image] = "right" if right[ALL_SLOTS] else "wrong"
     scores = []
     for query, result in zip(system.queries, system.results, strict=True):
-        scores.append(_query_score(query, result, truth))
+        scores.append(_query_score(query, result, truth, analyses.get(query.image)))
     return scores
 
 
-def _query_score(query: QueryRecord, result: QueryResult, truth: Truth) -> QueryScore:
+def _query_score(
+    query: QueryRecord, result: QueryResult, truth: Truth, analysis: str | None
+) -> QueryScore:
     annotation = truth.annotations(query.image)[query.annotation]
     question = next(
         question for question in annotation.questions if question["id"] == query.query_id
@@ -432,13 +447,17 @@ def _query_score(query: QueryRecord, result: QueryResult, truth: Truth) -> Query
         presence=presence,
         answer_matches=normalize(query.answer) == normalize(reference),
         mask_ious={mask.slot: mask.overlap.iou for mask in result.masks if mask.slot in true_slots},
+        analysis=analysis,
     )
 
 
 def _breakdowns(
     scores: list[QueryScore], results: list[QueryResult]
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Mask scores and exact match by number of targets, wording, and what is asked for."""
+    """Mask scores and exact match by number of targets, wording, what is asked for, and analysis.
+
+    The last tells how much worse the answers are about photos whose analysis is wrong.
+    """
     # Breakdown -> value -> indices of its queries
     parts: dict[str, dict[str, list[int]]] = {"target_kind": {}, "wording": {}, "group": {}}
     for index, query in enumerate(scores):
@@ -447,6 +466,8 @@ def _breakdowns(
         parts["wording"].setdefault(wording, []).append(index)
         for group in query.groups:
             parts["group"].setdefault(group, []).append(index)
+        if query.analysis is not None:
+            parts.setdefault("analysis", {}).setdefault(query.analysis, []).append(index)
 
     breakdowns: dict[str, dict[str, dict[str, float]]] = {}
     for name, by_value in parts.items():

@@ -6,6 +6,7 @@ exactly, in any order. Only the scores of earlier publications depend on the ord
 
 from __future__ import annotations
 
+from annexe.metrics.analysis import AnalysisSlots, judge_slots
 from annexe.metrics.bootstrap import ClusterBootstrap, differences
 from annexe.metrics.calibration import MaskCalibration, PresenceRisk, best_threshold
 from annexe.metrics.consistency import AnswerContradictions, ObjectWithoutHand, ParaphraseAgreement
@@ -16,6 +17,7 @@ from annexe.metrics.text import TextMetrics, normalize
 from annexe.rle import decode, encode
 
 __all__ = [
+    "AnalysisSlots",
     "AnnexeRelease",
     "AnswerContradictions",
     "ClusterBootstrap",
@@ -32,5 +34,6 @@ __all__ = [
     "depth_errors",
     "differences",
     "encode",
+    "judge_slots",
     "normalize",
 ]

@@ -54,6 +54,7 @@ class _Block:
 _BLOCKS = {
     "target_kind": _Block("Number of targets", list(TARGET_KINDS).index, lambda part: "targets"),
     "wording": _Block("Wording", str, lambda part: "query_form"),
+    "analysis": _Block("Analysis of the photo", str, lambda part: "analysis"),
     "group": _Block(
         "Hand or object among the targets",
         lambda part: (HANDS.index(part) if part in HANDS else len(HANDS), part),

@@ -36,11 +36,11 @@ function readImage([stem, photo, aspect, depthRange, depthErrors, analysis, true
 
 function readRow(values, position) {
   const [imageIndex, annotation, id, query, isSentence, targets, groups, ...rest] = values;
-  const [verdict, iou, presence, isExact, answer, reference, isPictured] = rest;
+  const [verdict, iou, presence, isExact, answer, reference, analysis, isPictured] = rest;
   const image = images[imageIndex];
   return {
     position, image, annotation, id, query, isSentence, targets, groups,
-    verdict, iou, presence, isExact, answer, reference, isPictured,
+    verdict, iou, presence, isExact, answer, reference, analysis, isPictured,
     key: `${image.stem}/${annotation}/${id}`,
     text: [query, answer, reference, image.stem].join("\n").toLowerCase(),
   };
@@ -62,6 +62,7 @@ const FACETS = [
   { name: "category", title: "Object among the targets", valuesOf: (row) => row.groups.filter((g) => !isHand(g)) },
   { name: "query_form", title: "Query", valuesOf: (row) => [row.isSentence ? "sentence" : "phrase"] },
   { name: "answer", title: "Answer", valuesOf: (row) => [row.isExact ? "exact" : "different"] },
+  { name: "analysis", title: "Analysis of the photo", valuesOf: (row) => (row.analysis ? [row.analysis] : []) },
   { name: "pictures", title: "Pictures", valuesOf: (row) => [row.isPictured ? "yes" : "no"] },
 ];
 const ORDERS = {

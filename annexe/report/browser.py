@@ -258,6 +258,7 @@ class Browser:
             score.answer_matches,
             example.record.answer,
             self.truth.dataset.reference(example.annotation),
+            score.analysis,
             index in self.pictured,
         ]
 

@@ -66,7 +66,14 @@ def _text_metrics(part: str) -> tuple[Metric, ...]:
 
 
 GROUPS: dict[str, tuple[Metric, ...]] = {
-    "Analysis": _text_metrics("analysis"),
+    "Analysis": (
+        *_text_metrics("analysis"),
+        Metric("analysis/actor", "Who acts", "analyses that are right about the hands that act"),
+        Metric("analysis/hand", "Hands", "analyses that are right about the hands in view"),
+        Metric("analysis/verb", "Verbs", "analyses that are right about what is done"),
+        Metric("analysis/object", "Objects", "analyses that are right about what it is done to"),
+        Metric("analysis/all_slots", "All of these", "analyses of which every clause is right"),
+    ),
     "Answer": (
         *_text_metrics("answer"),
         Metric("answer/exact_match", "Exact match", "answers equal to the true one, word for word"),
