@@ -33,7 +33,7 @@ from annexe.metrics.released import (
 )
 from annexe.metrics.text import word_tokenize
 from annexe.prompts import NO_TARGET_ANSWER
-from annexe.rle import Rle, encode
+from annexe.rle import Rle, decode, encode
 
 NUM_PIXELS = 60
 
@@ -100,6 +100,28 @@ def test_annexe_release_worked_by_hand_on_23_samples():
     """
     assert len(SAMPLES) == 23
     assert released(SAMPLES) == pytest.approx((1 + 0.7375 + 17 / 18) / 3, abs=1e-7)
+
+
+def test_pixels_of_several_slots_belong_to_the_last_of_them():
+    random = np.random.default_rng(0)
+
+    def draw() -> dict[int, Rle]:
+        slots = random.permutation(4)[: random.integers(5)].tolist()
+        return {slot: encode(random.random((6, 10)) < random.choice([0, 0.3, 1])) for slot in slots}
+
+    def distinct(masks: dict[int, Rle]) -> dict[int, Rle]:
+        later = np.zeros((6, 10), bool)
+        parts = {}
+        for slot in sorted(masks, reverse=True):
+            parts[slot] = encode(decode(masks[slot]) & ~later)
+            later |= decode(masks[slot])
+        return parts
+
+    for _ in range(100):
+        query = Query(draw(), draw())
+        apart = Query(distinct(query.predicted), distinct(query.targets))
+        pixels = class_pixels(measure(*query, {}), *query, NUM_PIXELS)
+        assert (pixels == class_pixels(measure(*apart, {}), *apart, NUM_PIXELS)).all()
 
 
 def test_earl_release_worked_by_hand_on_23_samples():

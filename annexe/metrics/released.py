@@ -10,11 +10,18 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
+from pycocotools import mask as coco_mask
 
-from annexe.metrics.grounding import QueryResult, measure, overlap_of
+from annexe.metrics.grounding import (
+    MaskResult,
+    Overlap,
+    QueryResult,
+    TargetResult,
+    overlap_of,
+)
 from annexe.metrics.text import TextPair, cider, meteor, meteor_name, word_tokenize
 from annexe.prompts import NO_TARGET, NO_TARGET_ANSWER, number_placeholders, phrases_of
-from annexe.rle import Rle, area, decode, encode
+from annexe.rle import Rle, area
 
 BATCH_SIZE = 10
 NUM_CLASSES = 4  # 0 is the background, k + 1 is slot k
@@ -129,7 +136,7 @@ def class_pixels(
         int64[NUM_CLASSES, 3].
     """
     if _share_pixels(predicted.values()) or _share_pixels(targets.values()):
-        query = measure(_without_shared_pixels(predicted), _without_shared_pixels(targets), {})
+        query = _measure_distinct(query, predicted, targets)
     pixels = np.zeros((NUM_CLASSES, 3), np.int64)
 
     # Background is what no mask holds, of whatever slot
@@ -167,15 +174,50 @@ def _share_pixels(masks: Iterable[Rle]) -> bool:
     return len(masks) > 1 and sum(area([mask]) for mask in masks) > area(masks)
 
 
-def _without_shared_pixels(masks: dict[int, Rle]) -> dict[int, Rle]:
-    """The masks without the pixels that the mask of a later slot has too."""
-    distinct: dict[int, Rle] = {}
-    later = None
-    for slot in sorted(masks, reverse=True):
-        mask = decode(masks[slot])  # bool[H, W]
-        distinct[slot] = encode(mask if later is None else mask & ~later)
-        later = mask if later is None else mask | later
-    return distinct
+def _measure_distinct(
+    query: QueryResult, predicted: dict[int, Rle], targets: dict[int, Rle]
+) -> QueryResult:
+    """The query measured again, on masks without the pixels that the mask of a later slot has too.
+
+    Where L are the pixels of later slots, A without L has |A or L| - |L| pixels, so that codes
+    suffice and no mask is decoded. What all slots together have stays as it is.
+    """
+    later_predicted = _later_masks(predicted)
+    later_targets = _later_masks(targets)
+
+    # Pixels of every mask, and pixels that both masks of a slot have
+    num_predicted = {}
+    for slot, mask in predicted.items():
+        num_predicted[slot] = _area_without(mask, later_predicted[slot])
+    num_true = {}
+    for slot, mask in targets.items():
+        num_true[slot] = _area_without(mask, later_targets[slot])
+    overlaps = {}
+    for slot in predicted.keys() | targets.keys():
+        shared = 0
+        if slot in predicted and slot in targets:
+            both = coco_mask.merge([predicted[slot], targets[slot]], intersect=True)
+            shared = _area_without(both, [*later_predicted[slot], *later_targets[slot]])
+        num_pixels = num_predicted.get(slot, 0) + num_true.get(slot, 0)
+        overlaps[slot] = Overlap(shared, num_pixels - shared)
+
+    # A mask without a pixel of its own counts as absent
+    true_slots = [slot for slot, num_pixels in num_true.items() if num_pixels]
+    predicted_slots = [slot for slot, num_pixels in num_predicted.items() if num_pixels]
+    return query._replace(
+        targets=tuple(TargetResult(slot, overlaps[slot], None) for slot in true_slots),
+        masks=tuple(MaskResult(slot, overlaps[slot], None) for slot in predicted_slots),
+    )
+
+
+def _later_masks(masks: dict[int, Rle]) -> dict[int, list[Rle]]:
+    """Slot -> masks of the slots behind it."""
+    return {slot: [masks[later] for later in masks if later > slot] for slot in masks}
+
+
+def _area_without(mask: Rle, others: list[Rle]) -> int:
+    """Pixels of a mask that none of the others has."""
+    return area([mask, *others]) - area(others)
 
 
 # Masks as EARL scores them
