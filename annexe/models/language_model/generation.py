@@ -35,6 +35,7 @@ from annexe.models.language_model.kv_cache import (
     Prefill,
     SharedPrefixCache,
 )
+from annexe.models.language_model.sampling import Sampler, choose
 from annexe.structures.batch import round_up
 
 # With CUDA graphs sizes are rounded up to these multiples, so that few graphs serve all batches.
@@ -64,6 +65,7 @@ class DecodingState:
     key_mask: Tensor  # bool[R, Lr], columns of its cache that hold a token
     hidden: Tensor  # float[R, D], final hidden state of the last token
     slots_left: Tensor  # bool[R, K], slots that it still has to name
+    seeds: Tensor  # int64[R], of the random choice of its tokens
     finished: Tensor  # bool[R], it has ended
     tokens: Tensor  # int64[R, T], generated tokens, then end of sequence
     slot_states: Tensor  # float[R, K, D], hidden states of its placeholders, 0 = not named
@@ -130,6 +132,7 @@ class DecodeStep:
         caches: keys and values, one for each layer; the responses' own ones are changed in place.
         max_responses: responses of the image that has most.
         constraints: of `GreedyDecoder.decode`. Only their kind matters here, not their tensors.
+        temperature: at which tokens are drawn; None takes the most likely ones.
     """
 
     def __init__(
@@ -139,10 +142,12 @@ class DecodeStep:
         caches: list[SharedPrefixCache],
         max_responses: int,
         constraints: DecodingConstraints | None,
+        temperature: float | None,
     ) -> None:
         self.language_model = language_model
         self.state = state
         self.caches = caches
+        self.temperature = temperature
         self.graph: torch.cuda.CUDAGraph | None = None
         device = state.response_index.device
         tokenizer = language_model.tokenizer
@@ -200,11 +205,15 @@ class DecodeStep:
         state = self.state
         eos_id = self.language_model.tokenizer.eos_id
 
-        # Choose the most likely token that is allowed; finished rows repeat the end of sequence.
+        # Choose a token that is allowed; finished rows repeat the end of sequence.
         logits = self.language_model.logits(state.hidden)  # [R, V + K]
         if self.slot_constraint is not None:
             logits = self.slot_constraint(logits, state.slots_left, self.num_generated)
-        token = logits.argmax(-1).masked_fill(state.finished, eos_id)  # [R]
+        if self.temperature is None:
+            token = logits.argmax(-1)
+        else:
+            token = choose(logits, state.seeds, self.num_generated, self.temperature)
+        token = token.masked_fill(state.finished, eos_id)  # [R]
         state.tokens.index_copy_(1, self.num_generated, token[:, None])
 
         # Finish rows at the end of sequence or, under constraints, with the last slot.
@@ -245,6 +254,7 @@ class GreedyDecoder:
     def __init__(self, language_model: CausalLM) -> None:
         self.language_model = language_model
         self.graphs = False  # replay steps as CUDA graphs
+        self.temperature: float | None = None  # of what is being decoded
         self.cache_pool = CachePool()
         self.captured_steps: dict[tuple, DecodeStep] = {}
 
@@ -259,6 +269,7 @@ class GreedyDecoder:
         max_new_tokens: int,
         constraints: DecodingConstraints | None = None,
         on_tokens: TokenListener | None = None,
+        sampler: Sampler | None = None,
     ) -> Responses:
         """Decode a response to every branch of the prompts, all of them as one batch.
 
@@ -267,6 +278,7 @@ class GreedyDecoder:
             max_new_tokens: tokens of a response at most.
             constraints: what the responses have to name, where that is known.
             on_tokens: is told how the responses grow, at every look at the rows.
+            sampler: draws the tokens; without one the most likely ones are taken.
 
         Returns:
             A response for every branch.
@@ -277,6 +289,10 @@ class GreedyDecoder:
 
         # Start rows: one for every branch, at the end of its prompt.
         state = self.start_rows(prefill, max_new_tokens, constraints)
+        self.temperature = None
+        if sampler is not None:
+            self.temperature = sampler.temperature
+            state.seeds = sampler.seeds
         responses = Responses([[] for _ in range(len(state))], torch.zeros_like(state.slot_states))
         step: DecodeStep | None = None
         num_generated = 0
@@ -360,6 +376,7 @@ class GreedyDecoder:
             key_mask=columns < prompt_length[:, None],
             hidden=hidden,
             slots_left=slots_left,
+            seeds=torch.zeros_like(image_index),
             finished=finished,
             tokens=torch.full(
                 (len(image_index), max_new_tokens),
@@ -463,7 +480,9 @@ class GreedyDecoder:
         """A step of the rows; with graphs a captured one, which is used again for equal shapes."""
         max_responses = int(state.index_in_image.max()) + 1
         if not self.graphs:
-            return DecodeStep(self.language_model, state, caches, max_responses, constraints)
+            return DecodeStep(
+                self.language_model, state, caches, max_responses, constraints, self.temperature
+            )
 
         # Everything that a graph depends on.
         max_responses = round_up(max_responses, _RESPONSE_MULTIPLE)
@@ -478,6 +497,7 @@ class GreedyDecoder:
             max_new_tokens,
             max_responses,
             forbidden_first_tokens,
+            self.temperature,
         )
 
         # Capture a new graph with tensors of its own.
@@ -487,7 +507,9 @@ class GreedyDecoder:
                 del self.captured_steps[oldest]
             every_row = torch.arange(len(state), device=state.response_index.device)
             own_state = state.select(every_row)
-            step = DecodeStep(self.language_model, own_state, caches, max_responses, constraints)
+            step = DecodeStep(
+                self.language_model, own_state, caches, max_responses, constraints, self.temperature
+            )
             step.graph = capture_graph(step.run)
             self.captured_steps[key] = step
         return self.captured_steps[key]
