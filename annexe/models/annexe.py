@@ -228,10 +228,10 @@ class Annexe(nn.Module):
         label_states = hidden.flatten(0, 1)[batch.text.label_positions]  # [T, D]
         token_logits = self.language_model.logits(label_states)
         if self.pixel_decoder.conditioning == "prompt":
-            states, state_mask = self._prompt_states(hidden, batch)
+            groundings = self.ground_prompts(hidden, encoding, batch)
         else:
             states, state_mask = self._placeholder_states(hidden, batch)
-        groundings = self._ground(states, state_mask, encoding, batch)
+            groundings = self._ground(states, state_mask, encoding, batch)
         image_token_logits = None
         if self.image_token_head:
             image_token_logits = self._image_token_logits(encoding.image_tokens)
@@ -319,12 +319,18 @@ class Annexe(nn.Module):
         words = self.language_model.embed(text.input_ids)  # [B, N, D]
         before = words[:, : text.image_start]
         after = words[:, text.prefix_length :]
-        embeddings = torch.cat([before, image_tokens.to(words.dtype), after], dim=1)
+        num_repeats = len(words) // len(image_tokens)  # an image may have several rows of text
+        tokens_of_rows = image_tokens
+        if num_repeats > 1:
+            tokens_of_rows = image_tokens.repeat(num_repeats, 1, 1)
+        embeddings = torch.cat([before, tokens_of_rows.to(words.dtype), after], dim=1)
 
         # Further levels of the encoder, which are the projector's alone
         image_levels: list[Tensor] = []
         if isinstance(self.projector, ProjectsLevels):
             image_levels = self.projector.project_levels(patches)
+        if num_repeats > 1:
+            image_levels = [level.repeat(num_repeats, 1, 1) for level in image_levels]
         patches = patches[..., : self.rgb_encoder.embed_dim]
         return Encoding(patches, depth, image_tokens, embeddings, image_levels)
 
@@ -371,8 +377,7 @@ class Annexe(nn.Module):
         Returns:
             The grounding, the slots that have a target, bool[Q, K], and the responses.
         """
-        states, state_mask = self._prompt_states(prefill.hidden, batch)
-        grounding = self._ground(states, state_mask, encoding, batch)[-1]
+        grounding = self.ground_prompts(prefill.hidden, encoding, batch)[-1]
         present = self.present_slots(grounding)
         constraints = None
         if self._answers_follow_masks():
@@ -398,6 +403,20 @@ class Annexe(nn.Module):
         is_named = states.abs().amax(-1) > 0
         grounding = self._ground(states, is_named, encoding, batch)[-1]
         return grounding, self.present_slots(grounding), responses
+
+    def ground_prompts(self, hidden: Tensor, encoding: Encoding, batch: Batch) -> list[Grounding]:
+        """Presence and masks of every query, from the end of its prompt.
+
+        Args:
+            hidden: float[B, N, D] of the packed sequences. Further rows may follow.
+            encoding: what the encoders made of the images.
+            batch: the queries.
+
+        Returns:
+            What each layer of the pixel decoder predicts.
+        """
+        states, state_mask = self._prompt_states(hidden, batch)
+        return self._ground(states, state_mask, encoding, batch)
 
     def _ground(
         self, states: Tensor, state_mask: Tensor, encoding: Encoding, batch: Batch

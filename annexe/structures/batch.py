@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from annexe.structures.rollouts import Policy
 from annexe.structures.sample import Sample
 
 # Tokens of one block of FlexAttention's masks
@@ -83,6 +84,7 @@ class Batch:
     samples: list[Sample]  # what it was made of, or empty
     patches: Tensor | None = None  # bfloat16[B, P, E], if they are stored
     dataset_index: Tensor | None = None  # int64[B], if several data sets are mixed
+    policy: Policy | None = None  # of groups of drawn responses, whose rows follow one another
 
     def to(self, device: torch.device) -> Batch:
         """The batch on ``device``; the host does not wait for copies from page-locked memory."""

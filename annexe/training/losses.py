@@ -10,8 +10,8 @@ V words, O objects with a phrase, W words of one, h x w mask logits, D data sets
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -37,6 +37,13 @@ class Comparison:
 
     predictions: Predictions
     batch: Batch
+    _shared: dict[str, Tensor] = field(default_factory=dict)
+
+    def shared(self, name: str, compute: Callable[[Predictions, Batch], Tensor]) -> Tensor:
+        """What ``compute`` gives, computed once for all terms that ask for this name."""
+        if name not in self._shared:
+            self._shared[name] = compute(self.predictions, self.batch)
+        return self._shared[name]
 
     @cached_property
     def tokens(self) -> Tensor:
@@ -297,11 +304,17 @@ def active(
     return chosen
 
 
-def counts(batches: list[Batch], names: list[str], num_datasets: int = 0) -> Tensor:
+def counts(
+    batches: list[Batch],
+    names: list[str],
+    num_datasets: int = 0,
+    terms: Mapping[str, Term] = TERMS,
+) -> Tensor:
     """Units of each named term over all micro-batches of a step.
 
     Args:
         num_datasets: D, where several are mixed and each is counted too, else 0.
+        terms: the terms that names are of.
 
     Returns:
         float64[1 + D, N]: all units, then those of each data set.
@@ -311,21 +324,26 @@ def counts(batches: list[Batch], names: list[str], num_datasets: int = 0) -> Ten
         of_all = []
         by_dataset = []
         for name in names:
-            units = TERMS[name].units(batch)
+            units = terms[name].units(batch)
             of_all.append(units.sum())
             if num_datasets:
-                by_dataset.append(_by_dataset(TERMS[name], batch, units, num_datasets))
+                by_dataset.append(_by_dataset(terms[name], batch, units, num_datasets))
         tables.append(_table(of_all, by_dataset))
     return torch.stack(tables).double().sum(0)
 
 
 def totals(
-    predictions: Predictions, batch: Batch, names: list[str], num_datasets: int = 0
+    predictions: Predictions,
+    batch: Batch,
+    names: list[str],
+    num_datasets: int = 0,
+    terms: Mapping[str, Term] = TERMS,
 ) -> Tensor:
     """Total of each named term.
 
     Args:
         num_datasets: as in `counts`.
+        terms: as in `counts`.
 
     Returns:
         float32[1 + D, N]: over all images, then over those of each data set, without gradients.
@@ -334,7 +352,7 @@ def totals(
     of_all = []
     by_dataset = []
     for name in names:
-        term = TERMS[name]
+        term = terms[name]
         by_layer = term.losses(comparison)
         of_all.append(_mean([losses.sum() for losses in by_layer]))
         if num_datasets:
