@@ -176,6 +176,7 @@ def set_up(config: Config) -> Trainer:
         unpad=model.language_model.uses_flex_attention,
         max_positions=model.language_model.max_positions,
         num_image_positions=model.num_image_positions,
+        answers_read=model.answers_read,
         keep_samples=False,
     )
     batches = partial(

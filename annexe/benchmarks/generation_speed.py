@@ -141,6 +141,7 @@ def _prompts(model: Annexe, num_images: int, settings: GenerationSettings) -> Ba
         model.num_image_tokens,
         model.pixel_decoder.num_slots,
         model.language_model.tokenizer.vocab_size,
+        answers_read=model.answers_read,
     )
     for sample in batch.samples:
         sample.original_size = settings.mask_size
@@ -153,7 +154,7 @@ def _timing_generation(model: Annexe, timeline: Timeline) -> Iterator[list[int]]
     lengths: list[int] = []
 
     def add_lengths(responses: Any) -> None:
-        lengths.extend(map(len, responses.tokens))
+        lengths.extend(len(tokens) for tokens in responses.tokens if tokens)  # empty: not asked for
 
     prefill = timeline.timing_method(
         model.language_model, "prefill", during="prefill", after="pixel_decoder"

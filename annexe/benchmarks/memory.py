@@ -220,6 +220,7 @@ def measure(
         model.num_image_tokens,
         model.pixel_decoder.num_slots,
         tokenizer.vocab_size,
+        answers_read=model.answers_read,
     )
     with mode, live, CudaRules():
         weights = _hold_weights(model, live)

@@ -14,7 +14,7 @@ from annexe.build import build_training_set
 from annexe.config import Config
 from annexe.datasets.collate import Padding, index_queries, pack, used_slots_of
 from annexe.errors import UserError
-from annexe.structures.batch import Batch
+from annexe.structures.batch import PREFIX_ALONE, AnswersRead, Batch
 from annexe.structures.sample import Sample
 
 NUM_REAL_BATCHES = 16
@@ -124,6 +124,7 @@ def random_batch(
     *,
     pad_to_multiple_of: int = 1,
     unpad: bool = False,
+    answers_read: AnswersRead = PREFIX_ALONE,
 ) -> Batch:
     """A batch of random pixels and words with branches of the given lengths.
 
@@ -135,7 +136,7 @@ def random_batch(
         num_image_tokens: image tokens of the prefix.
         num_slots: K.
         num_words: size of the vocabulary that ids are drawn from.
-        pad_to_multiple_of, unpad: as the collator takes them.
+        pad_to_multiple_of, unpad, answers_read: as the collator takes them.
     """
     random = np.random.default_rng(0)
     padding = Padding.to_multiple_of(pad_to_multiple_of, unpad=unpad)
@@ -162,7 +163,7 @@ def random_batch(
     used = torch.where(slots <= (num_slots + 1) // 2, slots, 0)
     slot_ids = used.repeat(len(query_mask), 1) * query_mask[:, None]  # [Q, K]
 
-    text = pack(ids, words(PREFIX), num_image_tokens, padding)
+    text = pack(ids, words(PREFIX), num_image_tokens, padding, answers_read=answers_read)
     object_words = random.integers(num_words, size=(num_images, num_slots, _NUM_OBJECT_WORDS))
     size = (image_size, image_size)
     samples = []

@@ -236,6 +236,7 @@ def _micro_batches(trainer: Trainer, settings: TrainingSettings) -> Generator[Ba
         model.language_model.tokenizer.vocab_size,
         pad_to_multiple_of=PAD_TO_MULTIPLE_OF if trainer.uses_cuda_graphs else 1,
         unpad=model.language_model.uses_flex_attention,
+        answers_read=model.answers_read,
     )
     batch = replace(batch, samples=[])
     if settings.stored:

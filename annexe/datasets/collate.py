@@ -4,8 +4,8 @@ Legend: B images, S image side, Q queries, K slots, N tokens of a row, R branche
 queries), T label tokens, U targets, O objects with a phrase, W words of a phrase.
 
 A row holds the prefix of an image once, and behind it one branch for each task: a prompt (p) and
-its response (r). Attention lets a branch see the prefix and itself alone, so every branch continues
-at the position where the prefix ends:
+its response (r). Attention lets a branch see the prefix and itself alone, unless `AnswersRead` says
+more, so every branch continues at the position where the prefix ends:
 
     column        0   1   2   3   4   5   6   7   8   9   10  11  12  13  14
     input_ids     BOS Img 0   0   0   p   p   r   EOS p   p   p   r   EOS 0
@@ -19,6 +19,11 @@ at the position where the prefix ends:
 
 A label stands where the model has to predict it: from the last token of a prompt to the last but
 one of its response. The analysis branch of an image without an analysis is its prompt alone.
+
+Where queries read the analysis, each one continues at the position where the analysis ends, as if
+nothing but prefix, analysis and query were there (above, the query would begin at position 9).
+Where they read descriptor tokens, those are the end of the analysis prompt, have the id 0, and a
+query continues behind the last one.
 """
 
 from __future__ import annotations
@@ -32,11 +37,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from annexe.errors import UserError
-from annexe.structures.batch import ANALYSIS, BLOCK, Batch, PackedText, QueryIndex, round_up
+from annexe.structures.batch import (
+    ANALYSIS,
+    BLOCK,
+    PADDING_SEGMENT,
+    PREFIX_ALONE,
+    PREFIX_SEGMENT,
+    AnswersRead,
+    Batch,
+    Context,
+    PackedText,
+    QueryIndex,
+    round_up,
+)
 from annexe.structures.sample import Sample
 
-PREFIX_SEGMENT = 0
-PADDING_SEGMENT = -1
 IGNORED_LABEL = -100  # torch's cross entropy leaves it out
 
 Branch = tuple[list[int], list[int]]
@@ -105,9 +120,20 @@ class PlacedBranch:
         return self.start + len(self.prompt) - 1
 
     @property
+    def prompt_end(self) -> int:
+        """Column behind the last prompt token."""
+        return self.start + len(self.prompt)
+
+    @property
     def end(self) -> int:
         """Column behind the last token."""
-        return self.start + len(self.prompt) + len(self.response)
+        return self.prompt_end + len(self.response)
+
+    def context(self, answers_read: AnswersRead) -> tuple[int, int]:
+        """Of an analysis branch: the first column that queries read, and that behind the last."""
+        if answers_read.source == "analysis":
+            return self.start, self.end
+        return self.prompt_end - answers_read.num_descriptors, self.prompt_end
 
 
 def lay_out(
@@ -148,6 +174,7 @@ def to_tensors(
     num_image_tokens: int,
     padding: Padding,
     num_image_positions: int | None = None,
+    answers_read: AnswersRead = PREFIX_ALONE,
 ) -> PackedText:
     """Write branches that `lay_out` placed into rows of tokens.
 
@@ -158,6 +185,7 @@ def to_tensors(
         padding: how rows, prompts and labels are rounded up.
         num_image_positions: positions that an image takes (default: one a token). Where they are
             fewer, the language model places the tokens in rows and columns itself.
+        answers_read: what queries read beside prefix and prompt.
     """
     num_images = table[-1].image_index + 1
     prefix_length = len(prefix) + num_image_tokens
@@ -174,6 +202,12 @@ def to_tensors(
     if num_image_positions is not None:
         first_position = len(prefix) + num_image_positions
 
+    # What queries read beside it
+    context: list[tuple[int, int]] = []
+    if answers_read.source != "prefix":
+        analyses = [branch for branch in table if not branch.is_query]
+        context = [analysis.context(answers_read) for analysis in analyses]
+
     # The branches behind it
     label_positions: list[int] = []
     labels: list[int] = []
@@ -183,7 +217,10 @@ def to_tensors(
         length = branch.end - branch.start
         input_ids[branch.image_index, columns] = branch.prompt + branch.response
         segment_ids[branch.image_index, columns] = branch.segment_id
-        position_ids[branch.image_index, columns] = first_position + np.arange(length)
+        first_of_branch = first_position
+        if context and branch.segment_id > ANALYSIS:
+            first_of_branch += context[branch.image_index][1] - prefix_length
+        position_ids[branch.image_index, columns] = first_of_branch + np.arange(length)
 
         first_label = branch.image_index * row_length + branch.label_start
         label_positions += range(first_label, first_label + len(branch.response))
@@ -213,6 +250,7 @@ def to_tensors(
         labels=torch.tensor(labels, dtype=torch.int64),
         is_analysis=torch.tensor(is_analysis, dtype=torch.bool),
         unpadded_indices=unpadded_indices(segment_ids) if padding.unpad else None,
+        context=Context(*torch.tensor(context).unbind(1)) if context else None,
     )
 
 
@@ -222,11 +260,16 @@ def pack(
     num_image_tokens: int,
     padding: Padding,
     num_image_positions: int | None = None,
+    answers_read: AnswersRead = PREFIX_ALONE,
 ) -> PackedText:
     """Pack every image's branches behind one prefix: `lay_out`, then `to_tensors`."""
+    descriptors = [0] * answers_read.num_descriptors
+    with_descriptors = []
+    for (prompt, response), *queries in branches:
+        with_descriptors.append([(prompt + descriptors, response), *queries])
     prefix_length = len(prefix) + num_image_tokens
-    table = lay_out(branches, prefix_length, fill_queries=padding.fill_queries)
-    return to_tensors(table, prefix, num_image_tokens, padding, num_image_positions)
+    table = lay_out(with_descriptors, prefix_length, fill_queries=padding.fill_queries)
+    return to_tensors(table, prefix, num_image_tokens, padding, num_image_positions, answers_read)
 
 
 def unpadded_indices(segment_ids: np.ndarray) -> Tensor:
@@ -295,6 +338,7 @@ class Collator:
         max_positions: of the language model, for the prefix and any text behind it.
         num_generated: positions of these that generated tokens will take.
         num_image_positions: positions of these that an image takes (default: one a token).
+        answers_read: what queries read beside prefix and prompt.
         keep_samples: the batch brings its samples along; their pixels slow down the way from one
             process to another.
     """
@@ -311,6 +355,7 @@ class Collator:
         max_positions: int | None = None,
         num_generated: int = 0,
         num_image_positions: int | None = None,
+        answers_read: AnswersRead = PREFIX_ALONE,
         keep_samples: bool = True,
     ) -> None:
         self.tokenizer = tokenizer
@@ -320,6 +365,7 @@ class Collator:
         self.max_positions = max_positions
         self.num_generated = num_generated
         self.num_image_positions = num_image_positions
+        self.answers_read = answers_read
         self.keep_samples = keep_samples
         self.padding = Padding.to_multiple_of(pad_to_multiple_of, unpad=unpad)
 
@@ -330,7 +376,14 @@ class Collator:
         branches = [self._branches(sample, ids) for sample in samples]
         for sample, own in zip(samples, branches, strict=True):
             self._require_room(sample, len(prefix), own)
-        text = pack(branches, prefix, self.num_image_tokens, self.padding, self.num_image_positions)
+        text = pack(
+            branches,
+            prefix,
+            self.num_image_tokens,
+            self.padding,
+            self.num_image_positions,
+            self.answers_read,
+        )
 
         # Queries and their slots
         num_queries = [len(sample.turns) for sample in samples]
@@ -403,12 +456,19 @@ class Collator:
         """
         if self.max_positions is None:
             return
-        longest = max(len(prompt) + len(response) for prompt, response in branches)
+        analysis, *queries = [len(prompt) + len(response) for prompt, response in branches]
+        analysis += self.answers_read.num_descriptors
+        longest = max([analysis, *queries])
+        num_generated = self.num_generated
+        if self.answers_read.source != "prefix" and queries:
+            longest = analysis + max(queries)
+        if self.answers_read.source == "analysis" and queries:
+            num_generated *= 2
         parts = {
             "of the prompt's beginning": prefix_length,
             "of the image": self.num_image_positions or self.num_image_tokens,
             "of its longest text": longest,
-            "to generate (run.max_new_tokens)": self.num_generated,
+            "to generate (run.max_new_tokens)": num_generated,
         }
         num_needed = sum(parts.values())
         if num_needed > self.max_positions:

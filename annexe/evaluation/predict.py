@@ -78,6 +78,7 @@ def prompt_collator(model: Annexe, max_new_tokens: int) -> Collator:
         max_positions=model.language_model.max_positions,
         num_generated=max_new_tokens,
         num_image_positions=model.num_image_positions,
+        answers_read=model.answers_read,
     )
 
 

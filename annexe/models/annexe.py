@@ -8,6 +8,7 @@ tokens, V words.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -15,17 +16,18 @@ from torch import Tensor, nn
 
 from annexe.checkpoints import public as checkpoints
 from annexe.checkpoints.whole_models import family_of, fill_projector
-from annexe.errors import UserError
+from annexe.errors import UserError, unknown_name_error
 from annexe.models.depth_branch import DepthFeatures
 from annexe.models.image_ops import resize_patches
 from annexe.models.language_model.causal_lm import CausalLM
 from annexe.models.language_model.constraints import DecodingConstraints
 from annexe.models.language_model.generation import GreedyDecoder, Responses, TokenListener
 from annexe.models.language_model.kv_cache import Prefill
+from annexe.models.language_model.stages import analyses_alone, with_analyses
 from annexe.models.mask_postprocessing import split_by_query
 from annexe.prompts import ANSWER_OPENING, NO_TARGET
 from annexe.settings import PathSetting
-from annexe.structures.batch import ANALYSIS, Batch, QueryIndex
+from annexe.structures.batch import ANALYSIS, AnswersRead, Batch, PackedText, QueryIndex
 from annexe.structures.prediction import Grounding, ImageResponses, Predictions, RawResponse
 
 # Presence above which a slot has a target, until thresholds are calibrated
@@ -156,6 +158,10 @@ class Annexe(nn.Module):
             thresholds are those calibrated on val, slot by slot, and 0.5 until then.
         constrain_answers: answers name exactly the slots that have a target, and the answer to a
             query without a target is a fixed refusal.
+        answers_read: what queries, and so their masks, read beside image and question: ``prefix``
+            is nothing more, ``analysis`` is the analysis of the image, ``descriptor`` are learned
+            tokens behind the analysis prompt.
+        num_descriptor_tokens: how many of these there are.
 
     Raises:
         UserError: for settings that do not fit each other.
@@ -174,6 +180,8 @@ class Annexe(nn.Module):
         image_token_head: bool = False,
         presence_threshold: float | None = None,
         constrain_answers: bool = True,
+        answers_read: str = "prefix",
+        num_descriptor_tokens: int = 4,
     ) -> None:
         super().__init__()
 
@@ -184,6 +192,17 @@ class Annexe(nn.Module):
                 f"model.presence_threshold is {presence_threshold}; "
                 "it must be at least 0 and at most 1"
             )
+        if answers_read not in AnswersRead.CHOICES:
+            raise unknown_name_error(
+                "setting model.answers_read", answers_read, AnswersRead.CHOICES
+            )
+        if num_descriptor_tokens < 1:
+            raise UserError(
+                f"model.num_descriptor_tokens is {num_descriptor_tokens}; it must be at least 1"
+            )
+        has_descriptors = answers_read == "descriptor"
+        num_descriptors = num_descriptor_tokens if has_descriptors else 0
+        self.answers_read = AnswersRead(answers_read, num_descriptors)
         self.num_image_tokens = projector.num_tokens
         self.num_image_positions = projector.num_tokens
         if language_model.has_image_axes:
@@ -206,6 +225,11 @@ class Annexe(nn.Module):
         self.language_model = language_model
         self.pixel_decoder = pixel_decoder
         self.text_decoder = GreedyDecoder(language_model)
+        self.descriptor_tokens: nn.Embedding | None = None
+        if has_descriptors:
+            self.descriptor_tokens = nn.Embedding(num_descriptors, language_model.hidden_size)
+            std = language_model.initializer_range
+            nn.init.normal_(self.descriptor_tokens.weight, std=std)
 
         # Weights
         if init_from is not None and family_of(init_from) is not None:
@@ -239,7 +263,12 @@ class Annexe(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, batch: Batch, max_new_tokens: int, on_text: TextListener | None = None
+        self,
+        batch: Batch,
+        max_new_tokens: int,
+        on_text: TextListener | None = None,
+        *,
+        true_analyses: bool = False,
     ) -> list[ImageResponses]:
         """Greedy responses before post-processing, which needs no device.
 
@@ -247,28 +276,39 @@ class Annexe(nn.Module):
             batch: packed prompts without responses, with its samples.
             max_new_tokens: tokens of a response, at most.
             on_text: is told how texts grow, as often as the decoder looks at them.
+            true_analyses: queries that read the analysis read that of the samples instead of the
+                generated one, which is returned all the same.
 
         Returns:
             Every image with its responses, one a query, in the order of the batch.
         """
-        # Masks and tokens, in the order that the decoder needs
-        encoding = self.encode(batch)
-        prefill = self.language_model.prefill(
-            encoding.embeddings, batch.text, encoding.image_levels
-        )
-        on_tokens = None if on_text is None else self._tell_texts(batch, on_text)
+        # Prompts; where queries read the analyses, those are decoded before
+        analyses: list[list[int]] | None = None
+        if self.answers_read.source == "analysis":
+            batch, encoding, prefill, analyses = self._analyze(
+                batch, max_new_tokens, on_text, true_analyses
+            )
+        else:
+            encoding, prefill = self._prefill(batch)
+
+        # Masks and tokens, in the order that the pixel decoder needs
+        places = _places(batch)
+        on_tokens = None if on_text is None else self._tell_texts(places, on_text)
         if self.pixel_decoder.conditioning == "prompt":
             decode = self._ground_then_answer
         else:
             decode = self._answer_then_ground
         grounding, present, responses = decode(batch, encoding, prefill, max_new_tokens, on_tokens)
+        if analyses is not None:
+            for branch, (image, query) in enumerate(places):
+                if query is None:
+                    responses.tokens[branch] = analyses[image]
 
         # Images, each with its analysis
         texts = [self.language_model.tokenizer.decode(row) for row in responses.tokens]
         depth = encoding.depth.depth
         depth_maps = [None] * len(batch.images) if depth is None else depth.float().cpu().numpy()
         images = [ImageResponses("", depth_map, []) for depth_map in depth_maps]
-        places = _places(batch)
         for (image, query), text in zip(places, texts, strict=True):
             if query is None:
                 images[image].analysis = text
@@ -298,10 +338,60 @@ class Annexe(nn.Module):
             images[image].responses.append(response)
         return images
 
-    def _tell_texts(self, batch: Batch, on_text: TextListener) -> TokenListener:
-        """What tells ``on_text`` of the tokens of responses, with the words they stand for."""
+    def _prefill(self, batch: Batch) -> tuple[Encoding, Prefill]:
+        """Run encoders and language model over the prompts of a batch."""
+        encoding = self.encode(batch)
+        prefill = self.language_model.prefill(
+            encoding.embeddings, batch.text, encoding.image_levels
+        )
+        return encoding, prefill
+
+    def _analyze(
+        self,
+        batch: Batch,
+        max_new_tokens: int,
+        on_text: TextListener | None,
+        true_analyses: bool,
+    ) -> tuple[Batch, Encoding, Prefill, list[list[int]]]:
+        """Decode the analyses, then run the language model over the queries behind them.
+
+        Arguments are those of `generate`.
+
+        Returns:
+            The batch with the analyses in its prompts, what the encoders made of the images, the
+            prefill of these prompts, and the tokens of each image's generated analysis.
+        """
+        # First stage: the analyses
+        first = replace(batch, text=analyses_alone(batch.text))
+        encoding, prefill = self._prefill(first)
+        prefix = prefill.keep_prefix()
+        on_tokens = None
+        if on_text is not None:
+            on_tokens = self._tell_texts([(i, None) for i in range(len(batch.images))], on_text)
+        analyses = self.text_decoder.decode(prefill, max_new_tokens, None, on_tokens).tokens
+
+        # Second stage: what is behind the prefix, with the texts as the collator has them
         tokenizer = self.language_model.tokenizer
-        places = _places(batch)
+        texts = [[*tokens, tokenizer.eos_id] for tokens in analyses]
+        if true_analyses:
+            encoded = tokenizer.encode_all([sample.analysis for sample in batch.samples])
+            for image, sample in enumerate(batch.samples):
+                is_empty = not sample.analysis.strip()
+                texts[image] = [] if is_empty else [*encoded[image], tokenizer.eos_id]
+        batch = replace(batch, text=with_analyses(batch.text, texts))
+        words = self.language_model.embed(batch.text.input_ids[:, batch.text.prefix_length :])
+        prefill = self.language_model.prefill(words, batch.text, prefix=prefix)
+        return batch, encoding, prefill, analyses
+
+    def _tell_texts(
+        self, places: list[tuple[int, int | None]], on_text: TextListener
+    ) -> TokenListener:
+        """What tells ``on_text`` of the tokens of responses, with the words they stand for.
+
+        Args:
+            places: image and query of every branch, as `_places` gives them.
+        """
+        tokenizer = self.language_model.tokenizer
 
         def on_tokens(branch: int, tokens: list[int]) -> None:
             on_text(*places[branch], tokenizer.decode(tokens))
@@ -324,6 +414,8 @@ class Annexe(nn.Module):
         if num_repeats > 1:
             tokens_of_rows = image_tokens.repeat(num_repeats, 1, 1)
         embeddings = torch.cat([before, tokens_of_rows.to(words.dtype), after], dim=1)
+        if self.descriptor_tokens is not None:
+            embeddings = self._with_descriptors(embeddings, text)
 
         # Further levels of the encoder, which are the projector's alone
         image_levels: list[Tensor] = []
@@ -333,6 +425,16 @@ class Annexe(nn.Module):
             image_levels = [level.repeat(num_repeats, 1, 1) for level in image_levels]
         patches = patches[..., : self.rgb_encoder.embed_dim]
         return Encoding(patches, depth, image_tokens, embeddings, image_levels)
+
+    def _with_descriptors(self, embeddings: Tensor, text: PackedText) -> Tensor:
+        """Put the descriptor tokens in their place, which is what queries read: float[B, N, D]."""
+        assert self.descriptor_tokens is not None
+        assert text.context is not None
+        table = self.descriptor_tokens.weight.to(embeddings.dtype)
+        offsets = torch.arange(len(table), device=embeddings.device)
+        columns = text.context.start[:, None] + offsets
+        rows = torch.arange(len(embeddings), device=embeddings.device)[:, None]
+        return embeddings.index_put((rows, columns), table.expand(len(embeddings), -1, -1))
 
     def present_slots(self, grounding: Grounding) -> Tensor:
         """Slots that have a target, bool[Q, K]: present, and with a pixel.
@@ -382,6 +484,7 @@ class Annexe(nn.Module):
         constraints = None
         if self._answers_follow_masks():
             constraints = self._constraints(present, batch)
+        constraints = self._skip_analyses(constraints, batch)
         responses = self.text_decoder.decode(prefill, max_new_tokens, constraints, on_tokens)
         return grounding, present, responses
 
@@ -398,7 +501,8 @@ class Annexe(nn.Module):
         Returns:
             As `_ground_then_answer`.
         """
-        responses = self.text_decoder.decode(prefill, max_new_tokens, None, on_tokens)
+        constraints = self._skip_analyses(None, batch)
+        responses = self.text_decoder.decode(prefill, max_new_tokens, constraints, on_tokens)
         states = responses.slot_states[batch.text.query_branches]  # [Q, K, D]
         is_named = states.abs().amax(-1) > 0
         grounding = self._ground(states, is_named, encoding, batch)[-1]
@@ -497,6 +601,17 @@ class Annexe(nn.Module):
         refusal, opening = self.language_model.tokenizer.encode_all(openings)
         forbidden = () if refusal[0] == opening[0] else (refusal[0],)
         return DecodingConstraints(skip, slots, forbidden)
+
+    def _skip_analyses(
+        self, constraints: DecodingConstraints | None, batch: Batch
+    ) -> DecodingConstraints | None:
+        """``constraints`` under which no analysis is generated where it is in the prompts."""
+        if self.answers_read.source != "analysis":
+            return constraints
+        is_analysis = ~batch.text.is_query
+        if constraints is None:
+            return DecodingConstraints(is_analysis, None)
+        return replace(constraints, skip=constraints.skip | is_analysis)
 
     def _finish_answer(self, text: str, slots: list[int], answer_format: str | None) -> str:
         """The answer in full, if constrained decoding stopped before its end."""

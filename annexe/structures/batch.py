@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ from annexe.structures.sample import Sample
 
 # Tokens of one block of FlexAttention's masks
 BLOCK = 128
-# Segment id of the analysis branch; those of the queries follow it
+# Segment ids: the prefix, padding, and the analysis branch; those of the queries follow it
+PREFIX_SEGMENT = 0
+PADDING_SEGMENT = -1
 ANALYSIS = 1
 
 
@@ -36,13 +39,45 @@ def each_tensor(record: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return replace(record, **changed)
 
 
+@dataclass(frozen=True)
+class AnswersRead:
+    """What the queries of an image read beside its prefix and themselves.
+
+    Attributes:
+        source: ``prefix`` is nothing more; ``analysis`` is the whole analysis branch, its prompt
+            and its text; ``descriptor`` are learned tokens at the end of the analysis prompt.
+        num_descriptors: number of these tokens, 0 with any other source.
+    """
+
+    CHOICES: ClassVar = ("prefix", "analysis", "descriptor")
+
+    source: str = "prefix"
+    num_descriptors: int = 0
+
+
+PREFIX_ALONE = AnswersRead()
+
+
+@dataclass
+class Context:
+    """The columns behind the prefix that the queries of an image read as well."""
+
+    start: Tensor  # int64[B], the first one of each row
+    end: Tensor  # int64[B], behind the last one
+
+    def mask(self, num_columns: int) -> Tensor:
+        """The same columns as bool[B, N], N being ``num_columns``."""
+        columns = torch.arange(num_columns, device=self.start.device)
+        return (columns >= self.start[:, None]) & (columns < self.end[:, None])
+
+
 @dataclass
 class PackedText:
     """Token ids and structure of the packed sequences, padded on the right."""
 
     input_ids: Tensor  # int64[B, N]; image tokens are 0 here
     segment_ids: Tensor  # int64[B, N]; 0 = prefix, k = branch k, -1 = padding
-    position_ids: Tensor  # int64[B, N]; every branch continues where the prefix ends
+    position_ids: Tensor  # int64[B, N]; a branch continues behind the last token that it reads
     image_start: int  # column of the first image token
     prefix_length: int  # tokens before the branches, those of the image included
     branch_image_index: Tensor  # int64[R]
@@ -55,6 +90,33 @@ class PackedText:
     is_analysis: Tensor  # bool[T]
     # int64[M], flat positions in [B * N] of the tokens without padding; B * N = spare
     unpadded_indices: Tensor | None = None
+    context: Context | None = None  # None: queries read the prefix and themselves
+
+    @property
+    def is_query(self) -> Tensor:
+        """Which branches are queries, bool[R]."""
+        is_query = torch.zeros_like(self.branch_start, dtype=torch.bool)
+        return is_query.index_fill(0, self.query_branches, True)
+
+    @property
+    def context_mask(self) -> Tensor | None:
+        """Tokens behind the prefix that queries read as well, bool[B, N]; None: there are none."""
+        return None if self.context is None else self.context.mask(self.input_ids.shape[1])
+
+    @property
+    def context_length(self) -> Tensor:
+        """Tokens that each branch reads between the prefix and its own prompt, int64[R]."""
+        if self.context is None:
+            return torch.zeros_like(self.branch_length)
+        length = self.context.end - self.context.start
+        return length[self.branch_image_index] * self.is_query
+
+    @cached_property
+    def max_own_length(self) -> int:
+        """Tokens of a branch's prompt and of what it reads before that, at most."""
+        if self.context is None:
+            return self.max_branch_length
+        return int((self.context_length + self.branch_length).max())
 
 
 @dataclass

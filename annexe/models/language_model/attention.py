@@ -16,6 +16,8 @@ branch were there:
 
     all: every key      causal: keys up to the query itself      .: no key
 
+Where queries read the analysis, or descriptor tokens in it, they attend to all of those as well.
+
 Where padding is left out ("unpad"), one row holds the sequences of all images, one behind the
 other. A token then attends only within its own image.
 
@@ -45,14 +47,21 @@ NAME = "packed"
 
 
 def _make_mask_mod(
-    segment_ids: Tensor, image_index: Tensor | None
+    segment_ids: Tensor,
+    image_index: Tensor | None,
+    context_mask: Tensor | None,
+    first_query: int,
 ) -> Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]:
     """FlexAttention's ``mask_mod`` for packed sequences: True where a query attends to a key."""
 
     def mask_mod(row: Tensor, _head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+        query = query + first_query if first_query else query
         key_segment = segment_ids[row, key]
+        is_shared = key_segment == 0
+        if context_mask is not None:
+            is_shared = is_shared | context_mask[row, key]
         same_branch = key_segment == segment_ids[row, query]
-        allowed = (key <= query) & ((key_segment == 0) | same_branch)
+        allowed = (key <= query) & (is_shared | same_branch)
         if image_index is None:
             return allowed
         return allowed & (image_index[row, key] == image_index[row, query])
@@ -60,7 +69,12 @@ def _make_mask_mod(
     return mask_mod
 
 
-def packed_attention_mask(segment_ids: Tensor, image_index: Tensor | None = None) -> Tensor:
+def packed_attention_mask(
+    segment_ids: Tensor,
+    image_index: Tensor | None = None,
+    context_mask: Tensor | None = None,
+    first_query: int = 0,
+) -> Tensor:
     """Dense mask of packed sequences: the prefix for all, and causally a token's own branch.
 
     Args:
@@ -68,19 +82,28 @@ def packed_attention_mask(segment_ids: Tensor, image_index: Tensor | None = None
             that no row of the mask is empty).
         image_index: int[B, N] in ascending order, the image of each token where a row holds several
             images.
+        context_mask: bool[B, N], tokens of the analysis branch that the queries behind it attend
+            to as well.
+        first_query: the first token that attends; those before it are keys alone.
 
     Returns:
-        bool[B, 1, N, N], True = attends. Only ``sdpa`` takes a boolean mask; ``eager`` would add it
-        as 1.
+        bool[B, 1, N - first_query, N], True = attends. Only ``sdpa`` takes a boolean mask;
+        ``eager`` would add it as 1.
     """
     num_rows, num_tokens = segment_ids.shape
     rows = torch.arange(num_rows, device=segment_ids.device)
     tokens = torch.arange(num_tokens, device=segment_ids.device)
-    mask_mod = _make_mask_mod(segment_ids, image_index)
-    return mask_mod(rows[:, None, None], None, tokens[:, None], tokens)[:, None]
+    mask_mod = _make_mask_mod(segment_ids, image_index, context_mask, first_query)
+    queries = tokens[: num_tokens - first_query, None]
+    return mask_mod(rows[:, None, None], None, queries, tokens)[:, None]
 
 
-def packed_block_mask(segment_ids: Tensor, image_index: Tensor | None = None) -> BlockMask:
+def packed_block_mask(
+    segment_ids: Tensor,
+    image_index: Tensor | None = None,
+    context_mask: Tensor | None = None,
+    first_query: int = 0,
+) -> BlockMask:
     """`packed_attention_mask` as a mask of 128 x 128 blocks for compiled FlexAttention.
 
     For a block of queries only the key blocks from the first one of its image up to the diagonal
@@ -88,32 +111,40 @@ def packed_block_mask(segment_ids: Tensor, image_index: Tensor | None = None) ->
 
     Args:
         segment_ids: int[B, N], as of `packed_attention_mask`.
-        image_index: int[B, N], as of `packed_attention_mask`.
+        image_index: int[B, N], as of `packed_attention_mask`; not beside ``first_query``.
+        context_mask: bool[B, N], as of `packed_attention_mask`.
+        first_query: as of `packed_attention_mask`.
 
     Returns:
         The mask, for one head as for all.
     """
     num_rows, num_tokens = segment_ids.shape
+    num_queries = num_tokens - first_query
     device = segment_ids.device
     blocks = torch.arange(-(-num_tokens // BLOCK), dtype=torch.int32, device=device)
+    last_block = blocks
+    if first_query:
+        assert image_index is None
+        last_query = BLOCK * (blocks[: -(-num_queries // BLOCK)] + 1) - 1
+        last_block = ((last_query + first_query) // BLOCK).clamp(max=len(blocks) - 1)
 
     # Find the first key block that a block of queries needs.
     if image_index is None:
-        first_block = torch.zeros(num_rows, len(blocks), dtype=torch.int32, device=device)
+        first_block = torch.zeros(num_rows, len(last_block), dtype=torch.int32, device=device)
     else:
         block_starts = image_index[:, ::BLOCK].contiguous()
         first_token = torch.searchsorted(image_index, block_starts, out_int32=True)
         first_block = first_token // BLOCK
 
     # List the key blocks of each row; of the list only the first `num_key_blocks` count.
-    num_key_blocks = blocks + 1 - first_block  # [B, N / BLOCK]
+    num_key_blocks = last_block + 1 - first_block  # [B, query blocks]
     key_blocks = (first_block[..., None] + blocks).clamp(max=len(blocks) - 1)
     return BlockMask.from_kv_blocks(
         num_key_blocks[:, None],
         key_blocks[:, None],
         BLOCK_SIZE=BLOCK,
-        mask_mod=_make_mask_mod(segment_ids, image_index),
-        seq_lengths=(num_tokens, num_tokens),
+        mask_mod=_make_mask_mod(segment_ids, image_index, context_mask, first_query),
+        seq_lengths=(num_queries, num_tokens),
     )
 
 
@@ -231,7 +262,8 @@ def attend(
             limit the positions of the model (`annexe.models.language_model.support`).
         position_ids: without effect.
         use_cache: without effect.
-        prefill_cache: where given, gets the keys and values of the packed sequence.
+        prefill_cache: where given, gets the keys and values of the packed sequence. Those that it
+            holds already lie before them, and ``query`` attends to them as well.
         shared_prefix_cache: where given, ``query`` is one new token of each response, which attends
             to this cache.
         decode_index: belongs to ``shared_prefix_cache``.
@@ -247,6 +279,9 @@ def attend(
 
     # Keep keys and values for decoding.
     if prefill_cache is not None:
+        if prefill_cache.keys is not None and prefill_cache.values is not None:
+            key = torch.cat([prefill_cache.keys.to(key.dtype), key], dim=2)
+            value = torch.cat([prefill_cache.values, value], dim=2)
         prefill_cache.keys = key
         prefill_cache.values = value
 

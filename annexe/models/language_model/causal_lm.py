@@ -178,6 +178,7 @@ class CausalLM(nn.Module):
         lora: the adapters.
 
     Attributes:
+        initializer_range: standard deviation of embeddings that are not in the base.
         end_ids: tokens that end a response; the first one is the tokenizer's.
         has_image_axes: positions of image tokens are of row and column, so that an image takes as
             many positions as its tokens have rows.
@@ -212,6 +213,7 @@ class CausalLM(nn.Module):
         self.head_dim = head_dim_of(base.config)
         self.max_positions = position_limit(base.config)
         self.has_image_axes = has_image_axes(base.config)
+        self.initializer_range = initializer_range
         self.end_ids = _end_ids(tokenizer, base)
         self.dtype = dtype
         self.compiled = False  # `compile_blocks` sets it once the blocks run through torch.compile
@@ -322,7 +324,7 @@ class CausalLM(nn.Module):
         if prefill_caches is None and text.unpadded_indices is not None:
             return self._forward_unpadded(embeddings, text, make_mask, added)
 
-        mask = make_mask(text.segment_ids)
+        mask = make_mask(text.segment_ids, context_mask=text.context_mask)
         num_layers = len(self.base.model.layers)
         caches: Sequence[PrefillCache | None] = prefill_caches or [None] * num_layers
         attention_kwargs = [{"attention_mask": mask, "prefill_cache": cache} for cache in caches]
@@ -350,7 +352,7 @@ class CausalLM(nn.Module):
         self,
         embeddings: Tensor,
         text: PackedText,
-        make_mask: Callable[[Tensor, Tensor], Tensor | BlockMask],
+        make_mask: Callable[[Tensor, Tensor, Tensor | None], Tensor | BlockMask],
         added: Sequence[Tensor],
     ) -> Tensor:
         """`forward` over one row of the tokens of all images; states of padding are 0."""
@@ -365,7 +367,10 @@ class CausalLM(nn.Module):
 
         # Run all images as one row.
         image_index = (unpadded_indices // length)[None]
-        mask = make_mask(unpad(text.segment_ids), image_index)
+        context_mask = text.context_mask
+        if context_mask is not None:
+            context_mask = unpad(context_mask)
+        mask = make_mask(unpad(text.segment_ids), image_index, context_mask)
         attention_kwargs = [{"attention_mask": mask}] * len(self.base.model.layers)
         positions = self._positions(text)
         if positions.ndim == 3:
@@ -382,21 +387,45 @@ class CausalLM(nn.Module):
 
     @torch.no_grad()
     def prefill(
-        self, embeddings: Tensor, text: PackedText, image_levels: Sequence[Tensor] = ()
+        self,
+        embeddings: Tensor,
+        text: PackedText,
+        image_levels: Sequence[Tensor] = (),
+        prefix: list[PrefillCache] | None = None,
     ) -> Prefill:
         """Run the language model over packed prompts and keep its keys and values for decoding.
 
         Args:
-            embeddings: float[B, N, D].
+            embeddings: float[B, N, D]; with ``prefix`` float[B, N - Lp, D], without the Lp prefix
+                tokens.
             text: their structure.
             image_levels: as of `forward`.
+            prefix: keys and values of the prefix, one for each layer, if it has been read before.
+                They stay as they are.
 
         Returns:
-            The prompts with hidden states and caches.
+            The prompts with hidden states and caches. Hidden states of a ``prefix`` are 0.
         """
+        if prefix is not None:
+            return self._prefill_behind(prefix, embeddings, text)
         prefill_caches = [PrefillCache() for _ in self.base.model.layers]
         hidden = self(embeddings, text, prefill_caches, image_levels)
         return Prefill(text, hidden, prefill_caches)
+
+    def _prefill_behind(
+        self, prefix: list[PrefillCache], embeddings: Tensor, text: PackedText
+    ) -> Prefill:
+        """`prefill` of prompts whose prefix has been read before."""
+        length = text.prefix_length
+        make_mask = packed_block_mask if self.uses_flex_attention else packed_attention_mask
+        mask = make_mask(text.segment_ids, context_mask=text.context_mask, first_query=length)
+        prefill_caches = [PrefillCache(cache.keys, cache.values) for cache in prefix]
+        attention_kwargs = []
+        for cache in prefill_caches:
+            attention_kwargs.append({"attention_mask": mask, "prefill_cache": cache})
+        positions = self._positions(text)[..., length:]
+        hidden = self.run_layers(embeddings, positions, attention_kwargs)
+        return Prefill(text, F.pad(hidden, (0, 0, length, 0)), prefill_caches)
 
     def save_extras(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         """Write the tokenizer and, with LoRA, the adapter as a plain peft folder.

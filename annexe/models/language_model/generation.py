@@ -352,7 +352,7 @@ class GreedyDecoder:
         index_in_image = response_index - start_of_image[image_index]
 
         # Lay out the columns: the prompts, left aligned, then room for the generated tokens.
-        num_columns = text.max_branch_length + max_new_tokens
+        num_columns = text.max_own_length + max_new_tokens
         if self.graphs:
             num_columns = round_up(num_columns, _COLUMN_MULTIPLE)
         columns = torch.arange(num_columns, device=device)
@@ -373,7 +373,7 @@ class GreedyDecoder:
             image_index=image_index,
             index_in_image=index_in_image,
             position=text.position_ids[image_index, last_column] + 1,
-            key_mask=columns < prompt_length[:, None],
+            key_mask=columns < (text.context_length + prompt_length)[:, None],
             hidden=hidden,
             slots_left=slots_left,
             seeds=torch.zeros_like(image_index),
@@ -444,7 +444,7 @@ class GreedyDecoder:
                 cache.load_prefill(prefill_cache, prefill.text, branch, state.key_mask)
             else:
                 cache.load_rows(previous.caches[layer], rows.clamp(min=0))
-        step.load(state, prefill.text.max_branch_length + num_generated, num_generated)
+        step.load(state, prefill.text.max_own_length + num_generated, num_generated)
         return step
 
     def _take_caches(

@@ -19,6 +19,7 @@ keeps the prefix once for each image and the rest once for each response, in a `
                                           +-- response 4  | q q q . g g _ _ _ _ |
 
       a, q: prompt of an analysis or a query      g: generated      _: free
+            (a query's begins with what it reads of the analysis branch)
       .: unused, because the generated tokens of all responses start in the same column
       `key_mask` is True for a, q and g.
 
@@ -58,6 +59,19 @@ class Prefill:
     hidden: Tensor  # float[B, N, D], final hidden states
     prefill_caches: list[PrefillCache]  # one for each layer; decoding empties them
 
+    def keep_prefix(self) -> list[PrefillCache]:
+        """Copies of the prefixes' keys and values, for another prefill behind them.
+
+        They have the dtype of the values, as decoding keeps them.
+        """
+        kept = []
+        for cache in self.prefill_caches:
+            assert cache.keys is not None and cache.values is not None
+            prefix = slice(self.text.prefix_length)
+            keys = cache.keys[:, :, prefix].to(cache.values.dtype, copy=True)
+            kept.append(PrefillCache(keys, cache.values[:, :, prefix].clone()))
+        return kept
+
 
 @dataclass
 class DecodeIndex:
@@ -90,11 +104,18 @@ class SharedPrefixCache:
             key_mask: bool[R, Lr], the columns that its prompt fills.
         """
         # Find the packed column of every prompt token; unused columns copy column 0, masked.
-        prompt_length = text.max_branch_length
+        prompt_length = text.max_own_length
+        image_index = text.branch_image_index[branch][:, None]
         offsets = torch.arange(prompt_length, device=branch.device)
         packed_columns = text.branch_start[branch][:, None] + offsets
+        if text.context is not None:
+            # What queries read between prefix and prompt comes first.
+            context_length = text.context_length[branch][:, None]
+            context_columns = text.context.start[image_index] + offsets
+            is_context = offsets < context_length
+            packed_columns = packed_columns - context_length
+            packed_columns = torch.where(is_context, context_columns, packed_columns)
         packed_columns = torch.where(key_mask[:, :prompt_length], packed_columns, 0)
-        image_index = text.branch_image_index[branch][:, None]
 
         # Two index tensors around a slice put their axes first: [R, prompt_length, Hk, Dh].
         for packed, prefix, own_columns in (

@@ -1,0 +1,195 @@
+"""Queries that read the analysis, or descriptor tokens behind its prompt, beside the prefix."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from annexe.datasets.collate import Collator
+from annexe.models.annexe import Annexe
+from annexe.structures.batch import ANALYSIS, Batch
+from tests.test_packed_sequence import LORA, VARIED
+
+SOURCES = ("prefix", "analysis", "descriptor")
+
+
+@pytest.fixture
+def make_reader(make_parts):
+    """A model whose queries read ``source``, and what collates its batches."""
+
+    def make(source: str, *options: str):
+        model, tokenizer, batch = make_parts(f"model.answers_read={source}", *options)
+
+        def collate(samples, **arguments):
+            collator = Collator(
+                tokenizer, model.num_image_tokens, 4, answers_read=model.answers_read, **arguments
+            )
+            return collator(samples)
+
+        # Instructions of different lengths
+        samples = batch.samples
+        samples[0].instruction = "Which one?"
+        return model, collate, samples
+
+    return make
+
+
+def alone(model: Annexe, batch: Batch, branch: int) -> dict[str, torch.Tensor]:
+    """Arguments of the stock model for a branch with what it reads, without other branches.
+
+    Descriptor tokens have read an analysis prompt that the queries themselves do not see.
+    """
+    # The columns of prefix, analysis if it is read, and the branch
+    text = batch.text
+    image = int(text.branch_image_index[branch])
+    segments = text.segment_ids[image]
+    is_own = segments == segments[int(text.branch_start[branch])]
+    is_there = (segments == 0) | is_own
+    is_hidden = torch.zeros_like(is_own)
+    if text.context is not None and not is_own[text.prefix_length]:
+        start = int(text.context.start[image])
+        is_there[: int(text.context.end[image])] = True
+        is_hidden[text.prefix_length : start] = True
+
+    # A causal sequence of them
+    length = int(is_there.sum())
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    mask &= ~(is_own[is_there][:, None] & is_hidden[is_there])
+    return {
+        "inputs_embeds": model.encode(batch).embeddings[image, is_there][None],
+        "position_ids": text.position_ids[image, is_there][None],
+        "attention_mask": mask[None, None],
+    }
+
+
+def grown(inputs: dict[str, torch.Tensor], embedding: torch.Tensor) -> dict[str, torch.Tensor]:
+    """``inputs`` with one more token, float[1, 1, D], that reads what the last one reads."""
+    positions = inputs["position_ids"]
+    mask = inputs["attention_mask"]
+    mask = torch.cat([mask, mask[:, :, -1:]], 2)
+    return {
+        "inputs_embeds": torch.cat([inputs["inputs_embeds"], embedding], 1),
+        "position_ids": torch.cat([positions, positions[:, -1:] + 1], 1),
+        "attention_mask": F.pad(mask, (0, 1)).index_fill(3, torch.tensor([mask.shape[3]]), True)
+        & torch.ones(mask.shape[2], mask.shape[2], dtype=torch.bool).tril(),
+    }
+
+
+def run_stock(model: Annexe, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Final states by the stock model, float[., D]."""
+    llama = model.language_model.base.model
+    return llama(**inputs, use_cache=False).last_hidden_state[0]
+
+
+@pytest.mark.parametrize("unpad", [False, True])
+@pytest.mark.parametrize("source", SOURCES)
+def test_packed_equals_separate(make_reader, source, unpad):
+    model, collate, samples = make_reader(source, *LORA)
+    samples[1].turns = samples[1].turns[:2]
+    samples[2].analysis = ""
+    batch = collate(samples, unpad=unpad, pad_to_multiple_of=16)
+    text = batch.text
+    assert batch.query_mask.sum() < len(batch.query_mask), "no query fills the batch up"
+    with torch.no_grad():
+        hidden = model.language_model(model.encode(batch).embeddings, text)
+        for branch, start in enumerate(text.branch_start.tolist()):
+            image = text.branch_image_index[branch]
+            length = int((text.segment_ids[image] == text.segment_ids[image, start]).sum())
+            expected = run_stock(model, alone(model, batch, branch))[-length:]
+            packed = hidden[image, start : start + length]
+            torch.testing.assert_close(packed, expected, atol=1e-4, rtol=0)
+
+
+def test_positions_go_on_behind_what_is_read(make_reader):
+    for source in SOURCES:
+        _, collate, samples = make_reader(source)
+        text = collate(samples).text
+        for branch in range(len(text.branch_start)):
+            image = int(text.branch_image_index[branch])
+            start = int(text.branch_start[branch])
+            first = text.prefix_length
+            if source != "prefix" and text.segment_ids[image, start] > ANALYSIS:
+                last_read = int(text.context.end[image]) - 1
+                first = int(text.position_ids[image, last_read]) + 1
+            assert text.position_ids[image, start] == first
+
+
+def answer_alone(model: Annexe, batch: Batch, branch: int, num_tokens: int) -> list[int]:
+    """The greedy answer to a query behind the analysis that is in ``batch``, without any cache."""
+    tokens: list[int] = []
+    inputs = alone(model, batch, branch)
+    while len(tokens) < num_tokens:
+        token = int(model.language_model.logits(run_stock(model, inputs)[-1]).argmax())
+        if token == model.language_model.tokenizer.eos_id:
+            break
+        tokens.append(token)
+        inputs = grown(inputs, model.language_model.embed(torch.tensor([[token]])))
+    return tokens
+
+
+@pytest.mark.parametrize(
+    ("source", "conditioning"),
+    [("analysis", "prompt"), ("analysis", "answer"), ("descriptor", "prompt")],
+)
+def test_generation_equals_feeding_the_generated_analysis_as_the_true_one(
+    make_reader, monkeypatch, source, conditioning
+):
+    model, collate, samples = make_reader(
+        source,
+        *VARIED,
+        "model.constrain_answers=false",
+        f"model.pixel_decoder.conditioning={conditioning}",
+    )
+    tokenizer = model.language_model.tokenizer
+    prompts = collate(samples, responses=False)
+
+    # The tokens of the generated analyses, whose words may be read back as others
+    decode = model.text_decoder.decode
+    decoded = []
+
+    def record(prefill, *arguments):
+        responses = decode(prefill, *arguments)
+        decoded.append([responses.tokens[i] for i in (~prefill.text.is_query).nonzero()[:, 0]])
+        return responses
+
+    monkeypatch.setattr(model.text_decoder, "decode", record)
+    images = model.generate(prompts, 6)
+    analyses = decoded[0]
+    assert [image.analysis for image in images] == [tokenizer.decode(row) for row in analyses]
+    assert len(set(map(tuple, analyses))) > 1
+
+    # As true ones, before prompts without answers
+    encode_all = tokenizer.encode_all
+    given = {f"analysis {image}": tokens for image, tokens in enumerate(analyses)}
+    monkeypatch.setattr(
+        tokenizer,
+        "encode_all",
+        lambda texts: [given.get(text) or encode_all([text])[0] for text in texts],
+    )
+    told = []
+    for sample, name in zip(samples, given, strict=True):
+        turns = [replace(turn, answer="") for turn in sample.turns]
+        told.append(replace(sample, analysis=name, turns=turns))
+    batch = collate(told)
+    for branch in batch.text.query_branches.tolist():
+        column = int(batch.text.branch_start[branch] + batch.text.branch_length[branch])
+        batch.text.segment_ids[batch.text.branch_image_index[branch], column] = -1
+
+    # The same words, presence and masks
+    said = [response.answer for image in images for response in image.responses]
+    with torch.no_grad():
+        predicted = model(batch)
+        for answer, branch in zip(said, batch.text.query_branches.tolist(), strict=True):
+            assert answer == tokenizer.decode(answer_alone(model, batch, branch, 6))
+    assert len(set(said)) > 3
+    if conditioning == "prompt":
+        scores = [response.scores for image in images for response in image.responses]
+        expected = predicted.presence_logits.sigmoid()
+        torch.testing.assert_close(torch.tensor(scores), expected, atol=1e-4, rtol=0)
+        masks = [response.masks for image in images for response in image.responses]
+        present = model.present_slots(predicted.groundings[-1])
+        expected_masks = predicted.mask_logits[present]
+        torch.testing.assert_close(torch.cat(masks), expected_masks, atol=1e-3, rtol=1e-3)
