@@ -150,6 +150,7 @@ class RunConfig:
         for name, choices in _CHOICES.items():
             _require_choice(f"run.{name}", getattr(self, name), choices)
         if self.validation_metric not in VALIDATION_METRICS:
+    "analysis": ("generated", "true"),
             raise unknown_name_error(
                 "run.validation_metric", self.validation_metric, VALIDATION_METRICS
             )
@@ -223,6 +224,7 @@ def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
         raise UserError(f"{name} is '{value}'; choose {listed}")
 
+    analysis: str = "generated"  # what answers read with model.answers_read=analysis; or true
 
 @dataclass
 class Config:

@@ -102,6 +102,11 @@ def restore(config: Config, accelerator: Accelerator) -> Evaluation:
     (name,) = config.datasets
     _warn_of_other_answers(name, dataset, saved)
     model = restore_model(config, checkpoint, accelerator)
+    if run.analysis == "true" and model.answers_read.source != "analysis":
+        raise UserError(
+            f"run.analysis is true, and the answers of '{checkpoint}' do not read the analysis "
+            f"(model.answers_read is {model.answers_read.source}); leave run.analysis out"
+        )
     meta = {
         "dataset": name,
         "split": run.split,
@@ -115,6 +120,8 @@ def restore(config: Config, accelerator: Accelerator) -> Evaluation:
         "presence_thresholds": model.thresholds(),
         "data_fingerprint": dataset.fingerprint(),
     }
+    if run.analysis == "true":  # left out otherwise, as by earlier versions
+        meta["analysis"] = run.analysis
     return Evaluation(config, accelerator, checkpoint, dataset, model, meta)
 
 
@@ -217,6 +224,7 @@ def predict_missing(evaluation: Evaluation, shards: BatchShards) -> None:
         num_workers=run.num_workers,
         device=accelerator.device,
         autocast=accelerator.autocast,
+        true_analyses=run.analysis == "true",
     )
     tracked = track(predicted, "predicting", len(missing), disable=not accelerator.is_main_process)
     for index, images in zip(missing, tracked, strict=True):

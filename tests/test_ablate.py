@@ -28,6 +28,7 @@ from tests.conftest import ROOT, SMALLEST, TINY
 
 EVALUATION = ROOT / "eval_configs" / "annexe_tiny.yaml"
 GROUNDING = ROOT / "train_configs" / "grounding_ablation.yaml"
+ANSWERS = ROOT / "train_configs" / "answers_ablation.yaml"
 
 
 @pytest.fixture
@@ -417,10 +418,11 @@ def test_files_that_are_not_there_are_named(annexe, rows, tmp_path, monkeypatch)
     assert "change to the top folder" in errors
 
 
-def test_the_grounding_ablation_fits_the_recipe(monkeypatch):
+@pytest.mark.parametrize("file", [GROUNDING, ANSWERS])
+def test_an_ablation_fits_the_recipe(monkeypatch, file):
     """Every row has a note, and differs from the default and from every other."""
     monkeypatch.chdir(ROOT)
-    ablation = read_ablation(GROUNDING)
+    ablation = read_ablation(file)
     seen = []
     for name, row in ablation.rows.items():
         assert row.note

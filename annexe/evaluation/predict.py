@@ -104,6 +104,7 @@ def predict(
     num_workers: int,
     device: torch.device,
     autocast: Any,
+    true_analyses: bool = False,
 ) -> Iterator[list[Answers]]:
     """Predict batch by batch; an image that cannot be read costs its own answers alone.
 
@@ -118,6 +119,7 @@ def predict(
             the main thread does both.
         device: of the model.
         autocast: context manager under which the model runs.
+        true_analyses: queries read the true analyses, as of `Annexe.generate`.
 
     Yields:
         What came of each image of a batch: its own record, then those of its questions, or why it
@@ -138,7 +140,9 @@ def predict(
             samples: list[_Predicted] = []
             if batch is not None:
                 with autocast():
-                    images = model.generate(batch.to(device), max_new_tokens)
+                    images = model.generate(
+                        batch.to(device), max_new_tokens, true_analyses=true_analyses
+                    )
                 samples = list(zip(batch.samples, images, strict=True))
             readable = iter(samples)
             yield [next(readable) if error is None else error for error in errors]
