@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from contextlib import contextmanager
+from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import TypeVar
+from threading import Thread
+from typing import Any, TypeVar
 
 import cv2
 
@@ -22,6 +25,8 @@ log = logging.getLogger(__name__)
 Job = TypeVar("Job")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Submit = Callable[..., Future[Any]]
+"""Takes a function and its arguments; what it returns has the result, now or later."""
 
 SHARED_MEMORY = Path("/dev/shm")  # of Linux, for what processes share
 _JOBS_AT_ONCE = 4  # that a process gets in one message
@@ -57,26 +62,90 @@ def in_processes(
     Raises:
         UserError: if a process dies.
     """
+    with _pool(num_workers if num_workers > 1 else 0) as pool:
+        if pool is None:
+            yield from map(work, jobs)
+        else:
+            yield from pool.map(work, jobs, chunksize=_JOBS_AT_ONCE)
+
+
+@contextmanager
+def processes(num_workers: int) -> Iterator[Submit]:
+    """Processes that work beside this one for as long as the block runs.
+
+        with processes(4) as submit:
+            future = submit(work, job)
+            ...
+            result = future.result()
+
+    They start when there is work for them. At the end of the block they finish what they were
+    given; after an exception they leave out what they have not begun.
+
+    Args:
+        num_workers: processes of one thread each; with none the work is done right here, when it is
+            submitted, and also where shared memory has no room for the locks of processes.
+
+    Yields:
+        A function that takes another, which can be pickled, and its arguments, and returns a
+        future.
+
+    Raises:
+        UserError: if a process dies.
+    """
+    with _pool(num_workers) as pool:
+        yield do_right_here if pool is None else pool.submit
+
+
+def do_right_here(work: Callable[..., Result], /, *arguments: Any) -> Future[Result]:
+    """What `processes` gives without any: the work is done before this returns."""
+    future: Future[Result] = Future()
+    try:
+        future.set_result(work(*arguments))
+    except Exception as error:
+        future.set_exception(error)
+    return future
+
+
+@contextmanager
+def _pool(num_workers: int) -> Iterator[ProcessPoolExecutor | None]:
+    """So many processes, or None where there are none."""
     free = free_shared_memory()
-    if num_workers > 1 and free is not None and free < _BYTES_OF_LOCKS:
+    if num_workers and free is not None and free < _BYTES_OF_LOCKS:
         log.warning("'%s' is full: one process does the work of %d", SHARED_MEMORY, num_workers)
-        num_workers = 1
-    if num_workers <= 1:
-        yield from map(work, jobs)
+        num_workers = 0
+    if not num_workers:
+        yield None
         return
 
     # Started from scratch: a fork would copy this process, which may hold threads and a GPU
     spawn = get_context("spawn")
     try:
-        with ProcessPoolExecutor(
-            num_workers, mp_context=spawn, initializer=cv2.setNumThreads, initargs=(0,)
-        ) as pool:
-            yield from pool.map(work, jobs, chunksize=_JOBS_AT_ONCE)
+        with ProcessPoolExecutor(num_workers, mp_context=spawn, initializer=_begin) as pool:
+            try:
+                yield pool
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     except BrokenProcessPool as error:
         raise UserError(
             f"one of {num_workers} processes was ended from outside, most likely for want of "
-            "memory; take fewer (--workers, or the cores that taskset gives)"
+            "memory; take fewer (--workers or run.num_workers, or the cores that taskset gives)"
         ) from error
+
+
+def _begin() -> None:
+    """Prepare a process: one thread, and an end together with the process that started it."""
+    cv2.setNumThreads(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the other process gets too, and answers
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End at once when the process that started this one is gone, be it by `kill -9`."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def in_threads(

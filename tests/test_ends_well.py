@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -277,6 +278,35 @@ def end(_: int) -> None:
 def test_a_process_that_dies_is_one_line() -> None:
     with pytest.raises(UserError, match="one of 2 processes was ended from outside"):
         list(in_processes(end, range(4), 2))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.slow
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, signal, sys, time\n"
+        "from annexe.workers import processes\n"
+        "if __name__ == '__main__':\n"
+        "    with processes(2) as submit:\n"
+        "        print(*[submit(os.getpid).result() for _ in range(2)], flush=True)\n"
+        "        submit(time.sleep, 600)\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL
+    pids = set(map(int, killed.stdout.split()))
+    deadline = time.monotonic() + 30
+    while pids and time.monotonic() < deadline:
+        pids = set(filter(is_running, pids))
+        time.sleep(0.05)
+    assert killed.stdout and not pids
 
 
 def test_without_room_for_locks_one_process_does_all(

@@ -439,6 +439,9 @@ def test_faults_of_the_truth_are_reported_as_such(annexe, scenes, records, queri
     assert f"are not in '{path}'; fix masks_idx" in annexe(*words)
     path.write_bytes(path.read_bytes()[:20])
     assert f"cannot read image '{path}'" in annexe(*words)
+    path.unlink()
+    message = annexe(*words)
+    assert f"missing file '{path}'" in message and "by --exclude (" in message
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6])

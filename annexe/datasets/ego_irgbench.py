@@ -359,7 +359,7 @@ class EgoIRGBench:
         if not self._rows_by_stem:
             raise UserError(
                 f"split '{self.split}' is empty: its lists leave no image; "
-                "fix datasets.ego_irgbench.exclude or split_dir"
+                "fix datasets.ego_irgbench.exclude or datasets.ego_irgbench.split_dir"
             )
         num_repeated = 0
         for stem, (index, row) in self._rows_by_stem.items():

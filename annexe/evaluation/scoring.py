@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 from msgspec.structs import replace
 
 from annexe.datasets.image_names import read_subsets, subset_files, warn_of_ignored
-from annexe.evaluation.matching import Measured, blind_masks, measure_records
+from annexe.evaluation.matching import ImageResults, Measured, blind_masks, measure_records
 from annexe.evaluation.records import (
     ImageRecord,
     PredictedMask,
@@ -43,18 +45,14 @@ from annexe.metrics import (
 from annexe.metrics.analysis import ALL_SLOTS
 from annexe.metrics.consistency import Agreement
 from annexe.metrics.grounding import QueryResult
-from annexe.metrics.released import (
-    class_pixels,
-    mask_names,
-    match_names,
-    mean_target_iou,
-    refuses,
-)
+from annexe.metrics.text import compute_beside, data_folders
 from annexe.prompts import NO_TARGET
-from annexe.rle import Rle
-from annexe.workers import num_cores
+from annexe.workers import Submit, do_right_here, num_cores
 
 log = logging.getLogger(__name__)
+
+TextScores = Future[dict[str, float]]
+"""Scores that another process may compute."""
 
 PROTOCOLS = ("standard", "annexe_release", "earl_release")
 TARGET_KINDS = ("none", "single", "multi")  # by the number of targets
@@ -124,13 +122,19 @@ class System:
         )
 
 
+def protocols_of(dataset: LabeledDataset) -> tuple[str, ...]:
+    """Those of `PROTOCOLS` that a data set can be scored by: without texts the first one."""
+    return PROTOCOLS if dataset.has_text else PROTOCOLS[:1]
+
+
 def score(records: list[Record], truth: Truth) -> dict[str, float]:
     """The standard metrics of a set of records (grounding after ReLA, CVPR 2023).
 
     Raises:
         UserError: the data does not have what a record is about, or cannot be read.
     """
-    return _standard(_measure(records, truth), truth)
+    system = _measure(records, truth)
+    return _standard(system, _submit_texts(system, truth, do_right_here), truth)
 
 
 def score_all(
@@ -140,6 +144,8 @@ def score_all(
     protocols: Collection[str] = PROTOCOLS,
     workers: int | None = None,
     progress: bool = False,
+    known: Mapping[str, ImageResults] | None = None,
+    submit: Submit = do_right_here,
 ) -> Scores:
     """All scores of a set of records, and those of every single query.
 
@@ -150,8 +156,11 @@ def score_all(
         truth: the data set that was predicted.
         protocols: of `PROTOCOLS`; with ``standard`` come intervals, breakdowns, the constant
             baselines on the same queries, and the root's subsets.
-        workers: processes; any number gives the same result. None: as many as are worth starting.
+        workers: processes that measure masks; any number gives the same result. None: as many as
+            are worth starting.
         progress: show a bar.
+        known: stem -> what was measured of the image before, for `protocols_of` the data set.
+        submit: as `annexe.workers.processes` gives it, for scores of texts.
 
     Raises:
         UserError: the data does not have what a record is about, or cannot be read.
@@ -161,35 +170,51 @@ def score_all(
     images, queries = split_kinds(records)
     if not has_text:
         images = []
-    is_standard = "standard" in protocols
+    protocols = [name for name in protocols_of(truth.dataset) if name in protocols]
     measured = measure_records(
         queries,
         truth,
-        baselines=is_standard,
+        protocols=protocols,
         workers=workers or min(num_cores(), 1 + len(records) // RECORDS_PER_PROCESS),
         progress=progress,
+        known=known,
     )
     model = System(images, queries, measured.results["model"], measured.agreements)
     scores = _query_scores(model, truth)
 
+    # Texts take longest, and are scored beside all else
+    def begin(system: System) -> tuple[System, TextScores]:
+        return system, _submit_texts(system, truth, submit)
+
+    baselines: dict[str, tuple[System, TextScores]] = {}
+    subsets: dict[str, tuple[System, TextScores]] = {}
+    released: dict[str, TextScores] = {}
+    if "annexe_release" in protocols:
+        annexe = _annexe_release(model, measured.class_pixels, truth)
+        released["annexe_release"] = submit(compute_beside, annexe.compute, data_folders())
+    if "earl_release" in protocols:
+        earl = _earl_release(model, measured.target_ious, truth)
+        released["earl_release"] = submit(compute_beside, earl.compute, data_folders())
+    if "standard" in protocols:
+        standard = begin(model)
+        for name, system in _baselines([*images, *queries], truth, measured).items():
+            baselines[name] = begin(system)
+        for name, system in (_subsets(model, truth) if has_text else {}).items():
+            subsets[name] = begin(system)
+
     # The standard scores, with all that stands beside them
     metrics: dict[str, Any] = {}
-    if is_standard:
-        metrics["standard"] = _standard(model, truth)
+    if "standard" in protocols:
+        metrics["standard"] = _standard(*standard, truth)
         if has_text:
             metrics["intervals"] = bootstrap(scores, model.results).compute()
             metrics["breakdowns"] = _breakdowns(scores, model.results)
-        baselines = _baselines([*images, *queries], truth, measured)
-        metrics["baselines"] = {
-            name: _standard(system, truth) for name, system in baselines.items()
-        }
-        metrics["subsets"] = _subsets(model, truth) if has_text else {}
+        metrics["baselines"] = {name: _standard(*each, truth) for name, each in baselines.items()}
+        metrics["subsets"] = {name: _standard(*each, truth) for name, each in subsets.items()}
 
     # Scores of earlier publications
-    if has_text and "annexe_release" in protocols:
-        metrics["annexe_release"] = _annexe_release(model, truth)
-    if has_text and "earl_release" in protocols:
-        metrics["earl_release"] = _earl_release(model, truth)
+    for name, release in released.items():
+        metrics[name] = release.result()
     return Scores(metrics, scores)
 
 
@@ -289,33 +314,44 @@ def _measure(records: list[Record], truth: Truth, **options: Any) -> System:
 # Blocks of metrics.json
 
 
-def _standard(system: System, truth: Truth) -> dict[str, float]:
+def _standard(system: System, texts: TextScores, truth: Truth) -> dict[str, float]:
     """The standard metrics of one system, under the names of ``metrics.json``."""
     overlaps = []
     for query, result in zip(system.queries, system.results, strict=True):
         overlaps.append((query.annotation, *result.overlap))
     metrics = dict(truth.dataset.extra_scores(overlaps))
-    if truth.dataset.has_text:
-        metrics |= _text_scores(system, truth)
-    metrics |= _mask_scores(system)
+    metrics |= texts.result() | _mask_scores(system)
     stems = {image.image for image in system.images} | {query.image for query in system.queries}
     return metrics | {"num_queries": len(system.queries), "num_images": len(stems)}
 
 
-def _text_scores(system: System, truth: Truth) -> dict[str, float]:
-    """Scores of analyses and answers."""
-    analysis = TextMetrics()
-    slots = AnalysisSlots()
+class Texts(NamedTuple):
+    """What is needed to score the texts of a system."""
+
+    analysis: TextMetrics
+    slots: AnalysisSlots
+    answer: TextMetrics
+
+    def compute(self) -> dict[str, float]:
+        """Scores of analyses and answers; none where there is nothing to score."""
+        analysis = self.analysis.compute("analysis")
+        return analysis | self.slots.compute() | self.answer.compute("answer")
+
+
+def _submit_texts(system: System, truth: Truth, submit: Submit) -> TextScores:
+    """Begin to score analyses and answers; there are no scores where the data set has no texts."""
+    texts = Texts(TextMetrics(), AnalysisSlots(), TextMetrics())
+    if not truth.dataset.has_text:
+        return do_right_here(dict)
     for image, caption in _analyzed(system, truth):
-        analysis.update(image.image, image.analysis, caption)
-        slots.add(image.analysis, caption)
-    answer = TextMetrics()
+        texts.analysis.update(image.image, image.analysis, caption)
+        texts.slots.add(image.analysis, caption)
     for query in system.queries:
         annotation = truth.annotations(query.image)[query.annotation]
         key = f"{query.image}/{query.annotation}/{query.query_id!r}"  # 0 and "0" are two wordings
         reference = truth.dataset.reference(annotation)
-        answer.update(key, query.answer, reference, has_target=bool(annotation.slots))
-    return analysis.compute("analysis") | slots.compute() | answer.compute("answer")
+        texts.answer.update(key, query.answer, reference, has_target=bool(annotation.slots))
+    return submit(compute_beside, texts.compute, data_folders())
 
 
 def _analyzed(system: System, truth: Truth) -> Iterator[tuple[ImageRecord, str]]:
@@ -360,49 +396,26 @@ def _mask_scores(system: System) -> dict[str, float]:
     return metrics
 
 
-def _annexe_release(system: System, truth: Truth) -> dict[str, float]:
+def _annexe_release(system: System, pixels: list[np.ndarray], truth: Truth) -> AnnexeRelease:
+    """All that the scoring of ANNEXE's release needs."""
     metric = AnnexeRelease()
     for image, caption in _analyzed(system, truth):
         metric.add_analysis(image.analysis, caption)
-    for query, result in zip(system.queries, system.results, strict=True):
+    for query, of_query in zip(system.queries, pixels, strict=True):
         annotation = truth.annotations(query.image)[query.annotation]
-        height, width = truth.size(query.image)
-        pixels = class_pixels(
-            result, _predicted_masks(query), _true_masks(query, truth), height * width
-        )
-        metric.add_query(query.answer, truth.dataset.reference(annotation), pixels)
-    return metric.compute()
+        metric.add_query(query.answer, truth.dataset.reference(annotation), of_query)
+    return metric
 
 
-def _earl_release(system: System, truth: Truth) -> dict[str, float]:
+def _earl_release(system: System, ious: list[float], truth: Truth) -> EarlRelease:
+    """All that the scoring of EARL's script needs."""
     metric = EarlRelease()
     for image, caption in _analyzed(system, truth):
         metric.add_analysis(image.analysis, caption)
-    for query, result in zip(system.queries, system.results, strict=True):
+    for query, iou in zip(system.queries, ious, strict=True):
         annotation = truth.annotations(query.image)[query.annotation]
-        names = mask_names(query.answer, {mask.slot: mask.phrase for mask in query.masks})
-        phrases = {slot: annotation.phrase(slot) for slot in annotation.slots}
-        iou = mean_target_iou(
-            result,
-            _predicted_masks(query),
-            _true_masks(query, truth),
-            match_names(names, phrases),
-            refused=refuses(query.answer),
-        )
         metric.add_query(query.answer, truth.dataset.reference(annotation), iou)
-    return metric.compute()
-
-
-def _predicted_masks(query: QueryRecord) -> dict[int, Rle]:
-    """Slot -> predicted mask."""
-    return {mask.slot: mask.rle for mask in query.masks}
-
-
-def _true_masks(query: QueryRecord, truth: Truth) -> dict[int, Rle]:
-    """Slot -> true mask."""
-    masks = truth.masks(query.image)
-    slots = truth.annotations(query.image)[query.annotation].slots
-    return {slot: masks[mask_id] for slot, mask_id in slots.items()}
+    return metric
 
 
 # Scores of single queries
@@ -492,8 +505,8 @@ def _scores_of_part(scores: list[QueryScore], results: list[QueryResult]) -> dic
     return metrics | {"answer/exact_match": num_exact / len(scores), "num_queries": len(scores)}
 
 
-def _subsets(model: System, truth: Truth) -> dict[str, dict[str, float]]:
-    """Standard metrics on every list of stems of the data root that has predictions."""
+def _subsets(model: System, truth: Truth) -> dict[str, System]:
+    """The part of the model in every list of stems of the data root that has predictions."""
     folder = truth.dataset.root / "subsets"
     subsets = {}
     absent = []
@@ -501,7 +514,7 @@ def _subsets(model: System, truth: Truth) -> dict[str, dict[str, float]]:
         warn_of_ignored(f"'{folder / subset.name}.txt'", "lines", subset.ignored)
         chosen = model.of(set(subset.stems))
         if chosen.images or chosen.queries:
-            subsets[subset.name] = _standard(chosen, truth)
+            subsets[subset.name] = chosen
         else:
             absent.append(subset.name)
 

@@ -87,6 +87,7 @@ class Truth:
         self.mask_cache: dict[str, dict[int, Rle]] = {}
         self._index = {stem: index for index, stem in enumerate(dataset.stems)}
         self._sizes: dict[str, tuple[int, int]] = {}
+        self._latest: tuple[str, list[Annotation]] = ("", [])
 
     def annotations(self, stem: str) -> list[Annotation]:
         """Annotations of an image.
@@ -99,7 +100,10 @@ class Truth:
                 f"predicted image '{stem}' is not in split '{self.dataset.split}'; "
                 "choose the right split and data root"
             )
-        return self.dataset.annotations[self._index[stem]]
+        # Decoded anew at every access, and asked for query by query
+        if stem != self._latest[0]:
+            self._latest = (stem, self.dataset.annotations[self._index[stem]])
+        return self._latest[1]
 
     def masks(self, stem: str) -> dict[int, Rle]:
         """Mask id -> RLE, of every id that an annotation of the image names.

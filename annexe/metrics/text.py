@@ -10,6 +10,8 @@ import re
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Callable
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,6 +145,23 @@ def word_tokenize(text: str) -> str:
     return " ".join(tokens)
 
 
+def data_folders() -> list[str]:
+    """The folders in which nltk looks for data, for `compute_beside`."""
+    load_wordnet()  # which may add a folder
+    return list(nltk.data.path)
+
+
+def compute_beside(compute: Callable[[], dict[str, float]], folders: list[str]) -> dict[str, float]:
+    """Computes metrics in another process as in the one that calls this one.
+
+    Args:
+        compute: Method of the metrics.
+        folders: `data_folders` of the other process.
+    """
+    nltk.data.path[:] = folders
+    return compute()
+
+
 @functools.cache
 def load_wordnet() -> object | None:
     """Returns nltk's WordNet reader, or None, with a warning, where it is not installed.
@@ -154,11 +173,12 @@ def load_wordnet() -> object | None:
         return wordnet
     except LookupError:
         if not DEBIAN_WORDNET.is_dir():
-            logger.warning(
-                "WordNet is not installed, so METEOR is computed without synonyms, as "
-                "meteor_without_synonyms; get WordNet by `apt-get install wordnet-base` "
-                "or nltk.download('wordnet')"
-            )
+            if parent_process() is None:  # which has said so before
+                logger.warning(
+                    "WordNet is not installed, so METEOR is computed without synonyms, as "
+                    "meteor_without_synonyms; get WordNet by `apt-get install wordnet-base` "
+                    "or nltk.download('wordnet')"
+                )
             return None
     nltk.data.path.insert(0, _copy_debian_wordnet())
     wordnet.ensure_loaded()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from annexe.terminal import table
 from annexe.workers import num_cores
 
 _DATA = ("data_root", "answer_format", "split_dir", "exclude")  # arguments that the data set takes
+_SETTING = re.compile(r"datasets\.ego_irgbench\.(\w+)")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,8 +81,16 @@ def truth_of(arguments: argparse.Namespace) -> Truth:
     settings = {name: getattr(arguments, name) for name in _DATA}
 
     # Image size and seed are a model's, and there is none here
-    dataset = EgoIRGBench(arguments.split, image_size=1, seed=0, cache_dir=None, **settings)
+    try:
+        dataset = EgoIRGBench(arguments.split, image_size=1, seed=0, cache_dir=None, **settings)
+    except UserError as error:
+        # It speaks of its settings, which are options here
+        raise UserError(_SETTING.sub(_as_option, str(error))) from None
     return Truth(dataset)
+
+
+def _as_option(setting: re.Match[str]) -> str:
+    return "--" + setting[1].replace("_", "-")
 
 
 def require_output(path: Path, *inputs: Path) -> None:
