@@ -42,6 +42,8 @@ TOOLS = {
 
 _SHOWN = 200  # characters of a text that cannot be written
 
+# What gloo and NCCL say where another process of the job died or hangs
+_LOST_PROCESS = re.compile(r"gloo/\S+\] (.+)|(remote process exited)")
 # What a DataLoader says of a worker that died
 _DEAD_WORKER = re.compile(r"DataLoader worker \(pid.*\) (is killed|exited)|Too many open files")
 
@@ -67,6 +69,14 @@ def exit_on_user_error(work: Callable[[], None]) -> None:
     except UserError as error:
         _exit_with(str(error))
     except RuntimeError as error:
+        lost = _LOST_PROCESS.search(str(error))
+        if lost:
+            reason = (lost[1] or lost[2]).partition(". ")[0]
+            _exit_with(
+                f"process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} has lost "
+                f"another one ({reason}); see there why it ended, and start the job again: it goes "
+                "on where it was, a training with run.resume=auto"
+            )
         if not _DEAD_WORKER.search(str(error)):
             raise
         reason = str(error).partition(". ")[0]

@@ -100,7 +100,7 @@ class RunConfig:
     device: str = "auto"  # auto, cpu or cuda
     mixed_precision: str = "auto"  # auto, fp32 or bf16
 
-    # torch.compile of every block: slow to start, then faster steps; not with fsdp
+    # torch.compile of every block: slow to start, then faster steps
     compile: bool = False
     # On a GPU, not with fsdp: a pass, or a step of generation, as one CUDA graph a shape of batch
     cuda_graphs: bool = False
@@ -207,10 +207,6 @@ class RunConfig:
             raise UserError(
                 f"run.warmup_steps ({self.warmup_steps}) is larger than run.max_steps "
                 f"({self.max_steps}); set run.warmup_steps to {self.max_steps} at most"
-            )
-        if self.compile and self.parallel == "fsdp":
-            raise UserError(
-                "run.compile does not go with run.parallel=fsdp; set run.compile=false, or ddp"
             )
         if self.optimizer == "muon" and self.parallel == "fsdp":
             raise UserError(

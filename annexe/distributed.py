@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
+import json
 import os
 import re
+import secrets
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -18,7 +28,12 @@ from torch.utils._pytree import tree_map
 
 from annexe.errors import UserError
 
+Value = TypeVar("Value")
+
 _START = "start with torchrun, or unset RANK, WORLD_SIZE and LOCAL_RANK for one process"
+
+_SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl
+_POLL_SECONDS = 0.05
 
 
 def make_accelerator(*, device: str, mixed_precision: str, timeout_minutes: float) -> Accelerator:
@@ -46,7 +61,8 @@ def make_accelerator(*, device: str, mixed_precision: str, timeout_minutes: floa
         _share_cores()
     bf16 = mixed_precision == "bf16" or (mixed_precision == "auto" and on_cuda)
     try:
-        if "TORCHELASTIC_RESTART_COUNT" in os.environ and not dist.is_initialized():
+        if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
+            _end_with_agent()
             join_group("nccl" if on_cuda else "gloo", timeout)
         return Accelerator(
             cpu=not on_cuda,
@@ -112,26 +128,78 @@ def require_environment(num_gpus: int | None) -> None:
         )
 
 
+def _end_with_agent() -> None:
+    """Let Linux end this process when the torchrun that started it is killed.
+
+    It would go on otherwise, holding the lock of its run, while another one takes its place.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGTERM)
+
+
 def join_group(backend: str, timeout: timedelta) -> None:
     """Join torchrun's process group under keys of this attempt alone.
 
     torchrun restarts processes with the store of those that died, whose addresses are still in it.
     """
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    store = dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    if world_size > 1:
+        attempt = agree_on_attempt(dist.PrefixStore("attempts", store), rank, world_size, timeout)
+        store = dist.PrefixStore(attempt, store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def agree_on_attempt(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
+    """A name that exactly the living processes of a job agree on.
+
+    TORCHELASTIC_RESTART_COUNT is none: nodes count their own restarts alone.
+
+    Args:
+        store: may hold what processes wrote that have died since.
+        rank: of this process.
+        world_size: of the job.
+        timeout: how long to wait for the others.
+
+    Raises:
+        DistStoreError: if they do not come.
+    """
+    # Every process says that it is there under a key that no other has used
+    own = secrets.token_hex(8)
+    store.set(f"process/{rank}", own)
+    deadline = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < deadline:
+        # The first one proposes all those that it finds, which may be dead ones
+        if rank == 0:
+            keys = [f"process/{other}" for other in range(world_size)]
+            found = [value.decode() for value in store.multi_get(keys)]
+            store.set("proposal", json.dumps(found))
+        else:
+            found = json.loads(store.get("proposal"))
+
+        # The others agree where they find themselves; once all do, the first one lets them go
+        name = hashlib.sha256("".join(found).encode()).hexdigest()
+        if rank > 0 and found[rank] == own:
+            store.set(f"{name}/{rank}", "")
+            if store.check([f"{name}/go"]):
+                return name
+        agreed = [f"{name}/{other}" for other in range(1, world_size)]
+        if rank == 0 and store.check(agreed):
+            store.set(f"{name}/go", "")
+            return name
+        time.sleep(_POLL_SECONDS)
+    raise dist.DistStoreError(f"after {timeout} not all of {world_size} processes are there")
 
 
 def distribute(
     accelerator: Accelerator, model: nn.Module, blocks: list[nn.Module], parallel: str
-) -> nn.Module:
-    """What the training step calls: ``model``, whole on every GPU or sharded in place.
+) -> None:
+    """Make ``model`` ready for training steps: whole on every GPU, or sharded.
 
     FSDP shards block by block; the rest belongs to the root. Whole models start from the weights
     of rank 0; `SharedGradients` keeps them the same.
 
     Args:
-        model: all of it.
+        model: changed in place.
         blocks: the parts of ``model`` that FSDP shards one by one.
         parallel: ``ddp`` or ``fsdp``.
 
@@ -143,21 +211,23 @@ def distribute(
             "run.parallel=fsdp cannot spread an int8, nf4 or float8 language model; "
             "set run.parallel=ddp, or model.language_model.dtype=bfloat16"
         )
-    if accelerator.num_processes == 1:  # needs neither
-        return accelerator.prepare_model(model, evaluation_mode=True)
-
-    if parallel == "ddp":
+    # One process needs neither
+    if accelerator.num_processes > 1 and parallel == "ddp":
         for parameter in trained_parameters(model):
             dist.broadcast(parameter.data, src=0)
-        return accelerator.prepare_model(model, evaluation_mode=True)
 
     # Shard by block, then what is left, all in the one layout that FSDP takes
-    model.to(memory_format=torch.contiguous_format)
-    for block in blocks:
-        fully_shard(block)
-    fully_shard(model)
-    register_fsdp_forward_method(model, "generate")
-    return accelerator.prepare_model(model, evaluation_mode=True)
+    if accelerator.num_processes > 1 and parallel == "fsdp":
+        model.to(memory_format=torch.contiguous_format)
+        for block in blocks:
+            fully_shard(block)
+        fully_shard(model)
+        register_fsdp_forward_method(model, "generate")
+        # What the model returns is not changed in place
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+
+    # Under autocast, in place
+    accelerator.prepare_model(model, evaluation_mode=True)
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -225,6 +295,69 @@ def distribute_like(value: Tensor, parameter: Tensor) -> Tensor:
 def sum_over_ranks(accelerator: Accelerator, values: Tensor) -> Tensor:
     """Sum of ``values`` over all ranks, on every rank."""
     return accelerator.reduce(values, reduction="sum")
+
+
+def from_main(accelerator: Accelerator, value: Value) -> Value:
+    """What the main process has for ``value``, on every rank."""
+    if accelerator.num_processes == 1:
+        return value
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]
+
+
+def require_same_settings(accelerator: Accelerator, settings: Mapping[str, Any]) -> None:
+    """Check that all nodes were started with the same settings; paths may be those of a node.
+
+    Args:
+        settings: by name.
+
+    Raises:
+        UserError: on every rank, naming the first setting that differs.
+    """
+    of_main = from_main(accelerator, dict(settings))
+    others = []
+    for name in sorted(settings.keys() | of_main.keys()):
+        here = settings.get(name)
+        there = of_main.get(name)
+        if here != there and not any("/" in str(value) for value in (here, there)):
+            others.append(
+                f"process {accelerator.process_index} has {name}={here}, and the main process "
+                f"{there}; start all nodes with the same command and files"
+            )
+    others = gather_lists(accelerator, others)
+    if others:
+        raise UserError(others[0])
+
+
+def require_shared(accelerator: Accelerator, folder: Path, setting: str) -> None:
+    """Check that the processes of all nodes see the main process's ``folder``, which is made.
+
+    Args:
+        folder: as ``setting`` names it.
+        setting: for the message.
+
+    Raises:
+        UserError: on every rank, if some do not.
+    """
+    num_here = int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
+    if num_here == accelerator.num_processes:
+        return
+
+    # The main process writes a file, which the others look for
+    name = from_main(accelerator, f".seen-by-all-{secrets.token_hex(8)}")
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    accelerator.wait_for_everyone()
+    seen = gather_lists(accelerator, [(folder / name).exists()])
+    if accelerator.is_main_process:
+        (folder / name).unlink()
+    if not all(seen):
+        raise UserError(
+            f"process {seen.index(False)} of {len(seen)} does not see '{folder}' of the main "
+            f"process; set {setting} to a folder that all nodes share"
+        )
 
 
 def gather_lists(accelerator: Accelerator, items: list[Any]) -> list[Any]:

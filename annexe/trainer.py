@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
@@ -45,7 +45,7 @@ from annexe.checkpoints.run_folder import (
     require_checkpoint,
     saved_config,
 )
-from annexe.checkpoints.saved_settings import require_same_meaning
+from annexe.checkpoints.saved_settings import flatten, require_same_meaning
 from annexe.checkpoints.start import folder_of_start
 from annexe.checkpoints.training_state import (
     frozen_fingerprint,
@@ -64,7 +64,10 @@ from annexe.datasets.training_set import TrainingSet
 from annexe.distributed import (
     SharedGradients,
     distribute,
+    from_main,
     make_accelerator,
+    require_same_settings,
+    require_shared,
     sum_over_ranks,
     trained_parameters,
 )
@@ -118,9 +121,13 @@ def set_up(config: Config) -> Trainer:
         changes = {}
         check_start(config.require_model())
 
-    # Processes and data
+    # Processes and data; nodes have to agree on both, and on what the main process finds
     accelerator = make_accelerator(**device_settings(run))
+    require_shared(accelerator, output, "run.output_dir")
+    resumed = from_main(accelerator, resumed)
     train_set = build_training_set(config)
+    num_images = {"images to train on": len(train_set)}
+    require_same_settings(accelerator, flatten(as_dict(config)) | num_images)
     validation_sets = build_validation_sets(config) if run.validate_every else {}
     tokenizer = _prepare_tokenizer(config, train_set, resumed, accelerator)
 
@@ -153,7 +160,7 @@ def set_up(config: Config) -> Trainer:
             )
 
     # Sharded parameters are others: the optimizer is made of those, then gets its moments back
-    wrapped = distribute(accelerator, model, model.blocks(), run.parallel)
+    distribute(accelerator, model, model.blocks(), run.parallel)
     optimizer = build_optimizer(model, run)
     names = names_of_groups(model, optimizer)
     progress = Progress()
@@ -214,7 +221,6 @@ def set_up(config: Config) -> Trainer:
         run,
         accelerator=accelerator,
         model=model,
-        wrapped=wrapped,
         optimizer=optimizer,
         batches=batches,
         train_set=train_set,
@@ -360,8 +366,7 @@ class Trainer:
     Args:
         run: the run's settings.
         accelerator: device, processes and precision.
-        model: what is trained.
-        wrapped: what a step calls: ``model`` itself, or ``model`` on several GPUs.
+        model: what is trained, spread over several GPUs where it is to be.
         optimizer: over the model's trained parameters.
         batches: this rank's micro-batches from a `Progress` on.
         train_set: the data that the batches are of.
@@ -379,7 +384,6 @@ class Trainer:
         *,
         accelerator: Accelerator,
         model: Annexe,
-        wrapped: nn.Module,
         optimizer: torch.optim.Optimizer,
         batches: Callable[[Progress], Iterable[Batch]],
         train_set: TrainingSet,
@@ -393,7 +397,6 @@ class Trainer:
         self.run = run
         self.accelerator = accelerator
         self.model = model
-        self.wrapped = wrapped
         self.optimizer = optimizer
         self.batches = batches
         self.train_set = train_set
@@ -482,7 +485,7 @@ class Trainer:
         factor = self.term_weights / units[0].clamp(min=1)
 
         # Forward and backward; gradients of whole models are exchanged behind the last micro-batch
-        self.wrapped.train()
+        self.model.train()
         if not self.uses_cuda_graphs:
             batches = [batch.to(device) for batch in batches]
         totals = torch.zeros(units.shape, device=device)
@@ -509,7 +512,7 @@ class Trainer:
             The total of each term, of all data sets and of each, as `losses.totals` gives them.
         """
         names = list(self.loss_weights)
-        term_totals = losses.totals(self.wrapped(batch), batch, names, self.num_apart)
+        term_totals = losses.totals(self.model(batch), batch, names, self.num_apart)
         self.accelerator.backward((factor * term_totals[0]).sum() * self.loss_scale)
         return term_totals.detach()
 

@@ -117,7 +117,6 @@ def one_line(caught: pytest.ExceptionInfo[UserError], *parts: str) -> None:
         ("run.device=tpu", ("run.device", "choose auto, cpu or cuda")),
         ("run.checkpoint_every=0", ("run.checkpoint_every", "at least 1")),
         ("run.warmup_steps=9999", ("run.warmup_steps to", "at most")),
-        ("run.compile=true & run.parallel=fsdp", ("run.compile=false", "run.parallel")),
         ("run.optimizer=sgd", ("run.optimizer is 'sgd'", "choose adamw or muon")),
         ("run.optimizer=muon & run.parallel=fsdp", ("run.parallel=ddp", "run.optimizer=adamw")),
         ("run.clip_norm=0", ("run.clip_norm is 0", "above 0")),
