@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from annexe.benchmarks.flops import num_attended_pairs
+from annexe.benchmarks.random_batch import nominal_branches, random_batch
 from annexe.datasets.collate import Collator
+from annexe.errors import UserError
+from annexe.evaluator import evaluate
+from annexe.inference.predictor import Predictor
+from annexe.inference.results import Photo
 from annexe.models.annexe import Annexe
-from annexe.structures.batch import ANALYSIS, Batch
+from annexe.models.language_model.attention import (
+    attend,
+    packed_attention_mask,
+    packed_block_mask,
+)
+from annexe.structures.batch import ANALYSIS, AnswersRead, Batch
+from annexe.trainer import train
 from tests.test_packed_sequence import LORA, VARIED
 
-SOURCES = ("prefix", "analysis", "descriptor")
+SOURCES = AnswersRead.CHOICES
 
 
 @pytest.fixture
@@ -84,8 +100,10 @@ def run_stock(model: Annexe, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return llama(**inputs, use_cache=False).last_hidden_state[0]
 
 
-@pytest.mark.parametrize("unpad", [False, True])
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    ("source", "unpad"),
+    [("prefix", True), ("analysis", False), ("analysis", True), ("descriptor", True)],
+)
 def test_packed_equals_separate(make_reader, source, unpad):
     model, collate, samples = make_reader(source, *LORA)
     samples[1].turns = samples[1].turns[:2]
@@ -193,3 +211,118 @@ def test_generation_equals_feeding_the_generated_analysis_as_the_true_one(
         present = model.present_slots(predicted.groundings[-1])
         expected_masks = predicted.mask_logits[present]
         torch.testing.assert_close(torch.cat(masks), expected_masks, atol=1e-3, rtol=1e-3)
+
+
+def test_block_mask_flops_and_a_prefix_read_before_follow():
+    for read in (AnswersRead("analysis"), AnswersRead("descriptor", 3)):
+        # Lengths that are no multiples of a block
+        branches = nominal_branches(2, 3)
+        branches[1] = branches[1][:2]
+        text = random_batch(branches, 14, 150, 4, 100, answers_read=read).text
+        dense = packed_attention_mask(text.segment_ids, None, text.context_mask)
+        is_token = text.segment_ids >= 0
+        num_pairs = num_attended_pairs(text.segment_ids, text.context)
+        assert num_pairs == int(dense[:, 0][is_token].sum())
+
+        # FlexAttention, of all tokens and of those behind the prefix
+        torch.manual_seed(0)
+        query = torch.randn(2, 2, text.input_ids.shape[1], 16)
+        key, value = torch.randn(2, *query.shape)
+        module = SimpleNamespace(num_key_value_groups=1, is_causal=True)
+        expected, _ = attend(module, query, key, value, dense, scaling=0.25)
+        for first in (0, text.prefix_length):
+            masks = [text.segment_ids, None, text.context_mask, first]
+            assert torch.equal(packed_attention_mask(*masks), dense[:, :, first:])
+            block_mask = packed_block_mask(*masks)
+            output, _ = attend(module, query[:, :, first:], key, value, block_mask, scaling=0.25)
+            torch.testing.assert_close(output, expected[:, first:], atol=1e-5, rtol=1e-5)
+
+
+def test_a_predictor_answers_with_and_without_questions(make_reader, scenes):
+    """An answer needs the analysis, which is therefore generated first, whatever is asked for."""
+    photos = sorted((scenes / "RGB").glob("*.jpg"))[:2]
+    question = "Where is the left hand?"
+    for source in ("analysis", "descriptor"):
+        model, _, _ = make_reader(source, *VARIED)
+        model.presence_threshold = 0.0
+        predictor = Predictor(
+            model,
+            device=torch.device("cpu"),
+            autocast=nullcontext,
+            answer_format="sentence",
+            max_new_tokens=6,
+        )
+        alone, asked = predictor.predict(photos, [[], [question]])
+        assert alone.analysis and not alone.answers
+        *words, streamed = predictor.stream(photos[1], question)
+        assert "".join(words) == asked.answers[0].text == streamed.answers[0].text
+        assert streamed.analysis == asked.analysis
+
+        queries: list[int | None] = []
+
+        def on_text(_: int, query: int | None, text: str, queries=queries) -> None:
+            queries.append(query)
+
+        predictor.answer_batch([Photo.of(photos[1], question)], on_text)
+        assert None in queries and 0 in queries
+        if source == "analysis":
+            assert queries == sorted(queries, key=lambda query: query is not None)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("model.answers_read=words", "'words'"),
+        ("model.num_descriptor_tokens=0", "must be at least 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(make_parts, option, message):
+    with pytest.raises(UserError, match=message):
+        make_parts(option)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["analysis", "descriptor"])
+def test_a_run_trains_goes_on_and_is_evaluated(make_config, tmp_path, source):
+    def settings(steps: int, folder: Path, *options: str):
+        return make_config(
+            f"model.answers_read={source}",
+            f"run.output_dir={folder}",
+            f"run.max_steps={steps}",
+            "run.validate_every=1",
+            "run.validation_images=2",
+            "run.checkpoint_every=1",
+            *options,
+        )
+
+    # Going on gives what a straight run gives
+    train(settings(3, tmp_path / "straight"))
+    interrupted = settings(3, tmp_path / "resumed")
+    stopped = replace(interrupted, run=replace(interrupted.run, max_steps=2))
+    train(stopped)
+    train(settings(3, tmp_path / "resumed", "run.resume=auto"))
+    weights = [
+        (tmp_path / name / "checkpoints" / "step-00000003" / "model.safetensors").read_bytes()
+        for name in ("straight", "resumed")
+    ]
+    assert weights[0] == weights[1]
+    with pytest.raises(UserError, match="answers_read"):
+        train(settings(4, tmp_path / "resumed", "run.resume=auto", "model.answers_read=prefix"))
+
+    # Evaluation, also with the true analyses
+    run = tmp_path / "straight"
+    options = (f"run.checkpoint={run}", "run.report=false")
+    generated = evaluate(settings(3, tmp_path / "generated", *options))
+    given_true = settings(3, tmp_path / "true", *options, "run.analysis=true")
+    if source == "descriptor":
+        with pytest.raises(UserError, match="do not read the analysis"):
+            evaluate(given_true)
+        return
+    assert evaluate(given_true)["meta"]["analysis"] == "true"
+    assert "analysis" not in generated["meta"]
+    lines = []
+    for name in ("generated", "true"):
+        text = (tmp_path / name / "predictions.jsonl").read_text()
+        records = [json.loads(line) for line in text.splitlines()]
+        lines.append([record for record in records if record["kind"] == "image"])
+    assert lines[0] == lines[1], "the generated analyses are what is scored"

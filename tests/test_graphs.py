@@ -12,7 +12,7 @@ from annexe.models.language_model.kv_cache import DecodeIndex, SharedPrefixCache
 from annexe.models.mask_postprocessing import at_full_size, encode_on_device
 from annexe.models.pixel_decoder import Attention
 from annexe.rle import encode
-from annexe.structures.batch import Batch
+from annexe.structures.batch import AnswersRead, Batch
 from annexe.structures.prediction import ImageResponses
 from annexe.training import losses
 from annexe.training.cuda_graphs import PAD_TO_MULTIPLE_OF, GraphedPass
@@ -28,8 +28,9 @@ def texts_of(images: list[ImageResponses]) -> list[tuple[str, list[str]]]:
     return [(image.analysis, [raw.answer for raw in image.responses]) for image in images]
 
 
-def test_gradients_equal_those_launched_one_by_one(make_parts):
-    model, tokenizer, batch = make_parts()
+@pytest.mark.parametrize("answers_read", AnswersRead.CHOICES)
+def test_gradients_equal_those_launched_one_by_one(make_parts, answers_read):
+    model, tokenizer, batch = make_parts(f"model.answers_read={answers_read}")
     device = torch.device("cuda")
     model.to(device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -39,7 +40,13 @@ def test_gradients_equal_those_launched_one_by_one(make_parts):
         (factor * totals).sum().backward()
         return totals.detach()
 
-    collate = Collator(tokenizer, model.num_image_tokens, 4, pad_to_multiple_of=PAD_TO_MULTIPLE_OF)
+    collate = Collator(
+        tokenizer,
+        model.num_image_tokens,
+        4,
+        pad_to_multiple_of=PAD_TO_MULTIPLE_OF,
+        answers_read=model.answers_read,
+    )
     batches = [collate(batch.samples), collate(batch.samples[:1]), collate(batch.samples[::-1])]
     factor = torch.rand(len(NAMES), device=device)
     graphed = GraphedPass(forward_backward, trained, device)
@@ -53,23 +60,26 @@ def test_gradients_equal_those_launched_one_by_one(make_parts):
     assert len(graphed.captured) == 2
 
 
-def test_compiled_blocks_give_the_same_without_padding(make_parts, monkeypatch):
+@pytest.mark.parametrize("answers_read", AnswersRead.CHOICES)
+def test_compiled_blocks_give_the_same_without_padding(make_parts, monkeypatch, answers_read):
     # In TF32, cuDNN's default for convolutions, most gradients of this model differ by over 1 %.
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     model, tokenizer, batch = make_parts(
         "model.language_model.lora.rank=4",
         "model.language_model.num_heads=2",
         "model.pixel_decoder.masked_attention=true",
+        f"model.answers_read={answers_read}",
     )
     device = torch.device("cuda")
     model.to(device)
-    collate_prompts = Collator(tokenizer, model.num_image_tokens, 4, responses=False)
-    prompts = collate_prompts(batch.samples).to(device)
+    arguments = (tokenizer, model.num_image_tokens, 4)
+    read = model.answers_read
+    prompts = Collator(*arguments, responses=False, answers_read=read)(batch.samples).to(device)
 
     def run() -> tuple[torch.Tensor, list[torch.Tensor], list[tuple[str, str]]]:
         """Losses, gradients, and generated analyses and answers."""
         unpad = model.language_model.uses_flex_attention
-        collate = Collator(tokenizer, model.num_image_tokens, 4, unpad=unpad)
+        collate = Collator(*arguments, unpad=unpad, answers_read=read)
         device_batch = collate(batch.samples).to(device)
         model.zero_grad()
         totals = losses.totals(model(device_batch), device_batch, NAMES)
@@ -94,13 +104,22 @@ def test_compiled_blocks_give_the_same_without_padding(make_parts, monkeypatch):
     [(False, False), (True, False), (False, True)],
     ids=["float32", "bfloat16", "compiled"],
 )
-def test_replayed_steps_of_generation_give_the_same(make_parts, autocast, compiled):
+@pytest.mark.parametrize("answers_read", AnswersRead.CHOICES)
+def test_replayed_steps_of_generation_give_the_same(make_parts, autocast, compiled, answers_read):
     model, tokenizer, batch = make_parts(
-        "model.language_model.initializer_range=0.3", "model.language_model.num_heads=2"
+        "model.language_model.initializer_range=0.3",
+        "model.language_model.num_heads=2",
+        f"model.answers_read={answers_read}",
     )
     device = torch.device("cuda")
     model.to(device)
-    collate = Collator(tokenizer, model.num_image_tokens, 4, responses=False)
+    collate = Collator(
+        tokenizer,
+        model.num_image_tokens,
+        4,
+        responses=False,
+        answers_read=model.answers_read,
+    )
     prompts = [
         collate(samples).to(device) for samples in (batch.samples, batch.samples[:2], batch.samples)
     ]
