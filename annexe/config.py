@@ -75,6 +75,7 @@ _CHOICES = {
     "parallel": ("ddp", "fsdp"),
     "optimizer": ("adamw", "muon"),
     "learning_rate_decay": ("cosine", "linear"),
+    "analysis": ("generated", "true"),
 }
 _NOT_NEGATIVE = ("seed", "num_workers", "warmup_steps", "validate_every")
 _AT_LEAST_ONE = (
@@ -143,6 +144,7 @@ class RunConfig:
     checkpoint: PathSetting | None = None
     split: str = "test"
     queries_per_annotation: int | str = 1  # or all
+    analysis: str = "generated"  # what answers read with model.answers_read=analysis; or true
     max_new_tokens: int = 50
     report: bool = True  # draw report.html after an evaluation
 
@@ -150,7 +152,6 @@ class RunConfig:
         for name, choices in _CHOICES.items():
             _require_choice(f"run.{name}", getattr(self, name), choices)
         if self.validation_metric not in VALIDATION_METRICS:
-    "analysis": ("generated", "true"),
             raise unknown_name_error(
                 "run.validation_metric", self.validation_metric, VALIDATION_METRICS
             )
@@ -220,7 +221,6 @@ def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
         raise UserError(f"{name} is '{value}'; choose {listed}")
 
-    analysis: str = "generated"  # what answers read with model.answers_read=analysis; or true
 
 @dataclass
 class Config:
