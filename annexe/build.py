@@ -584,7 +584,11 @@ def restore_model(config: Config, checkpoint: Path, accelerator: Accelerator) ->
 def prepare_for_inference(model: Annexe, run: RunConfig, accelerator: Accelerator) -> Annexe:
     """``model`` as it answers fastest.
 
-    Adapters are merged for good; CUDA graphs and compiled blocks are used where ``run`` has them.
+    Adapters are merged for good, and products of one input joined. CUDA graphs, compiled blocks and
+    weights in float8 are used where ``run`` has them.
+
+    Raises:
+        UserError: for weights in float8 that the language model or the GPU cannot have.
     """
     language_model = model.language_model
     language_model.merge_adapters()
@@ -592,4 +596,13 @@ def prepare_for_inference(model: Annexe, run: RunConfig, accelerator: Accelerato
     model.text_decoder.graphs = run.cuda_graphs and on_gpu and language_model.supports_cuda_graphs
     if run.compile:
         compile_blocks(model)
-    return accelerator.prepare_model(model.eval(), evaluation_mode=True)
+    prepared = accelerator.prepare_model(model.eval(), evaluation_mode=True)
+    autocast_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
+    float8 = run.generation_dtype == "float8"
+    is_joined = model.text_decoder.join_products(autocast_dtype, float8=float8)
+    if float8 and not is_joined:
+        raise UserError(
+            "run.generation_dtype float8 is for a Llama, Mistral, Qwen2 or Qwen3 with merged "
+            "adapters, of dtype float32 or bfloat16 and not with fsdp; set it to auto"
+        )
+    return prepared

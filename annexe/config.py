@@ -73,6 +73,7 @@ _CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "mixed_precision": ("auto", "fp32", "bf16"),
     "parallel": ("ddp", "fsdp"),
+    "generation_dtype": ("auto", "float8"),
     "optimizer": ("adamw", "muon"),
     "learning_rate_decay": ("cosine", "linear"),
     "analysis": ("generated", "true"),
@@ -146,6 +147,8 @@ class RunConfig:
     queries_per_annotation: int | str = 1  # or all
     analysis: str = "generated"  # what answers read with model.answers_read=analysis; or true
     max_new_tokens: int = 50
+    # Weights that decoding reads: auto, those of the language model; float8, rounded copies of them
+    generation_dtype: str = "auto"
     report: bool = True  # draw report.html after an evaluation
 
     def __post_init__(self) -> None:

@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 
 from annexe.datasets.collate import Collator
-from annexe.models.language_model import generation
+from annexe.models.language_model import decode_operations, generation
 from annexe.models.language_model.attention import (
     attend,
     decode_attention,
-    decode_attention_reference,
     packed_attention_mask,
     packed_block_mask,
 )
 from annexe.models.language_model.constraints import DecodingConstraints
+from annexe.models.language_model.float8 import quantize_rows
 from annexe.models.language_model.generation import DecodeStep, GreedyDecoder
 from annexe.models.language_model.kv_cache import DecodeIndex, SharedPrefixCache
 from annexe.structures.batch import PackedText
@@ -90,6 +90,43 @@ def random_case(
     return torch.randn(6, num_heads, head_dim), cache, index
 
 
+def calls_of_a_step(device: str, dtype: torch.dtype) -> list[tuple]:
+    """Calls of the other operations of a step: name, arguments, cache, column of the new token."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    def cache() -> dict[str, torch.Tensor]:
+        empty = [random(0, 2, 7, 24), random(0, 2, 7, 24)]
+        own = [random(5, 2, 7, 24), random(5, 2, 7, 24)]
+        names = [field.name for field in fields(SharedPrefixCache)]
+        tensors = [tensor.to(dtype) for tensor in [*empty, *own]]
+        return dict(zip(names, tensors, strict=True))
+
+    x, update, weight = random(5, 48).to(dtype), random(5, 48).to(dtype), random(48)
+    projections, angles = random(5, 10 * 24).to(dtype), random(2, 5, 12)
+    norms = (random(24), random(24), 1e-6)
+    codes, scales = quantize_rows(random(70, 300))
+    column = torch.tensor([4], device=device)
+    return [
+        ("add_and_normalize", [x, None, weight, 1e-5, dtype], None, None),
+        ("add_and_normalize", [x.clone(), update, weight, 1e-5, dtype], None, None),
+        ("rotate_and_store", [projections, angles, None], cache(), column),
+        ("rotate_and_store", [projections, angles, norms], cache(), column),
+        ("swiglu", [random(3, 2200).to(dtype)], None, None),
+        ("float8_product", [random(20, 300).to(dtype), codes, scales], None, None),
+    ]
+
+
+def run_call(operations, name: str, arguments: list, tensors: dict | None, column) -> tuple:
+    """What a call returns, its first argument, which it may change, and the cache."""
+    if tensors is not None:
+        cache = SharedPrefixCache(**tensors)
+        arguments = [*arguments, cache, DecodeIndex(None, None, None, None, column)]
+    return getattr(operations, name)(*arguments), arguments[0], tensors
+
+
 KERNELS = """
 import sys
 from types import ModuleType
@@ -103,14 +140,19 @@ models = ModuleType("annexe.models")
 models.__path__ = [f"{annexe.__path__[0]}/models"]
 sys.modules["annexe.models"] = models
 
-from annexe.models.language_model.decode_kernels import decode_attention
+from annexe.models.language_model import decode_kernels
 from annexe.models.language_model.kv_cache import DecodeIndex, SharedPrefixCache
 
 outputs = []
 for query, cache, index in torch.load(sys.argv[1]):
     cache = SharedPrefixCache(**cache)
-    outputs.append(decode_attention(query, cache, DecodeIndex(**index), 0.3))
-torch.save(outputs, sys.argv[2])
+    outputs.append(decode_kernels.decode_attention(query, cache, DecodeIndex(**index), 0.3))
+for name, arguments, cache, column in torch.load(sys.argv[2]):
+    if cache is not None:
+        cache = SharedPrefixCache(**cache)
+        arguments = [*arguments, cache, DecodeIndex(None, None, None, None, column)]
+    outputs.append((getattr(decode_kernels, name)(*arguments), arguments[0], cache and vars(cache)))
+torch.save(outputs, sys.argv[3])
 """
 
 
@@ -121,21 +163,27 @@ def test_the_kernels_for_a_gpu_give_the_same(tmp_path):
     torch.manual_seed(0)
     cases = [random_case(6, 2, 8, 70, 130, 4), random_case(4, 4, 32, 20, 30, 20)]
     inputs = [(query, vars(cache), vars(index)) for query, cache, index in cases]
-    torch.save(inputs, tmp_path / "inputs.pt")
+    torch.save(inputs, tmp_path / "attention.pt")
+    torch.save(calls_of_a_step("cpu", torch.float32), tmp_path / "others.pt")
+    files = [tmp_path / name for name in ("attention.pt", "others.pt", "outputs.pt")]
     result = subprocess.run(
-        [sys.executable, "-c", KERNELS, tmp_path / "inputs.pt", tmp_path / "outputs.pt"],
+        [sys.executable, "-c", KERNELS, *files],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr
     outputs = torch.load(tmp_path / "outputs.pt")
-    for (query, cache, index), output in zip(cases, outputs, strict=True):
+    for (query, cache, index), output in zip(cases, outputs, strict=False):
         cache.own_keys.nan_to_num_(0)
         cache.own_values.nan_to_num_(0)
-        expected = decode_attention_reference(query, cache, index, 0.3)
+        expected = decode_operations.decode_attention(query, cache, index, 0.3)
         torch.testing.assert_close(output[:5], expected[:5], atol=1e-5, rtol=1e-5)
         assert output.isfinite().all()
+    calls = calls_of_a_step("cpu", torch.float32)
+    for call, output in zip(calls, outputs[len(cases) :], strict=True):
+        expected = run_call(decode_operations, *call)
+        torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
 
 
 PADDED_ROWS = ([[0] * 130 + [1] * 60 + [2] * 70, [0] * 130 + [1] * 90 + [-1] * 40], None)
@@ -307,8 +355,32 @@ def test_merged_adapters_give_the_same(make_prompts):
             torch.nn.init.normal_(parameter, std=0.1)
     expected = decoder.decode(prefill(samples), 10)
     hidden = prefill(samples).hidden
+    assert not decoder.join_products()  # adapters are layers of their own so far
     language_model.merge_adapters()
     torch.testing.assert_close(prefill(samples).hidden, hidden, atol=1e-4, rtol=1e-4)
     assert decoder.decode(prefill(samples), 10).tokens == expected.tokens
     with torch.no_grad():
         assert all(m.merged for m in language_model.modules() if hasattr(m, "lora_B"))
+
+    # The same weights as joint products, which are in memory once
+    assert decoder.join_products()
+    attention = language_model.base.model.layers[0].self_attn
+    storage = attention.q_proj.weight.untyped_storage().data_ptr()
+    assert attention.v_proj.weight.untyped_storage().data_ptr() == storage
+    torch.testing.assert_close(prefill(samples).hidden, hidden, atol=1e-4, rtol=1e-4)
+    joined = decoder.decode(prefill(samples), 10)
+    assert joined.tokens == expected.tokens
+    torch.testing.assert_close(joined.slot_states, expected.slot_states, atol=1e-4, rtol=1e-4)
+
+    # Rounded copies of them, which come close
+    step_states = []
+    for float8 in (False, True):
+        assert decoder.join_products(float8=float8)
+        prompts = prefill(samples)
+        state = decoder.start_rows(prompts, 1, None)
+        step = decoder._compact(prompts, state, None, 0, None)
+        step.launch()
+        step_states.append(step.state.hidden)
+    exact, rounded = step_states
+    difference = (rounded - exact).norm() / exact.norm()
+    assert 1e-4 < difference < 0.2

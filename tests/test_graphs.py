@@ -7,7 +7,7 @@ import torch
 
 from annexe.datasets.collate import Collator
 from annexe.models.compile import compile_blocks
-from annexe.models.language_model.attention import decode_attention_reference
+from annexe.models.language_model import decode_operations
 from annexe.models.language_model.kv_cache import DecodeIndex, SharedPrefixCache
 from annexe.models.mask_postprocessing import at_full_size, encode_on_device
 from annexe.models.pixel_decoder import Attention
@@ -16,6 +16,7 @@ from annexe.structures.batch import AnswersRead, Batch
 from annexe.structures.prediction import ImageResponses
 from annexe.training import losses
 from annexe.training.cuda_graphs import PAD_TO_MULTIPLE_OF, GraphedPass
+from tests.test_generation import calls_of_a_step, run_call
 
 NAMES = list(losses.TERMS)
 pytestmark = pytest.mark.skipif(
@@ -100,12 +101,20 @@ def test_compiled_blocks_give_the_same_without_padding(make_parts, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    ("autocast", "compiled"),
-    [(False, False), (True, False), (False, True)],
-    ids=["float32", "bfloat16", "compiled"],
+    ("autocast", "compiled", "joined"),
+    [
+        (False, False, False),
+        (True, False, False),
+        (False, True, False),
+        (False, False, True),
+        (True, False, True),
+    ],
+    ids=["float32", "bfloat16", "compiled", "joined", "joined-bfloat16"],
 )
 @pytest.mark.parametrize("answers_read", AnswersRead.CHOICES)
-def test_replayed_steps_of_generation_give_the_same(make_parts, autocast, compiled, answers_read):
+def test_replayed_steps_of_generation_give_the_same(
+    make_parts, autocast, compiled, joined, answers_read
+):
     model, tokenizer, batch = make_parts(
         "model.language_model.initializer_range=0.3",
         "model.language_model.num_heads=2",
@@ -136,6 +145,8 @@ def test_replayed_steps_of_generation_give_the_same(make_parts, autocast, compil
     model.text_decoder.graphs = True
     if compiled:
         compile_blocks(model)
+    if joined:
+        assert model.text_decoder.join_products(torch.bfloat16 if autocast else None)
     for texts, plain_texts in zip(generate(), plain, strict=True):
         num_equal = sum(text == other for text, other in zip(texts, plain_texts, strict=True))
         assert num_equal == len(texts) or (autocast and num_equal > 0.7 * len(texts))
@@ -174,10 +185,20 @@ def test_the_kernels_give_what_plain_operations_give(dtype, tolerance):
         index = DecodeIndex(image_index, index_in_image, row_index, key_mask, torch.tensor([69]))
         query = torch.randn(24, 8, 128).to(dtype)
         output = kernels.decode_attention(query, cache, index, 0.09)
-        expected = decode_attention_reference(query, cache, index, 0.09)
+        expected = decode_operations.decode_attention(query, cache, index, 0.09)
     finally:
         torch.set_default_device(None)
     torch.testing.assert_close(output, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+def test_the_operations_of_a_step_are_the_same_as_kernels(dtype, tolerance):
+    kernels = pytest.importorskip("annexe.models.language_model.decode_kernels")
+    outputs = []
+    for operations in (kernels, decode_operations):
+        calls = calls_of_a_step("cuda", dtype)
+        outputs.append([run_call(operations, *call) for call in calls])
+    torch.testing.assert_close(*outputs, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

@@ -31,6 +31,7 @@ response, H query heads, Hk key heads, G query heads for each key head (H / Hk),
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from annexe.models.language_model import decode_operations
 from annexe.models.language_model.kv_cache import DecodeIndex, PrefillCache, SharedPrefixCache
 from annexe.models.masked_attention import masked_kernels
 from annexe.structures.batch import BLOCK
@@ -174,62 +176,19 @@ def decode_attention(
     cache.own_values.index_copy_(2, index.column, value.to(dtype))
 
     new_query = query[:, :, 0].to(dtype)  # [R, H, Dh]
-    if query.is_cuda:
-        # Imported here, because Triton comes only with the builds of PyTorch for a GPU.
-        from annexe.models.language_model import decode_kernels
-
-        output = decode_kernels.decode_attention(new_query, cache, index, scaling)
-    else:
-        output = decode_attention_reference(new_query, cache, index, scaling)
+    operations = operations_on(query.device)
+    output = operations.decode_attention(new_query, cache, index, scaling)
     return output[:, None].to(query.dtype)
 
 
-def decode_attention_reference(
-    query: Tensor, cache: SharedPrefixCache, index: DecodeIndex, scaling: float
-) -> Tensor:
-    """Do what `decode_kernels.decode_attention` does, with operations of PyTorch.
+def operations_on(device: torch.device) -> ModuleType:
+    """The operations of a decoding step: as kernels where there is a GPU."""
+    if device.type != "cuda":
+        return decode_operations
+    # Imported here, because Triton comes only with the builds of PyTorch for a GPU.
+    from annexe.models.language_model import decode_kernels
 
-    The prefix of an image is read once for all its responses, whose queries are laid out side by
-    side. One softmax runs over the scores of both parts.
-
-    Args:
-        query: float[R, H, Dh], of the dtype of ``cache``.
-        cache: keys and values, those of the new token included.
-        index: which response reads which prefix.
-        scaling: factor of the scores before the softmax.
-
-    Returns:
-        float[R, H, Dh].
-    """
-    num_key_heads, prefix_length = cache.prefix_keys.shape[1:3]
-    group = query.shape[1] // num_key_heads
-
-    def by_image(x: Tensor) -> Tensor:
-        """Lay responses side by side: [R, Hk, G, ...] -> [B, Hk, max_responses * G, ...]."""
-        return x[index.row_index].transpose(1, 2).flatten(2, 3)
-
-    def by_response(x: Tensor) -> Tensor:
-        """Undo `by_image`: [B, Hk, max_responses * G, ...] -> [R, Hk, G, ...]."""
-        responses = x.unflatten(2, (-1, group)).transpose(1, 2)
-        return responses[index.image_index, index.index_in_image]
-
-    # Score the prefix and the own columns.
-    query = query.unflatten(1, (num_key_heads, group))  # [R, Hk, G, Dh]
-    prefix_scores = by_image(query) @ cache.prefix_keys.transpose(-1, -2)
-    prefix_scores = by_response(prefix_scores)  # [R, Hk, G, Lp]
-    own_scores = query @ cache.own_keys.transpose(-1, -2)  # [R, Hk, G, Lr]
-    own_scores = own_scores.masked_fill(~index.key_mask[:, None, None], -torch.inf)
-
-    # Take one softmax over both, in float32.
-    scores = torch.cat([prefix_scores, own_scores], dim=-1).float() * scaling
-    weights = scores.softmax(-1).to(query.dtype)
-    prefix_weights = weights[..., :prefix_length]
-    own_weights = weights[..., prefix_length:]
-
-    # Add up the values of both.
-    own_output = own_weights @ cache.own_values  # [R, Hk, G, Dh]
-    prefix_output = by_response(by_image(prefix_weights) @ cache.prefix_values)
-    return (own_output + prefix_output).flatten(1, 2)
+    return decode_kernels
 
 
 def attend(

@@ -1,6 +1,6 @@
 """Constrained decoding: answers that name exactly the slots that were found.
 
-Legend: R responses, K slots, V words of the tokenizer.
+Legend: R responses, K slots, V words of the tokenizer, C tokens that are not always allowed.
 """
 
 from __future__ import annotations
@@ -43,18 +43,19 @@ class SlotConstraint:
         forbidden_first_tokens: tuple[int, ...],
         device: torch.device,
     ) -> None:
+        ends = list(dict.fromkeys([*end_ids, tokenizer.full_stop_id]))
+        first = [token for token in forbidden_first_tokens if token not in ends]
         num_tokens = tokenizer.vocab_size + tokenizer.num_slots
-        self.slot_ids = torch.arange(tokenizer.vocab_size, num_tokens, device=device)
-        self.is_end = torch.zeros(num_tokens, dtype=torch.bool, device=device)
-        self.is_end[[*end_ids, tokenizer.full_stop_id]] = True
-        self.is_forbidden_first = torch.zeros(num_tokens, dtype=torch.bool, device=device)
-        self.is_forbidden_first[list(forbidden_first_tokens)] = True
+        slots = list(range(tokenizer.vocab_size, num_tokens))
+        self.columns = torch.tensor([*ends, *first, *slots], device=device)  # [C]
+        self.is_first = torch.zeros(len(ends) + len(first), dtype=torch.bool, device=device)
+        self.is_first[len(ends) :] = True
 
     def __call__(self, logits: Tensor, slots_left: Tensor, num_generated: Tensor) -> Tensor:
         """Set the logits of tokens that are not allowed to minus infinity.
 
         Args:
-            logits: float[R, V + K].
+            logits: float[R, V + K], changed in place.
             slots_left: bool[R, K], slots that still have to be named.
             num_generated: int64[1], tokens of each response so far.
 
@@ -62,10 +63,11 @@ class SlotConstraint:
             float[R, V + K].
         """
         # A response that still has to name a slot must not end or refuse.
-        forbidden = self.is_end | (self.is_forbidden_first & (num_generated == 0))  # [V + K]
-        forbidden = slots_left.any(1, keepdim=True) & forbidden  # [R, V + K]
+        forbidden = ~self.is_first | (num_generated == 0)
+        forbidden = slots_left.any(1, keepdim=True) & forbidden  # [R, C - K]
 
         # Of the placeholders only the first one that is left is allowed.
         is_next = slots_left & (slots_left.cumsum(1) == 1)  # [R, K]
-        forbidden[:, self.slot_ids] = ~is_next
-        return logits.masked_fill(forbidden, -torch.inf)
+        forbidden = torch.cat([forbidden, ~is_next], dim=1)  # [R, C]
+        allowed = logits[:, self.columns].masked_fill(forbidden, -torch.inf)
+        return logits.index_copy_(1, self.columns, allowed)

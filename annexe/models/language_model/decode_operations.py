@@ -1,0 +1,159 @@
+"""What a decoding step does between its matrix products, with operations of PyTorch.
+
+`annexe.models.language_model.decode_kernels` has the same functions as kernels for GPUs. Here is
+what they compute, and what runs on a CPU.
+
+Legend: B images, R responses, Lp prefix tokens, Lr columns of a response, D width of the language
+model, F width of an MLP's hidden layer, H query heads, Hk key heads, G query heads for each key
+head (H / Hk), Dh width of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from annexe.models.language_model.kv_cache import DecodeIndex, SharedPrefixCache
+
+
+def add_and_normalize(
+    x: Tensor, update: Tensor | None, weight: Tensor, epsilon: float, dtype: torch.dtype
+) -> Tensor:
+    """Add what a block computed, and normalize the sum (RMSNorm, arXiv 1910.07467) in float32.
+
+    Args:
+        x: float[R, D], changed in place.
+        update: float[R, D], what is added; None = nothing.
+        weight: float[D].
+        epsilon: added to the mean of the squares.
+        dtype: of the result.
+
+    Returns:
+        float[R, D].
+    """
+    if update is not None:
+        x += update
+    normalized = F.rms_norm(x.float(), (x.shape[-1],), weight.float(), epsilon)
+    return normalized.to(dtype)
+
+
+def rotate_and_store(
+    projections: Tensor,
+    angles: Tensor,
+    head_norms: tuple[Tensor, Tensor, float] | None,
+    cache: SharedPrefixCache,
+    index: DecodeIndex,
+) -> Tensor:
+    """Rotate queries and keys (RoPE, arXiv 2104.09864), and put keys and values into the cache.
+
+    Args:
+        projections: float[R, (H + 2 Hk) Dh]: queries, keys and values of a new token.
+        angles: float32[2, R, Dh / 2], cosine and sine of its position.
+        head_norms: weights, float[Dh], of the norms of queries and keys, and what these add to the
+            mean of the squares; None where there are no such norms.
+        cache: keys and values; the column of ``index`` is written.
+        index: where the token goes.
+
+    Returns:
+        The queries, float[R, H, Dh] of the dtype of ``cache``.
+    """
+    head_dim = cache.own_keys.shape[-1]
+    num_key_heads = cache.own_keys.shape[1]
+    heads = projections.unflatten(-1, (-1, head_dim)).float()  # [R, H + 2 Hk, Dh]
+    rotated = heads[:, :-num_key_heads]
+    num_heads = rotated.shape[1] - num_key_heads
+    if head_norms is not None:
+        query_weight, key_weight, epsilon = head_norms
+        weights = torch.stack([query_weight, key_weight]).float()
+        of_head = torch.arange(rotated.shape[1], device=rotated.device) >= num_heads
+        rotated = F.rms_norm(rotated, (head_dim,), None, epsilon) * weights[of_head.int()]
+
+    # [a, b] of both halves becomes [a cos - b sin, b cos + a sin]
+    cosine, sine = angles[:, :, None]
+    cosine = torch.cat([cosine, cosine], dim=-1)  # [R, 1, Dh]
+    sine = torch.cat([-sine, sine], dim=-1)
+    swapped = rotated.roll(head_dim // 2, -1)
+    rotated = torch.addcmul(rotated * cosine, swapped, sine)
+
+    # Put keys and values into the column of the new token.
+    dtype = cache.own_keys.dtype
+    keys = rotated[:, num_heads:, None].to(dtype)  # [R, Hk, 1, Dh]
+    values = heads[:, -num_key_heads:, None].to(dtype)
+    cache.own_keys.index_copy_(2, index.column, keys)
+    cache.own_values.index_copy_(2, index.column, values)
+    return rotated[:, :num_heads].to(dtype)
+
+
+def decode_attention(
+    query: Tensor, cache: SharedPrefixCache, index: DecodeIndex, scaling: float
+) -> Tensor:
+    """Attention of one new token of each response, whose key and value are in ``cache`` already.
+
+    The prefix of an image is read once for all its responses, whose queries are laid out side by
+    side. Of a response's own columns only those up to the new token are read. One softmax runs over
+    the scores of both parts.
+
+    Args:
+        query: float[R, H, Dh], of the dtype of ``cache``.
+        cache: keys and values.
+        index: which response reads which prefix.
+        scaling: factor of the scores before the softmax.
+
+    Returns:
+        float[R, H, Dh], of the dtype of ``query``.
+    """
+    num_key_heads, prefix_length = cache.prefix_keys.shape[1:3]
+    group = query.shape[1] // num_key_heads
+    num_columns = int(index.column) + 1
+    own_keys = cache.own_keys[:, :, :num_columns]
+    own_values = cache.own_values[:, :, :num_columns]
+    is_free = ~index.key_mask[:, None, None, :num_columns]
+
+    def by_image(x: Tensor) -> Tensor:
+        """Lay responses side by side: [R, Hk, G, ...] -> [B, Hk, max_responses * G, ...]."""
+        return x[index.row_index].transpose(1, 2).flatten(2, 3)
+
+    def by_response(x: Tensor) -> Tensor:
+        """Undo `by_image`: [B, Hk, max_responses * G, ...] -> [R, Hk, G, ...]."""
+        responses = x.unflatten(2, (-1, group)).transpose(1, 2)
+        return responses[index.image_index, index.index_in_image]
+
+    # Score the prefix and the own columns.
+    query = (query * scaling).unflatten(1, (num_key_heads, group))  # [R, Hk, G, Dh]
+    prefix_scores = by_image(query) @ cache.prefix_keys.transpose(-1, -2)
+    prefix_scores = by_response(prefix_scores)  # [R, Hk, G, Lp]
+    own_scores = query @ own_keys.transpose(-1, -2)  # [R, Hk, G, columns]
+    own_scores.masked_fill_(is_free, -torch.inf)
+
+    # Take one softmax over both, in float32.
+    scores = torch.cat([prefix_scores, own_scores], dim=-1).float()
+    weights = scores.softmax(-1).to(query.dtype)
+    prefix_weights = weights[..., :prefix_length]
+    own_weights = weights[..., prefix_length:]
+
+    # Add up the values of both.
+    own_output = own_weights @ own_values  # [R, Hk, G, Dh]
+    prefix_output = by_response(by_image(prefix_weights) @ cache.prefix_values)
+    return (own_output + prefix_output).flatten(1, 2)
+
+
+def swiglu(gate_and_up: Tensor) -> Tensor:
+    """Gate of an MLP (SwiGLU, arXiv 2002.05202): [R, 2 F] -> [R, F]."""
+    gate, up = gate_and_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def float8_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """Multiply with the transpose of a weight that is kept in float8.
+
+    Args:
+        x: float[R, in].
+        codes: e4m3[out, in].
+        scales: float32[out, 1].
+
+    Returns:
+        float[R, out], of the dtype of ``x``.
+    """
+    product = x.float() @ codes.float().t()
+    return (product * scales[:, 0]).to(x.dtype)
