@@ -27,7 +27,7 @@ from annexe.models.language_model.attention import (
 )
 from annexe.structures.batch import ANALYSIS, AnswersRead, Batch
 from annexe.trainer import train
-from tests.test_packed_sequence import LORA, VARIED
+from tests.test_packed_sequence import VARIED
 
 SOURCES = AnswersRead.CHOICES
 
@@ -37,7 +37,7 @@ def make_reader(make_parts):
     """A model whose queries read ``source``, and what collates its batches."""
 
     def make(source: str, *options: str):
-        model, tokenizer, batch = make_parts(f"model.answers_read={source}", *options)
+        model, tokenizer, batch = make_parts(f"model.answers_read={source}", *VARIED, *options)
 
         def collate(samples, **arguments):
             collator = Collator(
@@ -105,7 +105,7 @@ def run_stock(model: Annexe, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     [("prefix", True), ("analysis", False), ("analysis", True), ("descriptor", True)],
 )
 def test_packed_equals_separate(make_reader, source, unpad):
-    model, collate, samples = make_reader(source, *LORA)
+    model, collate, samples = make_reader(source)
     samples[1].turns = samples[1].turns[:2]
     samples[2].analysis = ""
     batch = collate(samples, unpad=unpad, pad_to_multiple_of=16)
@@ -155,12 +155,9 @@ def answer_alone(model: Annexe, batch: Batch, branch: int, num_tokens: int) -> l
 def test_generation_equals_feeding_the_generated_analysis_as_the_true_one(
     make_reader, monkeypatch, source, conditioning
 ):
-    model, collate, samples = make_reader(
-        source,
-        *VARIED,
-        "model.constrain_answers=false",
-        f"model.pixel_decoder.conditioning={conditioning}",
-    )
+    options = ["model.pixel_decoder.conditioning=answer"] if conditioning == "answer" else []
+    model, collate, samples = make_reader(source, *options)
+    model.constrain_answers = False
     tokenizer = model.language_model.tokenizer
     prompts = collate(samples, responses=False)
 
@@ -243,7 +240,7 @@ def test_a_predictor_answers_with_and_without_questions(make_reader, scenes):
     photos = sorted((scenes / "RGB").glob("*.jpg"))[:2]
     question = "Where is the left hand?"
     for source in ("analysis", "descriptor"):
-        model, _, _ = make_reader(source, *VARIED)
+        model, _, _ = make_reader(source)
         model.presence_threshold = 0.0
         predictor = Predictor(
             model,
@@ -289,7 +286,7 @@ def test_a_run_trains_goes_on_and_is_evaluated(make_config, tmp_path, source):
             f"model.answers_read={source}",
             f"run.output_dir={folder}",
             f"run.max_steps={steps}",
-            "run.validate_every=1",
+            "run.validate_every=3",
             "run.validation_images=2",
             "run.checkpoint_every=1",
             *options,
