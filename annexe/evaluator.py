@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -18,10 +17,18 @@ from annexe.build import answer_format_of, build_dataset, filled_config, restore
 from annexe.checkpoints.run_folder import load_progress, run_of, without_sources
 from annexe.config import Config, device_settings
 from annexe.datasets.image_names import read_subsets
-from annexe.distributed import make_accelerator
+from annexe.distributed import (
+    from_main,
+    make_accelerator,
+    require_same_settings,
+    require_shared,
+)
 from annexe.errors import UserError
-from annexe.evaluation.predict import plan_batches, predict, require_records
-from annexe.evaluation.records import Record, read_records, split_kinds, write_records
+from annexe.evaluation.batches import BatchFiles, Finisher, by_size
+from annexe.evaluation.clock import Clock
+from annexe.evaluation.matching import ImageResults
+from annexe.evaluation.predict import plan_batches, predict
+from annexe.evaluation.records import Record, split_kinds
 from annexe.evaluation.scoring import Scores, score_all
 from annexe.evaluation.truth import LabeledDataset, Truth
 from annexe.files import locked, write_json
@@ -29,6 +36,7 @@ from annexe.hub.runs import require_run
 from annexe.models.annexe import Annexe
 from annexe.report import write_report
 from annexe.terminal import table, track
+from annexe.workers import Submit, processes
 
 log = logging.getLogger(__name__)
 
@@ -60,22 +68,34 @@ def evaluate(config: Config) -> dict[str, Any]:
     """
     accelerator = make_accelerator(**device_settings(config.run))
     output = Path(config.run.output_dir)
+    clock = Clock()
     with locked(output) if accelerator.is_main_process else nullcontext():
         # Predict: every process takes some of the batches
+        require_shared(accelerator, output, "run.output_dir")
         evaluation = restore(config, accelerator)
-        shards = plan(evaluation)
-        predict_missing(evaluation, shards)
-        if not accelerator.is_main_process:
-            return {}
+        require_same_settings(accelerator, evaluation.meta)
+        files = plan(evaluation)
+        truth = Truth(evaluation.dataset) if accelerator.is_main_process else None
+        with processes(config.run.num_workers) as submit:
+            finisher = Finisher(files, truth, submit)
+            predict_missing(evaluation, finisher, clock)
+            if truth is None:
+                return {}
 
-        # Score and report: the main process alone
-        truth = Truth(evaluation.dataset)
-        records = join(shards, output / "predictions.jsonl")
-        scores = score_records(records, truth, evaluation)
+            # Score: the main process, with its workers
+            records = finisher.finish()
+            joined = submit(files.join, output / "predictions.jsonl")
+            scores = score_records(records, truth, evaluation, finisher.measured, submit)
+            joined.result()
+        clock.scored()
+        log.info(clock.summary())
+
+        # Report
         show(scores.metrics, output)  # before anything is written: a full disk costs no result
         if config.run.report:
             report(output / "report.html", scores, records, truth, evaluation)
-        write_results(output, scores.metrics, shards)
+        clock.reported()
+        write_results(output, scores.metrics, files, clock)
         return scores.metrics
 
 
@@ -137,35 +157,7 @@ def _warn_of_other_answers(name: str, dataset: LabeledDataset, saved: dict[str, 
         )
 
 
-class BatchShards:
-    """A folder with one file of records for each batch that is done.
-
-    Its name depends on all that the records depend on, so that no other evaluation reads them.
-
-    Args:
-        folder: where that folder is made.
-        batches: indices of the images of each batch.
-        made_from: all that the records depend on.
-    """
-
-    def __init__(self, folder: Path, batches: list[list[int]], made_from: dict[str, Any]) -> None:
-        digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
-        self.root = folder
-        self.folder = folder / digest[:16]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.batches = batches
-
-    def file(self, index: int) -> Path:
-        """The file of the batch with this index."""
-        return self.folder / f"batch-{index:06d}.jsonl"
-
-    def missing(self, rank: int, world_size: int) -> list[int]:
-        """Indices of the batches that a rank has to do and has not done."""
-        of_rank = range(len(self.batches))[rank::world_size]
-        return [index for index in of_rank if not self.file(index).is_file()]
-
-
-def plan(evaluation: Evaluation) -> BatchShards:
+def plan(evaluation: Evaluation) -> BatchFiles:
     """All batches, in one fixed order whatever the number of processes.
 
     Raises:
@@ -182,7 +174,10 @@ def plan(evaluation: Evaluation) -> BatchShards:
         "weights": [weights.st_size, weights.st_mtime_ns],
     }
     batches = plan_batches(len(evaluation.dataset), run.batch_size)
-    return BatchShards(output / "parts", batches, made_from)
+    # Times of files are those of the main process's node
+    made_from = from_main(evaluation.accelerator, made_from)
+    order = by_size(evaluation.dataset, batches, run.queries_per_annotation)
+    return BatchFiles(output / "parts", batches, order, made_from)
 
 
 def _require_same(output: Path, meta: dict[str, Any]) -> None:
@@ -204,53 +199,60 @@ def _require_same(output: Path, meta: dict[str, Any]) -> None:
         )
 
 
-def predict_missing(evaluation: Evaluation, shards: BatchShards) -> None:
-    """Predict this process's batches that have no file, and write each as soon as it is done.
+def predict_missing(evaluation: Evaluation, finisher: Finisher, clock: Clock) -> None:
+    """Predict this process's batches that have no file; the finisher writes and measures them.
 
     Raises:
-        UserError: an image cannot be read.
+        UserError: an image cannot be read, or an id map.
     """
+    # Shared out as the main process finds them, before any file of this call is written
     run = evaluation.config.run
     accelerator = evaluation.accelerator
-    accelerator.wait_for_everyone()  # before any file of this call is written
-    missing = shards.missing(accelerator.process_index, accelerator.num_processes)
+    files = finisher.files
+    missing = from_main(accelerator, files.missing())
+    first = accelerator.num_processes  # a batch for each
+    clock.num_photos = sum(len(files.batches[index]) for index in missing[first:])
+    missing = missing[accelerator.process_index :: accelerator.num_processes]
+    finisher.add_files()
+
+    # Predict
     started = time.perf_counter()
     predicted = predict(
         evaluation.model,
         evaluation.dataset,
-        [shards.batches[index] for index in missing],
+        [files.batches[index] for index in missing],
         queries_per_annotation=run.queries_per_annotation,
         max_new_tokens=run.max_new_tokens,
         num_workers=run.num_workers,
         device=accelerator.device,
         autocast=accelerator.autocast,
         true_analyses=run.analysis == "true",
+        on_batch=clock.predicted,
     )
     tracked = track(predicted, "predicting", len(missing), disable=not accelerator.is_main_process)
     for index, images in zip(missing, tracked, strict=True):
-        write_records(shards.file(index), require_records(images))
+        finisher.add(index, images)
+        if accelerator.num_processes > 1:
+            finisher.add_files()
+
+    # Those of the other processes
+    finisher.wait()
     accelerator.wait_for_everyone()
+    finisher.add_files()
     seconds = time.perf_counter() - started
-    log.info("%d of %d batches predicted in %.1f s", len(missing), len(shards.batches), seconds)
+    log.info("%d of %d batches predicted in %.1f s", len(missing), len(files.batches), seconds)
 
 
-def join(shards: BatchShards, path: Path) -> list[Record]:
-    """The records of all batches in order, which are also written to ``path``.
-
-    Raises:
-        UserError: a file of a batch is damaged.
-    """
-    records: list[Record] = []
-    for index in range(len(shards.batches)):
-        records += read_records(shards.file(index))
-    write_records(path, records)
-    return records
-
-
-def score_records(records: list[Record], truth: Truth, evaluation: Evaluation) -> Scores:
+def score_records(
+    records: list[Record],
+    truth: Truth,
+    evaluation: Evaluation,
+    measured: dict[str, ImageResults],
+    submit: Submit,
+) -> Scores:
     """All scores, with what shaped them under ``meta``."""
     started = time.perf_counter()
-    scores = score_all(records, truth)
+    scores = score_all(records, truth, known=measured, submit=submit)
     _, queries = split_kinds(records)
     counts = {
         "num_queries": len(queries),
@@ -278,10 +280,11 @@ def report(
     log.info("reported in %.1f s", time.perf_counter() - started)
 
 
-def write_results(output: Path, metrics: dict[str, Any], shards: BatchShards) -> None:
-    """Write metrics.json, after all other files, then remove the files of the batches."""
+def write_results(output: Path, metrics: dict[str, Any], files: BatchFiles, clock: Clock) -> None:
+    """Write timing.json and metrics.json, after all else, then remove the files of the batches."""
+    write_json(output / "timing.json", clock.record())
     write_json(output / "metrics.json", metrics)
-    shutil.rmtree(shards.root)
+    shutil.rmtree(files.root)
 
 
 def show(metrics: dict[str, Any], output: Path) -> None:

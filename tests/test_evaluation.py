@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -21,6 +19,7 @@ from pycocotools import mask as coco_mask
 from annexe import build, evaluator
 from annexe.build import build_dataset, load_config
 from annexe.errors import UserError
+from annexe.evaluation import batches
 from annexe.evaluation.records import (
     ImageRecord,
     PredictedMask,
@@ -37,6 +36,7 @@ from annexe.rle import encode, is_empty
 from annexe.trainer import set_up, train
 from annexe.workers import in_threads
 from tests.conftest import ROOT, SHARED, SMALLEST
+from tests.forked import Command
 
 NO_REPORT = "run.report=false"
 
@@ -156,7 +156,7 @@ def test_without_a_report_all_else_is_the_same(trained, make_config, tmp_path):
         evaluate(make_config(f"run.checkpoint={trained}", *options))
     same_files(tmp_path / "with", tmp_path / "without")
     names = {path.name for path in (tmp_path / "without").iterdir()}
-    assert names == {".lock", "predictions.jsonl", "metrics.json"}
+    assert names == {".lock", "predictions.jsonl", "metrics.json", "timing.json"}
 
 
 def test_the_evaluated_model_is_the_trained_one_down_to_its_frozen_random_weights(
@@ -189,7 +189,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
         return make_config(*folders, NO_REPORT)
 
     evaluate(config("straight"))
-    write = evaluator.write_records
+    write = batches.write_records
     first_run = []
     second_run = []
 
@@ -203,13 +203,13 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
         second_run.append(path.name)
         write(path, records)
 
-    monkeypatch.setattr(evaluator, "write_records", write_one)
+    monkeypatch.setattr(batches, "write_records", write_one)
     with pytest.raises(KeyboardInterrupt):
         evaluate(config("interrupted"))
-    monkeypatch.setattr(evaluator, "write_records", write_and_note)
+    monkeypatch.setattr(batches, "write_records", write_and_note)
     evaluate(config("interrupted"))
-    assert first_run == ["batch-000000.jsonl"]
-    assert second_run == ["batch-000001.jsonl", "batch-000002.jsonl", "predictions.jsonl"]
+    assert len(first_run) == 1 and len(second_run) == 2
+    assert sorted(first_run + second_run) == [f"batch-{index:06d}.jsonl" for index in range(3)]
     same_files(tmp_path / "straight", tmp_path / "interrupted")
 
 
@@ -220,16 +220,16 @@ def test_an_interrupted_evaluation_keeps_no_answer_to_an_old_question(
     shutil.copytree(scenes, root)
     folders = (f"run.checkpoint={trained}", f"datasets.ego_irgbench.data_root={root}")
     config = make_config(*folders, f"run.output_dir={tmp_path / 'eval'}", NO_REPORT)
-    write = evaluator.write_records
+    write = batches.write_records
 
     def write_and_stop(path, records):
         write(path, records)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluator, "write_records", write_and_stop)
+    monkeypatch.setattr(batches, "write_records", write_and_stop)
     with pytest.raises(KeyboardInterrupt):
         evaluate(config)
-    monkeypatch.setattr(evaluator, "write_records", write)
+    monkeypatch.setattr(batches, "write_records", write)
 
     # Another question of the same length
     path = min((root / "dataset_split" / "test").iterdir())
@@ -289,29 +289,22 @@ def test_killed_three_times_it_gives_the_same_files(trained, scenes, tmp_path):
     assert metrics["standard"]["grounding/t_acc"] > 0.5
     broken = tmp_path / "broken"
     script = ROOT / "eval_scripts" / "eval_egoirgbench.py"
-    command = [sys.executable, script, "--cfg-path", settings, "--options"]
-    command += [*evaluation_options(scenes, trained, broken), masks]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = [script, "--cfg-path", settings, "--options"]
+    words += [*evaluation_options(scenes, trained, broken), masks]
 
     def done() -> int:
         return len(list(broken.glob("parts/*/batch-*.jsonl")))
 
-    kills = sorted(random.SystemRandom().sample(range(5), 3))
-    for kill in kills:
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        while process.poll() is None and not ((broken / ".lock").exists() and done() >= kill):
+    for kill in sorted(random.SystemRandom().sample(range(5), 3)):
+        command = Command(*words, folder=tmp_path)
+        while command.is_running() and not ((broken / ".lock").exists() and done() >= kill):
             time.sleep(0.002)
         before = done()
         time.sleep(random.SystemRandom().random() / 20)
-        process.kill()
-        process.wait()
-        assert process.returncode == -signal.SIGKILL, (
-            f"it ended before it could be killed; kills {kills}"
-        )
+        command.kill()
         assert not (broken / "metrics.json").exists() and done() >= before >= kill
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    command = Command(*words, folder=tmp_path)
+    assert command.wait() == 0, command.errors()
     same_files(tmp_path / "straight", broken)
 
 
@@ -351,8 +344,9 @@ def test_two_evaluations_of_one_folder_refuse_each_other_and_a_killed_one_does_n
             evaluate(config)
 
 
-def test_threads_behind_the_model_change_nothing(trained, make_config, tmp_path):
-    for name, workers in (("plain", 0), ("threads", 2)):
+@pytest.mark.slow
+def test_workers_behind_the_model_change_nothing(trained, make_config, tmp_path):
+    for name, workers in (("plain", 0), ("workers", 2)):
         options = (
             f"run.checkpoint={trained}",
             f"run.output_dir={tmp_path / name}",
@@ -362,7 +356,12 @@ def test_threads_behind_the_model_change_nothing(trained, make_config, tmp_path)
             NO_REPORT,
         )
         evaluate(make_config(*options))
-    same_files(tmp_path / "plain", tmp_path / "threads")
+    same_files(tmp_path / "plain", tmp_path / "workers")
+    timing = json.loads((tmp_path / "workers" / "timing.json").read_text())
+    num_batches = len(timing["seconds_of_batches"])
+    assert timing["photos_after_first_batch"] == num_batches - 1 > 0
+    assert timing["photos_per_second"] > 0
+    assert sum(timing["share_of_time"].values()) == pytest.approx(1)
 
 
 def test_masks_are_encoded_as_pycocotools_does():

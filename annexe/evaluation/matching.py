@@ -36,6 +36,7 @@ BASELINES = ("constant", "reject")
 class ImageTruth(NamedTuple):
     """What is right in one image, for whatever process measures its queries."""
 
+    stem: str
     id_map: Path
     size: tuple[int, int]  # height and width of the photo
     masks: dict[int, Rle] | None  # true masks by id, if they were read before
@@ -153,6 +154,7 @@ def image_truth(stem: str, truth: Truth) -> ImageTruth:
         phrases.append(names)
         labels.append({slot: truth.dataset.label(stem, name) for slot, name in names.items()})
     return ImageTruth(
+        stem=stem,
         id_map=truth.id_map(stem),
         size=truth.size(stem),
         masks=truth.mask_cache.get(stem),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -10,20 +11,18 @@ from torch.utils.data import Dataset
 
 from annexe.datasets.collate import Collator
 from annexe.datasets.loader import make_loader
-from annexe.errors import UserError
 from annexe.evaluation.records import ImageRecord, PredictedMask, QueryRecord, Record
 from annexe.metrics import depth_errors
 from annexe.models.annexe import Annexe
 from annexe.models.mask_postprocessing import postprocess
-from annexe.structures.batch import Batch
 from annexe.structures.prediction import ImageResponses
 from annexe.structures.sample import Sample
 from annexe.workers import in_threads
 
-Answers = list[Record] | UserError
-"""The records of an image, or why it cannot be read."""
 _Predicted = tuple[Sample, ImageResponses]
 """A sample with the responses about it."""
+BatchListener = Callable[[float, float], None]
+"""Is told seconds that the model waited for a batch, and seconds that it took."""
 
 
 class Questions(Protocol):
@@ -37,7 +36,7 @@ class Questions(Protocol):
 
 
 class EvaluationSet(Dataset):
-    """The images of a data set as evaluation samples, or why one cannot be read."""
+    """The images of a data set as evaluation samples."""
 
     def __init__(self, dataset: Questions, queries_per_annotation: int | str) -> None:
         self.dataset = dataset
@@ -46,26 +45,8 @@ class EvaluationSet(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Sample | UserError:
-        try:
-            return self.dataset.evaluation_sample(index, self.queries_per_annotation)
-        except UserError as error:
-            return error
-
-
-class ReadableOnes:
-    """Makes a batch of the samples that could be read."""
-
-    def __init__(self, collate: Collator) -> None:
-        self.collate = collate
-
-    def __call__(
-        self, items: list[Sample | UserError]
-    ) -> tuple[Batch | None, list[UserError | None]]:
-        """The batch, None where no sample could be read, and for every item its error."""
-        samples = [item for item in items if not isinstance(item, UserError)]
-        errors = [item if isinstance(item, UserError) else None for item in items]
-        return self.collate(samples) if samples else None, errors
+    def __getitem__(self, index: int) -> Sample:
+        return self.dataset.evaluation_sample(index, self.queries_per_annotation)
 
 
 def prompt_collator(model: Annexe, max_new_tokens: int) -> Collator:
@@ -105,8 +86,9 @@ def predict(
     device: torch.device,
     autocast: Any,
     true_analyses: bool = False,
-) -> Iterator[list[Answers]]:
-    """Predict batch by batch; an image that cannot be read costs its own answers alone.
+    on_batch: BatchListener | None = None,
+) -> Iterator[list[list[Record]]]:
+    """Predict batch by batch.
 
     Args:
         model: in training or evaluation mode, which it has again at the end.
@@ -120,58 +102,48 @@ def predict(
         device: of the model.
         autocast: context manager under which the model runs.
         true_analyses: queries read the true analyses, as of `Annexe.generate`.
+        on_batch: is told how long every batch took.
 
     Yields:
-        What came of each image of a batch: its own record, then those of its questions, or why it
-        cannot be read. See `require_records`.
+        The records of each image of a batch: its own, then those of its questions.
+
+    Raises:
+        UserError: an image cannot be read.
     """
     # Batches, loaded ahead of the device
     loader = make_loader(
         EvaluationSet(dataset, queries_per_annotation),
         batches,
-        ReadableOnes(prompt_collator(model, max_new_tokens)),
+        prompt_collator(model, max_new_tokens),
         num_workers=num_workers,
         device=device,
     )
 
-    def responses() -> Iterator[list[_Predicted | UserError]]:
-        """Every sample of a batch with the responses about it, or its error."""
-        for batch, errors in loader:
-            samples: list[_Predicted] = []
-            if batch is not None:
-                with autocast():
-                    images = model.generate(
-                        batch.to(device), max_new_tokens, true_analyses=true_analyses
-                    )
-                samples = list(zip(batch.samples, images, strict=True))
-            readable = iter(samples)
-            yield [next(readable) if error is None else error for error in errors]
+    def responses() -> Iterator[list[_Predicted]]:
+        """Every sample of a batch with the responses about it."""
+        started = time.perf_counter()
+        for batch in loader:
+            loaded = time.perf_counter()
+            with autocast():
+                images = model.generate(
+                    batch.to(device), max_new_tokens, true_analyses=true_analyses
+                )
+            generated = time.perf_counter()  # the host has waited for the device
+            if on_batch is not None:
+                on_batch(loaded - started, generated - loaded)
+            yield list(zip(batch.samples, images, strict=True))
+            started = time.perf_counter()
 
     # Records, made behind the device
     training = model.training
     model.eval()
-    yield from in_threads(_answers, responses(), num_workers)
+    yield from in_threads(_records, responses(), num_workers)
     model.train(training)
     model.text_decoder.release()
 
 
-def require_records(images: list[Answers]) -> list[Record]:
-    """The records of a batch of which every image is needed.
-
-    Raises:
-        UserError: the first image that cannot be read.
-    """
-    records: list[Record] = []
-    for answers in images:
-        if isinstance(answers, UserError):
-            raise answers
-        records += answers
-    return records
-
-
-def _answers(predicted: _Predicted | UserError) -> Answers:
-    """The records of an image, or its error as it is."""
-    return predicted if isinstance(predicted, UserError) else records_of_image(*predicted)
+def _records(predicted: _Predicted) -> list[Record]:
+    return records_of_image(*predicted)
 
 
 def records_of_image(sample: Sample, image: ImageResponses) -> list[Record]:

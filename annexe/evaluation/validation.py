@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from annexe.config import VALIDATION_METRICS
 from annexe.distributed import gather_lists
-from annexe.evaluation.predict import plan_batches, predict, require_records
+from annexe.evaluation.predict import plan_batches, predict
 from annexe.evaluation.records import Record
 from annexe.evaluation.scoring import calibrate_thresholds, score
 from annexe.evaluation.truth import Truth
@@ -95,7 +95,8 @@ class Validator:
         # All batches have to run, and those that filled up are left out
         records: list[Record] = []
         for batch in list(predicted)[: len(of_rank)]:
-            records += require_records(batch)
+            for image in batch:
+                records += image
         return gather_lists(self.accelerator, records)
 
 

@@ -1,0 +1,79 @@
+"""How fast an evaluation was, and what its time went into."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import psutil
+
+
+class Clock:
+    """Takes the time of one call of an evaluation, from the start of this process on.
+
+    Attributes:
+        num_photos: that all processes predict behind the first batch of each.
+    """
+
+    def __init__(self) -> None:
+        self.num_photos = 0
+        since_start = time.time() - psutil.Process().create_time()
+        self._started = time.perf_counter() - since_start
+        self._ends: list[float] = []  # when each batch was predicted
+        self._waiting: list[float] = []  # seconds that the model waited for each
+        self._generating: list[float] = []  # seconds that the model took for each
+        self._scored = 0.0
+        self._reported = 0.0
+
+    def predicted(self, waiting: float, generating: float) -> None:
+        """A batch was predicted; arguments as of `annexe.evaluation.predict.BatchListener`."""
+        self._ends.append(time.perf_counter())
+        self._waiting.append(waiting)
+        self._generating.append(generating)
+
+    def scored(self) -> None:
+        """All batches are predicted and scored."""
+        self._scored = time.perf_counter()
+
+    def reported(self) -> None:
+        """The report is drawn."""
+        self._reported = time.perf_counter()
+
+    def record(self) -> dict[str, Any]:
+        """What timing.json holds; nothing where no batch was predicted.
+
+        Rates and shares are of the time from the end of the first batch to the scores. Compilation
+        and the capture of CUDA graphs for further shapes count.
+        """
+        if not self._ends:
+            return {}
+        first, last = self._ends[0], self._ends[-1]
+        seconds = self._scored - first
+        waiting = sum(self._waiting[1:])
+        generating = sum(self._generating[1:])
+        parts = {
+            "generation": generating,
+            "waiting_for_photos": waiting,
+            "between_batches": last - first - waiting - generating,
+            "behind_the_last_batch": self._scored - last,
+        }
+        return {
+            "seconds_to_first_batch": first - self._started,
+            "seconds_after_first_batch": seconds,
+            "photos_after_first_batch": self.num_photos,
+            "photos_per_second": self.num_photos / seconds,
+            "share_of_time": {name: part / seconds for name, part in parts.items()},
+            "seconds_of_batches": self._generating,
+            "seconds_of_report": self._reported - self._scored,
+        }
+
+    def summary(self) -> str:
+        """The record in a line."""
+        record = self.record()
+        if not record:
+            return "no batch was left to predict"
+        return (
+            f"first batch after {record['seconds_to_first_batch']:.1f} s, then "
+            f"{record['photos_per_second']:.2f} photos/s until all was scored; generation took "
+            f"{record['share_of_time']['generation']:.0%} of that time"
+        )
