@@ -36,6 +36,80 @@ class LossWeights:
 
 
 @dataclass
+class RewardWeights:
+    """Weight of each part of the reward; what they measure is in `annexe.training.rewards`."""
+
+    # Of an answer
+    answer_equal: float = 1.0
+    answer_f1: float = 0.5
+    refusal: float = 0.5
+    targets: float = 1.0
+    consistency: float = 0.5
+
+    # Of an analysis
+    analysis_equal: float = 0.5
+    analysis_f1: float = 0.5
+    analysis_slots: float = 1.0
+
+    # Of both
+    format: float = 0.25
+
+    # Of the presence that is drawn of a query's slots
+    presence_iou: float = 1.0
+    presence_refusal: float = 1.0
+
+
+@dataclass
+class RewardConfig:
+    """Training on rewards (``run.objective: rewards``), by GRPO with the clip of DAPO."""
+
+    # Responses that are drawn to each prompt, and how freely
+    group_size: int = 8
+    temperature: float = 1.0
+
+    # How far a step may move: optimizer steps on what was drawn, and the clip of each
+    updates: int = 1
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    scale_advantages: bool = True  # by the spread of each group
+
+    # Of the loss: words, presence, and of each the divergence from the start of the run
+    word_weight: float = 1.0
+    presence_weight: float = 1.0
+    kl_weight: float = 0.01  # 0 keeps no copy of what is trained
+
+    weights: RewardWeights = field(default_factory=RewardWeights)
+
+    def __post_init__(self) -> None:
+        where = "run.rewards"
+        if self.group_size < 2:
+            raise UserError(
+                f"{where}.group_size is {self.group_size}; it must be at least 2, for a response "
+                "is compared with the others of its group"
+            )
+        if self.updates < 1:
+            raise UserError(f"{where}.updates is {self.updates}; it must be at least 1")
+        if not 0 < self.temperature < math.inf:
+            raise UserError(f"{where}.temperature is {self.temperature}; it must be above 0")
+        if not 0 < self.clip_low < 1:
+            raise UserError(f"{where}.clip_low is {self.clip_low}; it must be between 0 and 1")
+        if not self.clip_high > 0:
+            raise UserError(f"{where}.clip_high is {self.clip_high}; it must be above 0")
+        named = {name: getattr(self, name) for name in _WEIGHTS_OF_REWARDS}
+        named |= {f"weights.{name}": weight for name, weight in vars(self.weights).items()}
+        for name, weight in named.items():
+            if not 0 <= weight < math.inf:
+                raise UserError(f"{where}.{name} is {weight}; it must be a number from 0 on")
+        if not any(vars(self.weights).values()):
+            raise UserError(f"{where}.weights are all 0; there is nothing to reward")
+        if not self.word_weight and not self.presence_weight:
+            raise UserError(
+                f"{where}.word_weight and presence_weight are 0; raise one, or set "
+                "run.objective=supervised"
+            )
+
+
+@dataclass
 class WandbConfig:
     """Weights & Biases logging; offline mode needs no account."""
 
@@ -70,6 +144,7 @@ VALIDATION_METRICS = (
 
 # Settings of a run by what their values have to be
 _CHOICES = {
+    "objective": ("supervised", "rewards"),
     "device": ("auto", "cpu", "cuda"),
     "mixed_precision": ("auto", "fp32", "bf16"),
     "parallel": ("ddp", "fsdp"),
@@ -90,6 +165,7 @@ _AT_LEAST_ONE = (
     "keep_checkpoints",
     "max_new_tokens",
 )
+_WEIGHTS_OF_REWARDS = ("word_weight", "presence_weight", "kl_weight")
 _FINITE = ("learning_rate", "min_learning_rate", "warmup_learning_rate", "weight_decay")
 
 
@@ -126,6 +202,10 @@ class RunConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     clip_norm: float = 1.0
     loss_weights: LossWeights = field(default_factory=LossWeights)
+
+    # What is trained on: the true answers, or rewards of drawn ones, from a trained run on
+    objective: str = "supervised"
+    rewards: RewardConfig = field(default_factory=RewardConfig)
 
     # Loading
     num_workers: int = 4
@@ -211,6 +291,11 @@ class RunConfig:
             raise UserError(
                 f"run.warmup_steps ({self.warmup_steps}) is larger than run.max_steps "
                 f"({self.max_steps}); set run.warmup_steps to {self.max_steps} at most"
+            )
+        if self.objective == "rewards" and self.parallel == "fsdp":
+            raise UserError(
+                "run.objective=rewards needs weights whole; set run.parallel=ddp, which with "
+                "adapters takes little more memory"
             )
         if self.optimizer == "muon" and self.parallel == "fsdp":
             raise UserError(

@@ -78,10 +78,18 @@ from annexe.files import locked, named
 from annexe.models.annexe import Annexe
 from annexe.models.compile import compile_blocks
 from annexe.models.language_model.tokenizer import TextTokenizer, train_tokenizer
+from annexe.models.rollouts import roll_out
 from annexe.structures.batch import Batch
 from annexe.training import losses
 from annexe.training.cuda_graphs import PAD_TO_MULTIPLE_OF, GraphedPass
 from annexe.training.feature_cache import stored_patches
+from annexe.training.objective import (
+    Objective,
+    RewardObjective,
+    StartWeights,
+    SupervisedObjective,
+    require_rewardable,
+)
 from annexe.training.optimizer import build_optimizer, learning_rate
 from annexe.training.run_log import LossWindow, RunLogger
 
@@ -120,6 +128,7 @@ def set_up(config: Config) -> Trainer:
     else:
         changes = {}
         check_start(config.require_model())
+    _require_start_of_rewards(config)
 
     # Processes and data; nodes have to agree on both, and on what the main process finds
     accelerator = make_accelerator(**device_settings(run))
@@ -139,6 +148,13 @@ def set_up(config: Config) -> Trainer:
     _require_frozen_of_start(config, model, resumed)
     frozen = frozen_fingerprint(model)
     set_seed(run.seed + accelerator.process_index)
+
+    # What rewards may not move far from are the weights of model.init_from
+    uses_rewards = run.objective == "rewards"
+    start = None
+    if uses_rewards:
+        require_rewardable(model)
+        start = StartWeights(model) if run.rewards.kl_weight else None
 
     # Weights are loaded by the names that the parameters have before blocks are compiled
     if resumed:
@@ -175,6 +191,7 @@ def set_up(config: Config) -> Trainer:
     can_use_graphs = is_whole_on_gpu and model.language_model.supports_cuda_graphs
     use_graphs = run.cuda_graphs and can_use_graphs
     model.text_decoder.graphs = use_graphs
+    use_graphs = use_graphs and not uses_rewards  # what is drawn has a new shape in every step
     collate = Collator(
         tokenizer,
         model.num_image_tokens,
@@ -184,11 +201,37 @@ def set_up(config: Config) -> Trainer:
         max_positions=model.language_model.max_positions,
         num_image_positions=model.num_image_positions,
         answers_read=model.answers_read,
-        keep_samples=False,
+        responses=not uses_rewards,
+        num_generated=run.max_new_tokens if uses_rewards else 0,
+        keep_samples=uses_rewards,
     )
     batches = partial(
         _training_batches, train_set=train_set, collate=collate, run=run, accelerator=accelerator
     )
+
+    # What a step trains on
+    objective: Objective = SupervisedObjective(
+        run.loss_weights,
+        image_token_head=model.image_token_head,
+        has_depth=model.predicts_depth,
+    )
+    if uses_rewards:
+        objective = RewardObjective(
+            run.rewards,
+            objective.weights,
+            model=model,
+            roll_out=partial(
+                roll_out,
+                model,
+                num_members=run.rewards.group_size,
+                max_new_tokens=run.max_new_tokens,
+                temperature=run.rewards.temperature,
+            ),
+            collate=collate,
+            accelerator=accelerator,
+            seed=run.seed,
+            start=start,
+        )
 
     # What is written and scored on the way
     manifest = {}
@@ -221,6 +264,7 @@ def set_up(config: Config) -> Trainer:
         run,
         accelerator=accelerator,
         model=model,
+        objective=objective,
         optimizer=optimizer,
         batches=batches,
         train_set=train_set,
@@ -260,6 +304,20 @@ def _checkpoint_to_resume(run: RunConfig, output: Path) -> Path | None:
         raise UserError(f"'{resumed}' is past run.max_steps {run.max_steps}; raise it to go on")
 
     return resumed
+
+
+def _require_start_of_rewards(config: Config) -> None:
+    """Check that rewards have a trained run to go on from.
+
+    Raises:
+        UserError: if they do not; a model that says nothing yet gets no reward to learn from.
+    """
+    start = config.require_model().get("init_from")
+    if config.run.objective == "rewards" and (start is None or not folder_of_start(Path(start))):
+        raise UserError(
+            "run.objective=rewards goes on from a trained run; set model.init_from to the folder "
+            "of one, as train_configs/rewards.yaml does"
+        )
 
 
 def _make_manifest(
@@ -367,6 +425,7 @@ class Trainer:
         run: the run's settings.
         accelerator: device, processes and precision.
         model: what is trained, spread over several GPUs where it is to be.
+        objective: what a step trains on.
         optimizer: over the model's trained parameters.
         batches: this rank's micro-batches from a `Progress` on.
         train_set: the data that the batches are of.
@@ -384,6 +443,7 @@ class Trainer:
         *,
         accelerator: Accelerator,
         model: Annexe,
+        objective: Objective,
         optimizer: torch.optim.Optimizer,
         batches: Callable[[Progress], Iterable[Batch]],
         train_set: TrainingSet,
@@ -397,6 +457,7 @@ class Trainer:
         self.run = run
         self.accelerator = accelerator
         self.model = model
+        self.objective = objective
         self.optimizer = optimizer
         self.batches = batches
         self.train_set = train_set
@@ -409,11 +470,7 @@ class Trainer:
 
         # Loss terms in use and their weights
         device = accelerator.device
-        self.loss_weights = losses.active(
-            run.loss_weights,
-            image_token_head=model.image_token_head,
-            has_depth=model.predicts_depth,
-        )
+        self.loss_weights = objective.weights
         self.term_weights = torch.tensor(list(self.loss_weights.values()), device=device)
 
         # Data sets whose losses are summed apart, too
@@ -466,7 +523,7 @@ class Trainer:
         self.logger.close()
 
     def train_step(self, batches: list[Batch]) -> tuple[Tensor, Tensor, Tensor]:
-        """One optimizer step over this rank's micro-batches.
+        """One step over this rank's micro-batches.
 
         Every term is normalized by its units over all ranks and micro-batches.
 
@@ -478,17 +535,31 @@ class Trainer:
         device = self.accelerator.device
 
         # Units are counted on the CPU, where nothing has to wait, then summed over ranks
-        units = losses.counts(batches, names, self.num_apart)
+        batches = self.objective.prepare(batches, self.progress.step)
+        units = losses.counts(batches, names, self.num_apart, self.objective.terms)
         counts = torch.cat([units.flatten(), count_samples(batches)])
         counts = sum_over_ranks(self.accelerator, counts.to(device, non_blocking=True))
         units = counts[:-3].view(units.shape)
         factor = self.term_weights / units[0].clamp(min=1)
 
-        # Forward and backward; gradients of whole models are exchanged behind the last micro-batch
-        self.model.train()
         if not self.uses_cuda_graphs:
             batches = [batch.to(device) for batch in batches]
-        totals = torch.zeros(units.shape, device=device)
+        for _ in range(self.objective.num_updates):
+            totals, norm = self._update(batches, factor)
+        self.progress.step += 1
+        self.seen += counts[-3:]
+        return totals, units, norm
+
+    def _update(self, batches: list[Batch], factor: Tensor) -> tuple[Tensor, Tensor]:
+        """One optimizer step; the loss of each micro-batch is ``factor`` times its totals.
+
+        Returns:
+            Each term's total on this rank, and the gradient norm.
+        """
+        # Forward and backward; gradients of whole models are exchanged behind the last micro-batch
+        self.model.train()
+        shape = (1 + self.num_apart, len(self.loss_weights))
+        totals = torch.zeros(shape, device=self.accelerator.device)
         for batch in batches:
             totals += self.run_pass(batch, factor)
         if self.shared_gradients is not None:
@@ -501,9 +572,7 @@ class Trainer:
         self.optimizer.step()
         keeps_gradients = self.uses_cuda_graphs or self.shared_gradients is not None
         self.optimizer.zero_grad(set_to_none=not keeps_gradients)
-        self.progress.step += 1
-        self.seen += counts[-3:]
-        return totals, units, norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return totals, norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _forward_backward(self, batch: Batch, factor: Tensor) -> Tensor:
         """Forward and backward over one micro-batch; the loss is ``factor`` times the totals.
@@ -512,7 +581,8 @@ class Trainer:
             The total of each term, of all data sets and of each, as `losses.totals` gives them.
         """
         names = list(self.loss_weights)
-        term_totals = losses.totals(self.model(batch), batch, names, self.num_apart)
+        terms = self.objective.terms
+        term_totals = losses.totals(self.model(batch), batch, names, self.num_apart, terms)
         self.accelerator.backward((factor * term_totals[0]).sum() * self.loss_scale)
         return term_totals.detach()
 
@@ -571,6 +641,7 @@ class Trainer:
             record[f"loss/{name}"] = value
         if by_dataset:
             record |= self._record_by_dataset(by_dataset)
+        record |= self.objective.record()
         record["gradient_norm"] = float(window.norm)
         if self.accelerator.device.type == "cuda":
             # The most that tensors took on this rank's GPU since training began, in GB (1e9 bytes)

@@ -19,7 +19,7 @@ import yaml
 
 from annexe import cli
 from annexe.build import build_component, load_config
-from annexe.config import LossWeights, RunConfig, WandbConfig
+from annexe.config import LossWeights, RewardConfig, RunConfig, WandbConfig
 from annexe.datasets.annotations import read_annotations
 from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.structures.batch import QueryIndex
@@ -93,8 +93,8 @@ def test_every_torchrun_command_has_a_configuration_that_loads():
         parser.add_argument("--options", nargs="+", default=[])
         parser.add_argument("--dataset")
         given = parser.parse_args(words[words.index(script) + 1 :])
-        if given.cfg_path == "train_configs/finetune.yaml":
-            continue  # needs a run to start from; tests/test_finetune.py runs these commands
+        if given.cfg_path in ("train_configs/finetune.yaml", "train_configs/rewards.yaml"):
+            continue  # need a run to start from; tests/test_finetune.py, test_rewards.py have one
         config = load_config(
             ROOT / given.cfg_path, [o for o in given.options if not o.startswith("imports=")]
         )
@@ -119,6 +119,7 @@ def test_every_annexe_command_parses():
 def test_every_setting_that_is_named_exists(page: Path):
     run = {field.name for field in dataclasses.fields(RunConfig)}
     run |= {f"loss_weights.{field.name}" for field in dataclasses.fields(LossWeights)}
+    run |= {f"rewards.{field.name}" for field in dataclasses.fields(RewardConfig)}
     run |= {f"wandb.{field.name}" for field in dataclasses.fields(WandbConfig)}
     parameters = inspect.signature(EgoIRGBench).parameters.values()
     of_data = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}

@@ -42,8 +42,8 @@ _SIZES_OF_LLAMA = ("hidden_size", "num_layers", "num_heads", "mlp_dim")
 _UNSEEN_IN_SHAPES = ("num_heads", "statistics", "alpha", "version")
 # Settings that mean the same where they are null
 _SAME_AS_NULL = {"model.depth_branch.version": "v2"}
-# Settings of a run that fix its random numbers, or what the optimizer keeps
-_FIXED_OF_RUN = ("run.seed", "run.optimizer")
+# Settings of a run that fix its random numbers, what the optimizer keeps, or what is trained
+_FIXED_OF_RUN = ("run.seed", "run.optimizer", "run.objective")
 # Settings that say where a run is, not what it is
 _PLACES = ("run.resume", "run.output_dir", "run.checkpoint")
 _MAX_SHOWN = 3  # settings in a message
