@@ -682,6 +682,9 @@ class SecondOfTwo:
     def from_main(self, work):
         return work()
 
+    def require_shared(self, folder: Path, setting: str) -> None:
+        pass
+
     def share(self, items: list[int]) -> list[int]:
         return items[1::2][:2]
 

@@ -70,15 +70,18 @@ def scratch_folder(*, with_index_cache: bool) -> Iterator[Path]:
 def shared_folder(processes: Processes, *, with_index_cache: bool) -> Iterator[Path]:
     """As `scratch_folder`, one for all processes of a job.
 
-    Processes on several machines need a TMPDIR that all of them see.
+    Raises:
+        UserError: on several nodes, if not all see the TMPDIR of the first one.
     """
     if processes.is_main:
         with scratch_folder(with_index_cache=with_index_cache) as folder:
             processes.from_main(lambda: folder)
+            processes.require_shared(folder, "TMPDIR")
             yield folder
             processes.gather([])  # nobody needs it any more
         return
     folder = processes.from_main(lambda: Path())
+    processes.require_shared(folder, "TMPDIR")
     if with_index_cache:
         os.environ["ANNEXE_CACHE"] = str(folder / "cache")
     yield folder

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from itertools import chain
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from annexe.config import RunConfig, device_settings
-from annexe.distributed import make_accelerator
-from annexe.errors import UserError
+from annexe.distributed import make_accelerator, require_shared
 
 Value = TypeVar("Value")
 
@@ -37,9 +37,9 @@ class Processes:
     """
 
     def __init__(self, run: RunConfig) -> None:
-        accelerator = make_accelerator(**device_settings(run))
-        self.rank: int = accelerator.process_index
-        self.count: int = accelerator.num_processes
+        self._accelerator = make_accelerator(**device_settings(run))
+        self.rank: int = self._accelerator.process_index
+        self.count: int = self._accelerator.num_processes
         # On the host: a GPU has nothing to do with what is exchanged
         self._group: Any = None
         if self.count > 1:
@@ -63,7 +63,7 @@ class Processes:
             if self.is_main:
                 returned = [(work(),)]
         finally:
-            self._exchange(lambda: dist.broadcast_object_list(returned, src=0, group=self._group))
+            dist.broadcast_object_list(returned, src=0, group=self._group)
         if returned[0] is None:
             # torchrun ends the others after the first one: the main process speaks before that
             with suppress(RuntimeError):
@@ -79,27 +79,18 @@ class Processes:
         """The items of all processes in rank order, on every process.
 
         It waits until every process has come to this point.
-
-        Raises:
-            UserError: if another one has ended.
         """
         if self.count == 1:
             return items
         lists: list[list[Value]] = [[] for _ in range(self.count)]
-        self._exchange(lambda: dist.all_gather_object(lists, items, group=self._group))
+        dist.all_gather_object(lists, items, group=self._group)
         return list(chain.from_iterable(lists))
+
+    def require_shared(self, folder: Path, setting: str) -> None:
+        """As `annexe.distributed.require_shared`."""
+        require_shared(self._accelerator, folder, setting)
 
     def leave(self) -> None:
         """End the group of processes."""
         if self.count > 1:
             dist.destroy_process_group()
-
-    def _exchange(self, work: Callable[[], Any]) -> None:
-        try:
-            work()
-        except RuntimeError as error:  # gloo knows of a process that died by its connection alone
-            reason = str(error).partition("\n")[0]
-            raise UserError(
-                f"process {self.rank} of {self.count} has lost another one ({reason}); see above "
-                "why that ended, and repeat the command: it goes on where it was"
-            ) from error

@@ -170,6 +170,7 @@ def run(arguments: argparse.Namespace) -> None:
         work = processes.from_main(
             lambda: _prepare(arguments, config, checkpoint, processes.count, held)
         )
+        processes.require_shared(arguments.out, "--out")
         try:
             _predict_photos(arguments, work.plan, processes, predictor)
             videos = _predict_videos(arguments, work.videos, processes, predictor)

@@ -23,6 +23,7 @@ from torch.utils.data import BatchSampler, Dataset
 
 from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.datasets.loader import make_loader
+from annexe.distributed import require_shared
 from annexe.errors import UserError
 from annexe.files import locked, named, part_of, replaced
 from annexe.terminal import track
@@ -128,6 +129,7 @@ def stored_patches(
     # One run at a time; its main process holds the lock for all of its processes
     with locked(folder, wait=True) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
+        require_shared(accelerator, folder, "run.store_patches")
         if not (path.is_file() and path.stat().st_size == num_bytes):
             if accelerator.is_main_process:
                 _require_room(folder, num_bytes)
