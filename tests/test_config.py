@@ -21,7 +21,7 @@ from annexe.settings import as_option, read_path
 from annexe.trainer import train
 from tests.conftest import ROOT, SMALLEST, TINY
 
-# One is for annexe ablate, and two need a run to start from (tests/test_finetune.py, test_rewards.py)
+# One is for annexe ablate; two need a run to start from: tests/test_finetune.py, test_rewards.py
 NEED_A_START = {ROOT / "train_configs" / name for name in ("finetune.yaml", "rewards.yaml")}
 OTHERS = {*ROOT.glob("train_configs/*_ablation.yaml"), *NEED_A_START}
 CONFIGS = sorted({*ROOT.glob("*_configs/*.yaml")} - OTHERS)
