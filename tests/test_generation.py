@@ -105,7 +105,9 @@ def calls_of_a_step(device: str, dtype: torch.dtype) -> list[tuple]:
         return dict(zip(names, tensors, strict=True))
 
     x, update, weight = random(5, 48).to(dtype), random(5, 48).to(dtype), random(48)
-    projections, angles = random(5, 10 * 24).to(dtype), random(2, 5, 12)
+    projections = random(5, 10 * 24).to(dtype)
+    cosine, sine = random(2, 5, 12)
+    angles = torch.stack([torch.cat([cosine, cosine], 1), torch.cat([-sine, sine], 1)])
     norms = (random(24), random(24), 1e-6)
     codes, scales = quantize_rows(random(70, 300))
     column = torch.tensor([4], device=device)

@@ -142,8 +142,7 @@ class DecodingBlocks:
             float[R, D], final hidden states of the dtype of ``x``.
         """
         operations = operations_on(x.device)
-        angles = position[:, None] * self.rotary.inv_freq.float()  # [R, Dh / 2]
-        angles = torch.stack([angles.cos(), angles.sin()]) * self.rotary.attention_scaling
+        angles = self._angles(position)
         update = None
         with torch.autocast(x.device.type, enabled=False):
             for block, cache in zip(self.blocks, caches, strict=True):
@@ -167,6 +166,15 @@ class DecodingBlocks:
             return operations.add_and_normalize(
                 x, update, self.final_norm.weight, self.final_norm.epsilon, x.dtype
             )
+
+    def _angles(self, position: Tensor) -> Tensor:
+        """Factors of rotary embeddings for int64[R], as `decode_operations.rotate_and_store`."""
+        angles = position[:, None] * self.rotary.inv_freq.float()  # [R, Dh / 2]
+        cosine = angles.cos() * self.rotary.attention_scaling
+        sine = angles.sin() * self.rotary.attention_scaling
+        of_itself = torch.cat([cosine, cosine], dim=-1)  # [R, Dh]
+        of_other_half = torch.cat([-sine, sine], dim=-1)
+        return torch.stack([of_itself, of_other_half])
 
 
 def can_join_products(language_model: CausalLM) -> bool:

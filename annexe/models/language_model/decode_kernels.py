@@ -120,7 +120,7 @@ def _rotate_and_store(
 
     Args:
         projection_ptr: [R, H + 2 Hk, Dh].
-        angle_ptr: float32[2, R, Dh / 2].
+        angle_ptr: float32[2, R, Dh].
         query_norm_ptr: [Dh].
         key_norm_ptr: [Dh].
         query_ptr: [R, H, Dh], written.
@@ -159,9 +159,9 @@ def _rotate_and_store(
             norm = tl.load(query_norm_ptr + HALF + dim, mask=is_query, other=0).to(tl.float32)
             norm += tl.load(key_norm_ptr + HALF + dim, mask=is_key, other=0).to(tl.float32)
             second *= scale * norm
-        angle_offset = row * HALF + dim
+        angle_offset = row * (2 * HALF) + HALF + dim
         cosine = tl.load(angle_ptr + angle_offset, mask=is_dim, other=0)
-        sine = tl.load(angle_ptr + num_rows * HALF + angle_offset, mask=is_dim, other=0)
+        sine = tl.load(angle_ptr + num_rows * (2 * HALF) + angle_offset, mask=is_dim, other=0)
         rotated_first = first * cosine - second * sine
         rotated_second = second * cosine + first * sine
         if head < NUM_HEADS:

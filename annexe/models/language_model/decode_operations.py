@@ -34,8 +34,9 @@ def add_and_normalize(
     """
     if update is not None:
         x += update
-    normalized = F.rms_norm(x.float(), (x.shape[-1],), weight.float(), epsilon)
-    return normalized.to(dtype)
+    wide = x.float()
+    scale = (wide * wide).mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+    return (wide * scale).mul_(weight).to(dtype)
 
 
 def rotate_and_store(
@@ -49,7 +50,8 @@ def rotate_and_store(
 
     Args:
         projections: float[R, (H + 2 Hk) Dh]: queries, keys and values of a new token.
-        angles: float32[2, R, Dh / 2], cosine and sine of its position.
+        angles: float32[2, R, Dh], factors of a number of a head, by its position, and of the number
+            in the other half: the cosines twice, and the sines negative and positive.
         head_norms: weights, float[Dh], of the norms of queries and keys, and what these add to the
             mean of the squares; None where there are no such norms.
         cache: keys and values; the column of ``index`` is written.
@@ -58,31 +60,27 @@ def rotate_and_store(
     Returns:
         The queries, float[R, H, Dh] of the dtype of ``cache``.
     """
-    head_dim = cache.own_keys.shape[-1]
     num_key_heads = cache.own_keys.shape[1]
-    heads = projections.unflatten(-1, (-1, head_dim)).float()  # [R, H + 2 Hk, Dh]
-    rotated = heads[:, :-num_key_heads]
-    num_heads = rotated.shape[1] - num_key_heads
+    head_dim = cache.own_keys.shape[-1]
+    heads = projections.unflatten(-1, (-1, head_dim))  # [R, H + 2 Hk, Dh]
+    queries_and_keys = heads[:, :-num_key_heads].float()
+    num_heads = queries_and_keys.shape[1] - num_key_heads
     if head_norms is not None:
         query_weight, key_weight, epsilon = head_norms
-        weights = torch.stack([query_weight, key_weight]).float()
-        of_head = torch.arange(rotated.shape[1], device=rotated.device) >= num_heads
-        rotated = F.rms_norm(rotated, (head_dim,), None, epsilon) * weights[of_head.int()]
+        weights = [query_weight.expand(num_heads, -1), key_weight.expand(num_key_heads, -1)]
+        normalized = F.rms_norm(queries_and_keys, (head_dim,), None, epsilon)
+        queries_and_keys = normalized * torch.cat(weights)
 
     # [a, b] of both halves becomes [a cos - b sin, b cos + a sin]
-    cosine, sine = angles[:, :, None]
-    cosine = torch.cat([cosine, cosine], dim=-1)  # [R, 1, Dh]
-    sine = torch.cat([-sine, sine], dim=-1)
-    swapped = rotated.roll(head_dim // 2, -1)
-    rotated = torch.addcmul(rotated * cosine, swapped, sine)
+    cosine, sine = angles[:, :, None]  # [R, 1, Dh]
+    swapped = queries_and_keys.roll(head_dim // 2, -1)
+    rotated = torch.addcmul(queries_and_keys * cosine, swapped, sine)
 
     # Put keys and values into the column of the new token.
-    dtype = cache.own_keys.dtype
-    keys = rotated[:, num_heads:, None].to(dtype)  # [R, Hk, 1, Dh]
-    values = heads[:, -num_key_heads:, None].to(dtype)
-    cache.own_keys.index_copy_(2, index.column, keys)
-    cache.own_values.index_copy_(2, index.column, values)
-    return rotated[:, :num_heads].to(dtype)
+    column = int(index.column)
+    cache.own_keys[:, :, column] = rotated[:, num_heads:]
+    cache.own_values[:, :, column] = heads[:, -num_key_heads:]
+    return rotated[:, :num_heads].to(cache.own_keys.dtype)
 
 
 def decode_attention(
@@ -119,23 +117,20 @@ def decode_attention(
         responses = x.unflatten(2, (-1, group)).transpose(1, 2)
         return responses[index.image_index, index.index_in_image]
 
-    # Score the prefix and the own columns.
+    # Score the own columns and the prefix.
     query = (query * scaling).unflatten(1, (num_key_heads, group))  # [R, Hk, G, Dh]
-    prefix_scores = by_image(query) @ cache.prefix_keys.transpose(-1, -2)
-    prefix_scores = by_response(prefix_scores)  # [R, Hk, G, Lp]
-    own_scores = query @ own_keys.transpose(-1, -2)  # [R, Hk, G, columns]
-    own_scores.masked_fill_(is_free, -torch.inf)
+    scores = query @ own_keys.transpose(-1, -2)  # [R, Hk, G, columns]
+    scores.masked_fill_(is_free, -torch.inf)
+    if prefix_length:
+        prefix_scores = by_response(by_image(query) @ cache.prefix_keys.transpose(-1, -2))
+        scores = torch.cat([scores, prefix_scores], dim=-1)  # [R, Hk, G, columns + Lp]
 
-    # Take one softmax over both, in float32.
-    scores = torch.cat([prefix_scores, own_scores], dim=-1).float()
-    weights = scores.softmax(-1).to(query.dtype)
-    prefix_weights = weights[..., :prefix_length]
-    own_weights = weights[..., prefix_length:]
-
-    # Add up the values of both.
-    own_output = own_weights @ own_values  # [R, Hk, G, Dh]
-    prefix_output = by_response(by_image(prefix_weights) @ cache.prefix_values)
-    return (own_output + prefix_output).flatten(1, 2)
+    # Take one softmax over both, in float32, and add up the values of both.
+    weights = scores.float().softmax(-1).to(query.dtype)
+    output = weights[..., :num_columns] @ own_values  # [R, Hk, G, Dh]
+    if prefix_length:
+        output += by_response(by_image(weights[..., num_columns:]) @ cache.prefix_values)
+    return output.flatten(1, 2)
 
 
 def swiglu(gate_and_up: Tensor) -> Tensor:

@@ -49,6 +49,8 @@ _MAX_GRAPHS = 64
 # costs nothing.
 _GPU_STEPS_PER_LOOK = 8
 _CPU_STEPS_PER_LOOK = 1
+# Bytes that copies of the prefixes, one for each response, may take on a CPU.
+_MAX_PREFIX_COPIES = 2**28
 
 
 TokenListener = Callable[[int, list[int]], None]
@@ -246,8 +248,9 @@ class DecodeStep:
 
         # Keep its hidden state, also as that of the slot that it names.
         state.hidden.copy_(hidden)
-        slot_states = torch.where(is_named[..., None], hidden[:, None], state.slot_states)
-        state.slot_states.copy_(slot_states)
+        if is_named.is_cuda or is_named.any():  # a CPU may look
+            slot_states = torch.where(is_named[..., None], hidden[:, None], state.slot_states)
+            state.slot_states.copy_(slot_states)
 
 
 class GreedyDecoder:
@@ -382,7 +385,8 @@ class GreedyDecoder:
         index_in_image = response_index - start_of_image[image_index]
 
         # Lay out the columns: the prompts, left aligned, then room for the generated tokens.
-        num_columns = text.max_own_length + max_new_tokens
+        first_column = self._first_own_column(prefill)
+        num_columns = first_column + text.max_own_length + max_new_tokens
         if self.graphs:
             num_columns = round_up(num_columns, _COLUMN_MULTIPLE)
         columns = torch.arange(num_columns, device=device)
@@ -403,7 +407,7 @@ class GreedyDecoder:
             image_index=image_index,
             index_in_image=index_in_image,
             position=text.position_ids[image_index, last_column] + 1,
-            key_mask=columns < (text.context_length + prompt_length)[:, None],
+            key_mask=columns < (first_column + text.context_length + prompt_length)[:, None],
             hidden=hidden,
             slots_left=slots_left,
             seeds=torch.zeros_like(image_index),
@@ -415,6 +419,17 @@ class GreedyDecoder:
             ),
             slot_states=hidden.new_zeros(len(hidden), num_slots, hidden.shape[-1]),
         )
+
+    def _first_own_column(self, prefill: Prefill) -> int:
+        """Columns of a response that hold a copy of its prefix: all of the prefix or none."""
+        keys = prefill.prefill_caches[0].keys
+        if self.graphs or keys is None or keys.is_cuda:
+            return 0
+        prefix_length = prefill.text.prefix_length
+        num_rows = len(prefill.text.branch_start)
+        num_numbers = 2 * len(prefill.prefill_caches) * keys.shape[1] * keys.shape[3]
+        num_bytes = num_rows * prefix_length * num_numbers * keys.element_size()
+        return prefix_length if num_bytes <= _MAX_PREFIX_COPIES else 0
 
     @property
     def _is_sharded(self) -> bool:
@@ -467,26 +482,26 @@ class GreedyDecoder:
         step = self._make_step(state, caches, constraints)
 
         # Fill them from the prompts or from the previous step.
+        num_copied = prefill.text.prefix_length - step.caches[0].prefix_keys.shape[2]
+        column = num_copied + prefill.text.max_own_length + num_generated
         for layer, cache in enumerate(step.caches):
             if previous is None:
                 branch = state.response_index.clamp(min=0)
                 prefill_cache = prefill.prefill_caches[layer]
                 cache.load_prefill(prefill_cache, prefill.text, branch, state.key_mask)
             else:
-                cache.load_rows(previous.caches[layer], rows.clamp(min=0))
-        step.load(state, prefill.text.max_own_length + num_generated, num_generated)
+                cache.load_rows(previous.caches[layer], rows.clamp(min=0), column)
+        step.load(state, column, num_generated)
         return step
 
     def _take_caches(
         self, prefill: Prefill, state: DecodingState, previous: DecodeStep | None
     ) -> list[SharedPrefixCache]:
         """Take caches for the rows out of the pool."""
-        prefix_length = prefill.text.prefix_length
-
         # Fewer rows fit into the same memory, and the prefixes stay where they are.
         if previous is not None:
             prefix_keys = previous.caches[0].prefix_keys
-            shape = CacheShape.of(prefix_keys, prefix_length, state.key_mask)
+            shape = CacheShape.of(prefix_keys, prefix_keys.shape[2], state.key_mask)
             return self.cache_pool.views(shape)
 
         # New prompts may need a larger pool. The old one goes first, with the graphs that read it.
@@ -495,7 +510,8 @@ class GreedyDecoder:
         for prefill_cache in prefill.prefill_caches:
             assert prefill_cache.values is not None
             values.append(prefill_cache.values)
-        shape = CacheShape.of(values[0], prefix_length, state.key_mask)
+        shared_length = prefill.text.prefix_length - self._first_own_column(prefill)
+        shape = CacheShape.of(values[0], shared_length, state.key_mask)
         if not self.cache_pool.fits(shape):
             self.release()
             self.cache_pool.allocate(shape, values)
