@@ -34,8 +34,10 @@ from annexe.inference.predictor import Predictor
 from annexe.models.annexe import Annexe
 from annexe.models.compile import compile_blocks
 from annexe.models.depth_branch import DepthAnythingV2
+from annexe.models.language_model.float8 import Float8Linear
 from annexe.models.language_model.tokenizer import train_tokenizer
 from annexe.models.projector import MlpProjector, PixelShuffleProjector
+from annexe.models.vision_encoders.eva_vit import EvaViT
 from annexe.models.vision_encoders.hf_vit import HfViT
 from annexe.models.vision_encoders.timm_vit import TimmViT
 from annexe.structures.batch import Batch
@@ -389,6 +391,40 @@ def test_compiled_blocks_of_other_encoders_give_the_same(
     expected = model(batch).mask_logits
     compile_blocks(model, backend="eager")
     torch.testing.assert_close(model(batch).mask_logits, expected)
+
+
+# --- EVA in float8 --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_an_eva_in_float8_gives_about_the_same() -> None:
+    sizes = {"image_size": 56, "embed_dim": 64, "depth": 2, "num_heads": 4, "mlp_dim": 128}
+    torch.manual_seed(0)
+    exact = EvaViT(**sizes, init="random")
+    torch.manual_seed(0)
+    coarse = EvaViT(**sizes, init="random", dtype="float8")
+    biases = {name: bias for name, bias in exact.named_parameters() if name.endswith("bias")}
+    for name, bias in coarse.named_parameters():
+        if name in biases:
+            bias.copy_(biases[name].normal_())
+
+    images = torch.rand(2, 3, 56, 56)
+    expected = exact(images)
+    error = (coarse(images) - expected).norm() / expected.norm()
+    assert 0 < error < 0.1
+    layers = [layer for layer in coarse.modules() if isinstance(layer, Float8Linear)]
+    assert len(layers) == 8
+    assert all(layer.transposed_weight is None for layer in layers)
+
+
+def test_an_eva_in_float8_says_what_it_takes() -> None:
+    sizes = {"image_size": 56, "embed_dim": 64, "depth": 1, "num_heads": 4, "mlp_dim": 128}
+    with pytest.raises(UserError, match=r"model\.rgb_encoder\.frozen=true"):
+        EvaViT(**sizes, init="random", dtype="float8", frozen=False)
+    with pytest.raises(UserError, match=r"'mlp\.fc1' is 40 x 64; change embed_dim or mlp_dim"):
+        EvaViT(**sizes | {"mlp_dim": 40}, init="random", dtype="float8")
+    with pytest.raises(UserError, match=r"model\.rgb_encoder\.dtype"):
+        EvaViT(**sizes, init="random", dtype="bfloat16")
 
 
 # --- The default ----------------------------------------------------------------------------------

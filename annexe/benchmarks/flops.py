@@ -272,10 +272,11 @@ def flops_of_decoder(model: Annexe, batch: Batch) -> Flops:
 
 def flops_by_counter(module: nn.Module, *inputs: Any) -> Flops:
     """What PyTorch's counter sees of a forward and backward pass of a copy without storage."""
-    # A copy on the meta device; a compiled forward would run the module it was made for
+    # A copy on the meta device; a compiled method would run the module it was made for
     module = copy.deepcopy(module).to("meta").float()
     for part in module.modules():
-        part.__dict__.pop("forward", None)
+        for method in ("forward", "pixel_features"):
+            part.__dict__.pop(method, None)
     inputs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), inputs)
 
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,20 +11,29 @@ from annexe.models.annexe import Annexe
 from annexe.models.depth_branch import NoDepthBranch
 
 
-def compile_blocks(model: Annexe, backend: str = "inductor") -> None:
+def compile_blocks(
+    model: Annexe, backend: str = "inductor", compile: Callable[..., Any] = torch.compile
+) -> None:
     """Compile the repeated blocks one by one, so that those of a part share one compilation.
 
-    Of a pixel decoder these are its ``layers``, or all of it if it has none. If blocks of
-    the language model compute activations again (``checkpointed_blocks``), it is not compiled.
+    Of a pixel decoder these are its ``layers``, or all of it if it has none, and the maps that they
+    read. If blocks of the language model compute activations again (``checkpointed_blocks``), it is
+    not compiled.
 
     Args:
         model: changed in place.
         backend: backend of torch.compile.
+        compile: what stands for torch.compile.
     """
+    # Imported here, because it takes a second
+    from annexe.models.recomputation import CostOfRecomputation
+
     # One variant for every shape, with and without gradients
     torch._dynamo.config.recompile_limit = 64
     # Drops what is cheap to compute again, at no loss of speed
     torch._functorch.config.activation_memory_budget = 0.9
+    cost = CostOfRecomputation()
+    torch._functorch.config.activation_memory_budget_runtime_estimator = cost  # type: ignore[assignment]
 
     # The library's hooks record outputs that nothing reads, and cannot be compiled
     rgb: Any = model.rgb_encoder
@@ -43,9 +53,12 @@ def compile_blocks(model: Annexe, backend: str = "inductor") -> None:
     depth_blocks = depth.model.backbone.encoder.layer if has_depth else []
     for block in [*model.blocks(), *depth_blocks, *decoder_blocks]:
         if block not in excluded:
-            block.forward = torch.compile(block.forward, backend=backend)
+            block.forward = compile(block.forward, backend=backend)
 
     # Methods, replaced on this instance alone
+    pixel_decoder: Any = model.pixel_decoder
+    if hasattr(pixel_decoder, "pixel_features"):
+        pixel_decoder.pixel_features = compile(pixel_decoder.pixel_features, backend=backend)
     if has_depth:
-        depth.neck = torch.compile(depth.neck, backend=backend)
-        depth.head = torch.compile(depth.head, backend=backend)
+        depth.neck = compile(depth.neck, backend=backend)
+        depth.head = compile(depth.head, backend=backend)

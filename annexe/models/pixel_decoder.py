@@ -307,7 +307,7 @@ class QueryDecoder(nn.Module):
         """
         # What the layers read
         slots, prompt_presence = self._condition_slots(states, state_mask)
-        pixels = self._pixel_features(patches, maps)
+        pixels = self.pixel_features(patches, maps)
 
         # Every layer predicts, the last one from the finest map
         groundings: list[Grounding] = []
@@ -337,7 +337,7 @@ class QueryDecoder(nn.Module):
             return slots, None
         return slots, self.told_presence(end)
 
-    def _pixel_features(self, patches: Tensor, maps: list[Tensor]) -> PixelFeatures:
+    def pixel_features(self, patches: Tensor, maps: list[Tensor]) -> PixelFeatures:
         """Fuse RGB patches and depth maps, at G x G for attention and at full size for masks."""
         # What is attended to
         rgb = self.rgb(patches)  # [B, G * G, H]

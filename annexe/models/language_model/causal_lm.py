@@ -224,7 +224,7 @@ class CausalLM(nn.Module):
         if self.has_adapters:
             self.model = add_adapters(base, lora)
         if dtype == FLOAT8:
-            to_float8(self.base.model.layers)
+            to_float8(self.base.model.layers, f"{SETTINGS}.dtype", sizes="hidden_size or mlp_dim")
 
         # Add the placeholders.
         num_slots = tokenizer.num_slots

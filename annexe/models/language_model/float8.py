@@ -9,7 +9,8 @@ The rows of one product are the columns of the other, so the weight is kept twic
     forward    input    [..., in]  @ weight.T    weight            [out, in], scales [out, 1]
     backward   gradient [..., out] @ weight      transposed_weight [in, out], scales [in, 1]
 
-At a byte for each number of each copy, that is as much memory as bfloat16 takes.
+At a byte for each number of each copy, that is as much memory as bfloat16 takes. Where no gradient
+passes through the layer, as in a frozen encoder, there is only the first copy.
 
 The kernels of GPUs take the left factor of a product row by row and the right one column by column.
 Both copies of the weight are therefore contiguous, and their transpose is the right factor. The
@@ -19,6 +20,7 @@ library as it likes, but not what goes into this one.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -132,21 +134,24 @@ class Float8Linear(nn.Module):
 
     Args:
         linear: the layer; its weight is float[out, in].
+        passes_gradient: whether what comes before the layer is trained.
     """
 
     scales: Tensor
-    transposed_weight: Tensor
-    transposed_scales: Tensor
+    transposed_weight: Tensor | None
+    transposed_scales: Tensor | None
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, *, passes_gradient: bool = True) -> None:
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
         codes, scales = quantize_rows(linear.weight)
-        transposed_codes, transposed_scales = quantize_rows(linear.weight.t().contiguous())
+        transposed_weight, transposed_scales = None, None
+        if passes_gradient:
+            transposed_codes, transposed_scales = quantize_rows(linear.weight.t().contiguous())
+            transposed_weight = transposed_codes.view(torch.int8)
 
         # They are int8 on the outside, for what cannot send or count float8.
         self.weight = nn.Parameter(codes.view(torch.int8), requires_grad=False)
-        transposed_weight = transposed_codes.view(torch.int8)
         self.bias = linear.bias
         self.register_buffer("scales", scales, persistent=False)
         self.register_buffer("transposed_weight", transposed_weight, persistent=False)
@@ -161,21 +166,30 @@ class Float8Linear(nn.Module):
         Returns:
             bfloat16[..., out].
         """
-        output = _Float8Matmul.apply(
-            x,
-            self.weight.view(_DTYPE),
-            self.scales,
-            self.transposed_weight.view(_DTYPE),
-            self.transposed_scales,
-        )
+        codes = self.weight.view(_DTYPE)
+        if self.transposed_weight is None:
+            output = scaled_matmul(x, codes, self.scales)
+        else:
+            output = _Float8Matmul.apply(
+                x,
+                codes,
+                self.scales,
+                self.transposed_weight.view(_DTYPE),
+                self.transposed_scales,
+            )
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
 
-def to_float8(blocks: nn.ModuleList) -> None:
+def to_float8(
+    blocks: Iterable[nn.Module], setting: str, *, sizes: str, passes_gradient: bool = True
+) -> None:
     """Put `Float8Linear` in place of the frozen linear layers, on torch's default device.
 
     Args:
-        blocks: blocks of the language model, changed in place.
+        blocks: of a model, changed in place.
+        setting: what asks for float8.
+        sizes: settings of the widths of the layers.
+        passes_gradient: whether what comes before the layers is trained.
 
     Raises:
         UserError: for a GPU without float8, or widths that are not multiples of 16.
@@ -183,8 +197,8 @@ def to_float8(blocks: nn.ModuleList) -> None:
     device = torch.get_default_device()
     if device.type == "cuda" and torch.cuda.get_device_capability() < _MIN_CAPABILITY:
         raise UserError(
-            "model.language_model.dtype float8 needs an Ada or Hopper GPU or a later one, and this "
-            f"is {torch.cuda.get_device_name()}; set it to bfloat16"
+            f"{setting} float8 needs an Ada or Hopper GPU or a later one, and this is "
+            f"{torch.cuda.get_device_name()}; set it to bfloat16"
         )
     for block in blocks:
         for name, module in list(block.named_modules()):
@@ -193,7 +207,8 @@ def to_float8(blocks: nn.ModuleList) -> None:
             if any(side % _MULTIPLE for side in module.weight.shape):
                 shape = " x ".join(map(str, module.weight.shape))
                 raise UserError(
-                    f"model.language_model.dtype float8 takes widths that are multiples of "
-                    f"{_MULTIPLE}, and '{name}' is {shape}; change hidden_size or mlp_dim"
+                    f"{setting} float8 takes widths that are multiples of {_MULTIPLE}, and "
+                    f"'{name}' is {shape}; change {sizes}"
                 )
-            block.set_submodule(name, Float8Linear(module.to(device)))
+            layer = Float8Linear(module.to(device), passes_gradient=passes_gradient)
+            block.set_submodule(name, layer)
