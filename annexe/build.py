@@ -91,8 +91,9 @@ def load_config(
             _upgrade_model(settings)
         if onto_checkpoint:
             base = _onto_checkpoint(base, overrides)
-        whole = _whole_of_start(base, overrides)
-        start = _start_of_parts(base, overrides) if whole is None else None
+        given = overlay(base, overrides)
+        whole = _whole_of_start(given)
+        start = _start_of_parts(given) if whole is None else None
         if whole is not None:
             base = _onto_model({"model": settings_of_whole(whole)}, base)
         if start is not None:
@@ -178,12 +179,11 @@ def _onto_model(saved: dict[str, Any], base: DictConfig) -> DictConfig:
     return overlay(saved, base)
 
 
-def _start_of_parts(base: DictConfig, overrides: DictConfig) -> str | None:
+def _start_of_parts(given: DictConfig) -> str | None:
     """The path that ``model.init_from`` means, if the parts of the model are to be those of there.
 
     A file that gives every part its ``type`` says itself what the model is.
     """
-    given = overlay(base, overrides)
     start = _init_from(given)
     if start is None:
         return None
@@ -202,9 +202,9 @@ def _init_from(given: Any) -> str | None:
     return start if isinstance(start, str) else None
 
 
-def _whole_of_start(base: DictConfig, overrides: DictConfig) -> str | None:
+def _whole_of_start(given: DictConfig) -> str | None:
     """The folder that ``model.init_from`` names, if it holds a whole vision-language model."""
-    start = _init_from(overlay(base, overrides))
+    start = _init_from(given)
     return start if start is not None and is_whole(start) else None
 
 
@@ -281,7 +281,7 @@ def check_component(kind: str, spec: object, where: str, **defaults: str) -> dic
     for key in settings.keys() - options.keys():
         raise unknown_name_error(f"setting {where}.{key}: '{spec['type']}' has no", key, options)
 
-    # A dataclass with the constructor's arguments as its fields, for OmegaConf to check against
+    # A dataclass with the constructor's arguments as its fields, to check against
     hints = _hints(component)
     fields: list[tuple[str, Any, Any]] = []
     for name, parameter in options.items():

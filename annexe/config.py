@@ -7,7 +7,7 @@ Three blocks: ``model`` and ``datasets`` name registered components (`annexe.reg
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -360,11 +360,11 @@ def device_settings(run: RunConfig) -> dict[str, Any]:
 
 def as_dict(config: Config) -> dict[str, Any]:
     """The resolved configuration as plain containers, to be saved with a run."""
-    return to_plain(OmegaConf.structured(config), resolve=True)
+    return asdict(config)
 
 
-def to_plain(block: Any, *, resolve: bool = False) -> dict[str, Any]:
-    """A block of OmegaConf's as plain containers, with its references resolved if asked for."""
-    settings = OmegaConf.to_container(block, resolve=resolve)
+def to_plain(block: Any) -> dict[str, Any]:
+    """A block of OmegaConf's as plain containers."""
+    settings = OmegaConf.to_container(block)
     assert isinstance(settings, dict)
     return cast("dict[str, Any]", settings)
