@@ -106,41 +106,41 @@ def eva(path: Path | None, size: int, depth: int, **options) -> EvaViT:
 
 @needs_parity
 @pytest.mark.parametrize("size", [224, 448])
-@pytest.mark.parametrize("depth", [4, pytest.param(39, marks=needs_memory)])
-def test_eva_equals_the_original(recipe, weights_file, depth, size):
-    file = weights_file("eva_vit_g_224" if depth == 39 else "fixture_eva_d4_224")
-    model = eva(file, size, depth)
-    outputs: dict[str, Tensor] = {}
-    for index, block in enumerate(model.vit.blocks[:3] if depth == 4 else ()):
-        block.register_forward_hook(
-            lambda _m, _i, out, index=index: outputs.update({f"block{index}": out})
-        )
-    with torch.no_grad():
-        images = recipe.image(0, size, 2 if depth == 4 else 1)
-        outputs["tokens"] = model.vit(model.normalize(images))
-        if depth == 4:
-            outputs["pos_embed"] = model.vit.pos_embed
-            probe = recipe.tensor(0, "eps_probe", (4, 1408), 0.001)
-            outputs["norm1_eps_probe"] = model.vit.blocks[0].norm1(probe)
-    assert_parity(recipe, f"eva_d{depth}_{size}", outputs)
-
-
-@needs_parity
-@pytest.mark.parametrize("size", [224, 448])
-def test_image_tokens_equal_the_original(recipe, weights_file, size):
+def test_eva_and_image_tokens_equal_the_original(recipe, weights_file, size):
     model = eva(weights_file("fixture_eva_d4_224"), size, 4)
     projector = ConcatProjector(1408, size // 14, 256)
     head = recipe.weights_from_manifest(PARITY / "fixture_image_path.json", 0)
     for module, prefix in ((model.norm, "ln_vision."), (projector.linear, "llama_proj.")):
         state = {k.removeprefix(prefix): v for k, v in head.items() if k.startswith(prefix)}
         module.load_state_dict(state)
-    outputs: dict[str, Tensor] = {}
-    model.norm.register_forward_hook(lambda _m, _i, out: outputs.update(ln_vision=out))
+
     with torch.no_grad():
-        outputs["image_embeds"] = projector(model(recipe.image(0, size, 2)))
-        seen = dict(outputs)
-        seen["ln_vision_eps_probe"] = model.norm(recipe.tensor(0, "eps_probe", (4, 1408), 0.001))
-    assert_parity(recipe, f"image_path_d4_{size}", seen)
+        # The epsilon of both norms
+        probe = recipe.tensor(0, "eps_probe", (4, 1408), 0.001)
+        before = {"norm1_eps_probe": model.vit.blocks[0].norm1(probe)}
+        behind = {"ln_vision_eps_probe": model.norm(probe)}
+
+        # One forward pass, and what is in between
+        outputs: dict[str, Tensor] = {}
+        between = {f"block{index}": block for index, block in enumerate(model.vit.blocks[:3])}
+        between |= {"tokens": model.vit, "ln_vision": model.norm}
+        for name, module in between.items():
+            module.register_forward_hook(lambda _m, _i, out, name=name: outputs.update({name: out}))
+        behind["image_embeds"] = projector(model(recipe.image(0, size, 2)))
+    behind["ln_vision"] = outputs.pop("ln_vision")
+    before |= {"pos_embed": model.vit.pos_embed, **outputs}
+    assert_parity(recipe, f"eva_d4_{size}", before)
+    assert_parity(recipe, f"image_path_d4_{size}", behind)
+
+
+@needs_parity
+@needs_memory
+@pytest.mark.parametrize("size", [224, 448])
+def test_the_whole_eva_equals_the_original(recipe, weights_file, size):
+    model = eva(weights_file("eva_vit_g_224"), size, 39)
+    with torch.no_grad():
+        tokens = model.vit(model.normalize(recipe.image(0, size, 1)))
+    assert_parity(recipe, f"eva_d39_{size}", {"tokens": tokens})
 
 
 BLIP2_NAMES = (
@@ -155,35 +155,8 @@ BLIP2_NAMES = (
 )
 
 
-@needs_parity
-def test_the_transformers_form_of_eva_gives_the_same_model(weights_file, tmp_path):
-    original = torch.load(weights_file("fixture_eva_d4_224"), weights_only=True)
-    torch.save(
-        {"model": {f"visual_encoder.{k}": v.half() for k, v in original.items()}},
-        tmp_path / "lavis.pth",
-    )
-    renamed = {}
-    for key, value in original.items():
-        if key.endswith(("q_bias", "v_bias")):
-            continue
-        key = next((theirs for ours, theirs in BLIP2_NAMES[:3] if key == ours), key)
-        for ours, theirs in BLIP2_NAMES[3:]:
-            key = key.replace(ours, theirs)
-        renamed[f"vision_model.{key}"] = value.half()
-    for block in range(4):
-        q = original[f"blocks.{block}.attn.q_bias"]
-        v = original[f"blocks.{block}.attn.v_bias"]
-        key = f"vision_model.encoder.layers.{block}.self_attn.qkv.bias"
-        renamed[key] = torch.cat([q, torch.zeros_like(q), v]).half()
-    torch.save(renamed, tmp_path / "blip2.bin")
-    first = eva(tmp_path / "lavis.pth", 224, 4).state_dict()
-    second = eva(tmp_path / "blip2.bin", 224, 4).state_dict()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_config_json_tells_what_shapes_of_eva_do_not(tmp_path):
-    sizes = {"embed_dim": 32, "num_heads": 2, "mlp_dim": 64}
-    original = eva(None, 28, 1, **sizes).vit.state_dict()
+def as_blip2(original: dict[str, Tensor], num_blocks: int) -> dict[str, Tensor]:
+    """Weights of EVA under the names of transformers' BLIP-2, biases of attention as one."""
     renamed = {}
     for key, value in original.items():
         if key.endswith(("q_bias", "v_bias")):
@@ -191,8 +164,31 @@ def test_config_json_tells_what_shapes_of_eva_do_not(tmp_path):
         for ours, theirs in BLIP2_NAMES:
             key = key.replace(ours, theirs)
         renamed[f"vision_model.{key}"] = value
-    bias = torch.zeros(96)
-    renamed["vision_model.encoder.layers.0.self_attn.qkv.bias"] = bias
+    for block in range(num_blocks):
+        q = original[f"blocks.{block}.attn.q_bias"]
+        v = original[f"blocks.{block}.attn.v_bias"]
+        key = f"vision_model.encoder.layers.{block}.self_attn.qkv.bias"
+        renamed[key] = torch.cat([q, torch.zeros_like(q), v])
+    return renamed
+
+
+SMALL_EVA = {"embed_dim": 32, "num_heads": 2, "mlp_dim": 64}
+
+
+def test_the_transformers_form_of_eva_gives_the_same_model(tmp_path):
+    state = eva(None, 28, 2, **SMALL_EVA).vit.state_dict()
+    original = {key: torch.randn(value.shape).half() for key, value in state.items()}
+    lavis = {"model": {f"visual_encoder.{key}": value for key, value in original.items()}}
+    torch.save(lavis, tmp_path / "lavis.pth")
+    torch.save(as_blip2(original, num_blocks=2), tmp_path / "blip2.bin")
+    first = eva(tmp_path / "lavis.pth", 28, 2, **SMALL_EVA).state_dict()
+    second = eva(tmp_path / "blip2.bin", 28, 2, **SMALL_EVA).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(torch.equal(first[f"vit.{key}"], original[key].float()) for key in original)
+
+
+def test_config_json_tells_what_shapes_of_eva_do_not(tmp_path):
+    renamed = as_blip2(eva(None, 28, 1, **SMALL_EVA).vit.state_dict(), num_blocks=1)
     save_file(renamed, tmp_path / "model.safetensors")
     for vision, message in (
         ({"num_attention_heads": 2, "layer_norm_eps": 1e-6, "hidden_act": "gelu"}, None),
@@ -205,10 +201,10 @@ def test_config_json_tells_what_shapes_of_eva_do_not(tmp_path):
         config = {"model_type": "blip-2", "vision_config": vision}
         (tmp_path / "config.json").write_text(json.dumps(config))
         if message is None:
-            eva(tmp_path, 28, 1, **sizes)
+            eva(tmp_path, 28, 1, **SMALL_EVA)
             continue
         with pytest.raises(UserError, match=message):
-            eva(tmp_path, 28, 1, **sizes)
+            eva(tmp_path, 28, 1, **SMALL_EVA)
 
 
 # --- Depth branch ---------------------------------------------------------------------------------
