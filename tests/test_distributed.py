@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 from safetensors.torch import load_file
 
 from annexe.distributed import SharedGradients
 from annexe.evaluator import evaluate
 from annexe.trainer import train
 from tests.conftest import ROOT, SMALLEST, TINY, assert_same_but_for_rounding
+from tests.forked import run_together
 from tests.test_training import COMPARABLE, gradients_of_first_step, lines_of_log
 
 pytestmark = pytest.mark.slow  # every test starts processes
@@ -48,7 +48,7 @@ def run_distributed(work, *arguments, world_size: int = 2) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(in_process, (world_size, port, work, arguments), nprocs=world_size)
+    run_together(in_process, (world_size, port, work, arguments), world_size)
 
 
 def save_gradients(config, path: Path) -> None:
