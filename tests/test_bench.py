@@ -30,6 +30,7 @@ from annexe.benchmarks.flops import (
 from annexe.benchmarks.machine import scratch_folder
 from annexe.benchmarks.random_batch import even_branches, nominal_branches, random_batch
 from annexe.benchmarks.random_model import never_end, without_files
+from annexe.benchmarks.scaling import beside, read_earlier
 from annexe.benchmarks.scoring_speed import random_predictions
 from annexe.benchmarks.timing import Timeline, ceiling, percentiles, time_by_section
 from annexe.build import build_model, load_config
@@ -37,6 +38,7 @@ from annexe.cli import main
 from annexe.config import PARTS, Config
 from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.datasets.pixels import PixelReader
+from annexe.errors import UserError
 from annexe.evaluation.records import (
     QueryRecord,
     read_predictions,
@@ -279,7 +281,9 @@ def test_training_is_measured_without_data_and_beside_another(
         assert_flops_add_up(record)
         assert_adds_up(record["parts_of_step"])
         assert record["peak_memory_gb"]["resident"] > 0.1
-        assert record["seconds_to_first_step"] > 0
+        assert record["seconds_to_first_step"] == pytest.approx(
+            sum(record["start_seconds"].values())
+        )
         seen = {f"{part}, forward" for part in (*PARTS, "projector")}
         seen |= {"language_model, backward", "rest of backward", "losses", "clipping and optimizer"}
         timed = {part for part, section in record["parts_of_step"].items() if section["ms"] > 0}
@@ -293,6 +297,18 @@ def test_training_is_measured_without_data_and_beside_another(
     assert report["ratio"]["images_per_second"] == pytest.approx(ratio)
     assert "weights are random" in report["notes"]
     assert "parts of step" in capsys.readouterr().out
+
+    # Two processes beside one
+    rate = report["measured"]["images_per_second"]
+    two = report["measured"] | {"processes": 2, "images_per_second_per_process": 0.9 * rate}
+    with pytest.raises(UserError, match="images per step of 2 process"):
+        beside(two, [report])
+    columns = beside(two | {"images_per_step": 4}, [report])
+    assert {name: record["efficiency"] for name, record in columns.items()} == {
+        "1 process": 1,
+        "2 processes": pytest.approx(0.9),
+    }
+    assert read_earlier([], report) == []
 
 
 def assert_units_agree(record: dict[str, Any], num_images: int) -> None:
@@ -458,6 +474,9 @@ def test_a_scratch_folder_goes_away_and_leaves_the_cache_setting(
         ("train", ("--real",), "no/such/folder"),
         ("train", ("--against", "run.batchsize=2"), "batch_size"),
         ("train", ("--against", "run.batch_size"), "not of the form"),
+        ("train", ("--beside", "one.json"), "there is no file 'one.json'"),
+        ("train", ("--beside", TINY), "annexe_tiny.yaml' is damaged"),
+        ("train", ("--beside", "one.json", "--against", "run.seed=1"), "leave --against out"),
         ("generate", ("--new-tokens", -1), "must be at least 1"),
         ("data", ("--workers", 1, -2), "--workers -2 must be at least 0"),
         ("data", (), "no/such/folder"),

@@ -90,16 +90,22 @@ def measure_training(
         # Whole steps, with the first one apart
         began = time.perf_counter()
         trainer = set_up(config)
+        set_up_after = time.perf_counter() - began
         device = trainer.accelerator.device
         reset_peak(device)
         with closing(_micro_batches(trainer, settings)) as batches:
             _step(trainer, batches)
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            first_step = since_start + time.perf_counter() - began
+            stepped_after = time.perf_counter() - began
             record = _time_steps(trainer, batches, settings)
             record = over_processes(record, processes.count)
-            record["seconds_to_first_step"] = first_step
+            record["seconds_to_first_step"] = since_start + stepped_after
+            record["start_seconds"] = {
+                "imports": since_start,
+                "model": set_up_after,
+                "first_step": stepped_after - set_up_after,
+            }
 
         # Parts of steps, on the photos that come next
         num_images = int(trainer.seen[0])

@@ -16,6 +16,7 @@ from annexe.benchmarks.comparison import compare, tables
 from annexe.benchmarks.generation_speed import GenerationSettings, measure_generation
 from annexe.benchmarks.loading_speed import measure_loading
 from annexe.benchmarks.machine import describe_machine
+from annexe.benchmarks.scaling import beside, read_earlier
 from annexe.benchmarks.scoring_speed import measure_scoring
 from annexe.benchmarks.serving_speed import ServingSettings, measure_serving
 from annexe.benchmarks.training_speed import DEFAULT_TOKENS, TrainingSettings, measure_training
@@ -87,6 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help = "the configured weights, and to train the configured data, in place of random"
             action.add_argument("--real", action="store_true", help=help)
         if name == "train":
+            help = "what --json wrote of one process and more, to be shown with the efficiency"
+            action.add_argument("--beside", type=Path, nargs="+", metavar="FILE", help=help)
             help = "patches come with the batch, as with run.store_patches"
             action.add_argument("--stored", action="store_true", help=help)
         if name == "data":
@@ -132,6 +135,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(
             "--queries, --tokens and --stored are of in-memory batches; leave them out, or --real"
         )
+    if arguments.action == "train" and arguments.beside and arguments.against:
+        raise UserError("--beside is of one configuration; leave --against out")
 
 
 def _measure(arguments: argparse.Namespace, report: Record) -> dict[str, Record]:
@@ -162,7 +167,9 @@ def _measure(arguments: argparse.Namespace, report: Record) -> dict[str, Record]
         return {"": report["measured"]}
 
     # Training or generation, of one configuration or of two
+    earlier = []
     if arguments.action == "train":
+        earlier = read_earlier(arguments.beside or [], report)
         training = TrainingSettings(
             num_queries=arguments.queries or 1,
             num_tokens=arguments.tokens,
@@ -186,4 +193,4 @@ def _measure(arguments: argparse.Namespace, report: Record) -> dict[str, Record]
         measure = partial(measure_generation, settings=generation)
     compared, columns = compare(measure, arguments.cfg_path, arguments.options, arguments.against)
     report |= compared
-    return columns
+    return beside(report["measured"], earlier) if earlier else columns
