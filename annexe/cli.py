@@ -35,7 +35,7 @@ TOOLS = {
     "predict": "analyze your own photos and videos, answer questions, and draw the masks",
     "serve": "answer questions about photos over HTTP, in batches",
     "ablate": "train and evaluate every row of an ablation, and write one table",
-    "bench": "measure training, generation, serving, loading or scoring on this machine",
+    "bench": "measure training, generation, evaluation, serving, loading or scoring",
     "download": "fetch data, public weights or a pushed run from the Hugging Face Hub",
     "push": "publish a trained run on the Hugging Face Hub, with a model card",
 }

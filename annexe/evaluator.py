@@ -24,7 +24,7 @@ from annexe.distributed import (
     require_shared,
 )
 from annexe.errors import UserError
-from annexe.evaluation.batches import BatchFiles, Finisher, by_size
+from annexe.evaluation.batches import BatchFiles, Finisher, by_size, ready
 from annexe.evaluation.clock import Clock
 from annexe.evaluation.matching import ImageResults
 from annexe.evaluation.predict import plan_batches, predict
@@ -47,7 +47,7 @@ class Evaluation:
 
     config: Config  # with the model block that the checkpoint was restored with
     accelerator: Accelerator
-    checkpoint: Path
+    checkpoint: Path | None  # None for weights that no file has
     dataset: LabeledDataset
     model: Annexe
     meta: dict[str, Any]  # all that shapes the predictions, as metrics.json has it
@@ -70,33 +70,53 @@ def evaluate(config: Config) -> dict[str, Any]:
     output = Path(config.run.output_dir)
     clock = Clock()
     with locked(output) if accelerator.is_main_process else nullcontext():
-        # Predict: every process takes some of the batches
         require_shared(accelerator, output, "run.output_dir")
         evaluation = restore(config, accelerator)
         require_same_settings(accelerator, evaluation.meta)
-        files = plan(evaluation)
-        truth = Truth(evaluation.dataset) if accelerator.is_main_process else None
-        with processes(config.run.num_workers) as submit:
-            finisher = Finisher(files, truth, submit)
-            predict_missing(evaluation, finisher, clock)
-            if truth is None:
-                return {}
+        return evaluate_model(evaluation, clock)
 
-            # Score: the main process, with its workers
-            records = finisher.finish()
-            joined = submit(files.join, output / "predictions.jsonl")
-            scores = score_records(records, truth, evaluation, finisher.measured, submit)
-            joined.result()
-        clock.scored()
-        log.info(clock.summary())
 
-        # Report
-        show(scores.metrics, output)  # before anything is written: a full disk costs no result
-        if config.run.report:
-            report(output / "report.html", scores, records, truth, evaluation)
-        clock.reported()
-        write_results(output, scores.metrics, files, clock)
-        return scores.metrics
+def evaluate_model(evaluation: Evaluation, clock: Clock) -> dict[str, Any]:
+    """Predict, join, score, report.
+
+    Args:
+        evaluation: what this process evaluates.
+        clock: takes the time.
+
+    Returns:
+        As `evaluate`.
+
+    Raises:
+        UserError: an image cannot be read, or the output folder has results of something else.
+    """
+    # Predict: every process takes some of the batches
+    run = evaluation.config.run
+    output = Path(run.output_dir)
+    files = plan(evaluation)
+    truth = Truth(evaluation.dataset) if evaluation.accelerator.is_main_process else None
+    with processes(run.num_workers) as submit:
+        for _ in range(run.num_workers):
+            submit(ready)  # they start while the first batch is predicted
+        finisher = Finisher(files, truth, submit)
+        predict_missing(evaluation, finisher, clock)
+        if truth is None:
+            return {}
+
+        # Score: the main process, with its workers
+        records = finisher.finish()
+        joined = submit(files.join, output / "predictions.jsonl")
+        scores = score_records(records, truth, evaluation, finisher.measured, submit)
+        joined.result()
+    clock.scored()
+    log.info(clock.summary())
+
+    # Report
+    show(scores.metrics, output)  # before anything is written: a full disk costs no result
+    if run.report:
+        report(output / "report.html", scores, records, truth, evaluation)
+    clock.reported()
+    write_results(output, scores.metrics, files, clock)
+    return scores.metrics
 
 
 def restore(config: Config, accelerator: Accelerator) -> Evaluation:
@@ -166,13 +186,14 @@ def plan(evaluation: Evaluation) -> BatchFiles:
     run = evaluation.config.run
     output = Path(run.output_dir)
     _require_same(output, evaluation.meta)
-    weights = (evaluation.checkpoint / "model.safetensors").stat()
-    made_from = {
+    made_from: dict[str, Any] = {
         "meta": evaluation.meta,
         "model": evaluation.config.model,
         "precision": evaluation.accelerator.mixed_precision,
-        "weights": [weights.st_size, weights.st_mtime_ns],
     }
+    if evaluation.checkpoint is not None:
+        weights = (evaluation.checkpoint / "model.safetensors").stat()
+        made_from["weights"] = [weights.st_size, weights.st_mtime_ns]
     batches = plan_batches(len(evaluation.dataset), run.batch_size)
     # Times of files are those of the main process's node
     made_from = from_main(evaluation.accelerator, made_from)
@@ -267,7 +288,9 @@ def report(
 ) -> None:
     """Draw the report, with the learning curves of the training if its log is there."""
     started = time.perf_counter()
-    training_log = run_of(evaluation.checkpoint) / "log.jsonl"
+    training_log = None
+    if evaluation.checkpoint is not None:
+        training_log = run_of(evaluation.checkpoint) / "log.jsonl"
     meta = evaluation.meta
     write_report(
         path,
@@ -275,7 +298,7 @@ def report(
         scores=scores,
         records=records,
         truth=truth,
-        log=training_log if training_log.is_file() else None,
+        log=training_log if training_log and training_log.is_file() else None,
     )
     log.info("reported in %.1f s", time.perf_counter() - started)
 

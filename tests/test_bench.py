@@ -397,6 +397,28 @@ def test_every_response_has_its_full_length(bench: Bench, monkeypatch: pytest.Mo
     assert named | {"waiting for masks and run lengths"} <= set(record["parts_of_batch"])
 
 
+def test_an_evaluation_is_timed_from_files_to_scores(
+    bench: Bench, scenes: Path, decoded: list[str]
+) -> None:
+    options = (
+        f"datasets.ego_irgbench.data_root={scenes}",
+        "run.batch_size=1",
+        "run.max_new_tokens=3",
+        "run.num_workers=0",
+        "run.report=false",
+    )
+    report = bench("evaluate", options=options)
+    record = report["measured"]
+    num_images = record["images"]
+    assert len(decoded) == 2 * num_images  # once for the evaluation, once for what is in memory
+    assert record["photos_after_first_batch"] == num_images - 1 > 0
+    assert sum(record["share_of_time"].values()) == pytest.approx(1)
+    rate = record["photos_per_second"]
+    assert rate == pytest.approx((num_images - 1) / record["seconds_after_first_batch"])
+    alone = record["photos_per_second_of_generation_alone"]
+    assert record["share_of_generation_alone"] == pytest.approx(rate / alone)
+
+
 def test_no_state_ends_a_response(make_parts: Callable[..., tuple]) -> None:
     language_model = make_parts()[0].language_model
     states = torch.randn(500, language_model.hidden_size)

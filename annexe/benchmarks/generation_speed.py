@@ -30,6 +30,7 @@ from annexe.build import build_model, prepare_for_inference
 from annexe.config import Config, device_settings
 from annexe.distributed import make_accelerator
 from annexe.models.annexe import Annexe
+from annexe.models.language_model.tokenizer import TextTokenizer
 from annexe.models.mask_postprocessing import postprocess
 from annexe.structures.batch import Batch
 from annexe.structures.prediction import ImageResponses
@@ -122,11 +123,19 @@ def measure_generation(config: Config, settings: GenerationSettings) -> tuple[Re
     }, notes
 
 
-def model_without_end(config: Config, accelerator: Accelerator) -> Annexe:
-    """The model as an evaluation has it, but for answers, which never end by themselves."""
+def model_without_end(
+    config: Config, accelerator: Accelerator, tokenizer: TextTokenizer | None = None
+) -> Annexe:
+    """The model as an evaluation has it, but for answers, which never end by themselves.
+
+    Args:
+        config: with a model.
+        accelerator: device and precision.
+        tokenizer: one of as many words as the model has (default: one of the size).
+    """
     set_seed(config.run.seed)
     bf16 = accelerator.mixed_precision == "bf16"
-    tokenizer = tokenizer_of_size(config)
+    tokenizer = tokenizer or tokenizer_of_size(config)
     model = build_model(config.require_model(), tokenizer, accelerator.device, bf16=bf16)
     model.constrain_answers = False
     never_end(model.language_model)

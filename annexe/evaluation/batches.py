@@ -189,6 +189,10 @@ class Finisher:
         self.wait(_MOST_WAITING)
 
 
+def ready() -> None:
+    """Nothing. A process that has done it has imported all that work on batches takes."""
+
+
 def _write(path: Path, records: list[Record]) -> Done:
     write_records(path, records)
     return Done({}, [])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +15,7 @@ from annexe.evaluation.records import ImageRecord, PredictedMask, QueryRecord, R
 from annexe.metrics import depth_errors
 from annexe.models.annexe import Annexe
 from annexe.models.mask_postprocessing import postprocess
+from annexe.structures.batch import Batch
 from annexe.structures.prediction import ImageResponses
 from annexe.structures.sample import Sample
 from annexe.workers import in_threads
@@ -110,8 +111,40 @@ def predict(
     Raises:
         UserError: an image cannot be read.
     """
-    # Batches, loaded ahead of the device
-    loader = make_loader(
+    loader = load_batches(
+        model,
+        dataset,
+        batches,
+        queries_per_annotation=queries_per_annotation,
+        max_new_tokens=max_new_tokens,
+        num_workers=num_workers,
+        device=device,
+    )
+    yield from answer_batches(
+        model,
+        loader,
+        max_new_tokens=max_new_tokens,
+        num_workers=num_workers,
+        device=device,
+        autocast=autocast,
+        true_analyses=true_analyses,
+        on_batch=on_batch,
+    )
+    model.text_decoder.release()
+
+
+def load_batches(
+    model: Annexe,
+    dataset: Questions,
+    batches: list[list[int]],
+    *,
+    queries_per_annotation: int | str,
+    max_new_tokens: int,
+    num_workers: int,
+    device: torch.device,
+) -> Iterable[Batch]:
+    """Batches of prompts, loaded ahead of the device; arguments and errors as of `predict`."""
+    return make_loader(
         EvaluationSet(dataset, queries_per_annotation),
         batches,
         prompt_collator(model, max_new_tokens),
@@ -119,10 +152,24 @@ def predict(
         device=device,
     )
 
+
+def answer_batches(
+    model: Annexe,
+    batches: Iterable[Batch],
+    *,
+    max_new_tokens: int,
+    num_workers: int,
+    device: torch.device,
+    autocast: Any,
+    true_analyses: bool = False,
+    on_batch: BatchListener | None = None,
+) -> Iterator[list[list[Record]]]:
+    """The records of batches of prompts; arguments, results and errors as of `predict`."""
+
     def responses() -> Iterator[list[_Predicted]]:
         """Every sample of a batch with the responses about it."""
         started = time.perf_counter()
-        for batch in loader:
+        for batch in batches:
             loaded = time.perf_counter()
             with autocast():
                 images = model.generate(
@@ -139,7 +186,6 @@ def predict(
     model.eval()
     yield from in_threads(_records, responses(), num_workers)
     model.train(training)
-    model.text_decoder.release()
 
 
 def _records(predicted: _Predicted) -> list[Record]:

@@ -13,6 +13,7 @@ import psutil
 
 from annexe import terminal
 from annexe.benchmarks.comparison import compare, tables
+from annexe.benchmarks.evaluation_speed import measure_evaluation
 from annexe.benchmarks.generation_speed import GenerationSettings, measure_generation
 from annexe.benchmarks.loading_speed import measure_loading
 from annexe.benchmarks.machine import describe_machine
@@ -29,6 +30,7 @@ from annexe.workers import num_cores
 _ABOUT = {
     "train": "time the training step on in-memory batches with random weights, or on its own data",
     "generate": "time the answers to random prompts, masks at full size and encoded included",
+    "evaluate": "time an evaluation, from the configured photos to scores, with random weights",
     "serve": "time photos through the server, the predictor and generation, with random weights",
     "data": "time the training loader with an empty and with a filled cache of resized pixels",
     "metrics": "time the scoring of random predictions on drawn scenes",
@@ -50,6 +52,7 @@ _NUMBERS: dict[str, list[tuple[str, int | None, str]]] = {
         ("height", 1080, "of the photos whose masks are made, in pixels (default %(default)s)"),
         ("width", 1920, "of the photos whose masks are made, in pixels (default %(default)s)"),
     ],
+    "evaluate": [],
     "serve": [
         ("queries", 1, "questions a photo (default %(default)s)"),
         ("batch-size", None, "photos a batch (default: run.batch_size)"),
@@ -150,6 +153,10 @@ def _measure(arguments: argparse.Namespace, report: Record) -> dict[str, Record]
         config = load_config(arguments.cfg_path, arguments.options)
         report["measured"] = measure_loading(config, arguments.workers, arguments.images)
         return {f"{workers} workers": record for workers, record in report["measured"].items()}
+    if arguments.action == "evaluate":
+        config = load_config(arguments.cfg_path, arguments.options)
+        report["measured"], report["notes"] = measure_evaluation(config)
+        return {"": report["measured"]}
     if arguments.action == "serve":
         config = load_config(arguments.cfg_path, arguments.options)
         serving = ServingSettings(
