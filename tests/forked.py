@@ -31,6 +31,8 @@ class Command:
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._files = (folder / "output.txt", folder / "errors.txt")
+        for file in self._files:
+            file.write_text("")
         arguments = ([str(word) for word in words], dict(os.environ), self._files)
         self._process = _CONTEXT.Process(target=_run, args=arguments)
         self._process.start()
@@ -44,6 +46,11 @@ class Command:
         self._process.join(seconds)
         assert self._process.exitcode is not None, f"it runs on after {seconds} seconds"
         return self._process.exitcode
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
 
     def kill(self) -> None:
         """End it as ``kill -9`` does; it must not have ended before."""
@@ -69,7 +76,7 @@ def _run(words: list[str], environment: dict[str, str], files: tuple[Path, Path]
     os.environ.clear()
     os.environ.update(environment)
     for stream, file in enumerate(files, start=1):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), stream)
     if words[0] == "-m":
         sys.argv = words[1:]
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)

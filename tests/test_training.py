@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -30,6 +28,7 @@ from annexe.training.optimizer import (
     newton_schulz,
 )
 from tests.conftest import ROOT, SMALLEST, TINY, assert_same_but_for_rounding
+from tests.forked import Command
 
 # Options of runs whose gradients are compared: nothing is clipped or dropped
 COMPARABLE = (
@@ -307,19 +306,12 @@ def test_killed_at_a_random_step_it_resumes_bit_for_bit(scenes, tmp_path):
     broken = tmp_path / "broken"
     train(load_config(TINY, options(straight)))
     step = random.SystemRandom().randrange(4, 13)
-    script = str(ROOT / "train.py")
-    process = subprocess.Popen(
-        [sys.executable, script, "--cfg-path", str(TINY), "--options", *options(broken)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    words = (ROOT / "train.py", "--cfg-path", TINY, "--options", *options(broken))
+    command = Command(*words, folder=tmp_path)
     log = broken / "log.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= step):
+    while command.is_running() and not (log.exists() and log.read_text().count("\n") >= step):
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    command.kill()
 
     # A later checkpoint whose last file is cut short
     last = find_checkpoint(broken)

@@ -31,6 +31,7 @@ from annexe.files import require_writable, write_json, write_text
 from annexe.terminal import log_handler
 from annexe.trainer import set_up, train
 from tests.conftest import ROOT, SMALLEST, TINY
+from tests.forked import Command
 
 MakeConfig = Callable[..., Config]
 
@@ -651,7 +652,6 @@ def command(*arguments: object) -> subprocess.Popen:
     )
 
 
-ANNEXE = ("-c", "from annexe.cli import main; main()")
 EVALUATE = "eval_scripts/eval_egoirgbench.py"
 EVALUATION = ROOT / "eval_configs" / "annexe_tiny.yaml"
 
@@ -662,34 +662,30 @@ def test_commands_end_in_one_line(scenes: Path, root: Path, tmp_path: Path) -> N
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("precious")
     first(root, "RGB").write_bytes(b"\xff\xd8 no photo")
+    training = (ROOT / "train.py", "--cfg-path", TINY, "--options")
     spoilt = (
         *SMALLEST,
         "run.num_workers=1",
         f"datasets.ego_irgbench.data_root={root}",
         f"run.output_dir={tmp_path / 'a'}",
     )
-    started = {
-        "Did you mean 'seed'": command("train.py", "--cfg-path", TINY, "--options", "run.sed=1"),
-        "cannot read image": command("train.py", "--cfg-path", TINY, "--options", *spoilt),
-        "unknown data set 'egohos'": command(
-            EVALUATE, "--cfg-path", EVALUATION, "--dataset", "egohos"
-        ),
-        "no complete checkpoint": command(
-            EVALUATE,
-            "--cfg-path",
-            EVALUATION,
-            "--options",
-            f"run.checkpoint={tmp_path}",
-            f"run.output_dir={tmp_path / 'b'}",
-        ),
-        "not empty": command(*ANNEXE, "synth", foreign, "--images", 4, "--seed", 1),
+    evaluation = (ROOT / EVALUATE, "--cfg-path", EVALUATION)
+    nothing = (f"run.checkpoint={tmp_path}", f"run.output_dir={tmp_path / 'b'}")
+    commands = {
+        "Did you mean 'seed'": (*training, "run.sed=1"),
+        "cannot read image": (*training, *spoilt),
+        "unknown data set 'egohos'": (*evaluation, "--dataset", "egohos"),
+        "no complete checkpoint": (*evaluation, "--options", *nothing),
+        "not empty": ("-m", "annexe", "synth", foreign, "--images", 4, "--seed", 1),
     }
-    for part, process in started.items():
-        output, errors = process.communicate(timeout=120)
+    for part, words in commands.items():
+        process = Command(*words, folder=tmp_path / "printed")
+        code = process.wait()
+        errors = process.errors()
         lines = [line for line in errors.splitlines() if line.startswith("error: ")]
-        assert process.returncode == 2, errors
+        assert code == 2, errors
         assert len(lines) == 1 and part in lines[0], errors
-        assert "Traceback" not in output + errors
+        assert "Traceback" not in process.output() + errors
     assert [path.name for path in foreign.iterdir()] == ["thesis.txt"]
 
 
@@ -718,17 +714,17 @@ def test_tools_that_need_no_model_start_without_torch() -> None:
 
 
 @pytest.mark.slow
-def test_help_names_every_option() -> None:
-    started = {
-        ("--cfg-path", "--options"): command("train.py", "--help"),
-        ("--cfg-path", "--options", "--dataset"): command(EVALUATE, "--help"),
-        ("--version", *cli.TOOLS): command(*ANNEXE, "--help"),
-        ("out", "--images", "--seed", "--val", "--test", "--workers"): command(
-            *ANNEXE, "synth", "--help"
-        ),
+def test_help_names_every_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    synth = ("out", "--images", "--seed", "--val", "--test", "--workers")
+    commands = {
+        ("--cfg-path", "--options"): (ROOT / "train.py",),
+        ("--cfg-path", "--options", "--dataset"): (ROOT / EVALUATE,),
+        ("--version", *cli.TOOLS): ("-m", "annexe"),
+        synth: ("-m", "annexe", "synth"),
     }
-    for names, process in started.items():
-        output, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    for names, words in commands.items():
+        process = Command(*words, "--help", folder=tmp_path)
+        assert process.wait() == 0, process.errors()
         for name in names:
-            assert name in output
+            assert name in process.output()
