@@ -29,6 +29,7 @@ from annexe.files import append_text, replaced, write_text
 from annexe.trainer import train
 from annexe.workers import in_processes
 from tests.conftest import ROOT, SMALLEST, TINY
+from tests.forked import Command
 from tests.test_training import lines_of_log
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -81,20 +82,23 @@ def test_one_process_of_a_cluster_needs_no_torchrun(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-def test_processes_that_do_not_come_are_one_line() -> None:
-    code = (
-        "from annexe.cli import exit_on_user_error; "
-        "from annexe.distributed import make_accelerator; "
-        "exit_on_user_error(lambda: make_accelerator(device='cpu', mixed_precision='auto', "
-        "timeout_minutes=0.02))"
+def test_processes_that_do_not_come_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "meet.py"
+    script.write_text(
+        "from annexe.cli import exit_on_user_error\n"
+        "from annexe.distributed import make_accelerator\n"
+        "settings = dict(device='cpu', mixed_precision='auto', timeout_minutes=0.02)\n"
+        "exit_on_user_error(lambda: make_accelerator(**settings))\n"
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": "0", "WORLD_SIZE": "2"}
-    environment |= {"LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "process 0 of 2 cannot meet the others" in done.stderr
-    assert "Traceback" not in done.stderr
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    for name, value in {**variables, "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    process = Command(script, folder=tmp_path)
+    assert process.wait() == 2
+    assert "process 0 of 2 cannot meet the others" in process.errors()
+    assert "Traceback" not in process.errors()
 
 
 # The command

@@ -62,6 +62,7 @@ from annexe.inference.server.worker import (
     padded_size,
 )
 from annexe.rle import decode
+from tests.forked import Command
 
 ALL_SLOTS = "model.presence_threshold=0"  # one step of training finds nothing by itself
 QUESTIONS = ["Where is the left hand?", "What does the right hand hold?", "Show the cup."]
@@ -1177,26 +1178,22 @@ def test_what_a_dying_worker_had_begun_gets_500(trained, predictor, photos):
         assert address.predict(data, QUESTIONS) == (200, body_of(expected))
 
 
-def start_server(trained: Path, *words: str) -> tuple[subprocess.Popen[str], Address]:
-    """`annexe serve` as users run it, once it answers."""
+def start_server(trained: Path, *words: str, folder: Path) -> tuple[Command, Address]:
+    """`annexe serve` as users run it, once it answers; ``folder`` takes what it prints."""
     with bind("127.0.0.1", 0) as bound:
         port = bound.getsockname()[1]
-    command = [sys.executable, "-m", "annexe", "serve", str(trained), "--port", str(port)]
-    options = ["--options", ALL_SLOTS]
-    process = subprocess.Popen(
-        [*command, *words, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "answers at" in line:
-            assert f"http://127.0.0.1:{port}" in line
-            return process, Address(port)
-    raise AssertionError(f"it ended with {process.wait()}")
+    command = ("-m", "annexe", "serve", trained, "--port", port, *words, "--options", ALL_SLOTS)
+    process = Command(*command, folder=folder)
+    while f"answers at http://127.0.0.1:{port}" not in process.output():
+        assert process.is_running(), process.errors()
+        time.sleep(0.01)
+    return process, Address(port)
 
 
 @pytest.mark.slow
-def test_it_stops_when_what_is_under_way_is_finished(trained, predictor, photos):
-    process, address = start_server(trained, "--batch-size", "1", "--gpus", "0")
+def test_it_stops_when_what_is_under_way_is_finished(trained, predictor, photos, tmp_path):
+    words = ("--batch-size", "1", "--gpus", "0")
+    process, address = start_server(trained, *words, folder=tmp_path)
     data = photos[0].read_bytes()
     (expected,) = predictor.predict(data, QUESTIONS * 4)
     statuses: queue.SimpleQueue[tuple[int, bytes]] = queue.SimpleQueue()
@@ -1204,7 +1201,7 @@ def test_it_stops_when_what_is_under_way_is_finished(trained, predictor, photos)
         threading.Thread(target=lambda: statuses.put(address.predict(data, QUESTIONS * 4))).start()
     while not json.loads(address.send("GET", "/health")[2])["waiting"]:
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    process.send(signal.SIGTERM)
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         try:
@@ -1216,10 +1213,9 @@ def test_it_stops_when_what_is_under_way_is_finished(trained, predictor, photos)
         raise AssertionError("it still takes new connections")
     answers = [statuses.get(timeout=60) for _ in range(12)]
     assert answers == [(200, body_of(expected))] * 12
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 0, output
-    assert output.splitlines()[-1] == "stopped"
-    assert "Traceback" not in output
+    assert process.wait(60) == 0, process.errors()
+    assert process.output().splitlines()[-1] == "stopped"
+    assert "Traceback" not in process.output() + process.errors()
 
 
 def test_wrong_calls_end_in_one_line(trained, tmp_path, monkeypatch, capsys):
