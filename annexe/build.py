@@ -42,7 +42,7 @@ from annexe.datasets.training_set import TrainingSet
 from annexe.errors import UserError, unknown_name_error
 from annexe.hub.runs import local_run, require_run
 from annexe.models.annexe import Annexe, grid_of_masks
-from annexe.models.compile import compile_blocks
+from annexe.models.compile import compile_blocks, start_compiler
 from annexe.models.language_model.tokenizer import TextTokenizer, load_tokenizer
 from annexe.registry import import_plugins, lookup
 from annexe.settings import (
@@ -570,6 +570,9 @@ def restore_model(config: Config, checkpoint: Path, accelerator: Accelerator) ->
     model_here = {"model": config.require_model()}
     require_same_meaning(checkpoint, {"model": filled_config(checkpoint)["model"]}, model_here)
     tokenizer = build_tokenizer(config, checkpoint / "tokenizer")
+
+    if config.run.compile:
+        start_compiler()
 
     # Frozen random weights are not in a checkpoint: the seed makes them again
     set_seed(saved_config(checkpoint)["run"]["seed"])

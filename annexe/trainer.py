@@ -76,7 +76,7 @@ from annexe.evaluation.truth import Truth
 from annexe.evaluation.validation import Validator
 from annexe.files import locked, named
 from annexe.models.annexe import Annexe
-from annexe.models.compile import compile_blocks
+from annexe.models.compile import compile_blocks, start_compiler
 from annexe.models.language_model.tokenizer import TextTokenizer, train_tokenizer
 from annexe.models.rollouts import roll_out
 from annexe.structures.batch import Batch
@@ -142,6 +142,8 @@ def set_up(config: Config) -> Trainer:
 
     # Every rank builds the same model, known again by its frozen weights as they were built,
     # and then draws its own dropout
+    if run.compile:
+        start_compiler()
     set_seed(run.seed)
     bf16 = accelerator.mixed_precision == "bf16"
     model = build_model(config.require_model(), tokenizer, accelerator.device, bf16=bf16)

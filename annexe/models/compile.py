@@ -11,6 +11,14 @@ from annexe.models.annexe import Annexe
 from annexe.models.depth_branch import NoDepthBranch
 
 
+def start_compiler() -> None:
+    """Start the processes that compile kernels, which takes them as long as building a model."""
+    # Imported here, because it takes seconds
+    from torch._inductor.async_compile import maybe_warm_pool
+
+    maybe_warm_pool()
+
+
 def compile_blocks(
     model: Annexe, backend: str = "inductor", compile: Callable[..., Any] = torch.compile
 ) -> None:
