@@ -153,7 +153,7 @@ _CHOICES = {
     "learning_rate_decay": ("cosine", "linear"),
     "analysis": ("generated", "true"),
 }
-_NOT_NEGATIVE = ("seed", "num_workers", "warmup_steps", "validate_every")
+_NOT_NEGATIVE = ("seed", "num_workers", "warmup_steps", "validate_every", "own_analyses_from")
 _AT_LEAST_ONE = (
     "muon_period",
     "max_steps",
@@ -206,6 +206,11 @@ class RunConfig:
     # What is trained on: the true answers, or rewards of drawn ones, from a trained run on
     objective: str = "supervised"
     rewards: RewardConfig = field(default_factory=RewardConfig)
+
+    # With model.answers_read=analysis: the share of training photos whose questions read what the
+    # model itself says of them, and the pass over the data, counted from 0, that begins with it
+    own_analyses: float = 0.0
+    own_analyses_from: int = 1
 
     # Loading
     num_workers: int = 4
@@ -262,6 +267,9 @@ class RunConfig:
                 f"run.clip_norm is {self.clip_norm}; it must be above 0 (.inf clips nothing)"
             )
 
+        if not 0 <= self.own_analyses <= 1:
+            raise UserError(f"run.own_analyses is {self.own_analyses}; it is a share, from 0 to 1")
+
         # Rates and weights
         values = {name: getattr(self, name) for name in _FINITE}
         for name, weight in vars(self.loss_weights).items():
@@ -291,6 +299,11 @@ class RunConfig:
             raise UserError(
                 f"run.warmup_steps ({self.warmup_steps}) is larger than run.max_steps "
                 f"({self.max_steps}); set run.warmup_steps to {self.max_steps} at most"
+            )
+        if self.own_analyses and self.objective == "rewards":
+            raise UserError(
+                "run.own_analyses is for true answers, and with run.objective=rewards all that "
+                "questions read is drawn; set run.own_analyses=0"
             )
         if self.objective == "rewards" and self.parallel == "fsdp":
             raise UserError(

@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ from annexe.distributed import (
     trained_parameters,
 )
 from annexe.errors import UserError
+from annexe.evaluation.predict import prompt_collator
 from annexe.evaluation.truth import Truth
 from annexe.evaluation.validation import Validator
 from annexe.files import locked, named
@@ -91,6 +93,7 @@ from annexe.training.objective import (
     require_rewardable,
 )
 from annexe.training.optimizer import build_optimizer, learning_rate
+from annexe.training.own_analyses import OwnAnalyses, WithAnalyses
 from annexe.training.run_log import LossWindow, RunLogger
 
 log = logging.getLogger(__name__)
@@ -207,9 +210,19 @@ def set_up(config: Config) -> Trainer:
         num_generated=run.max_new_tokens if uses_rewards else 0,
         keep_samples=uses_rewards,
     )
-    batches = partial(
+    batches: Callable[[Progress], Iterable[Batch]] = partial(
         _training_batches, train_set=train_set, collate=collate, run=run, accelerator=accelerator
     )
+    if run.own_analyses:
+        own_analyses = _own_analyses(model, train_set, run, accelerator)
+        batches = partial(
+            _batches_by_pass,
+            own_analyses=own_analyses,
+            train_set=train_set,
+            collate=collate,
+            run=run,
+            accelerator=accelerator,
+        )
 
     # What a step trains on
     objective: Objective = SupervisedObjective(
@@ -389,8 +402,44 @@ def _require_frozen_of_start(config: Config, model: Annexe, resumed: Path | None
         require_same_frozen(folder, model, starts=True)
 
 
+def _own_analyses(
+    model: Annexe, train_set: TrainingSet, run: RunConfig, accelerator: Accelerator
+) -> OwnAnalyses:
+    """What has the model generate analyses of training photos.
+
+    Raises:
+        UserError: for a model whose questions read none.
+    """
+    if model.answers_read.source != "analysis":
+        raise UserError(
+            f"run.own_analyses is {run.own_analyses}, and questions read no analysis "
+            f"(model.answers_read is {model.answers_read.source}); set model.answers_read=analysis"
+        )
+
+    def analyze(batch: Batch) -> list[str]:
+        training = model.training
+        model.eval()
+        images = model.generate(batch, run.max_new_tokens)
+        model.text_decoder.release()
+        model.train(training)
+        return [image.analysis for image in images]
+
+    return OwnAnalyses(
+        train_set,
+        prompt_collator(model, run.max_new_tokens),
+        analyze,
+        share=run.own_analyses,
+        first_pass=run.own_analyses_from,
+        folder=Path(run.output_dir) / "own_analyses",
+        accelerator=accelerator,
+        seed=run.seed,
+        batch_size=run.batch_size,
+        num_workers=run.num_workers,
+    )
+
+
 def training_loader(
-    train_set: TrainingSet,
+    train_set: TrainingSet | WithAnalyses,
     batches: Iterable[list[Draw]],
     collate: Collator,
     num_workers: int,
@@ -403,21 +452,57 @@ def training_loader(
 def _training_batches(
     progress: Progress,
     *,
-    train_set: TrainingSet,
+    train_set: TrainingSet | WithAnalyses,
     collate: Collator,
     run: RunConfig,
     accelerator: Accelerator,
+    last_step: int | None = None,
 ) -> DataLoader:
-    """One rank's micro-batches from where ``progress`` stands to the last step."""
+    """One rank's micro-batches from where ``progress`` stands to the last step, or to another."""
+    num_steps = (last_step or run.max_steps) - progress.step
     sampler = MicroBatches(
         train_set.mixture,
         batch_size=run.batch_size,
-        num_batches=(run.max_steps - progress.step) * run.gradient_accumulation,
+        num_batches=num_steps * run.gradient_accumulation,
         first_image=progress.images,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
     return training_loader(train_set, sampler, collate, run.num_workers, accelerator.device)
+
+
+def _batches_by_pass(
+    progress: Progress,
+    *,
+    own_analyses: OwnAnalyses,
+    train_set: TrainingSet,
+    collate: Collator,
+    run: RunConfig,
+    accelerator: Accelerator,
+) -> Iterator[Batch]:
+    """As `_training_batches`, with analyses that the model generates before each pass.
+
+    A pass begins with the first step whose first image belongs to it.
+    """
+    images_per_step = run.batch_size * run.gradient_accumulation * accelerator.num_processes
+    size = len(train_set)
+    start = replace(progress)
+    while start.step < run.max_steps:
+        # Steps to the end of the pass
+        number = start.images // size
+        num_left = (number + 1) * size - start.images
+        last_step = min(start.step - (-num_left // images_per_step), run.max_steps)
+
+        yield from _training_batches(
+            start,
+            train_set=own_analyses.samples_of_pass(number),
+            collate=collate,
+            run=run,
+            accelerator=accelerator,
+            last_step=last_step,
+        )
+        start.images += (last_step - start.step) * images_per_step
+        start.step = last_step
 
 
 class Trainer:

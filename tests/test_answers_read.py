@@ -278,6 +278,32 @@ def test_settings_out_of_range_are_refused(make_parts, option, message):
         make_parts(option)
 
 
+def test_no_loss_counts_an_analysis_that_is_read_alone(make_reader):
+    _, collate, samples = make_reader("analysis")
+    batch = collate(samples)
+    told = [replace(samples[0], read_analysis="left hand"), *samples[1:]]
+    changed = collate(told, pad_to_multiple_of=16)
+    in_first = changed.text.label_positions < changed.text.input_ids.shape[1]
+    assert not (changed.text.is_analysis & in_first).any()
+    assert (changed.text.is_analysis & ~in_first).any()
+
+    # It is what questions read, and all other labels stay
+    read = collate([replace(samples[0], analysis="left hand"), *samples[1:]])
+    assert torch.equal(changed.text.context.end, read.text.context.end)
+    num_tokens = int(read.text.context.end[0])
+    assert torch.equal(changed.text.input_ids[0, :num_tokens], read.text.input_ids[0, :num_tokens])
+    is_answer = ~batch.text.is_analysis
+    labels = changed.text.labels[~changed.text.is_analysis]
+    assert torch.equal(labels[labels >= 0], batch.text.labels[is_answer])
+
+
+def test_own_analyses_need_questions_that_read_them(make_config):
+    with pytest.raises(UserError, match=r"run\.own_analyses is 0\.5"):
+        train(make_config("run.own_analyses=0.5", "run.max_steps=2"))
+    with pytest.raises(UserError, match="share, from 0 to 1"):
+        make_config("run.own_analyses=1.5")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["analysis", "descriptor"])
 def test_a_run_trains_goes_on_and_is_evaluated(make_config, tmp_path, source):
@@ -286,31 +312,34 @@ def test_a_run_trains_goes_on_and_is_evaluated(make_config, tmp_path, source):
             f"model.answers_read={source}",
             f"run.output_dir={folder}",
             f"run.max_steps={steps}",
-            "run.validate_every=3",
+            "run.validate_every=8",
             "run.validation_images=2",
-            "run.checkpoint_every=1",
+            "run.checkpoint_every=4",
+            "run.warmup_steps=4",  # up to there the learning rate is that of any max_steps
             *options,
         )
 
-    # Going on gives what a straight run gives
-    train(settings(3, tmp_path / "straight"))
-    interrupted = settings(3, tmp_path / "resumed")
-    stopped = replace(interrupted, run=replace(interrupted.run, max_steps=2))
-    train(stopped)
-    train(settings(3, tmp_path / "resumed", "run.resume=auto"))
+    # Going on gives what a straight run gives, in the second pass over the data too
+    own = ["run.own_analyses=0.5", "run.own_analyses_from=0"] if source == "analysis" else []
+    train(settings(8, tmp_path / "straight", *own))
+    interrupted = settings(8, tmp_path / "resumed", *own)
+    train(replace(interrupted, run=replace(interrupted.run, max_steps=4)))
+    train(settings(8, tmp_path / "resumed", *own, "run.resume=auto"))
     weights = [
-        (tmp_path / name / "checkpoints" / "step-00000003" / "model.safetensors").read_bytes()
+        (tmp_path / name / "checkpoints" / "step-00000008" / "model.safetensors").read_bytes()
         for name in ("straight", "resumed")
     ]
     assert weights[0] == weights[1]
+    files = sorted((tmp_path / "straight").glob("own_analyses/*.json"))
+    assert [file.stem for file in files] == (["pass-00000", "pass-00001"] if own else [])
     with pytest.raises(UserError, match="answers_read"):
-        train(settings(4, tmp_path / "resumed", "run.resume=auto", "model.answers_read=prefix"))
+        train(settings(9, tmp_path / "resumed", "run.resume=auto", "model.answers_read=prefix"))
 
     # Evaluation, also with the true analyses
     run = tmp_path / "straight"
     options = (f"run.checkpoint={run}", "run.report=false")
-    generated = evaluate(settings(3, tmp_path / "generated", *options))
-    given_true = settings(3, tmp_path / "true", *options, "run.analysis=true")
+    generated = evaluate(settings(8, tmp_path / "generated", *options))
+    given_true = settings(8, tmp_path / "true", *options, "run.analysis=true")
     if source == "descriptor":
         with pytest.raises(UserError, match="do not read the analysis"):
             evaluate(given_true)

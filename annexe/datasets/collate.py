@@ -272,6 +272,14 @@ def pack(
     return to_tensors(table, prefix, num_image_tokens, padding, num_image_positions, answers_read)
 
 
+def _leave_out_analyses(text: PackedText, images: Tensor) -> None:
+    """Let no loss count the analyses of some images, bool[B]; ``text`` is changed in place."""
+    image_index = text.label_positions // text.input_ids.shape[1]
+    is_left_out = text.is_analysis & images[image_index]
+    text.labels[is_left_out] = IGNORED_LABEL
+    text.is_analysis &= ~is_left_out
+
+
 def unpadded_indices(segment_ids: np.ndarray) -> Tensor:
     """Flat indices of the tokens that are no padding.
 
@@ -384,6 +392,9 @@ class Collator:
             self.num_image_positions,
             self.answers_read,
         )
+        is_read_alone = [sample.read_analysis is not None for sample in samples]
+        if any(is_read_alone):
+            _leave_out_analyses(text, torch.tensor(is_read_alone))
 
         # Queries and their slots
         num_queries = [len(sample.turns) for sample in samples]
@@ -436,14 +447,15 @@ class Collator:
         for prompt, response in self._texts_of_branches(sample):
             response_ids = [*ids[response], self.tokenizer.eos_id] if self.responses else []
             branches.append((ids[prompt], response_ids))
-        if not sample.analysis.strip():
+        if sample.read_analysis is None and not sample.analysis.strip():
             branches[0] = (branches[0][0], [])  # no label, so no loss
         return branches
 
     def _texts_of_branches(self, sample: Sample) -> list[tuple[str, str]]:
         """Prompt and response of every branch, the analysis first."""
         template = self.tokenizer.template
-        texts = [(template.analysis_prompt(sample.instruction), sample.analysis)]
+        analysis = sample.analysis if sample.read_analysis is None else sample.read_analysis
+        texts = [(template.analysis_prompt(sample.instruction), analysis)]
         for turn in sample.turns:
             texts.append((template.query_prompt(turn.query), turn.answer))
         return texts

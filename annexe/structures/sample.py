@@ -49,3 +49,5 @@ class Sample:
     patches: Tensor | None = None
     # Which data set it is of, where several are mixed
     dataset: int | None = None
+    # What questions read in place of the analysis, and nobody learns to say
+    read_analysis: str | None = None
