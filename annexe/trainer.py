@@ -793,7 +793,7 @@ def announce(trainer: Trainer) -> None:
             "train_configs/annexe_tiny.yaml is made for one",
             num_trained / 1e6,
         )
-    if run.cuda_graphs and not trainer.uses_cuda_graphs:
+    if run.cuda_graphs and not trainer.model.text_decoder.graphs:
         log.warning(
             "run.cuda_graphs is for GPUs, without fsdp and without an int8 base; it is ignored here"
         )

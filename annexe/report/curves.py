@@ -65,8 +65,13 @@ def read_curves(log: Path) -> dict[str, list[Panel]]:
     for key in sorted(set().union(*records["train"])):
         if key.startswith("loss/"):
             losses[key] = key.removeprefix("loss/").replace("_", " ").capitalize()
+    rewards = {}
+    for key in sorted(set().union(*records["train"])):
+        if key.startswith("reward/"):
+            rewards[key] = key.removeprefix("reward/").replace("_", " ").capitalize()
     headings = {
         "Training loss": _panels(records["train"], losses, is_loss=True),
+        "Rewards": _panels(records["train"], rewards, is_loss=False),
         "Validation": _panels(records["validation"], VALIDATION, is_loss=False),
     }
     return {heading: panels for heading, panels in headings.items() if panels}

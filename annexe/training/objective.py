@@ -12,6 +12,7 @@ Legend: B images, Q queries, K slots, R prompts, M members of a group, T tokens 
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -106,7 +106,7 @@ class RewardObjective:
         roll_out: draws groups.
         collate: made the batches; packs groups as it packed those.
         accelerator: device, processes and precision.
-        seed: of the run. What is drawn depends on it, on the step and on the rank.
+        seed: of the run. What is drawn depends on it, on the step and on the image.
         start: the trained weights that the run started from; None without a penalty for moving
             away from them.
     """
@@ -161,10 +161,10 @@ class RewardObjective:
         """
         self.model.eval()
         groups = []
-        for index, batch in enumerate(batches):
+        for batch in batches:
             on_device = batch.to(self.accelerator.device)
             with self.accelerator.autocast():
-                rollouts = self.roll_out(on_device, self._seeds(step, index, len(batch.images)))
+                rollouts = self.roll_out(on_device, self._seeds(batch, step))
             group = self._group(batch, on_device, rollouts)
             groups.append(self._with_logprobs(group))
         return groups
@@ -173,11 +173,14 @@ class RewardObjective:
         """Mean reward by part, lengths, refusals and completions a second, over all ranks."""
         return self.log.take(self.accelerator)
 
-    def _seeds(self, step: int, micro_batch: int, num_images: int) -> Tensor:
-        """A seed for each image of a micro-batch, int64[B]."""
-        made_from = [self.seed, step, micro_batch, self.accelerator.process_index]
-        numbers = np.random.SeedSequence(made_from).generate_state(num_images, np.uint64)
-        return torch.from_numpy(numbers.view(np.int64)).to(self.accelerator.device)
+    def _seeds(self, batch: Batch, step: int) -> Tensor:
+        """A seed for each image of a batch, int64[B]: the same in whichever batch it is."""
+        seeds = []
+        for sample in batch.samples:
+            name = f"{self.seed}/{step}/{sample.dataset}/{sample.stem}"
+            digest = hashlib.sha256(name.encode()).digest()
+            seeds.append(int.from_bytes(digest[:8], "little", signed=True))
+        return torch.tensor(seeds, device=self.accelerator.device)
 
     def _group(self, batch: Batch, on_device: Batch, rollouts: Rollouts) -> Batch:
         """A batch of groups with its rewards."""
