@@ -152,10 +152,13 @@ def one_line(what: str) -> Iterator[None]:
     """
     from huggingface_hub import errors
 
+    # From the special to the general: the later ones are bases of those before
     try:
         yield
     except UserError:
         raise
+
+    # The hub answers that it does not show this
     except errors.GatedRepoError:
         raise gated_error(what) from None
     except errors.RevisionNotFoundError:
@@ -167,6 +170,8 @@ def one_line(what: str) -> Iterator[None]:
         ) from None
     except errors.EntryNotFoundError:
         raise UserError(f"the hub has no '{what}' any more; repeat the command") from None
+
+    # Nothing was asked or answered, or the answer is an error
     except errors.OfflineModeIsEnabled:
         raise NoConnection(
             f"'{what}' was not asked for, because HF_HUB_OFFLINE is set; unset it"
@@ -178,6 +183,8 @@ def one_line(what: str) -> Iterator[None]:
             f"cannot reach {endpoint()} for '{what}' ({_reason(error)}); "
             "check the network, the proxy and HF_ENDPOINT, then repeat"
         ) from None
+
+    # Of the library itself: it refuses the name, or cannot read the answer
     except errors.HFValidationError:
         raise UserError(f"'{what}' is no name of a repository, such as user/repo") from None
     except (ValueError, TypeError, KeyError, AttributeError):

@@ -202,10 +202,13 @@ class Predictor:
         Raises:
             UserError: for a damaged checkpoint, or one of another model than configured.
         """
+        # The model: weights come from the checkpoint, not from where the training had them
         accelerator = make_accelerator(**device_settings(config.run))
         config = replace(config, model=without_sources(config.require_model(), checkpoint))
         answer_format = answer_format_of(config.datasets)
         model = restore_model(config, checkpoint, accelerator)
+
+        # What the server and the page tell of it
         run_folder = run_of(checkpoint)
         about = {
             "run": str(run_folder),

@@ -435,6 +435,8 @@ def checked_rle(segmentation: Any, size: tuple[int, int], where: str) -> Rle:
             f"{where}: its mask is of size {shown(segmentation['size'])} (height, width), its "
             f"image of {list(size)}; export masks at the size of the photo"
         )
+
+    # A text is the compressed form
     counts = segmentation["counts"]
     height, width = size
     if isinstance(counts, str):
@@ -444,6 +446,8 @@ def checked_rle(segmentation: Any, size: tuple[int, int], where: str) -> Rle:
         except ValueError as error:
             raise UserError(f"{where}: the run-length code {error}; export it again") from None
         return rle
+
+    # A list has the runs themselves
     are_runs = isinstance(counts, list) and all(type(run) is int and run >= 0 for run in counts)
     if not are_runs or sum(counts) != height * width:
         raise UserError(

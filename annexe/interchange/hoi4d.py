@@ -125,6 +125,7 @@ def _read_clip(clip: _Clip, report: ImportReport) -> Iterator[LabeledImage | Use
     Raises:
         UserError: the clip has no masks, or no frames.
     """
+    # Files by the number of their frame
     masks = _frames(_mask_folder(clip, report), ".png")
     photos = _frames(clip.videos / "align_rgb", ".jpg", ".png")
     depths = _frames(clip.videos / "align_depth", ".png")
@@ -137,6 +138,7 @@ def _read_clip(clip: _Clip, report: ImportReport) -> Iterator[LabeledImage | Use
         command = _decoding(video, "png")
         report.note(f"some clips have depth as a video alone, which was not taken: {command}")
 
+    # Every mask with its photo
     for frame, mask in sorted(masks.items()):
         if frame not in photos:
             report.leave_out(NO_PHOTO, f"'{mask}'")

@@ -61,6 +61,8 @@ def read(
     """Photos that have an id map, in the order of their names: see `labels.Reader`."""
     if not source.is_dir():
         raise UserError(f"'{source}' is no folder; give the one that holds {NAMES_FILE}")
+
+    # Maps, and the photos that they are of
     names = read_names(source / NAMES_FILE)
     maps = _find_maps(source)
     own = source / PHOTO_FOLDER
@@ -69,6 +71,8 @@ def read(
 
     for key in sorted(photos.keys() - maps.keys()):
         report.leave_out(NO_MAP, f"'{photos[key][0]}'")
+
+    # Every map with its photo
     for key, path in sorted(maps.items()):
         where = f"id map '{path}'"
         try:

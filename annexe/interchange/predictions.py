@@ -235,6 +235,8 @@ def predicted_images(
     images = []
     for stem in predictions.names:
         where = f"'{predictions.path}', photo '{stem}'"
+
+        # The photo, and the size that its masks have
         size = predictions.sizes.get(stem)
         photo = Path(f"{stem}.jpg")
         if photos is not None:
@@ -249,6 +251,8 @@ def predicted_images(
         if size is None:
             report.leave_out("photos without a mask, whose size only the photos could tell", where)
             continue
+
+        # Its regions and questions
         queries = predictions.queries.get(stem, [])
         regions, questions = _regions_of(queries, stem, names, keep_all, report, where)
         image = LabeledImage(

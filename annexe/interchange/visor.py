@@ -312,11 +312,14 @@ class _Reader:
         Raises:
             UserError: it is damaged.
         """
+        # Its name
         number = f"entity {index + 1}"
         if not isinstance(content, dict) or not isinstance(content.get("name"), str):
             raise UserError(f"{self.where}, {number} has no name; download the file again")
         name = " ".join(content["name"].split())
         where = f"{self.where}, {number} '{name}'"
+
+        # Its polygons; those of one or two corners cover nothing
         listed = content.get("segments")
         listed = [] if listed is None else listed
         if not isinstance(listed, list):
@@ -326,6 +329,8 @@ class _Reader:
             corners = self._corners(segment, where)
             if len(corners) >= _MIN_CORNERS:
                 segments.append(corners)
+
+        # What it touches, and what kind of thing it is
         contact = content.get("in_contact_object")
         if name in _HAND_NAMES:
             name = f"{_HAND_NAMES[name]} hand"

@@ -16,6 +16,8 @@ class Metrics:
     def __init__(self) -> None:
         registry = CollectorRegistry()
         self.registry = registry
+
+        # Of requests
         self.requests = Counter(
             "annexe_requests", "Requests that were answered.", ["path", "status"], registry=registry
         )
@@ -32,6 +34,8 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
+
+        # Of batches
         self.batch_size = Histogram(
             "annexe_batch_size",
             "Photos that went through the model together.",
@@ -44,6 +48,8 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
+
+        # Of workers and their queue
         self.deaths = Counter("annexe_worker_deaths", "Workers that died.", registry=registry)
         self.queue_length = Gauge(
             "annexe_queue_length", "Requests that no worker has yet.", registry=registry

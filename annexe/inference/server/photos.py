@@ -98,6 +98,7 @@ def fetch_photo(url: str, limits: Limits) -> bytes:
     Raises:
         ApiError: it cannot be fetched, or is too large.
     """
+    # HTTP alone: no files of this machine, and no FTP
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.HTTPHandler(),
@@ -107,6 +108,8 @@ def fetch_photo(url: str, limits: Limits) -> bytes:
         urllib.request.HTTPErrorProcessor(),
     ):
         opener.add_handler(handler)
+
+    # One byte past the limit is enough to know
     try:
         if not urlsplit(url).hostname:
             raise ValueError("it names no host")

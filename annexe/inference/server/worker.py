@@ -252,6 +252,7 @@ class BatchLoop:
             if jobs[index].tells_words and query == wanted:
                 self.tell(Grown(jobs[index].id, text))
 
+        # All at once, else each alone
         is_told = any(job.tells_words for job in jobs)
         try:
             photos = self._padded([prepared for _, prepared in batch])
@@ -268,6 +269,8 @@ class BatchLoop:
             for pair in batch:
                 self._answer([pair])
             return
+
+        # Masks are encoded beside the next batch
         for job, one in zip(jobs, said, strict=True):
             if self._threads is None:
                 self._finish(job, one)
