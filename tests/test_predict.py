@@ -362,7 +362,7 @@ def test_a_photo_that_cannot_be_read_costs_its_own_answers_alone(
         with pytest.raises(SystemExit, match="2"):
             annexe(monkeypatch, *ask_photos(trained, photos, out, f"run.num_workers={num_workers}"))
         printed = capsys.readouterr()
-        assert "6 of 13 photos were answered, not these 7" in printed.err
+        assert "6 of 13 photos were answered, not these 7 (mend them, then name" in printed.err
         reasons = printed.err.splitlines()[-7:]
         for (name, reason), line in zip(sorted(REASONS.items()), reasons, strict=True):
             assert f"'{photos / name}'" in line
@@ -450,6 +450,7 @@ def test_only_the_same_command_goes_on(trained, scenes, tmp_path, monkeypatch, c
         refused("other photos", *one, ALL_SLOTS)
     os.utime(photos / names[0], (0, 0))
     refused("one of them has changed", *words, ALL_SLOTS)
+    refused("another --out and name there the new and mended photos alone", *words, ALL_SLOTS)
 
 
 def test_a_damaged_list_of_what_is_done_is_refused(tmp_path):

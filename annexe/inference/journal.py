@@ -148,11 +148,13 @@ class FinishedBatches:
             if there == here:
                 continue
             what = f"{name} {reprlib.repr(there)}, which is now {reprlib.repr(here)}"
+            other = "another --out"
             if name == "photos":
                 what = "other photos, or one of them has changed"
+                other += " and name there the new and mended photos alone"
             raise UserError(
                 f"'{self.folder}' holds answers with {what}; "
-                "repeat the command as it was, choose another --out, or remove it"
+                f"repeat the command as it was, choose {other}, or remove it"
             )
 
 

@@ -302,8 +302,9 @@ def _say_unanswered(what: str, count: int, reasons: list[str]) -> None:
     """Say which photos or videos have no answers, and why."""
     if not reasons:
         return
-    counts = f"{count - len(reasons)} of {count} {what} were answered, not"
-    say(f"{counts} these {len(reasons)}:", style="red", stderr=True)
+    counts = f"{count - len(reasons)} of {count} {what} were answered, not these {len(reasons)}"
+    fix = "mend them, then name them alone, with another --out"
+    say(f"{counts} ({fix}):", style="red", stderr=True)
     for reason in reasons:
         say(f"  {reason}", style="red", stderr=True)
 
