@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import cv2
 import numpy as np
+import pytest
 
 SCENE_SIZE = (37, 53)  # height, width
 SCENE_NAMES = ("mug", "bowl", "plate", "apple", "scissors", "coin", "right hand", "left hand")
@@ -53,3 +59,38 @@ def random_masks(rng: np.random.Generator, size: tuple[int, int]) -> list[np.nda
             cv2.line(canvas, (x, y), end, 1)
         ids[canvas > 0] = number
     return [ids == number for number in np.unique(ids)[1:]]
+
+
+_DATUMARO = """
+import sys
+import numpy as np
+from datumaro.components.dataset import Dataset
+data = Dataset.import_from(sys.argv[1], sys.argv[2])
+labels = data.categories()[next(iter(data.categories()))]
+(item,) = data
+masks = [each for each in item.annotations if each.type.name == "mask"]
+np.savez(sys.argv[3], **{labels[each.label].name: each.image for each in masks})
+"""
+
+
+def assert_datumaro_finds_the_scene(folder: Path, form: str, masks_file: Path) -> None:
+    """Let datumaro open a data set with `scene_masks` on one photo, and compare its masks.
+
+    It is used where it is installed, in the environment or in the folder that ANNEXE_DATUMARO
+    names; elsewhere the test is skipped.
+
+    Args:
+        folder: of the data set.
+        form: its format, as datumaro names it.
+        masks_file: to which datumaro's masks are written.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.environ.get("ANNEXE_DATUMARO", "")}
+    found = subprocess.run([sys.executable, "-c", "import datumaro"], env=environment, check=False)
+    if found.returncode:
+        pytest.skip("datumaro is not installed; name its folder in ANNEXE_DATUMARO")
+    command = [sys.executable, "-c", _DATUMARO, str(folder), form, str(masks_file)]
+    subprocess.run(command, env=environment, check=True)
+    with np.load(masks_file) as masks:
+        assert sorted(masks) == sorted(SCENE_NAMES)
+        for name, expected in zip(SCENE_NAMES, scene_masks(), strict=True):
+            np.testing.assert_array_equal(masks[name].astype(bool), expected)
