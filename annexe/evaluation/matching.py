@@ -148,6 +148,7 @@ def image_truth(stem: str, truth: Truth) -> ImageTruth:
     slots = []
     phrases = []
     labels = []
+    truth.texts(stem)  # which scores ask for later: annotations are decoded once
     for annotation in truth.annotations(stem):
         names = {slot: annotation.phrase(slot) for slot in annotation.slots}
         slots.append(annotation.slots)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -45,14 +44,13 @@ from annexe.metrics import (
 from annexe.metrics.analysis import ALL_SLOTS
 from annexe.metrics.consistency import Agreement
 from annexe.metrics.grounding import QueryResult
-from annexe.metrics.text import compute_beside, data_folders
 from annexe.prompts import NO_TARGET
 from annexe.workers import Submit, do_right_here, num_cores
 
 log = logging.getLogger(__name__)
 
-TextScores = Future[dict[str, float]]
-"""Scores that another process may compute."""
+Unfinished = Callable[[], dict[str, float]]
+"""Waits for scores that other processes may compute, and gives them."""
 
 PROTOCOLS = ("standard", "annexe_release", "earl_release")
 TARGET_KINDS = ("none", "single", "multi")  # by the number of targets
@@ -134,7 +132,7 @@ def score(records: list[Record], truth: Truth) -> dict[str, float]:
         UserError: the data does not have what a record is about, or cannot be read.
     """
     system = _measure(records, truth)
-    return _standard(system, _submit_texts(system, truth, do_right_here), truth)
+    return _standard(system, _begin_texts(system, truth, do_right_here), truth)
 
 
 def score_all(
@@ -183,18 +181,18 @@ def score_all(
     scores = _query_scores(model, truth)
 
     # Texts take longest, and are scored beside all else
-    def begin(system: System) -> tuple[System, TextScores]:
-        return system, _submit_texts(system, truth, submit)
+    def begin(system: System) -> tuple[System, Unfinished]:
+        return system, _begin_texts(system, truth, submit)
 
-    baselines: dict[str, tuple[System, TextScores]] = {}
-    subsets: dict[str, tuple[System, TextScores]] = {}
-    released: dict[str, TextScores] = {}
+    baselines: dict[str, tuple[System, Unfinished]] = {}
+    subsets: dict[str, tuple[System, Unfinished]] = {}
+    released: dict[str, Unfinished] = {}
     if "annexe_release" in protocols:
         annexe = _annexe_release(model, measured.class_pixels, truth)
-        released["annexe_release"] = submit(compute_beside, annexe.compute, data_folders())
+        released["annexe_release"] = annexe.begin(submit)
     if "earl_release" in protocols:
         earl = _earl_release(model, measured.target_ious, truth)
-        released["earl_release"] = submit(compute_beside, earl.compute, data_folders())
+        released["earl_release"] = earl.begin(submit)
     if "standard" in protocols:
         standard = begin(model)
         for name, system in _baselines([*images, *queries], truth, measured).items():
@@ -214,7 +212,7 @@ def score_all(
 
     # Scores of earlier publications
     for name, release in released.items():
-        metrics[name] = release.result()
+        metrics[name] = release()
     return Scores(metrics, scores)
 
 
@@ -314,50 +312,45 @@ def _measure(records: list[Record], truth: Truth, **options: Any) -> System:
 # Blocks of metrics.json
 
 
-def _standard(system: System, texts: TextScores, truth: Truth) -> dict[str, float]:
+def _standard(system: System, texts: Unfinished, truth: Truth) -> dict[str, float]:
     """The standard metrics of one system, under the names of ``metrics.json``."""
     overlaps = []
     for query, result in zip(system.queries, system.results, strict=True):
         overlaps.append((query.annotation, *result.overlap))
     metrics = dict(truth.dataset.extra_scores(overlaps))
-    metrics |= texts.result() | _mask_scores(system)
+    masks = _mask_scores(system)
+    metrics |= texts() | masks
     stems = {image.image for image in system.images} | {query.image for query in system.queries}
     return metrics | {"num_queries": len(system.queries), "num_images": len(stems)}
 
 
-class Texts(NamedTuple):
-    """What is needed to score the texts of a system."""
-
-    analysis: TextMetrics
-    slots: AnalysisSlots
-    answer: TextMetrics
-
-    def compute(self) -> dict[str, float]:
-        """Scores of analyses and answers; none where there is nothing to score."""
-        analysis = self.analysis.compute("analysis")
-        return analysis | self.slots.compute() | self.answer.compute("answer")
-
-
-def _submit_texts(system: System, truth: Truth, submit: Submit) -> TextScores:
+def _begin_texts(system: System, truth: Truth, submit: Submit) -> Unfinished:
     """Begin to score analyses and answers; there are no scores where the data set has no texts."""
-    texts = Texts(TextMetrics(), AnalysisSlots(), TextMetrics())
+    analysis = TextMetrics()
+    slots = AnalysisSlots()
+    answer = TextMetrics()
     if not truth.dataset.has_text:
-        return do_right_here(dict)
+        return dict
     for image, caption in _analyzed(system, truth):
-        texts.analysis.update(image.image, image.analysis, caption)
-        texts.slots.add(image.analysis, caption)
+        analysis.update(image.image, image.analysis, caption)
+        slots.add(image.analysis, caption)
     for query in system.queries:
-        annotation = truth.annotations(query.image)[query.annotation]
+        texts = truth.texts(query.image)
         key = f"{query.image}/{query.annotation}/{query.query_id!r}"  # 0 and "0" are two wordings
-        reference = truth.dataset.reference(annotation)
-        texts.answer.update(key, query.answer, reference, has_target=bool(annotation.slots))
-    return submit(compute_beside, texts.compute, data_folders())
+        answer.update(
+            key,
+            query.answer,
+            texts.references[query.annotation],
+            has_target=texts.has_target[query.annotation],
+        )
+    unfinished = (analysis.begin("analysis", submit), answer.begin("answer", submit))
+    return lambda: unfinished[0]() | slots.compute() | unfinished[1]()
 
 
 def _analyzed(system: System, truth: Truth) -> Iterator[tuple[ImageRecord, str]]:
     """The images that have a true analysis, each with it."""
     for image in system.images:
-        caption = truth.annotations(image.image)[0].caption
+        caption = truth.texts(image.image).caption
         if caption.strip():
             yield image, caption
 
@@ -402,8 +395,8 @@ def _annexe_release(system: System, pixels: list[np.ndarray], truth: Truth) -> A
     for image, caption in _analyzed(system, truth):
         metric.add_analysis(image.analysis, caption)
     for query, of_query in zip(system.queries, pixels, strict=True):
-        annotation = truth.annotations(query.image)[query.annotation]
-        metric.add_query(query.answer, truth.dataset.reference(annotation), of_query)
+        reference = truth.texts(query.image).references[query.annotation]
+        metric.add_query(query.answer, reference, of_query)
     return metric
 
 
@@ -413,8 +406,8 @@ def _earl_release(system: System, ious: list[float], truth: Truth) -> EarlReleas
     for image, caption in _analyzed(system, truth):
         metric.add_analysis(image.analysis, caption)
     for query, iou in zip(system.queries, ious, strict=True):
-        annotation = truth.annotations(query.image)[query.annotation]
-        metric.add_query(query.answer, truth.dataset.reference(annotation), iou)
+        reference = truth.texts(query.image).references[query.annotation]
+        metric.add_query(query.answer, reference, iou)
     return metric
 
 
@@ -444,7 +437,7 @@ def _query_score(
     if presence is None:
         presence = float(not result.rejected)
     true_slots = {target.slot for target in result.targets}
-    reference = truth.dataset.reference(annotation)
+    reference = truth.texts(query.image).references[query.annotation]
     return QueryScore(
         image=query.image,
         annotation=query.annotation,

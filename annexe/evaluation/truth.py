@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from annexe.datasets.annotations import Annotation
 from annexe.datasets.pixels import image_size, read_id_map, require_ids
@@ -74,6 +74,14 @@ class LabeledDataset(Protocol):
         """Hash of the data: it changes with what predictions and scores depend on."""
 
 
+class ImageTexts(NamedTuple):
+    """The true texts of an image."""
+
+    caption: str
+    references: list[str]  # the true answer of each annotation
+    has_target: list[bool]  # of each annotation
+
+
 class Truth:
     """Annotations and true masks by stem; masks as RLE at the size of the photo.
 
@@ -87,6 +95,7 @@ class Truth:
         self.mask_cache: dict[str, dict[int, Rle]] = {}
         self._index = {stem: index for index, stem in enumerate(dataset.stems)}
         self._sizes: dict[str, tuple[int, int]] = {}
+        self._texts: dict[str, ImageTexts] = {}
         self._latest: tuple[str, list[Annotation]] = ("", [])
 
     def annotations(self, stem: str) -> list[Annotation]:
@@ -104,6 +113,21 @@ class Truth:
         if stem != self._latest[0]:
             self._latest = (stem, self.dataset.annotations[self._index[stem]])
         return self._latest[1]
+
+    def texts(self, stem: str) -> ImageTexts:
+        """The true texts of an image; kept, because every score asks for them.
+
+        Raises:
+            UserError: the split does not have the image.
+        """
+        if stem not in self._texts:
+            annotations = self.annotations(stem)
+            self._texts[stem] = ImageTexts(
+                caption=annotations[0].caption,
+                references=[self.dataset.reference(annotation) for annotation in annotations],
+                has_target=[bool(annotation.slots) for annotation in annotations],
+            )
+        return self._texts[stem]
 
     def masks(self, stem: str) -> dict[int, Rle]:
         """Mask id -> RLE, of every id that an annotation of the image names.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -19,12 +20,21 @@ from annexe.metrics.grounding import (
     TargetResult,
     overlap_of,
 )
-from annexe.metrics.text import TextPair, cider, meteor, meteor_name, word_tokenize
+from annexe.metrics.text import (
+    TextPair,
+    cider,
+    meteor,
+    meteor_name,
+    submit_text,
+    word_tokenize,
+)
 from annexe.prompts import NO_TARGET, NO_TARGET_ANSWER, number_placeholders, phrases_of
 from annexe.rle import Rle, area
+from annexe.workers import Submit, do_right_here
 
 BATCH_SIZE = 10
 NUM_CLASSES = 4  # 0 is the background, k + 1 is slot k
+_BATCHES_OF_A_JOB = 32  # that a process scores at a time
 _PIXEL_FRACTION = 1e-6  # ANNEXE adds it to every union, against division by 0
 
 _REFUSAL = NO_TARGET_ANSWER.rstrip(".").lower()
@@ -63,16 +73,34 @@ class AnnexeRelease:
 
     def compute(self) -> dict[str, float]:
         """Returns METEOR and CIDEr of either text, and `grounding/batch_class_iou`."""
-        metrics: dict[str, float] = {}
+        return self.begin()()
+
+    def begin(self, submit: Submit = do_right_here) -> Callable[[], dict[str, float]]:
+        """Begins what takes long.
+
+        Args:
+            submit: As `annexe.workers.processes` gives it.
+
+        Returns:
+            A function that gives the metrics.
+        """
+        unfinished: dict[str, Callable[[], float]] = {}
         for part, pairs in (("analysis", self.analyses), ("answer", self.answers)):
             if pairs:
-                metrics[f"{part}/{meteor_name()}_swapped"] = _mean_over_batches(pairs, _raw_meteor)
-                metrics[f"{part}/cider_swapped"] = _mean_over_batches(pairs, cider)
-        if self.class_pixels:
-            iou = _mean_over_batches(self.class_pixels, mean_class_iou)
-            metrics["grounding/batch_class_iou"] = iou
-        metrics["num_batches"] = math.ceil(len(self.class_pixels) / BATCH_SIZE)
-        return metrics
+                name = f"{part}/{meteor_name()}_swapped"
+                unfinished[name] = _begin_mean_over_batches(pairs, _raw_meteor, submit)
+                name = f"{part}/cider_swapped"
+                unfinished[name] = _begin_mean_over_batches(pairs, cider, submit)
+
+        def finish() -> dict[str, float]:
+            metrics = {name: value() for name, value in unfinished.items()}
+            if self.class_pixels:
+                iou = _begin_mean_over_batches(self.class_pixels, mean_class_iou, do_right_here)
+                metrics["grounding/batch_class_iou"] = iou()
+            metrics["num_batches"] = math.ceil(len(self.class_pixels) / BATCH_SIZE)
+            return metrics
+
+        return finish
 
 
 class EarlRelease:
@@ -104,16 +132,26 @@ class EarlRelease:
 
     def compute(self) -> dict[str, float]:
         """Returns METEOR and CIDEr of either text, and `grounding/mean_target_iou`."""
-        metrics: dict[str, float] = {}
+        return self.begin()()
+
+    def begin(self, submit: Submit = do_right_here) -> Callable[[], dict[str, float]]:
+        """Begins what takes long; as of `AnnexeRelease.begin`."""
+        unfinished: dict[str, Future[float]] = {}
         for part, pairs in (("analysis", self.analyses), ("answer", self.answers)):
             if pairs:
                 pairs = sorted(pairs)  # sums in one order, whatever that of the samples
                 lowered = [_map_texts(pair, str.lower) for pair in pairs]
-                metrics[f"{part}/{meteor_name()}_raw"] = _raw_meteor(lowered)
-                metrics[f"{part}/cider_raw"] = cider(pairs)
-        if self.ious:
-            metrics["grounding/mean_target_iou"] = math.fsum(self.ious) / len(self.ious)
-        return metrics
+                name = f"{part}/{meteor_name()}_raw"
+                unfinished[name] = submit_text(submit, _raw_meteor, lowered)
+                unfinished[f"{part}/cider_raw"] = submit_text(submit, cider, pairs)
+
+        def finish() -> dict[str, float]:
+            metrics = {name: value.result() for name, value in unfinished.items()}
+            if self.ious:
+                metrics["grounding/mean_target_iou"] = math.fsum(self.ious) / len(self.ious)
+            return metrics
+
+        return finish
 
 
 # Masks as ANNEXE scores them
@@ -358,6 +396,21 @@ def _map_texts(pair: TextPair, change: Callable[[str], str]) -> TextPair:
     return TextPair(change(pair.prediction), change(pair.reference), pair.has_target)
 
 
-def _mean_over_batches(samples: list, value_of: Callable[[list], float]) -> float:
+def _begin_mean_over_batches(
+    samples: list, value_of: Callable[[list], float], submit: Submit
+) -> Callable[[], float]:
+    """Begins the mean of `value_of` over the batches; returns what gives it."""
     batches = [samples[first : first + BATCH_SIZE] for first in range(0, len(samples), BATCH_SIZE)]
-    return math.fsum(value_of(batch) for batch in batches) / len(batches)
+    jobs = []
+    for first in range(0, len(batches), _BATCHES_OF_A_JOB):
+        of_job = batches[first : first + _BATCHES_OF_A_JOB]
+        jobs.append(submit_text(submit, _values, value_of, of_job))
+
+    def finish() -> float:
+        return math.fsum(value for job in jobs for value in job.result()) / len(batches)
+
+    return finish
+
+
+def _values(value_of: Callable[[list], float], batches: list[list]) -> list[float]:
+    return [value_of(batch) for batch in batches]

@@ -11,9 +11,10 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future
 from multiprocessing import parent_process
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import nltk
 import numpy as np
@@ -25,6 +26,7 @@ from nltk.translate.meteor_score import single_meteor_score
 from pycocoevalcap.cider.cider_scorer import CiderScorer, cook_refs, cook_test
 
 from annexe.errors import UserError
+from annexe.workers import Submit, do_right_here
 
 logger = logging.getLogger(__name__)
 
@@ -97,23 +99,38 @@ class TextMetrics:
             self._add(key, pair)
 
     def compute(self, prefix: str) -> dict[str, float]:
-        """Returns the metrics, each under `prefix/`; a metric without any pair is absent.
+        """Returns the metrics, as `begin` describes them."""
+        return self.begin(prefix)()
+
+    def begin(self, prefix: str, submit: Submit = do_right_here) -> Callable[[], dict[str, float]]:
+        """Begins what takes long.
+
+        Args:
+            prefix: Of the names.
+            submit: As `annexe.workers.processes` gives it.
+
+        Returns:
+            A function that gives the metrics, each under `prefix/`; a metric without any pair is
+            absent.
 
         `meteor` needs WordNet. Where it is missing, `meteor_without_synonyms` stands in its place:
         the two differ and never share a name. `exact_match_targets` leaves out the queries without
         a target, which a constant answer gets right.
         """
         if not self.pairs:
-            return {}
+            return dict
         pairs = [self.pairs[key] for key in sorted(self.pairs)]
-        metrics = {f"{prefix}/{meteor_name()}": meteor(pairs), f"{prefix}/cider": cider(pairs)}
-        flagged = [pair for pair in pairs if pair.has_target is not None]
-        if flagged:
-            metrics[f"{prefix}/exact_match"] = exact_match(flagged)
-        with_target = [pair for pair in flagged if pair.has_target]
-        if with_target:
-            metrics[f"{prefix}/exact_match_targets"] = exact_match(with_target)
-        return metrics
+        meteor_score = submit_text(submit, meteor, pairs)
+        cider_score = submit_text(submit, cider, pairs)
+
+        def finish() -> dict[str, float]:
+            metrics = {
+                f"{prefix}/{meteor_name()}": meteor_score.result(),
+                f"{prefix}/cider": cider_score.result(),
+            }
+            return metrics | _exact_matches(prefix, pairs)
+
+        return finish
 
     def _add(self, key: str, pair: TextPair) -> None:
         if key in self.pairs:
@@ -145,21 +162,15 @@ def word_tokenize(text: str) -> str:
     return " ".join(tokens)
 
 
-def data_folders() -> list[str]:
-    """The folders in which nltk looks for data, for `compute_beside`."""
+def submit_text(submit: Submit, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    """Has a function of this module called where `submit` does it, with the words known here."""
     load_wordnet()  # which may add a folder
-    return list(nltk.data.path)
+    return submit(_with_folders, list(nltk.data.path), work, *arguments)
 
 
-def compute_beside(compute: Callable[[], dict[str, float]], folders: list[str]) -> dict[str, float]:
-    """Computes metrics in another process as in the one that calls this one.
-
-    Args:
-        compute: Method of the metrics.
-        folders: `data_folders` of the other process.
-    """
+def _with_folders(folders: list[str], work: Callable[..., Any], *arguments: Any) -> Any:
     nltk.data.path[:] = folders
-    return compute()
+    return work(*arguments)
 
 
 @functools.cache
@@ -274,6 +285,18 @@ def cider(pairs: list[TextPair]) -> float:
     # Every pair counts in the mean
     scores = dict(zip(distinct, scorer.compute_cider(), strict=True))
     return float(np.mean(np.array([scores[side] for side in sides])))
+
+
+def _exact_matches(prefix: str, pairs: list[TextPair]) -> dict[str, float]:
+    """Exact match of the pairs that know whether there is a target, and of those that have one."""
+    metrics = {}
+    flagged = [pair for pair in pairs if pair.has_target is not None]
+    if flagged:
+        metrics[f"{prefix}/exact_match"] = exact_match(flagged)
+    with_target = [pair for pair in flagged if pair.has_target]
+    if with_target:
+        metrics[f"{prefix}/exact_match_targets"] = exact_match(with_target)
+    return metrics
 
 
 def exact_match(pairs: list[TextPair]) -> float:
