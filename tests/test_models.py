@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from annexe.benchmarks.flops import flops_of_batch
 from annexe.datasets.collate import Collator
@@ -17,6 +20,7 @@ from annexe.errors import UserError
 from annexe.models.annexe import Annexe
 from annexe.models.compile import compile_blocks
 from annexe.models.image_ops import STATISTICS, upsample_bilinear, upsample_by_matmul
+from annexe.models.language_model.causal_lm import CausalLM
 from annexe.models.language_model.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from annexe.models.mask_postprocessing import encode_on_device, postprocess
 from annexe.models.pixel_decoder import attention_mask, pad_per_image, unpad_per_image
@@ -460,6 +464,35 @@ def test_compiled_blocks_give_the_same_without_a_graph_break(make_parts, decoder
     assert not torch._dynamo.utils.counters["graph_break"]
     torch.testing.assert_close(compiled[:2], eager[:2], atol=1e-4, rtol=1e-4)
     assert compiled[2] == eager[2]
+
+
+@pytest.mark.slow
+def test_compiled_blocks_keep_what_attention_gave(make_parts, monkeypatch):
+    """Counted in the graphs that the compiler is given: on a CPU FlexAttention does not train."""
+    counts = []
+
+    def counting(graph: torch.fx.GraphModule, _inputs: list) -> Callable:
+        targets = [str(node.target) for node in graph.graph.nodes]
+        if "flex_attention" in targets or "flex_attention_backward" in targets:
+            counts.append([targets.count(f"flex_attention{end}") for end in ("", "_backward")])
+        return graph.forward
+
+    def partition(graph: torch.fx.GraphModule, inputs: list, **settings: object) -> tuple:
+        torch._inductor.config.joint_custom_pre_pass(graph.graph)  # as the compiler itself does
+        return min_cut_rematerialization_partition(graph, inputs, compiler="inductor", **settings)
+
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(CausalLM, "uses_flex_attention", True)
+    options = ("hidden_size=128", "num_layers=1", "lora.rank=4", "lora.dropout=0", "num_heads=2")
+    model, tokenizer, batch = make_parts(*(f"model.language_model.{one}" for one in options))
+    backend = aot_autograd(fw_compiler=counting, bw_compiler=counting, partition_fn=partition)
+    compile_blocks(model, backend=backend)
+    text = Collator(tokenizer, model.num_image_tokens, 4, unpad=True)(batch.samples).text
+    embeddings = torch.rand(*text.input_ids.shape, model.language_model.hidden_size)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.language_model.train()(embeddings, text).sum().backward()
+    torch._dynamo.reset()
+    assert counts == [[1, 0], [0, 1]]  # once forward, and nothing of it again
 
 
 def test_patches_per_token_has_to_divide_a_row(make_parts):

@@ -34,14 +34,13 @@ def compile_blocks(
         compile: what stands for torch.compile.
     """
     # Imported here, because it takes a second
-    from annexe.models.recomputation import CostOfRecomputation
+    from annexe.models.kept_activations import KeepAttention
 
     # One variant for every shape, with and without gradients
     torch._dynamo.config.recompile_limit = 64
     # Drops what is cheap to compute again, at no loss of speed
     torch._functorch.config.activation_memory_budget = 0.9
-    cost = CostOfRecomputation()
-    torch._functorch.config.activation_memory_budget_runtime_estimator = cost  # type: ignore[assignment]
+    torch._inductor.config.joint_custom_pre_pass = KeepAttention()
 
     # The library's hooks record outputs that nothing reads, and cannot be compiled
     rgb: Any = model.rgb_encoder
