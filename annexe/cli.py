@@ -43,7 +43,7 @@ TOOLS = {
 _SHOWN = 200  # characters of a text that cannot be written
 
 # What gloo and NCCL say where another process of the job died or hangs
-_LOST_PROCESS = re.compile(r"gloo/\S+\] (.+)|(remote process exited)")
+_LOST_PROCESS = re.compile(r"gloo/\S+\] (.+)|(remote process exit\w+)")
 # What a DataLoader says of a worker that died
 _DEAD_WORKER = re.compile(r"DataLoader worker \(pid.*\) (is killed|exited)|Too many open files")
 
