@@ -25,7 +25,7 @@ from annexe.distributed import (
 )
 from annexe.errors import UserError
 from annexe.evaluation.batches import BatchFiles, Finisher, by_size, ready
-from annexe.evaluation.clock import Clock
+from annexe.evaluation.clock import Clock, num_batches_of_start
 from annexe.evaluation.matching import ImageResults
 from annexe.evaluation.predict import plan_batches, predict
 from annexe.evaluation.records import Record, split_kinds
@@ -68,7 +68,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     """
     accelerator = make_accelerator(**device_settings(config.run))
     output = Path(config.run.output_dir)
-    clock = Clock()
+    clock = Clock(num_batches_of_start(config.run))
     with locked(output) if accelerator.is_main_process else nullcontext():
         require_shared(accelerator, output, "run.output_dir")
         evaluation = restore(config, accelerator)
@@ -231,8 +231,8 @@ def predict_missing(evaluation: Evaluation, finisher: Finisher, clock: Clock) ->
     accelerator = evaluation.accelerator
     files = finisher.files
     missing = from_main(accelerator, files.missing())
-    first = accelerator.num_processes  # a batch for each
-    clock.num_photos = sum(len(files.batches[index]) for index in missing[first:])
+    num_started = clock.num_batches_of_start * accelerator.num_processes
+    clock.num_photos = sum(len(files.batches[index]) for index in missing[num_started:])
     missing = missing[accelerator.process_index :: accelerator.num_processes]
     finisher.add_files()
 

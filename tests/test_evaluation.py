@@ -359,7 +359,7 @@ def test_workers_behind_the_model_change_nothing(trained, make_config, tmp_path)
     same_files(tmp_path / "plain", tmp_path / "workers")
     timing = json.loads((tmp_path / "workers" / "timing.json").read_text())
     num_batches = len(timing["seconds_of_batches"])
-    assert timing["photos_after_first_batch"] == num_batches - 1 > 0
+    assert timing["photos_after_start_up"] == num_batches - 1 > 0
     assert timing["photos_per_second"] > 0
     assert sum(timing["share_of_time"].values()) == pytest.approx(1)
 

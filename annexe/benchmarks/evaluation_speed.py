@@ -21,7 +21,7 @@ from annexe.config import Config, device_settings
 from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.distributed import from_main, make_accelerator
 from annexe.evaluation.batches import by_size
-from annexe.evaluation.clock import Clock
+from annexe.evaluation.clock import Clock, num_batches_of_start
 from annexe.evaluation.predict import answer_batches, load_batches, plan_batches
 from annexe.evaluator import Evaluation, evaluate_model
 from annexe.models.annexe import Annexe
@@ -59,7 +59,7 @@ def measure_evaluation(config: Config) -> tuple[Record, list[str]]:
     reset_peak(accelerator.device)
 
     # The evaluation, from the start of this process on
-    clock = Clock()
+    clock = Clock(num_batches_of_start(config.run))
     is_main = accelerator.is_main_process
     made = tempfile.mkdtemp(prefix="annexe-bench-") if is_main else ""
     folder = Path(from_main(accelerator, made))

@@ -7,15 +7,22 @@ from typing import Any
 
 import psutil
 
+from annexe.config import RunConfig
+
 
 class Clock:
     """Takes the time of one call of an evaluation, from the start of this process on.
 
+    Args:
+        num_batches_of_start: first batches that count as start-up. With torch.compile the second
+            does too: blocks are compiled for its shape, and with it for those of all others.
+
     Attributes:
-        num_photos: that all processes predict behind the first batch of each.
+        num_photos: that all processes predict after their start-up.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_batches_of_start: int) -> None:
+        self.num_batches_of_start = num_batches_of_start
         self.num_photos = 0
         since_start = time.time() - psutil.Process().create_time()
         self._started = time.perf_counter() - since_start
@@ -42,15 +49,15 @@ class Clock:
     def record(self) -> dict[str, Any]:
         """What timing.json holds; nothing where no batch was predicted.
 
-        Rates and shares are of the time from the end of the first batch to the scores. Compilation
-        and the capture of CUDA graphs for further shapes count.
+        Rates and shares are of the time from the end of the start-up to the scores.
         """
         if not self._ends:
             return {}
-        first, last = self._ends[0], self._ends[-1]
+        num_started = min(self.num_batches_of_start, len(self._ends))
+        first, last = self._ends[num_started - 1], self._ends[-1]
         seconds = self._scored - first
-        waiting = sum(self._waiting[1:])
-        generating = sum(self._generating[1:])
+        waiting = sum(self._waiting[num_started:])
+        generating = sum(self._generating[num_started:])
         parts = {
             "generation": generating,
             "waiting_for_photos": waiting,
@@ -58,9 +65,10 @@ class Clock:
             "behind_the_last_batch": self._scored - last,
         }
         return {
-            "seconds_to_first_batch": first - self._started,
-            "seconds_after_first_batch": seconds,
-            "photos_after_first_batch": self.num_photos,
+            "seconds_to_first_batch": self._ends[0] - self._started,
+            "seconds_of_start_up": first - self._started,
+            "seconds_after_start_up": seconds,
+            "photos_after_start_up": self.num_photos,
             "photos_per_second": self.num_photos / seconds,
             "share_of_time": {name: part / seconds for name, part in parts.items()},
             "seconds_of_batches": self._generating,
@@ -73,7 +81,12 @@ class Clock:
         if not record:
             return "no batch was left to predict"
         return (
-            f"first batch after {record['seconds_to_first_batch']:.1f} s, then "
+            f"first batch after {record['seconds_to_first_batch']:.1f} s; after the start-up "
             f"{record['photos_per_second']:.2f} photos/s until all was scored; generation took "
             f"{record['share_of_time']['generation']:.0%} of that time"
         )
+
+
+def num_batches_of_start(run: RunConfig) -> int:
+    """First batches of an evaluation that count as its start-up, as `Clock` takes it."""
+    return 2 if run.compile else 1
