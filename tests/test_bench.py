@@ -411,10 +411,10 @@ def test_an_evaluation_is_timed_from_files_to_scores(
     record = report["measured"]
     num_images = record["images"]
     assert len(decoded) == 2 * num_images  # once for the evaluation, once for what is in memory
-    assert record["photos_after_first_batch"] == num_images - 1 > 0
+    assert record["photos_after_start_up"] == num_images - 1 > 0
     assert sum(record["share_of_time"].values()) == pytest.approx(1)
     rate = record["photos_per_second"]
-    assert rate == pytest.approx((num_images - 1) / record["seconds_after_first_batch"])
+    assert rate == pytest.approx((num_images - 1) / record["seconds_after_start_up"])
     alone = record["photos_per_second_of_generation_alone"]
     assert record["share_of_generation_alone"] == pytest.approx(rate / alone)
 
