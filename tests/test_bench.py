@@ -350,6 +350,10 @@ def test_training_on_its_own_data_goes_on_with_other_photos(
     assert record["images_per_step"] == 2
     assert record["queries_per_image"] == 5
     assert record["parts_of_step"]["waiting for data"]["ms"] > 0
+    assert 0 < record["share_of_waiting_for_data"] < 1
+    assert record["share_of_padding"] == 0  # a row by itself has none
+    tokens_per_second = record["tokens_per_image"] * record["images_per_second_from_memory"]
+    assert record["tokens_per_second_from_memory"] == pytest.approx(tokens_per_second)
     assert "photos are decoded" in report["notes"][0]
     # 1 + 1 + 2 steps, and 1 + 2 for the parts: more than there are
     assert len(decoded) == len(set(decoded)) == 12

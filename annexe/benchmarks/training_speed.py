@@ -46,7 +46,10 @@ from annexe.training.cuda_graphs import PAD_TO_MULTIPLE_OF
 
 DEFAULT_TOKENS = "430 with one question, 963 with eight"  # of an image
 # What all processes of a job have together; operations and the ceiling are those of one GPU
-_SUMMED = ("images_per_step", "images_per_second", "queries_per_second", "tokens_per_second")
+_SUMMED = (
+    *("images_per_step", "images_per_second", "queries_per_second", "tokens_per_second"),
+    *("images_per_second_from_memory", "tokens_per_second_from_memory"),
+)
 _PASSES = ("forward", "backward", "total")  # of `Flops`
 
 
@@ -138,24 +141,26 @@ def _time_steps(trainer: Trainer, batches: Iterator[Batch], settings: TrainingSe
     run = trainer.run
 
     # Steps; those of the warm-up are not counted
-    timeline = Timeline(device)
-    taken: list[Batch] = []
-    num_steps = settings.num_warmup_steps + settings.num_steps
-    for step in terminal.track(range(num_steps), "training", transient=True):
-        is_counted = step >= settings.num_warmup_steps
-        if is_counted:
-            timeline.enter("step")
-        micro_batches = _step(trainer, batches)
-        if is_counted:
-            taken += micro_batches
-    timeline.enter("end")
-    seconds = timeline.laps("step")
+    for _ in terminal.track(range(settings.num_warmup_steps), "warm-up", transient=True):
+        _step(trainer, batches)
+    waits = Waits(batches)
+    seconds, taken = _run_steps(trainer, waits, settings.num_steps)
     memory = peak_memory(device)
 
     # Images, queries and tokens
     seen = count_samples(taken)
     images_per_second = float(seen[0]) / sum(seconds)
     _, queries_per_image, tokens_per_image = (seen / seen[0]).tolist()
+    of_data: Record = {"share_of_padding": 1 - float(seen[2]) / sum(map(_num_computed, taken))}
+
+    # The same batches once more, as if no time went into loading
+    if settings.real:
+        of_data["share_of_waiting_for_data"] = waits.seconds / sum(seconds)
+        counted = trainer.seen.clone()
+        in_memory, _ = _run_steps(trainer, iter(taken), settings.num_steps)
+        trainer.seen.copy_(counted)  # they are no further photos
+        of_data["images_per_second_from_memory"] = float(seen[0]) / sum(in_memory)
+        of_data["tokens_per_second_from_memory"] = float(seen[2]) / sum(in_memory)
 
     # Operations
     tflop_per_image = _tflop_per_image(trainer, taken)
@@ -168,6 +173,7 @@ def _time_steps(trainer: Trainer, batches: Iterator[Batch], settings: TrainingSe
         "images_per_second": images_per_second,
         "queries_per_second": queries_per_image * images_per_second,
         "tokens_per_second": tokens_per_image * images_per_second,
+        **of_data,
         "step_ms": percentiles(seconds),
         "peak_memory_gb": memory,
         "tflop_per_image": tflop_per_image,
@@ -175,6 +181,44 @@ def _time_steps(trainer: Trainer, batches: Iterator[Batch], settings: TrainingSe
         "ceiling_tflop_per_second": device_ceiling,
         "share_of_ceiling": tflop_per_second / device_ceiling,
     }
+
+
+class Waits:
+    """Batches, and the seconds that the host has waited for them."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self.batches = batches
+        self.seconds = 0.0
+
+    def __iter__(self) -> Waits:
+        return self
+
+    def __next__(self) -> Batch:
+        began = time.perf_counter()
+        batch = next(self.batches)
+        self.seconds += time.perf_counter() - began
+        return batch
+
+
+def _run_steps(
+    trainer: Trainer, batches: Iterator[Batch], num_steps: int
+) -> tuple[list[float], list[Batch]]:
+    """Seconds of each of some steps, and their micro-batches."""
+    timeline = Timeline(trainer.accelerator.device)
+    taken: list[Batch] = []
+    for _ in terminal.track(range(num_steps), "training", transient=True):
+        timeline.enter("step")
+        taken += _step(trainer, batches)
+    timeline.enter("end")
+    return timeline.laps("step"), taken
+
+
+def _num_computed(batch: Batch) -> int:
+    """Tokens that the language model computes, padding included."""
+    text = batch.text
+    if text.unpadded_indices is not None:
+        return len(text.unpadded_indices)
+    return text.segment_ids.numel()
 
 
 def _step(trainer: Trainer, batches: Iterator[Batch]) -> list[Batch]:
@@ -213,7 +257,7 @@ def _on_real_data(
 
 def _run_in(folder: Path, config: Config, settings: TrainingSettings) -> Config:
     """The configuration of a run in ``folder`` with steps enough, and nothing beside them."""
-    num_steps = 3 * (settings.num_warmup_steps + settings.num_steps)
+    num_steps = 4 * (settings.num_warmup_steps + settings.num_steps)
     run = replace(
         config.run,
         output_dir=str(folder / "run"),
