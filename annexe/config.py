@@ -185,6 +185,8 @@ class RunConfig:
 
     # Several GPUs (torchrun): the whole model on each (ddp), or its weights spread over all (fsdp)
     parallel: str = "ddp"
+    # Processes share the photos of a step by their questions, so that they take equally long
+    balance_processes: bool = False
     timeout_minutes: float = 15
 
     # Schedule: optimizer steps; one epoch is one pass over the training images

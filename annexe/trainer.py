@@ -467,6 +467,8 @@ def _training_batches(
         first_image=progress.images,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
+        batches_per_step=run.gradient_accumulation,
+        num_queries=train_set.num_queries if run.balance_processes else None,
     )
     return training_loader(train_set, sampler, collate, run.num_workers, accelerator.device)
 
@@ -629,37 +631,30 @@ class Trainer:
         units = counts[:-3].view(units.shape)
         factor = self.term_weights / units[0].clamp(min=1)
 
+        # Forward and backward; gradients of whole models are exchanged behind the last micro-batch
+        self.model.train()
         if not self.uses_cuda_graphs:
             batches = [batch.to(device) for batch in batches]
         for _ in range(self.objective.num_updates):
-            totals, norm = self._update(batches, factor)
+            totals = torch.zeros(units.shape, device=device)
+            for batch in batches:
+                totals += self.run_pass(batch, factor)
+            if self.shared_gradients is not None:
+                self.shared_gradients.sum_over_ranks()
+            norm = self._move_weights()
         self.progress.step += 1
         self.seen += counts[-3:]
         return totals, units, norm
 
-    def _update(self, batches: list[Batch], factor: Tensor) -> tuple[Tensor, Tensor]:
-        """One optimizer step; the loss of each micro-batch is ``factor`` times its totals.
-
-        Returns:
-            Each term's total on this rank, and the gradient norm.
-        """
-        # Forward and backward; gradients of whole models are exchanged behind the last micro-batch
-        self.model.train()
-        shape = (1 + self.num_apart, len(self.loss_weights))
-        totals = torch.zeros(shape, device=self.accelerator.device)
-        for batch in batches:
-            totals += self.run_pass(batch, factor)
-        if self.shared_gradients is not None:
-            self.shared_gradients.sum_over_ranks()
-
-        # The optimizer's step at this step's learning rate
+    def _move_weights(self) -> Tensor:
+        """The optimizer's step at this step's learning rate; gives the norm of the gradient."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.progress.step, self.run)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.run.clip_norm)
         self.optimizer.step()
         keeps_gradients = self.uses_cuda_graphs or self.shared_gradients is not None
         self.optimizer.zero_grad(set_to_none=not keeps_gradients)
-        return totals, norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _forward_backward(self, batch: Batch, factor: Tensor) -> Tensor:
         """Forward and backward over one micro-batch; the loss is ``factor`` times the totals.

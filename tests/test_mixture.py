@@ -115,6 +115,43 @@ def test_the_order_depends_neither_on_processes_nor_on_restarts():
     assert drawn(resumed, 47, first=4 * 53) == order[4 * 53 :]
 
 
+def test_processes_share_the_questions_of_a_step_evenly():
+    """Whatever their number, a step has the photos that one process takes, each of them once."""
+    mixture = Mixture([37, 11], [3, 1], seed=5)
+    size = 48  # photos of a step
+    for world_size, batches_per_step in ((2, 1), (4, 1), (4, 3)):
+        by_rank = []
+        for rank in range(world_size):
+            batches = MicroBatches(
+                mixture,
+                batch_size=size // world_size // batches_per_step,
+                num_batches=5 * batches_per_step,
+                first_image=2 * size,
+                rank=rank,
+                world_size=world_size,
+                batches_per_step=batches_per_step,
+                num_queries=lambda draw: 1 + draw.image % 8,
+            )
+            by_rank.append(list(batches))
+        for step in range(5):
+            counts = []
+            draws = []
+            for batches in by_rank:
+                num_before = len(draws)
+                for batch in batches[step * batches_per_step : (step + 1) * batches_per_step]:
+                    draws += batch
+                counts.append(sum(1 + draw.image % 8 for draw in draws[num_before:]))
+            first = (2 + step) * size
+            assert sorted(draws) == sorted(mixture.order(first, first + size))
+            assert max(counts) - min(counts) <= 3
+
+
+def test_a_data_set_tells_the_questions_of_a_sample(make_mixed: Callable[..., Config]):
+    train_set = build_training_set(make_mixed("datasets.ego_irgbench.queries_per_image=5"))
+    for draw in train_set.mixture.order(0, 12):
+        assert train_set.num_queries(draw) == len(train_set[draw].turns)
+
+
 def test_one_data_set_comes_as_it_always_did():
     order = Mixture([9], [3], seed=4).order(0, 27)
     expected = []

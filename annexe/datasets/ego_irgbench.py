@@ -134,6 +134,11 @@ class EgoIRGBench:
         """Slots that the annotation with the most targets uses."""
         return max(1, *(int(index.num_slots[row]) for index, row in self._rows_by_stem.values()))
 
+    def num_queries(self, image: int) -> int:
+        """Queries of a training sample of an image."""
+        index, row = self._rows_by_stem[self.stems[image]]
+        return min(index.num_annotations(row), self.queries_per_image)
+
     # Samples
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:

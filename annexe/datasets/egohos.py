@@ -144,6 +144,10 @@ class EgoHOS:
     def __len__(self) -> int:
         return len(self.stems)
 
+    def num_queries(self, image: int) -> int:
+        """Queries of a training sample of an image: all."""
+        return len(self.annotations[image])
+
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         """The training sample (epoch, index): every question, the same in every epoch."""
         _, index = item

@@ -49,6 +49,11 @@ class TrainingSet(Dataset):
         sample = self.members[draw.dataset][draw.epoch, draw.image]
         return replace(sample, dataset=draw.dataset) if self.is_mixed else sample
 
+    def num_queries(self, draw: Draw) -> int:
+        """Queries of a sample, without reading it."""
+        dataset = self.members[draw.dataset]
+        return dataset.num_queries(draw.image)
+
     @property
     def is_mixed(self) -> bool:
         """Whether there are several data sets."""

@@ -45,12 +45,14 @@ class WithAnalyses(Dataset):
 
     Attributes:
         mixture: the order of the samples.
+        num_queries: of a sample.
     """
 
     def __init__(self, train_set: TrainingSet, texts: Texts) -> None:
         self.train_set = train_set
         self.texts = texts
         self.mixture = train_set.mixture
+        self.num_queries = train_set.num_queries
 
     def __getitem__(self, draw: Draw) -> Sample:
         return replace(self.train_set[draw], read_analysis=self.texts.get(draw))
