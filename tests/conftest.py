@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from annexe import cli
 from annexe.build import build_dataset, build_model, load_config
 from annexe.config import Config
 from annexe.datasets.collate import Collator
@@ -105,6 +107,27 @@ def make_config(scenes: Path, tmp_path: Path) -> Callable[..., Config]:
         return load_config(TINY, [*chosen, *own, *options])
 
     return make
+
+
+@pytest.fixture
+def command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs the `annexe` command in this process.
+
+    Gives exit code, output and errors.
+    """
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["annexe", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = ended.code
+        return code, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="session")

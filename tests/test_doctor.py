@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -598,22 +598,12 @@ def test_real_samples_have_notes_alone() -> None:
 
 
 @pytest.fixture
-def doctor(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Callable[..., tuple[int, str]]]:
+def doctor(command_line: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str]]:
     """Runs `annexe doctor`; returns exit code and what it printed, the progress bar left out."""
 
     def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(
-            sys, "argv", ["annexe", "doctor", *map(str, arguments), "--workers", "1"]
-        )
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            code = exit_.code
-        printed = capsys.readouterr()
-        return code, printed.out or printed.err
+        code, output, errors = command_line("doctor", *arguments, "--workers", 1)
+        return code, output or errors
 
     return run
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from annexe import cli
 from annexe.datasets.pixels import read_id_map
 from annexe.evaluation.records import (
     ImageRecord,
@@ -41,17 +39,12 @@ Annexe = Callable[..., str]
 
 
 @pytest.fixture
-def annexe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Annexe:
+def annexe(command_line: Callable[..., tuple[int, str, str]]) -> Annexe:
     """Runs the command and returns what it printed, or its error."""
 
     def call(*arguments: Any) -> str:
-        monkeypatch.setattr(sys, "argv", ["annexe", *map(str, arguments)])
-        try:
-            cli.main()
-        except SystemExit as ended:
-            if ended.code:
-                return capsys.readouterr().err
-        return capsys.readouterr().out
+        code, output, errors = command_line(*arguments)
+        return errors if code else output
 
     return call
 

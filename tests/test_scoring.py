@@ -114,24 +114,16 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> Path:
 
 
 @pytest.fixture
-def annexe(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., str]:
+def annexe(command_line: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
     """Runs the `annexe` command in this process.
 
     Returns what it prints, or the one line of its error.
     """
 
     def run(*words: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["annexe", *map(str, words)])
-        code = None
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code
-        out, error = capsys.readouterr()
-        assert code is None or (code == 2 and len(error.splitlines()) == 1), error
-        return out if code is None else error
+        code, output, errors = command_line(*words)
+        assert code == 0 or (code == 2 and len(errors.splitlines()) == 1), errors
+        return output if code == 0 else errors
 
     return run
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from annexe import cli
 from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.datasets.image_names import CATEGORIES, category, fields, leaks
 from annexe.errors import UserError
@@ -102,20 +100,12 @@ def test_stems_without_fields() -> None:
 
 
 @pytest.fixture
-def annexe(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str]]:
+def annexe(command_line: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str]]:
     """Runs `annexe split`; returns exit code and output."""
 
     def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["annexe", "split", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            code = exit_.code
-        printed = capsys.readouterr()
-        return code, printed.out or printed.err
+        code, output, errors = command_line("split", *arguments)
+        return code, output or errors
 
     return run
 
