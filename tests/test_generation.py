@@ -13,7 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from annexe.build import prepare_for_inference
+from annexe.config import RunConfig
 from annexe.datasets.collate import Collator
+from annexe.distributed import make_accelerator
+from annexe.errors import UserError
 from annexe.models.language_model import decode_operations, generation
 from annexe.models.language_model.attention import (
     attend,
@@ -359,6 +363,16 @@ def test_adapters_that_coarse_weights_would_round_away_are_not_merged(make_promp
             torch.nn.init.normal_(parameter, std=std)
     language_model.merge_adapters()
     assert {m.merged for m in language_model.modules() if hasattr(m, "lora_B")} == {merged}
+
+
+def test_float8_weights_need_merged_adapters(make_parts):
+    model, _, _ = make_parts(*LORA, "model.language_model.dtype=bfloat16")
+    for name, parameter in model.language_model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.0003)
+    accelerator = make_accelerator(device="cpu", mixed_precision="fp32", timeout_minutes=1)
+    with pytest.raises(UserError, match=r"run\.generation_dtype float8 is for .* set it to auto"):
+        prepare_for_inference(model, RunConfig(generation_dtype="float8"), accelerator)
 
 
 def test_merged_adapters_give_the_same(make_prompts):
