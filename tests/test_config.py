@@ -104,6 +104,14 @@ def test_interpolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (config.run.output_dir, config.run.warmup_steps) == ("elsewhere/a", 3000)
 
 
+def test_a_reference_changes_no_other_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks with references are made by OmegaConf, others without it."""
+    monkeypatch.setenv("ANNEXE_NAME", "a name")
+    plain = load_config(TINY, ["run.wandb.name=a name"])
+    with_reference = load_config(TINY, ["run.wandb.name=${oc.env:ANNEXE_NAME}"])
+    assert repr(with_reference) == repr(plain)  # 1 and 1.0 are told apart
+
+
 TYPED = ("007", "1e5", "on", "No", "1:30", "0x10", "2026-01-01", "1_000", "1.50", ".5", "a: b")
 
 
