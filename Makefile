@@ -19,8 +19,8 @@ install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
-	$(BIN)/pip install --quiet --no-compile -e ".[dev]"
+	$(BIN)/pip install -qq --disable-pip-version-check --upgrade pip
+	$(BIN)/pip install -qq --no-compile -e ".[dev]"
 	@# Byte code by all cores; a library may have files for other versions of Python
 	$(BIN)/python -m compileall -qq -j 0 -x "/tests?/" $(VENV)/lib || true
 	touch $@
