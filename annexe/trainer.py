@@ -633,8 +633,6 @@ class Trainer:
 
         # Forward and backward; gradients of whole models are exchanged behind the last micro-batch
         self.model.train()
-        # Forward and backward; gradients of whole models are exchanged behind the last micro-batch
-        self.model.train()
         if not self.uses_cuda_graphs:
             batches = [batch.to(device) for batch in batches]
         for _ in range(self.objective.num_updates):
