@@ -154,6 +154,7 @@ def test_a_bad_photo_or_question_costs_itself_alone(predictor, photos, tmp_path)
         (b"", None, "the file is empty"),
         ([Image.new("RGB", (64, 64))] * 2, [["one"]], "1 lists of questions for 2 photos"),
         (Image.new("RGB", (64, 64)), ["<MSK_0>"], "a token of the prompt"),
+        (Image.new("RGB", (64, 64)), ["the </s> mug"], "holds '</s>', a token of the prompt"),
         (Image.new("RGB", (64, 64)), ["\ud800"], "not UTF-8"),
     ],
 )

@@ -328,11 +328,24 @@ class Predictor:
         try:
             for question in photo.questions:
                 check_question(question)
+                self._require_plain_words(question)
             sample = self._sample(photo)
             self._collate([sample])  # which refuses questions that are too long
             return Prepared(photo, sample)
         except UserError as error:
             return error
+
+    def _require_plain_words(self, question: str) -> None:
+        """Refuse a special word of the model's own tokenizer in a question.
+
+        Raises:
+            UserError: naming the word.
+        """
+        for word in self.model.language_model.tokenizer.special_words:
+            if word in question:
+                raise UserError(
+                    f"question '{question}' holds '{word}', a token of the prompt; leave it out"
+                )
 
     def _sample(self, photo: Photo) -> Sample:
         """A photo with its questions; a question is an annotation with one wording."""

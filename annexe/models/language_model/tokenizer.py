@@ -38,6 +38,7 @@ class TextTokenizer:
     Attributes:
         prefix_ids: what stands before the image tokens of every prompt.
         eos_id: what ends a response.
+        special_words: words that stand for more than their letters, such as an image token.
     """
 
     def __init__(
@@ -58,6 +59,8 @@ class TextTokenizer:
         self.eos_id = base.eos_token_id
         if template.end is not None:
             self.eos_id = base.convert_tokens_to_ids(template.end)
+        added = base.added_tokens_decoder.values()
+        self.special_words = [token.content for token in added if token.special]
         self.full_stop_id = self.encode(".")[0]  # as it stands behind a placeholder
         self.prefix_ids = self.encode(template.prefix)
         if template.begins_with_bos:
