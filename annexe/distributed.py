@@ -163,29 +163,26 @@ def agree_on_attempt(store: dist.Store, rank: int, world_size: int, timeout: tim
     Raises:
         DistStoreError: if they do not come.
     """
-    # Every process says that it is there under a key that no other has used
+    # Every process says that it is there, in a word that no other has used
     own = secrets.token_hex(8)
     store.set(f"process/{rank}", own)
+    keys = [f"process/{other}" for other in range(world_size)]
     deadline = time.monotonic() + timeout.total_seconds()
     while time.monotonic() < deadline:
         # The first one proposes all those that it finds, which may be dead ones
-        if rank == 0:
-            keys = [f"process/{other}" for other in range(world_size)]
-            found = [value.decode() for value in store.multi_get(keys)]
-            store.set("proposal", json.dumps(found))
-        else:
-            found = json.loads(store.get("proposal"))
+        if rank == 0 and store.check(keys):
+            words = [word.decode() for word in store.multi_get(keys)]
+            store.set("proposal", json.dumps(words))
+        words = json.loads(store.get("proposal")) if store.check(["proposal"]) else []
 
         # The others agree where they find themselves; once all do, the first one lets them go
-        name = hashlib.sha256("".join(found).encode()).hexdigest()
-        if rank > 0 and found[rank] == own:
+        name = hashlib.sha256("".join(words).encode()).hexdigest()
+        if len(words) == world_size and words[rank] == own:
             store.set(f"{name}/{rank}", "")
+            if rank == 0 and store.check([f"{name}/{other}" for other in range(world_size)]):
+                store.set(f"{name}/go", "")
             if store.check([f"{name}/go"]):
                 return name
-        agreed = [f"{name}/{other}" for other in range(1, world_size)]
-        if rank == 0 and store.check(agreed):
-            store.set(f"{name}/go", "")
-            return name
         time.sleep(_POLL_SECONDS)
     raise dist.DistStoreError(f"after {timeout} not all of {world_size} processes are there")
 
