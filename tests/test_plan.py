@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from annexe.benchmarks.fake_model import CudaRules
 from annexe.benchmarks.memory import LiveBytes, Plan, measure
-from annexe.benchmarks.planning import candidates, with_options
+from annexe.benchmarks.planning import candidates, propose, with_options
 from annexe.benchmarks.random_batch import (
     even_branches,
     longest_batch,
@@ -32,6 +33,7 @@ from annexe.cli import main
 from annexe.config import Config
 from annexe.datasets.collate import Collator
 from annexe.models.annexe import Annexe
+from annexe.structures.batch import Batch
 from annexe.training import losses
 from annexe.training.optimizer import build_optimizer
 from tests.conftest import ROOT, SMALLEST, TINY
@@ -95,6 +97,23 @@ def plan_of(load: Load) -> PlanOf:
     return plan
 
 
+def batch_of(config: Config, model: Annexe, tokenizer: Any) -> Batch:
+    """The batch that plans are about."""
+    return random_batch(
+        nominal_branches(NUM_IMAGES, NUM_QUERIES),
+        model.rgb_encoder.image_size,
+        model.num_image_tokens,
+        config.model["pixel_decoder"]["num_slots"],
+        tokenizer.vocab_size,
+    )
+
+
+def terms_of(config: Config, model: Annexe) -> list[str]:
+    """Names of the loss terms."""
+    weights = config.run.loss_weights
+    return list(losses.active(weights, image_token_head=model.image_token_head))
+
+
 @pytest.fixture(scope="module")
 def real_step(load: Load) -> Callable[..., RealStep]:
     """Builds the smallest model with further options; each is built once."""
@@ -103,15 +122,8 @@ def real_step(load: Load) -> Callable[..., RealStep]:
     def build(*options: str) -> RealStep:
         config, tokenizer, _ = without_files(load(*options))
         model = build_model(config.model, tokenizer, torch.device("cpu"), bf16=True).train()
-        batch = random_batch(
-            nominal_branches(NUM_IMAGES, NUM_QUERIES),
-            model.rgb_encoder.image_size,
-            model.num_image_tokens,
-            config.model["pixel_decoder"]["num_slots"],
-            tokenizer.vocab_size,
-        )
-        weights = config.run.loss_weights
-        terms = list(losses.active(weights, image_token_head=model.image_token_head))
+        batch = batch_of(config, model, tokenizer)
+        terms = terms_of(config, model)
 
         def forward() -> Tensor:
             with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -243,6 +255,53 @@ def test_fsdp_shares_what_is_held(plan_of: PlanOf) -> None:
     assert alone.peak - shared.peak == pytest.approx(held[0] - held[1])
 
 
+def test_cuda_graphs_keep_gradients_and_a_pass_of_their_own(plan_of: PlanOf) -> None:
+    once = plan_of()
+    graphed = plan_of("run.cuda_graphs=true")
+    assert once.graph_pool == 0
+    assert graphed.peak > once.peak + 0.9 * once.gradients.total()
+    assert graphed.graph_pool > 0.9 * once.activations.total()
+    assert graphed.needs > graphed.peak + graphed.graph_pool
+
+
+def test_a_float8_model_takes_as_much_as_bfloat16(plan_of: PlanOf) -> None:
+    wide = ("model.language_model.hidden_size=256", "model.language_model.mlp_dim=512")
+    plans = []
+    for dtype in ("bfloat16", "float8"):
+        options = (*wide, "model.language_model.lora.rank=4", f"model.language_model.dtype={dtype}")
+        plans.append(plan_of(*options))
+    half, eighth = plans
+    weights = half.weights["language_model"]
+    assert eighth.weights["language_model"] == pytest.approx(weights, rel=0.05)  # and scales
+
+
+@pytest.mark.slow
+def test_a_compiled_model_saves_what_torch_compile_saves(load: Load, plan_of: PlanOf) -> None:
+    """Compared with a real language model, compiled for the CPU up to its kernels, in float32."""
+    options = ("run.mixed_precision=fp32", "run.optimizer=adamw")
+    plain = plan_of(*options)
+    plan = plan_of(*options, "run.compile=true")
+    assert plan.weights == plain.weights
+    assert plan.activations.total() < 0.9 * plain.activations.total()
+    assert plan.peak < plain.peak
+
+    config, tokenizer, _ = without_files(load(*options))
+    model = build_model(config.model, tokenizer, torch.device("cpu")).train()
+    language_model = model.language_model
+    for block in language_model.base.model.layers:
+        block.forward = torch.compile(block.forward, backend="aot_eager_decomp_partition")
+    text = batch_of(config, model, tokenizer).text
+    embeddings = torch.randn(*text.input_ids.shape, 32, requires_grad=True)
+    held = {t.untyped_storage().data_ptr() for t in [embeddings, *model.parameters()]}
+    saved: list[Tensor] = []
+    budget = torch._functorch.config.patch(activation_memory_budget=0.9)
+    with budget, saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        language_model(embeddings, text)
+    torch._dynamo.reset()
+    activations = booked_size(t for t in saved if t.untyped_storage().data_ptr() not in held)
+    assert plan.activations["language_model"] == pytest.approx(activations, rel=0.1)
+
+
 def test_lengths_of_real_batches_are_those_of_the_collator(load: Load) -> None:
     config, tokenizer, notes = without_files(load())
     assert notes == []
@@ -326,6 +385,27 @@ def test_a_proposal_fits_the_card(
     again = annexe_plan(TINY, "--card", card, "--options", *options)
     assert again["fits"]
     assert again["peak"] == pytest.approx(proposal["peak"], rel=1e-6)
+
+
+@pytest.mark.parametrize("num_too_large", [0, 1, 5, 100])
+def test_the_first_settings_that_fit_are_found_by_few_plans(load: Load, num_too_large: int) -> None:
+    config = load(*LORA, "run.batch_size=8", "run.cuda_graphs=true")
+    tried = list(candidates(config, gpus=1))
+    assert tried[0] == {"run.cuda_graphs": False}
+    configs = [with_options(config, options) for options in tried]
+    planned = []
+
+    def plan_of(changed: Config, limit: float) -> Any:
+        planned.append(configs.index(changed))
+        return None if planned[-1] < num_too_large else SimpleNamespace(needs=1)
+
+    proposal = propose(plan_of, config, gpus=1, card=1)
+    if num_too_large < len(tried):
+        assert proposal is not None
+        assert proposal[0] == tried[num_too_large]
+    else:
+        assert proposal is None
+    assert len(planned) <= 4
 
 
 def test_nothing_is_proposed_for_a_card_that_nothing_fits(

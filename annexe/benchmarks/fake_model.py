@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from annexe.build import build_model
 from annexe.config import Config
 from annexe.models.annexe import Annexe
-from annexe.models.language_model.base_model import DTYPES, QUANTIZED
+from annexe.models.language_model.base_model import QUANTIZED
 
 # In float32 under CUDA's autocast, of what models use; under the CPU's these stay in bfloat16
 _IN_FLOAT32 = {
@@ -128,8 +128,8 @@ def fake_model(config: Config, tokenizer: Any, mode: FakeTensorMode, *, bf16: bo
     """
     spec = copy.deepcopy(config.require_model())
     dtype = spec["language_model"]["dtype"]
-    if dtype not in DTYPES:
-        spec["language_model"]["dtype"] = "bfloat16"  # float8 takes as much
+    if dtype in QUANTIZED:
+        spec["language_model"]["dtype"] = "bfloat16"
     model = build_model(spec, tokenizer, torch.device("meta"), bf16=bf16)
 
     blocks = model.language_model.base.model.layers

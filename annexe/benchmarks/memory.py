@@ -23,13 +23,16 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from annexe.benchmarks.fake_compile import FakeCompiler
 from annexe.benchmarks.fake_model import CudaRules, fake_mode, fake_model
 from annexe.benchmarks.random_batch import Branches, random_batch
 from annexe.benchmarks.units import GB
 from annexe.config import Config
 from annexe.models.annexe import Annexe
+from annexe.models.compile import compile_blocks
 from annexe.structures.batch import Batch, each_tensor
 from annexe.training import losses
+from annexe.training.cuda_graphs import PAD_TO_MULTIPLE_OF
 from annexe.training.optimizer import build_optimizer
 
 # What a card needs beside the tensors: gaps between them, and CUDA itself
@@ -86,13 +89,15 @@ class LiveBytes(TorchDispatchMode):
         self.part = _HELD
         self.current = 0
         self.peak = 0
+        self._is_paused = False
         self._live: dict[int, tuple[int, str, weakref.ref]] = {}  # size, part, storage
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.add(result)
+        if not self._is_paused:
+            self.add(result)
         return result
 
     def add(self, tensors: Any) -> None:
@@ -117,6 +122,15 @@ class LiveBytes(TorchDispatchMode):
             sizes[part] += size
         del sizes[_HELD]
         return sizes
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within, what appears is not counted."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
 
     @contextmanager
     def attributing(self, modules: dict[str, nn.Module]) -> Iterator[None]:
@@ -148,6 +162,7 @@ class Plan:
     optimizer: Counter[str]
     activations: Counter[str]  # saved for the backward pass
     peak: float
+    graph_pool: float  # what CUDA graphs keep for themselves, beside a pass without them
     batch_size: int
     num_queries: int
     num_tokens: int  # N
@@ -155,7 +170,7 @@ class Plan:
     @property
     def needs(self) -> float:
         """What a card must have."""
-        return self.peak * FRAGMENTATION + CONTEXT
+        return (self.peak + self.graph_pool) * FRAGMENTATION + CONTEXT
 
 
 @dataclass(frozen=True)
@@ -210,8 +225,15 @@ def measure(
     live = LiveBytes()
     model = fake_model(config, tokenizer, mode, bf16=bf16)
     sharding = Sharding.of(model, run.parallel, gpus)
-    # Several processes sum gradients where they lie
-    keep_gradients = run.gradient_accumulation > 1 or (gpus > 1 and run.parallel == "ddp")
+    if run.compile:
+        compile_blocks(model, compile=FakeCompiler(live.paused))
+    can_use_graphs = sharding.num_shards == 1 and model.language_model.supports_cuda_graphs
+    use_graphs = run.cuda_graphs and can_use_graphs
+    # Several processes sum gradients where they lie, and graphs find them where they were
+    is_replicated = gpus > 1 and run.parallel == "ddp"
+    keep_gradients = run.gradient_accumulation > 1 or is_replicated or use_graphs
+    # A compiled language model leaves padding out
+    pad_to_multiple_of = PAD_TO_MULTIPLE_OF if use_graphs and not run.compile else 1
 
     # The step, phase by phase
     batch = random_batch(
@@ -220,6 +242,7 @@ def measure(
         model.num_image_tokens,
         model.pixel_decoder.num_slots,
         tokenizer.vocab_size,
+        pad_to_multiple_of=pad_to_multiple_of,
         answers_read=model.answers_read,
     )
     with mode, live, CudaRules():
@@ -230,6 +253,7 @@ def measure(
         if live.current - saving > limit:
             return None
         batch = _hold_batch(batch, mode, live)
+        held = live.current
         weights_of_terms = losses.active(
             run.loss_weights,
             image_token_head=model.image_token_head,
@@ -249,6 +273,7 @@ def measure(
         optimizer=sharding.share(moments),
         activations=activations,
         peak=live.peak - saving + WORKSPACES,
+        graph_pool=live.peak - held if use_graphs else 0,
         batch_size=len(branches),
         num_queries=batch.queries.max_queries,
         num_tokens=batch.text.input_ids.shape[1],

@@ -114,6 +114,11 @@ def candidates(config: Config, gpus: int) -> Iterator[Options]:
     run = config.run
     options: Options = {}
 
+    # Passes that share their memory
+    if run.cuda_graphs:
+        options |= {"run.cuda_graphs": False}
+        yield dict(options)
+
     # Compute activations again: half of the blocks, then all
     num_layers = _num_blocks(language_model)
     for num_blocks in (num_layers // 2, num_layers):
@@ -154,24 +159,26 @@ def propose(
 ) -> tuple[Options, Plan] | None:
     """The first of `candidates` that fits a card, with its plan; None where none does.
 
+    Each takes less than those before it, so the first one is looked for by halving.
+
     Args:
         plan_of: measures a configuration; None where weights and moments take more than so many
             bytes.
         gpus: processes of the run.
         card: bytes of the card.
     """
-    too_large: set[str] = set()  # dtypes whose weights alone do not fit
-    for options in candidates(config, gpus):
-        changed = with_options(config, options)
-        dtype = changed.require_model()["language_model"]["dtype"]
-        if dtype in too_large:
-            continue
-        plan = plan_of(changed, (card - CONTEXT) / FRAGMENTATION)
-        if plan is None:
-            too_large.add(dtype)
-        elif plan.needs <= card:
-            return options, plan
-    return None
+    tried = list(candidates(config, gpus))
+    first, last = 0, len(tried)  # the first that fits is one of these, or there is none
+    found = None
+    while first < last:
+        middle = (first + last) // 2
+        plan = plan_of(with_options(config, tried[middle]), (card - CONTEXT) / FRAGMENTATION)
+        if plan is not None and plan.needs <= card:
+            found = (tried[middle], plan)
+            last = middle
+        else:
+            first = middle + 1
+    return found
 
 
 def as_words(options: Options) -> list[str]:
@@ -188,6 +195,7 @@ def in_gb(plan: Plan) -> Record:
     return {
         "parts": parts,
         "peak": plan.peak / GB,
+        "graph_pool": plan.graph_pool / GB,
         "needs": plan.needs / GB,
         "batch_size": plan.batch_size,
         "queries_per_image": plan.num_queries,
@@ -216,6 +224,12 @@ def conclusions(
         f"tensors, {CONTEXT / GB:g} GB for CUDA.",
         *notes,
     ]
+    if plan.graph_pool:
+        lines.insert(
+            1,
+            f"CUDA graphs keep {plan.graph_pool / GB:.1f} GB of it for themselves, beside a pass "
+            "over a batch of another shape.",
+        )
     if plan.needs <= card * GB:
         return [*lines, f"A card of {card:g} GB is enough."]
     if proposal is None:

@@ -15,7 +15,7 @@ from annexe.build import load_config
 from annexe.config import Config
 from annexe.errors import UserError
 from annexe.files import write_json
-from annexe.models.language_model.base_model import DTYPES
+from annexe.models.language_model.base_model import DTYPES, QUANTIZED
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,10 +47,9 @@ def run(arguments: argparse.Namespace) -> None:
     config, tokenizer, notes = without_files(config)
     branches_of, source = lengths(config, tokenizer, arguments.tokens)
     notes.append(f"lengths: {source}")
-    if config.run.compile:
+    if config.run.compile and config.require_model()["language_model"]["dtype"] in QUANTIZED:
         notes.append(
-            "run.compile=true keeps less than this: what is cheap is computed again, and kernels "
-            "are fused"
+            "blocks of a quantized language model are counted as if they were not compiled"
         )
 
     def plan_of(changed: Config, limit: float = float("inf")) -> Plan | None:
