@@ -91,9 +91,9 @@ def _add_and_normalize(
     x = tl.load(x_ptr + offset, mask=is_column, other=0)
     if NUM_UPDATES > 0:
         update = tl.zeros([PADDED_WIDTH], tl.float32)
-        for index in tl.static_range(NUM_UPDATES):
-            update_offset = offset + index * num_rows.to(tl.int64) * WIDTH
-            update += tl.load(update_ptr + update_offset, mask=is_column, other=0).to(tl.float32)
+        for _ in tl.static_range(NUM_UPDATES):
+            update += tl.load(update_ptr + offset, mask=is_column, other=0).to(tl.float32)
+            update_ptr += num_rows * WIDTH
         x = (x.to(tl.float32) + update).to(x.dtype)
         tl.store(x_ptr + offset, x, mask=is_column)
     x = x.to(tl.float32)
