@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from annexe.build import load_config
 from annexe.distributed import SharedGradients
 from annexe.evaluator import evaluate
 from annexe.trainer import train
@@ -159,10 +160,8 @@ def test_fsdp_trains_validates_and_resumes_as_one_process_does(make_config, tmp_
 def test_a_killed_rank_ends_the_job_and_a_restart_goes_on(scenes, tmp_path):
     """torchrun with one restart, whose store still has the keys of the group that died."""
 
-    def command(folder):
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        torchrun += ["--nproc_per_node", "2", "--max-restarts", "1"]
-        options = [
+    def options(folder):
+        return [
             *SMALLEST,
             f"datasets.ego_irgbench.data_root={scenes}",
             f"run.output_dir={folder}",
@@ -171,18 +170,20 @@ def test_a_killed_rank_ends_the_job_and_a_restart_goes_on(scenes, tmp_path):
             "run.resume=auto",
             "run.batch_size=1",
         ]
-        train_script = str(ROOT / "train.py")
-        return [*torchrun, train_script, "--cfg-path", str(TINY), "--options", *options]
 
     # A run to compare with
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     straight = tmp_path / "straight"
-    subprocess.run(command(straight), check=True, env=environment, capture_output=True)
+    run_distributed(train, load_config(TINY, options(straight)))
 
     # Another one, of which a rank is killed between two checkpoints
     broken = tmp_path / "broken"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc_per_node", "2", "--max-restarts", "1", str(ROOT / "train.py")]
     agent = subprocess.Popen(
-        command(broken), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [*torchrun, "--cfg-path", str(TINY), "--options", *options(broken)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     log = broken / "log.jsonl"
     while agent.poll() is None and not (log.exists() and log.read_text().count("\n") >= 8):
