@@ -369,7 +369,7 @@ def test_float8_weights_need_merged_adapters(make_parts):
     model, _, _ = make_parts(*LORA, "model.language_model.dtype=bfloat16")
     for name, parameter in model.language_model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.0003)
+            torch.nn.init.normal_(parameter, std=1e-6)
     accelerator = make_accelerator(device="cpu", mixed_precision="fp32", timeout_minutes=1)
     with pytest.raises(UserError, match=r"run\.generation_dtype float8 is for .* set it to auto"):
         prepare_for_inference(model, RunConfig(generation_dtype="float8"), accelerator)
