@@ -374,6 +374,7 @@ def test_a_proposal_fits_the_card(
     annexe_plan: Callable[..., dict], scenes: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = [*SMALLEST, *LORA, "run.batch_size=4", f"datasets.ego_irgbench.data_root={scenes}"]
+    options += ["model.depth_branch.type=none", "model.pixel_decoder.num_layers=1"]
     on_a_large_card = annexe_plan(TINY, "--card", 24, "--options", *options)
     assert on_a_large_card["fits"]
     assert on_a_large_card["proposal"] is None
