@@ -80,6 +80,8 @@ class Clock:
         record = self.record()
         if not record:
             return "no batch was left to predict"
+        if not self.num_photos:
+            return f"all photos came with the start-up of {record['seconds_of_start_up']:.1f} s"
         return (
             f"first batch after {record['seconds_to_first_batch']:.1f} s; after the start-up "
             f"{record['photos_per_second']:.2f} photos/s until all was scored; generation took "
