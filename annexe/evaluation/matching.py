@@ -122,8 +122,9 @@ def measure_records(
 
 def _put(values: list, indices: list[int], of_image: list) -> None:
     """Put the values of an image's queries, if there are any, into their places."""
-    for index, value in zip(indices, of_image, strict=False):
-        values[index] = value
+    if of_image:
+        for index, value in zip(indices, of_image, strict=True):
+            values[index] = value
 
 
 def blind_masks(masks: dict[int, Rle]) -> dict[str, dict[int, Rle]]:
