@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from annexe.errors import UserError
 from annexe.models.language_model.attention import operations_on
 from annexe.models.language_model.causal_lm import CausalLM
+from annexe.models.language_model.decode_operations import FLOAT8_GROUP
 from annexe.models.language_model.float8 import quantize_rows
 from annexe.models.language_model.kv_cache import DecodeIndex, SharedPrefixCache
 from annexe.models.language_model.support import head_dim_of
@@ -64,14 +65,14 @@ class Product:
 class Float8Product:
     """A linear layer whose weight is kept in float8."""
 
-    codes: Tensor  # e4m3[out, in]
+    codes: Tensor  # e4m3[out, in], in rounded up to a multiple of FLOAT8_GROUP
     scales: Tensor  # float32[out, 1]
     bias: Tensor | None  # float[out]
+    in_parts: bool  # whether `add_and_normalize` takes the result, also in parts
 
     def __call__(self, x: Tensor, operations: ModuleType) -> Tensor:
-        """Multiply float[R, in] to float[R, out]."""
-        product = operations.float8_product(x, self.codes, self.scales)
-        return product if self.bias is None else product + self.bias
+        """Multiply float[R, in] to float[R, out], or to float[parts, R, out]."""
+        return operations.float8_product(x, self.codes, self.scales, self.bias, self.in_parts)
 
 
 AnyProduct = Product | Float8Product
@@ -240,7 +241,9 @@ def _join(modules: list[Any], dtype: torch.dtype, float8: bool) -> AnyProduct:
 
     # Weights of another kind, beside those of the layers
     if float8:
-        return Float8Product(*quantize_rows(weight), bias)
+        padding = -weight.shape[1] % FLOAT8_GROUP
+        codes, scales = quantize_rows(F.pad(weight, (0, padding)))
+        return Float8Product(codes, scales, bias, in_parts=len(layers) == 1)
     if weight.dtype != dtype:
         return Product(weight.to(dtype), bias)
 

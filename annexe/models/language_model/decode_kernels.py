@@ -3,34 +3,35 @@
 The functions are those of `annexe.models.language_model.decode_operations`, which says what they
 compute. Each is one kernel, and attention is two.
 
-Attention takes an online softmax (FlashAttention-2, algorithm 1). Keys are read block by block.
-From block to block each query carries the highest score so far, the sum of the exponentials
-relative to it, and the sum of the values that these weigh.
+Attention reads the prefixes and the own columns in parts, each by a program of its own, so that the
+whole GPU reads at once (FlashDecoding). A part leaves the mean of its values, weighted by a softmax
+over its scores, and the logarithm of what that divides by. A second kernel merges the parts.
 
-1. `_attend_prefix`: all queries of an image over its shared prefix.
+1. `_attend_parts`: first all queries of an image over a part of its shared prefix,
 
-    grid: images (B) x key heads (Hk) x blocks of 16 queries
+    programs: images (B) x key heads (Hk) x blocks of 16 queries x parts of the prefix
 
-                      prefix keys, 64 at a time -->
-                     +--------+--------+--------+----
-        16 queries   |  dot   |  dot   |  dot   | ...   -> output [R, H, Dh], log_sum_exp [R, H]
-                     +--------+--------+--------+----
+                      128 tokens of the prefix
+                     +--------+--------+
+        16 queries   |  dot   |  dot   |  -> part of the output [R, H, Dh], log_sum_exp [R, H]
+                     +--------+--------+
 
-    Query i of an image is head i % G (of this key head's group) of its response i // G:
+    where query i of an image is head i % G (of this key head's group) of its response i // G:
 
         response 0         response 1         response 2
         head 0 ... G - 1   head 0 ... G - 1   head 0 ... G - 1
 
-2. `_attend_own_and_merge`: every query over the own columns of its response. What is carried starts
-   from the first kernel's result, which is the merge of two partial softmaxes (cascade attention).
+    then every query over a part of the own columns of its response.
 
-    grid: responses (R) x query heads (H)
+    programs: responses (R) x query heads (H) x parts of the columns
 
-        log_sum_exp, output of the prefix -->  own keys, 64 at a time -->  output [R, H, Dh]
+2. `_merge_parts`: parts of every query, weighted by their log_sum_exp.
+
+    programs: responses (R) x query heads (H)
 
 Legend: B images, R responses, Lp prefix tokens, Lr columns of a response, D width of the language
 model, F width of an MLP's hidden layer, H query heads, Hk key heads, G query heads for each key
-head (H / Hk), Dh width of a head.
+head (H / Hk), Dh width of a head, P parts of the prefix, S parts of prefix and own columns.
 """
 
 from __future__ import annotations
@@ -40,24 +41,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from annexe.models.language_model.decode_operations import FLOAT8_GROUP
 from annexe.models.language_model.kv_cache import DecodeIndex, SharedPrefixCache
 
 # Queries of an image that a program takes together: the fewest rows that tensor cores multiply.
 _BLOCK_QUERIES = 16
 # Keys that a program reads at a time.
 _BLOCK_KEYS = tl.constexpr(64)
+# Tokens of a prefix, and columns of a response, that a program reads.
+_PREFIX_PART = tl.constexpr(128)
+_OWN_PART = tl.constexpr(64)
 # The highest score of no key at all. With minus infinity the first difference of two would be NaN.
 _LOWEST_SCORE = tl.constexpr(-1e30)
-# Bytes of a key up to which the loop is pipelined in three stages. Blocks that are being loaded
-# lie in shared memory, of which small cards have 100 KB.
-_MAX_PIPELINED_BYTES = 256
-
-# What a program of `_multiply_few_rows` takes: rows at most, outputs, inputs at a time.
+# Rows, at most, and outputs that a program of `_multiply_codes` takes.
 _MAX_BLOCK_ROWS = 128
 _BLOCK_OUT = 64
-_BLOCK_IN = 128
-# Outputs up to which it takes half as many, so that there are enough programs.
-_FEW_OUTPUTS = 8192
+# Programs that read at the speed of a large GPU, and parts that a sum is split into at most.
+_MIN_PROGRAMS = 256
+_MAX_PARTS = 8
 # Numbers that a program of `_swiglu` takes.
 _BLOCK_SWIGLU = 1024
 
@@ -68,27 +69,32 @@ def _add_and_normalize(
     update_ptr,
     weight_ptr,
     output_ptr,
+    num_rows,
     epsilon,
-    HAS_UPDATE: tl.constexpr,
+    NUM_UPDATES: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDED_WIDTH: tl.constexpr,
 ):
     """A row for each program.
 
     Args:
-        x_ptr: [R, D], changed in place if there is an update.
-        update_ptr: [R, D].
+        x_ptr: [R, D], changed in place if there are updates.
+        update_ptr: [updates, R, D].
         weight_ptr: [D].
         output_ptr: [R, D], written.
+        num_rows: R.
         epsilon: added to the mean of the squares.
     """
     column = tl.arange(0, PADDED_WIDTH)
     is_column = column < WIDTH
     offset = tl.program_id(0).to(tl.int64) * WIDTH + column
     x = tl.load(x_ptr + offset, mask=is_column, other=0)
-    if HAS_UPDATE:
-        update = tl.load(update_ptr + offset, mask=is_column, other=0)
-        x = (x.to(tl.float32) + update.to(tl.float32)).to(x.dtype)
+    if NUM_UPDATES > 0:
+        update = tl.zeros([PADDED_WIDTH], tl.float32)
+        for _ in tl.static_range(NUM_UPDATES):
+            update += tl.load(update_ptr + offset, mask=is_column, other=0).to(tl.float32)
+            update_ptr += num_rows * WIDTH
+        x = (x.to(tl.float32) + update).to(x.dtype)
         tl.store(x_ptr + offset, x, mask=is_column)
     x = x.to(tl.float32)
     mean = tl.sum(x * x, 0) / WIDTH
@@ -196,97 +202,135 @@ def _swiglu(input_ptr, output_ptr, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _multiply_few_rows(
-    x_ptr,
-    weight_ptr,
-    scale_ptr,
-    output_ptr,
-    num_rows,
-    num_out,
-    num_in,
-    HAS_SCALES: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
+def _quantize_groups(
+    x_ptr, code_ptr, scale_ptr, num_rows, num_in, num_groups, num_padded_rows, GROUP: tl.constexpr
 ):
-    """Some outputs of some rows for each program, which reads its rows of the weight once.
-
-    Weights are the left factor, for which tensor cores want most rows, and become numbers of the
-    type of ``x`` on the way.
+    """A group of a row for each program, rounded to e4m3 with a scale of its own.
 
     Args:
         x_ptr: [R, in].
-        weight_ptr: [out, in]; with scales the bytes of e4m3 numbers.
-        scale_ptr: float32[out].
-        output_ptr: [R, out], written.
+        code_ptr: e4m3[padded rows, groups, GROUP], written; 0 behind rows and numbers.
+        scale_ptr: float32[groups, padded rows], written.
         num_rows: R.
-        num_out: out.
         num_in: in.
+        num_groups: groups of a row.
+        num_padded_rows: a multiple of the rows that a product takes.
     """
+    row = tl.program_id(0)
+    group = tl.program_id(1)
+    number = tl.arange(0, GROUP)
+    column = group * GROUP + number
+    is_there = (row < num_rows) & (column < num_in)
+    x = tl.load(x_ptr + row * num_in + column, mask=is_there, other=0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(x), 0), 1e-12) / 448.0  # the largest e4m3 number
+    codes = (x / scale).to(code_ptr.dtype.element_ty)
+    tl.store(code_ptr + (row * num_groups + group) * GROUP + number, codes)
+    tl.store(scale_ptr + group * num_padded_rows + row, scale)
+
+
+@triton.jit
+def _multiply_codes(
+    x_ptr,
+    x_scale_ptr,
+    weight_ptr,
+    scale_ptr,
+    bias_ptr,
+    output_ptr,
+    num_rows,
+    num_padded_rows,
+    num_out,
+    num_groups,
+    HAS_BIAS: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+):
+    """Some outputs of some rows for each program, summed over a part of the groups.
+
+    Weights are the left factor, for which tensor cores want most rows. Programs take them one after
+    another, so that each is read once from memory if all rows fit into one program.
+
+    Args:
+        x_ptr: e4m3[padded rows, groups, GROUP], of `_quantize_groups`.
+        x_scale_ptr: float32[groups, padded rows].
+        weight_ptr: e4m3[out, groups, GROUP].
+        scale_ptr: float32[out].
+        bias_ptr: [out].
+        output_ptr: [parts, R, out], written.
+        num_rows: R.
+        num_padded_rows: a multiple of BLOCK_ROWS.
+        num_out: out.
+        num_groups: groups of a row.
+    """
+    part = tl.program_id(2)
     row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    is_row = row < num_rows
-    is_out = out < num_out
+    number = tl.arange(0, GROUP)
+    row_length = num_groups * GROUP
+
+    # Behind the last output the first ones are read, and not written.
+    weight_start = (out % num_out).to(tl.int64) * row_length
+    weight_pointers = weight_ptr + weight_start[:, None] + number[None, :]
+    x_pointers = x_ptr + row[None, :] * row_length + number[:, None]
+    groups_of_part = tl.cdiv(num_groups, NUM_PARTS)
+    first = part * groups_of_part
+    last = tl.minimum(first + groups_of_part, num_groups)
     accumulator = tl.zeros([BLOCK_OUT, BLOCK_ROWS], tl.float32)
-    for start in range(0, num_in, BLOCK_IN):
-        column = start + tl.arange(0, BLOCK_IN)
-        is_column = column < num_in
-        weight = tl.load(
-            weight_ptr + out.to(tl.int64)[:, None] * num_in + column,
-            mask=is_out[:, None] & is_column,
-            other=0,
-        )
-        x = tl.load(
-            x_ptr + row[None, :] * num_in + column[:, None],
-            mask=is_row[None, :] & is_column[:, None],
-            other=0,
-        )
-        if HAS_SCALES:
-            weight = weight.to(tl.float8e4nv, bitcast=True)
-        accumulator += tl.dot(weight.to(x.dtype), x, input_precision="ieee")
-    if HAS_SCALES:
-        accumulator *= tl.load(scale_ptr + out, mask=is_out, other=0)[:, None]
+    for group in range(first, last):
+        weight = tl.load(weight_pointers + group * GROUP)
+        x = tl.load(x_pointers + group * GROUP)
+        x_scale = tl.load(x_scale_ptr + group * num_padded_rows + row)
+        accumulator += tl.dot(weight, x) * x_scale[None, :]
+
+    # Scale and store.
+    is_out = out < num_out
+    accumulator *= tl.load(scale_ptr + out, mask=is_out, other=0)[:, None]
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + out, mask=is_out & (part == 0), other=0)
+        accumulator += bias.to(tl.float32)[:, None]
+    output_row = (part * num_rows + row).to(tl.int64)
     tl.store(
-        output_ptr + row[None, :] * num_out + out[:, None],
+        output_ptr + output_row[None, :] * num_out + out[:, None],
         accumulator.to(output_ptr.dtype.element_ty),
-        mask=is_row[None, :] & is_out[:, None],
+        mask=(row < num_rows)[None, :] & is_out[:, None],
     )
 
 
 @triton.jit
 def _attend_prefix(
+    program,
     query_ptr,
     row_index_ptr,
     key_ptr,
     value_ptr,
     output_ptr,
     log_sum_exp_ptr,
+    num_rows,
     max_responses,
     prefix_length,
     BLOCK_QUERIES: tl.constexpr,
     SCALING: tl.constexpr,
     GROUP: tl.constexpr,
+    NUM_KEY_HEADS: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
 ):
-    """Online softmax (FlashAttention-2, algorithm 1) of an image's queries over its prefix.
+    """Online softmax (FlashAttention-2, algorithm 1) of some queries over a part of their prefix.
 
     Args:
-        query_ptr: [R, H, Dh].
-        row_index_ptr: int64[B, max_responses], the responses of each image; -1 = none.
-        key_ptr: [B, Hk, Lp, Dh].
-        value_ptr: [B, Hk, Lp, Dh].
-        output_ptr: float32[R, H, Dh], written: weighted mean of the prefix values.
-        log_sum_exp_ptr: float32[R, H], written: log of the sum of the exponentials of the scores.
-        max_responses: responses of the image that has most.
-        prefix_length: Lp.
+        program: which image, key head, block of queries and part.
+        others: of `_attend_parts`.
     """
-    image = tl.program_id(0)
-    key_head = tl.program_id(1)
-    num_key_heads = tl.num_programs(1)
+    part = program % NUM_PARTS
+    key_head = program // NUM_PARTS % NUM_KEY_HEADS
+    num_query_blocks = tl.cdiv(max_responses * GROUP, BLOCK_QUERIES)
+    query_block = program // (NUM_PARTS * NUM_KEY_HEADS) % num_query_blocks
+    image = program // (NUM_PARTS * NUM_KEY_HEADS) // num_query_blocks
 
     # Load the queries of this program; -1 and what lies behind the last response is left out.
-    query_index = tl.program_id(2) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+    query_index = query_block * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
     index_in_image = query_index // GROUP
     head = key_head * GROUP + query_index % GROUP
     row = tl.load(
@@ -295,7 +339,7 @@ def _attend_prefix(
         other=-1,
     )
     is_real = row >= 0
-    query_offset = (row * num_key_heads * GROUP + head).to(tl.int64)
+    query_offset = (row * NUM_KEY_HEADS * GROUP + head).to(tl.int64)
     dim = tl.arange(0, PADDED_DIM)
     is_dim = dim < HEAD_DIM
     query = tl.load(
@@ -304,29 +348,30 @@ def _attend_prefix(
         other=0,
     )
 
-    # Read the prefix block by block, rescaling the sums to the highest score so far.
-    first_key = (image * num_key_heads + key_head).to(tl.int64) * prefix_length
+    # Read the part block by block, rescaling the sums to the highest score so far.
+    first_key = (image * NUM_KEY_HEADS + key_head).to(tl.int64) * prefix_length
     running_sum = tl.zeros([BLOCK_QUERIES], tl.float32)
     running_max = running_sum + _LOWEST_SCORE
     accumulator = tl.zeros([BLOCK_QUERIES, PADDED_DIM], tl.float32)
-    for start in range(0, prefix_length, _BLOCK_KEYS):
-        token = start + tl.arange(0, _BLOCK_KEYS)
+    for start in tl.static_range(0, _PREFIX_PART, _BLOCK_KEYS):
+        token = part * _PREFIX_PART + start + tl.arange(0, _BLOCK_KEYS)
         offset = (first_key + token)[:, None] * HEAD_DIM + dim
         is_key = (token < prefix_length)[:, None] & is_dim
         key = tl.load(key_ptr + offset, mask=is_key, other=0)
+        value = tl.load(value_ptr + offset, mask=is_key, other=0)
         score = tl.dot(query, tl.trans(key), input_precision="ieee") * SCALING
         score = tl.where(token < prefix_length, score, -float("inf"))
         previous_max = running_max
         running_max = tl.maximum(running_max, tl.max(score, 1))
         weight = tl.exp(score - running_max[:, None])
         rescale = tl.exp(previous_max - running_max)
-        value = tl.load(value_ptr + offset, mask=is_key, other=0)
         accumulator = accumulator * rescale[:, None] + tl.dot(
             weight.to(value.dtype), value, input_precision="ieee"
         )
         running_sum = running_sum * rescale + tl.sum(weight, 1)
 
     # Divide once, at the end.
+    query_offset += part.to(tl.int64) * num_rows * NUM_KEY_HEADS * GROUP
     tl.store(
         output_ptr + query_offset[:, None] * HEAD_DIM + dim,
         accumulator / running_sum[:, None],
@@ -336,88 +381,197 @@ def _attend_prefix(
 
 
 @triton.jit
-def _attend_own_and_merge(
+def _attend_own(
+    program,
     query_ptr,
-    row_index_ptr,
-    image_index_ptr,
-    index_in_image_ptr,
     key_ptr,
     value_ptr,
     key_mask_ptr,
     last_column_ptr,
-    prefix_output_ptr,
-    log_sum_exp_ptr,
     output_ptr,
-    max_responses,
+    log_sum_exp_ptr,
+    num_rows,
     num_columns,
     SCALING: tl.constexpr,
     GROUP: tl.constexpr,
+    NUM_KEY_HEADS: tl.constexpr,
+    FIRST_PART: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
 ):
-    """Online softmax of one query over its own columns, merged with that of its prefix.
+    """Softmax of one query over a part of its own columns, up to that of the new token.
 
-    The merge of two partial softmaxes (cascade attention) starts the online softmax as if the
-    prefix had been one key with the score ``log_sum_exp`` and the value ``prefix_output``.
+    Args:
+        program: which row, head and part.
+        others: of `_attend_parts`.
+    """
+    num_heads: tl.constexpr = NUM_KEY_HEADS * GROUP
+    head = program % num_heads
+    row = program // num_heads % num_rows
+    part = program // num_heads // num_rows
+    dim = tl.arange(0, PADDED_DIM)
+    is_dim = dim < HEAD_DIM
+    query_offset = (row * num_heads + head).to(tl.int64)
+    query = tl.load(query_ptr + query_offset * HEAD_DIM + dim, mask=is_dim, other=0).to(tl.float32)
+
+    # Read keys and values that are there.
+    column = part * _OWN_PART + tl.arange(0, _OWN_PART)
+    is_there = (column < num_columns) & (column <= tl.load(last_column_ptr))
+    is_key = tl.load(key_mask_ptr + row * num_columns + column, mask=is_there, other=0) != 0
+    first_key = (row * NUM_KEY_HEADS + head // GROUP).to(tl.int64) * num_columns
+    offset = (first_key + column)[:, None] * HEAD_DIM + dim
+    key = tl.load(key_ptr + offset, mask=is_key[:, None] & is_dim, other=0).to(tl.float32)
+    value = tl.load(value_ptr + offset, mask=is_key[:, None] & is_dim, other=0).to(tl.float32)
+
+    # Where no column is there, the lowest score gives the part the weight 0.
+    score = tl.where(is_key, tl.sum(query * key, 1) * SCALING, -float("inf"))
+    highest = tl.maximum(tl.max(score, 0), _LOWEST_SCORE)
+    weight = tl.exp(score - highest)
+    total = tl.sum(weight, 0)
+    output = tl.sum(weight[:, None] * value, 0) / tl.maximum(total, 1e-30)
+    log_sum_exp = tl.where(total > 0, highest + tl.log(total), _LOWEST_SCORE)
+    query_offset += (FIRST_PART + part).to(tl.int64) * num_rows * num_heads
+    tl.store(output_ptr + query_offset * HEAD_DIM + dim, output, mask=is_dim)
+    tl.store(log_sum_exp_ptr + query_offset, log_sum_exp)
+
+
+@triton.jit
+def _attend_parts(
+    query_ptr,
+    row_index_ptr,
+    prefix_key_ptr,
+    prefix_value_ptr,
+    key_ptr,
+    value_ptr,
+    key_mask_ptr,
+    last_column_ptr,
+    output_ptr,
+    log_sum_exp_ptr,
+    num_prefix_programs,
+    num_rows,
+    max_responses,
+    prefix_length,
+    num_columns,
+    BLOCK_QUERIES: tl.constexpr,
+    SCALING: tl.constexpr,
+    GROUP: tl.constexpr,
+    NUM_KEY_HEADS: tl.constexpr,
+    NUM_PREFIX_PARTS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+):
+    """All parts of all queries.
 
     Args:
         query_ptr: [R, H, Dh].
         row_index_ptr: int64[B, max_responses], the responses of each image; -1 = none.
-        image_index_ptr: int64[R].
-        index_in_image_ptr: int64[R].
+        prefix_key_ptr: [B, Hk, Lp, Dh].
+        prefix_value_ptr: [B, Hk, Lp, Dh].
         key_ptr: [R, Hk, Lr, Dh].
         value_ptr: [R, Hk, Lr, Dh].
         key_mask_ptr: bool[R, Lr], columns that hold a token.
         last_column_ptr: int64[1], the column of the new token.
-        prefix_output_ptr: float32[R, H, Dh], from `_attend_prefix`.
-        log_sum_exp_ptr: float32[R, H], from `_attend_prefix`.
-        output_ptr: [R, H, Dh], written.
+        output_ptr: float32[S, R, H, Dh], written: weighted mean of the values of a part.
+        log_sum_exp_ptr: float32[S, R, H], written: log of the sum of its scores' exponentials.
+        num_prefix_programs: programs of parts of prefixes, which come first.
+        num_rows: R.
         max_responses: responses of the image that has most.
+        prefix_length: Lp.
         num_columns: Lr.
+    """
+    program = tl.program_id(0)
+    if program < num_prefix_programs:
+        _attend_prefix(
+            program,
+            query_ptr,
+            row_index_ptr,
+            prefix_key_ptr,
+            prefix_value_ptr,
+            output_ptr,
+            log_sum_exp_ptr,
+            num_rows,
+            max_responses,
+            prefix_length,
+            BLOCK_QUERIES,
+            SCALING,
+            GROUP,
+            NUM_KEY_HEADS,
+            NUM_PREFIX_PARTS,
+            HEAD_DIM,
+            PADDED_DIM,
+        )
+    else:
+        _attend_own(
+            program - num_prefix_programs,
+            query_ptr,
+            key_ptr,
+            value_ptr,
+            key_mask_ptr,
+            last_column_ptr,
+            output_ptr,
+            log_sum_exp_ptr,
+            num_rows,
+            num_columns,
+            SCALING,
+            GROUP,
+            NUM_KEY_HEADS,
+            NUM_PREFIX_PARTS,
+            HEAD_DIM,
+            PADDED_DIM,
+        )
+
+
+@triton.jit
+def _merge_parts(
+    row_index_ptr,
+    image_index_ptr,
+    index_in_image_ptr,
+    part_ptr,
+    log_sum_exp_ptr,
+    output_ptr,
+    num_rows,
+    max_responses,
+    NUM_PREFIX_PARTS: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    PADDED_PARTS: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+):
+    """The parts of a query for each program.
+
+    Args:
+        row_index_ptr: int64[B, max_responses], the responses of each image; -1 = none.
+        image_index_ptr: int64[R].
+        index_in_image_ptr: int64[R].
+        part_ptr: float32[S, R, H, Dh], from `_attend_parts`.
+        log_sum_exp_ptr: float32[S, R, H], from `_attend_parts`.
+        output_ptr: [R, H, Dh], written.
+        num_rows: R.
+        max_responses: responses of the image that has most.
     """
     row = tl.program_id(0)
     head = tl.program_id(1)
-    num_heads = tl.num_programs(1)
 
-    # Load the query.
-    query_offset = (row * num_heads + head).to(tl.int64)
-    dim = tl.arange(0, PADDED_DIM)
-    is_dim = dim < HEAD_DIM
-    query = tl.load(query_ptr + query_offset * HEAD_DIM + dim, mask=is_dim, other=0).to(tl.float32)
-
-    # Start from the prefix. A padding row is in no table, so nothing was written for it.
+    # A padding row is in no table, so nothing was written for it about a prefix.
     image = tl.load(image_index_ptr + row)
     index_in_image = tl.load(index_in_image_ptr + row)
     has_prefix = tl.load(row_index_ptr + image * max_responses + index_in_image) == row
-    running_max = tl.where(has_prefix, tl.load(log_sum_exp_ptr + query_offset), _LOWEST_SCORE)
-    accumulator = tl.where(
-        has_prefix,
-        tl.load(prefix_output_ptr + query_offset * HEAD_DIM + dim, mask=is_dim, other=0),
-        0.0,
-    )
-    running_sum = tl.where(has_prefix, 1.0, 0.0)
+    part = tl.arange(0, PADDED_PARTS)
+    is_part = (part < NUM_PARTS) & (has_prefix | (part >= NUM_PREFIX_PARTS))
 
-    # Go on with the own columns, up to that of the new token.
-    first_key = (row * (num_heads // GROUP) + head // GROUP).to(tl.int64) * num_columns
-    for start in range(0, tl.load(last_column_ptr) + 1, _BLOCK_KEYS):
-        column = start + tl.arange(0, _BLOCK_KEYS)
-        is_key = (
-            tl.load(key_mask_ptr + row * num_columns + column, mask=column < num_columns, other=0)
-            != 0
-        )
-        offset = (first_key + column)[:, None] * HEAD_DIM + dim
-        key = tl.load(key_ptr + offset, mask=is_key[:, None] & is_dim, other=0).to(tl.float32)
-        score = tl.where(is_key, tl.sum(query * key, 1) * SCALING, -float("inf"))
-        previous_max = running_max
-        running_max = tl.maximum(running_max, tl.max(score, 0))
-        weight = tl.exp(score - running_max)
-        rescale = tl.exp(previous_max - running_max)
-        value = tl.load(value_ptr + offset, mask=is_key[:, None] & is_dim, other=0).to(tl.float32)
-        accumulator = accumulator * rescale + tl.sum(weight[:, None] * value, 0)
-        running_sum = running_sum * rescale + tl.sum(weight, 0)
-
-    # Divide once, at the end.
-    tl.store(output_ptr + query_offset * HEAD_DIM + dim, accumulator / running_sum, mask=is_dim)
+    # Weigh each part by its share of the exponentials.
+    dim = tl.arange(0, PADDED_DIM)
+    is_dim = dim < HEAD_DIM
+    offset = (part * num_rows + row).to(tl.int64) * NUM_HEADS + head
+    log_sum_exp = tl.load(log_sum_exp_ptr + offset, mask=is_part, other=-float("inf"))
+    weight = tl.exp(log_sum_exp - tl.max(log_sum_exp, 0))
+    weight = weight / tl.sum(weight, 0)
+    is_number = is_part[:, None] & is_dim
+    parts = tl.load(part_ptr + offset[:, None] * HEAD_DIM + dim, mask=is_number, other=0)
+    output = tl.sum(weight[:, None] * parts, 0)
+    output_offset = (row * NUM_HEADS + head).to(tl.int64) * HEAD_DIM + dim
+    tl.store(output_ptr + output_offset, output.to(output_ptr.dtype.element_ty), mask=is_dim)
 
 
 def decode_attention(
@@ -429,51 +583,61 @@ def decode_attention(
     num_key_heads, prefix_length = cache.prefix_keys.shape[1:3]
     num_columns = cache.own_keys.shape[2]
     group = num_heads // num_key_heads
+    num_prefix_parts = triton.cdiv(prefix_length, _PREFIX_PART.value)
+    num_own_parts = triton.cdiv(num_columns, _OWN_PART.value)
+    num_parts = num_prefix_parts + num_own_parts
 
     # Allocate the results.
     query = query.contiguous()
     output = torch.empty_like(query)
-    prefix_output = torch.empty(
-        num_rows, num_heads, head_dim, dtype=torch.float32, device=query.device
-    )
-    log_sum_exp = torch.empty(num_rows, num_heads, dtype=torch.float32, device=query.device)
+    parts = query.new_empty(num_parts, num_rows, num_heads, head_dim, dtype=torch.float32)
+    log_sum_exp = query.new_empty(num_parts, num_rows, num_heads, dtype=torch.float32)
 
     # Launch both kernels.
-    options = {
-        "SCALING": scaling,
-        "GROUP": group,
+    sizes = {
+        "NUM_PREFIX_PARTS": num_prefix_parts,
         "HEAD_DIM": head_dim,
         "PADDED_DIM": max(16, triton.next_power_of_2(head_dim)),
-        "num_stages": 3 if head_dim * query.element_size() <= _MAX_PIPELINED_BYTES else 1,
     }
     num_query_blocks = triton.cdiv(max_responses * group, _BLOCK_QUERIES)
-    _attend_prefix[(num_images, num_key_heads, num_query_blocks)](
+    num_prefix_programs = num_images * num_key_heads * num_query_blocks * num_prefix_parts
+    num_own_programs = num_rows * num_heads * num_own_parts
+    _attend_parts[(num_prefix_programs + num_own_programs,)](
         query,
         index.row_index,
         cache.prefix_keys,
         cache.prefix_values,
-        prefix_output,
-        log_sum_exp,
-        max_responses,
-        prefix_length,
-        BLOCK_QUERIES=_BLOCK_QUERIES,
-        **options,
-    )
-    _attend_own_and_merge[(num_rows, num_heads)](
-        query,
-        index.row_index,
-        index.image_index,
-        index.index_in_image,
         cache.own_keys,
         cache.own_values,
         index.key_mask,
         index.column,
-        prefix_output,
+        parts,
+        log_sum_exp,
+        num_prefix_programs,
+        num_rows,
+        max_responses,
+        prefix_length,
+        num_columns,
+        BLOCK_QUERIES=_BLOCK_QUERIES,
+        SCALING=scaling,
+        GROUP=group,
+        NUM_KEY_HEADS=num_key_heads,
+        **sizes,
+    )
+    _merge_parts[(num_rows, num_heads)](
+        index.row_index,
+        index.image_index,
+        index.index_in_image,
+        parts,
         log_sum_exp,
         output,
+        num_rows,
         max_responses,
-        num_columns,
-        **options,
+        NUM_PARTS=num_parts,
+        PADDED_PARTS=triton.next_power_of_2(num_parts),
+        NUM_HEADS=num_heads,
+        num_warps=1,
+        **sizes,
     )
     return output
 
@@ -481,16 +645,23 @@ def decode_attention(
 def add_and_normalize(
     x: Tensor, update: Tensor | None, weight: Tensor, epsilon: float, dtype: torch.dtype
 ) -> Tensor:
-    """`decode_operations.add_and_normalize`; all tensors are contiguous."""
+    """`decode_operations.add_and_normalize`; all tensors are contiguous.
+
+    An ``update`` in parts, float[parts, R, D], is added up.
+    """
     num_rows, width = x.shape
+    num_updates = 0
+    if update is not None:
+        num_updates = update.numel() // x.numel()
     output = torch.empty_like(x, dtype=dtype)
     _add_and_normalize[(num_rows,)](
         x,
         x if update is None else update,
         weight,
         output,
+        num_rows,
         epsilon,
-        HAS_UPDATE=update is not None,
+        NUM_UPDATES=num_updates,
         WIDTH=width,
         PADDED_WIDTH=triton.next_power_of_2(width),
         num_warps=8,
@@ -543,27 +714,61 @@ def swiglu(gate_and_up: Tensor) -> Tensor:
     return output
 
 
-def float8_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """`decode_operations.float8_product`; all tensors are contiguous."""
+def float8_product(
+    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, in_parts: bool
+) -> Tensor:
+    """`decode_operations.float8_product`; all tensors are contiguous.
+
+    With ``in_parts`` the result may be float32[parts, R, out], of which `add_and_normalize` takes
+    the sum.
+    """
     num_rows, num_in = x.shape
-    num_out = len(codes)
-    output = x.new_empty(num_rows, num_out)
+    num_out, num_padded_in = codes.shape
+    num_groups = num_padded_in // FLOAT8_GROUP
     block_rows = min(max(triton.next_power_of_2(num_rows), _BLOCK_QUERIES), _MAX_BLOCK_ROWS)
-    block_out = _BLOCK_OUT if num_out > _FEW_OUTPUTS else _BLOCK_OUT // 2
-    grid = (triton.cdiv(num_out, block_out), triton.cdiv(num_rows, block_rows))
-    _multiply_few_rows[grid](
+    num_row_blocks = triton.cdiv(num_rows, block_rows)
+    num_padded_rows = num_row_blocks * block_rows
+
+    # Quantize the inputs.
+    x_codes = torch.empty(num_padded_rows, num_padded_in, dtype=codes.dtype, device=x.device)
+    x_scales = torch.empty(num_groups, num_padded_rows, dtype=torch.float32, device=x.device)
+    _quantize_groups[(num_padded_rows, num_groups)](
         x,
-        codes.view(torch.uint8),
+        x_codes,
+        x_scales,
+        num_rows,
+        num_in,
+        num_groups,
+        num_padded_rows,
+        GROUP=FLOAT8_GROUP,
+        num_warps=1,
+    )
+
+    # Multiply; few outputs are summed in parts, so that there are enough programs.
+    num_out_blocks = triton.cdiv(num_out, _BLOCK_OUT)
+    num_parts = 1
+    if in_parts:
+        num_parts = max(_MIN_PROGRAMS // (num_out_blocks * num_row_blocks), 1)
+        num_parts = min(num_parts, _MAX_PARTS, num_groups)
+    dtype = x.dtype if num_parts == 1 else torch.float32
+    output = torch.empty(num_parts, num_rows, num_out, dtype=dtype, device=x.device)
+    _multiply_codes[(num_out_blocks, num_row_blocks, num_parts)](
+        x_codes,
+        x_scales,
+        codes,
         scales,
+        scales if bias is None else bias,
         output,
         num_rows,
+        num_padded_rows,
         num_out,
-        num_in,
-        HAS_SCALES=True,
+        num_groups,
+        HAS_BIAS=bias is not None,
+        NUM_PARTS=num_parts,
+        GROUP=FLOAT8_GROUP,
         BLOCK_ROWS=block_rows,
-        BLOCK_OUT=block_out,
-        BLOCK_IN=_BLOCK_IN,
+        BLOCK_OUT=_BLOCK_OUT,
         num_warps=4,
-        num_stages=4,
+        num_stages=5,
     )
-    return output
+    return output if num_parts > 1 else output[0]

@@ -14,7 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from annexe.models.language_model.float8 import quantize_rows
 from annexe.models.language_model.kv_cache import DecodeIndex, SharedPrefixCache
+
+# Numbers of a row that are multiplied at a time where both factors are in float8
+FLOAT8_GROUP = 128
 
 
 def add_and_normalize(
@@ -103,10 +107,7 @@ def decode_attention(
     """
     num_key_heads, prefix_length = cache.prefix_keys.shape[1:3]
     group = query.shape[1] // num_key_heads
-    # A compiled block is not told how many columns are filled, and reads all of them
-    num_columns = cache.own_keys.shape[2]
-    if not torch.compiler.is_compiling():
-        num_columns = int(index.column) + 1
+    num_columns = int(index.column) + 1
     own_keys = cache.own_keys[:, :, :num_columns]
     own_values = cache.own_values[:, :, :num_columns]
     is_free = ~index.key_mask[:, None, None, :num_columns]
@@ -142,16 +143,25 @@ def swiglu(gate_and_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def float8_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+def float8_product(
+    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, in_parts: bool
+) -> Tensor:
     """Multiply with the transpose of a weight that is kept in float8.
+
+    The inputs are rounded to float8, too, in groups with a scale each.
 
     Args:
         x: float[R, in].
-        codes: e4m3[out, in].
+        codes: e4m3[out, groups * FLOAT8_GROUP], 0 behind the numbers of a row.
         scales: float32[out, 1].
+        bias: float[out], or None.
+        in_parts: for kernels, which may leave the result in parts.
 
     Returns:
         float[R, out], of the dtype of ``x``.
     """
-    product = x.float() @ codes.float().t()
-    return (product * scales[:, 0]).to(x.dtype)
+    padded = F.pad(x, (0, codes.shape[1] - x.shape[1]))
+    x_codes, x_scales = quantize_rows(padded.reshape(-1, FLOAT8_GROUP))
+    rounded = (x_codes.float() * x_scales).view(padded.shape)
+    product = F.linear(rounded, codes.float() * scales, None if bias is None else bias.float())
+    return product.to(x.dtype)
