@@ -107,7 +107,10 @@ def decode_attention(
     """
     num_key_heads, prefix_length = cache.prefix_keys.shape[1:3]
     group = query.shape[1] // num_key_heads
-    num_columns = int(index.column) + 1
+    # A compiled block is not told how many columns are filled, and reads all of them
+    num_columns = cache.own_keys.shape[2]
+    if not torch.compiler.is_compiling():
+        num_columns = int(index.column) + 1
     own_keys = cache.own_keys[:, :, :num_columns]
     own_values = cache.own_values[:, :, :num_columns]
     is_free = ~index.key_mask[:, None, None, :num_columns]
