@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,12 +36,17 @@ def compile_blocks(
     """
     # Imported here, because it takes a second
     from annexe.models.kept_activations import KeepAttention
+    from annexe.models.whole_rows import WholeRows
 
     # One variant for every shape, with and without gradients
     torch._dynamo.config.recompile_limit = 64
     # Drops what is cheap to compute again, at no loss of speed
     torch._functorch.config.activation_memory_budget = 0.9
     torch._inductor.config.joint_custom_pre_pass = KeepAttention()
+    compile = partial(compile, backend=backend)
+    if backend == "inductor":
+        # As options, which threads of the backward pass have too
+        compile = partial(compile, options={"inductor_choices_class": WholeRows})
 
     # The library's hooks record outputs that nothing reads, and cannot be compiled
     rgb: Any = model.rgb_encoder
@@ -60,12 +66,12 @@ def compile_blocks(
     depth_blocks = depth.model.backbone.encoder.layer if has_depth else []
     for block in [*model.blocks(), *depth_blocks, *decoder_blocks]:
         if block not in excluded:
-            block.forward = compile(block.forward, backend=backend)
+            block.forward = compile(block.forward)
 
     # Methods, replaced on this instance alone
     pixel_decoder: Any = model.pixel_decoder
     if hasattr(pixel_decoder, "pixel_features"):
-        pixel_decoder.pixel_features = compile(pixel_decoder.pixel_features, backend=backend)
+        pixel_decoder.pixel_features = compile(pixel_decoder.pixel_features)
     if has_depth:
-        depth.neck = compile(depth.neck, backend=backend)
-        depth.head = compile(depth.head, backend=backend)
+        depth.neck = compile(depth.neck)
+        depth.head = compile(depth.head)
