@@ -61,6 +61,17 @@ def test_invalid_depth_is_left_out(make_parts):
     assert not losses.TERMS["depth"].units(batch).any()
 
 
+@pytest.mark.parametrize("num_columns", [9, 10])
+def test_medians_by_rank_are_medians(num_columns):
+    """What a GPU computes; rows with none, one, an even and an odd number of numbers, and all."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 6, num_columns)
+    x[..., 3] = x[..., 4]  # equal numbers
+    valid = torch.arange(num_columns).roll(3) < torch.tensor([0, 1, 2, 5, 6, num_columns])[:, None]
+    assert torch.equal(losses._medians_by_rank(x, valid), losses.medians(x, valid))
+    assert torch.equal(losses.medians(x, valid)[:, 1], x[:, 1, 3:4])
+
+
 def test_the_gradient_of_depth_is_spread_over_all_pixels(make_parts):
     """That of a plain median lies in one pixel for the most part."""
     model, _, batch = make_parts()

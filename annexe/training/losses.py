@@ -103,12 +103,17 @@ def depth_losses(predictions: Predictions, batch: Batch) -> Tensor:
     TPAMI 2022), because the network knows inverse depth only up to scale and shift. Images without
     valid depth add nothing.
     """
+    assert predictions.depth is not None
+    predicted = predictions.depth.float().flatten(1)
     valid = (batch.depth > 0).flatten(1)  # [B, S * S]
     weight = valid.float() / valid.sum(1, keepdim=True).clamp(min=1)
 
-    def normalize(x: Tensor) -> Tensor:
-        valid_only = torch.where(valid, x.detach(), torch.nan)
-        center = valid_only.nanmedian(dim=1, keepdim=True).values.nan_to_num()
+    # True inverse depth, scaled so that epsilon is far below its spread
+    inverse = torch.where(valid, 1 / batch.depth.flatten(1).clamp(min=1e-6), 0)
+    scale = (inverse * weight).sum(1, keepdim=True).clamp(min=1e-12)
+    true = inverse / scale
+
+    def normalize(x: Tensor, center: Tensor) -> Tensor:
         # A median would give its gradient to one pixel, on a GPU to any of those that are equal;
         # the mean gives it to all of them
         mean = (x * weight).sum(1, keepdim=True)
@@ -116,14 +121,42 @@ def depth_losses(predictions: Predictions, batch: Batch) -> Tensor:
         spread = ((x - center).abs() * weight).sum(1, keepdim=True)
         return (x - center) / (spread + _EPSILON)
 
-    # True inverse depth, scaled so that epsilon is far below its spread
-    inverse = torch.where(valid, 1 / batch.depth.flatten(1).clamp(min=1e-6), 0)
-    scale = (inverse * weight).sum(1, keepdim=True).clamp(min=1e-12)
-
-    assert predictions.depth is not None
-    predicted = predictions.depth.float().flatten(1)
-    error = (normalize(predicted) - normalize(inverse / scale)).abs()
+    center, true_center = medians(torch.stack([predicted.detach(), true]), valid)
+    error = (normalize(predicted, center) - normalize(true, true_center)).abs()
     return error * weight
+
+
+def medians(x: Tensor, valid: Tensor) -> Tensor:
+    """Lower median of the valid numbers of every row, 0 where there are none.
+
+    Args:
+        x: float[..., B, n].
+        valid: bool[B, n], which count.
+
+    Returns:
+        float[..., B, 1].
+    """
+    if x.is_cuda:
+        return _medians_by_rank(x, valid)
+    valid_only = torch.where(valid, x, torch.nan)
+    return valid_only.nanmedian(dim=-1, keepdim=True).values.nan_to_num()
+
+
+def _medians_by_rank(x: Tensor, valid: Tensor) -> Tensor:
+    """`medians` by ``topk``, which takes many blocks of a GPU for a row where a median takes one.
+
+    A row is extended by so many -inf, and inf behind them, that the median of what is valid in it
+    has the same rank in all rows.
+    """
+    num_columns = x.shape[-1]
+    num_valid = valid.sum(1, keepdim=True)  # [B, 1]
+    rank = (num_columns - 1) // 2
+    num_below = rank - (num_valid - 1) // 2  # [B, 1]; rank + 1 where nothing is valid
+    is_below = torch.arange(rank + 1, device=x.device) < num_below
+    filling = torch.where(is_below, -torch.inf, torch.inf).to(x.dtype).expand(*x.shape[:-1], -1)
+    rows = torch.cat([torch.where(valid, x, torch.inf), filling], dim=-1)
+    smallest = rows.topk(rank + 1, largest=False, sorted=False).values
+    return torch.where(num_valid > 0, smallest.amax(-1, keepdim=True), 0)
 
 
 def presence_losses(predictions: Predictions, batch: Batch) -> list[Tensor]:
