@@ -216,9 +216,9 @@ def test_block_mask_flops_and_a_prefix_read_before_follow():
         branches = nominal_branches(2, 3)
         branches[1] = branches[1][:2]
         text = random_batch(branches, 14, 150, 4, 100, answers_read=read).text
-        dense = packed_attention_mask(text.segment_ids, None, text.context_mask)
+        dense = packed_attention_mask(text.reach)
         is_token = text.segment_ids >= 0
-        num_pairs = num_attended_pairs(text.segment_ids, text.context)
+        num_pairs = num_attended_pairs(text)
         assert num_pairs == int(dense[:, 0][is_token].sum())
 
         # FlexAttention, of all tokens and of those behind the prefix
@@ -228,9 +228,8 @@ def test_block_mask_flops_and_a_prefix_read_before_follow():
         module = SimpleNamespace(num_key_value_groups=1, is_causal=True)
         expected, _ = attend(module, query, key, value, dense, scaling=0.25)
         for first in (0, text.prefix_length):
-            masks = [text.segment_ids, None, text.context_mask, first]
-            assert torch.equal(packed_attention_mask(*masks), dense[:, :, first:])
-            block_mask = packed_block_mask(*masks)
+            assert torch.equal(packed_attention_mask(text.reach, first), dense[:, :, first:])
+            block_mask = packed_block_mask(text.reach, first)
             output, _ = attend(module, query[:, :, first:], key, value, block_mask, scaling=0.25)
             torch.testing.assert_close(output, expected[:, first:], atol=1e-5, rtol=1e-5)
 

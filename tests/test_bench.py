@@ -167,7 +167,7 @@ def test_the_language_model_takes_what_the_counter_counts_without_the_mask(
 
     # Pairs of tokens that the mask hides, which the counter counts as well
     num_rows, num_columns = text.segment_ids.shape
-    hidden_pairs = num_rows * num_columns**2 - num_attended_pairs(text.segment_ids)
+    hidden_pairs = num_rows * num_columns**2 - num_attended_pairs(text)
     masked = 4 * hidden_pairs * width * len(language_model.base.model.layers)
 
     # Angles of the positions are a product too
@@ -178,9 +178,9 @@ def test_the_language_model_takes_what_the_counter_counts_without_the_mask(
 
 
 def test_pairs_are_those_of_the_mask() -> None:
-    segment_ids = random_batch([[(3, 2), (4, 1)], [(2, 2)]], 14, 5, 4, 100).text.segment_ids
-    mask = packed_attention_mask(segment_ids)[:, 0]
-    assert num_attended_pairs(segment_ids) == int(mask[segment_ids >= 0].sum())
+    text = random_batch([[(3, 2), (4, 1)], [(2, 2)]], 14, 5, 4, 100).text
+    mask = packed_attention_mask(text.reach)[:, 0]
+    assert num_attended_pairs(text) == int(mask[text.segment_ids >= 0].sum())
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from annexe.models.language_model.constraints import DecodingConstraints
 from annexe.models.language_model.float8 import quantize_rows
 from annexe.models.language_model.generation import DecodeStep, GreedyDecoder
 from annexe.models.language_model.kv_cache import DecodeIndex, SharedPrefixCache
-from annexe.structures.batch import PackedText
+from annexe.structures.batch import PackedText, reach_of
 from tests.test_packed_sequence import LORA, VARIED
 
 
@@ -204,23 +204,26 @@ def test_the_kernels_for_a_gpu_give_the_same(tmp_path):
         require_same_call(call[0], output, run_call(decode_operations, *call), 1e-5)
 
 
-PADDED_ROWS = ([[0] * 130 + [1] * 60 + [2] * 70, [0] * 130 + [1] * 90 + [-1] * 40], None)
-THREE_IMAGES_IN_A_ROW = (
-    [[0] * 90 + [1] * 20 + [0] * 90 + [1] * 35 + [0] * 25] * 2,
-    [[0] * 110 + [1] * 125 + [2] * 25] * 2,
+# A prefix, then two branches; a prefix, a branch and padding
+PADDED_ROWS = reach_of(
+    torch.tensor([[0] * 130 + [1] * 60 + [2] * 70, [0] * 130 + [1] * 90 + [-1] * 40])
+)
+# Prefix and branch of one image, then of another, then spare tokens
+THREE_IMAGES_IN_A_ROW = torch.tensor([[110] * 110 + [235] * 125 + [260] * 25] * 2)
+# Prompts in the first block, which are read behind the second one or not at all
+BRANCHES_OF_A_PROMPT = torch.tensor(
+    [[260] * 60 + [200] * 68 + [150] * 22 + [200] * 50 + [260] * 60, [128] * 128 + [260] * 132]
 )
 
 
-@pytest.mark.parametrize(("segment_ids", "image_index"), [PADDED_ROWS, THREE_IMAGES_IN_A_ROW])
-def test_the_block_mask_gives_the_same(segment_ids, image_index):
-    segment_ids = torch.tensor(segment_ids)
-    image_index = None if image_index is None else torch.tensor(image_index)
+@pytest.mark.parametrize("reach", [PADDED_ROWS, THREE_IMAGES_IN_A_ROW, BRANCHES_OF_A_PROMPT])
+def test_the_block_mask_gives_the_same(reach):
     module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
     torch.manual_seed(0)
     query = torch.randn(2, 4, 260, 16)
     key, value = torch.randn(2, 2, 2, 260, 16)
-    dense_mask = packed_attention_mask(segment_ids, image_index)
-    block_mask = packed_block_mask(segment_ids, image_index)
+    dense_mask = packed_attention_mask(reach)
+    block_mask = packed_block_mask(reach)
     expected, _ = attend(module, query, key, value, dense_mask, scaling=0.25)
     with torch.no_grad():
         output, _ = attend(module, query, key, value, block_mask, scaling=0.25)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -16,22 +17,26 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from annexe.benchmarks.flops import num_attended_pairs
 from annexe.build import load_config
 from annexe.checkpoints.run_folder import find_checkpoint
 from annexe.checkpoints.training_state import trained_tensors
 from annexe.config import Config, RewardConfig
-from annexe.datasets.collate import Collator
+from annexe.datasets.collate import Collator, Padding
 from annexe.errors import UserError
 from annexe.models.annexe import Annexe
+from annexe.models.language_model.attention import packed_attention_mask
 from annexe.models.language_model.sampling import choose, split_seeds, uniform
 from annexe.models.rollouts import roll_out
 from annexe.structures.batch import Batch
 from annexe.structures.rollouts import DrawnText, Rollouts
 from annexe.trainer import set_up, train
 from annexe.training import rewards
-from annexe.training.objective import RewardObjective, pack_groups
+from annexe.training.groups import pack_groups
+from annexe.training.objective import RewardObjective
 from annexe.training.policy import divergences, draw_logprobs, policy_losses, token_logprobs
 from tests.conftest import ROOT
 from tests.test_packed_sequence import VARIED, branch_ids, run_alone
@@ -166,44 +171,80 @@ def test_what_is_drawn_does_not_depend_on_other_images(drawn):
     assert rollouts.draws.shape == (MEMBERS, 4, 4)
 
 
-def test_groups_are_packed_as_true_responses_are(drawn):
-    """Log probabilities of each member's row equal those of its text as a true response."""
+@pytest.mark.parametrize("unpad", [False, True])
+def test_packed_groups_give_what_a_row_for_each_member_gives(drawn, unpad):
+    """Log probabilities, presence and gradients, as if each member's words were the true ones."""
     model, prompts, collate, rollouts, _ = drawn
-    text, lengths, is_drawn = pack_groups(collate, prompts, rollouts)
-    assert len(text.labels) == len(is_drawn) == lengths.sum()
+    model.train()
+    collate.padding = Padding(unpad=unpad)
+    packed = pack_groups(collate, prompts.text, rollouts.texts)
+    text = packed.text
     group = dataclasses.replace(prompts, text=text)
-    with torch.no_grad():
-        predictions = model(group)
-    logits = predictions.token_logits
-    first = 0
-    first_row = None
+    weights = torch.randn(len(text.labels), generator=torch.Generator().manual_seed(0))
+    logprobs, presence = _outputs(model, group)
+    ((weights * logprobs).sum() + presence.square().sum()).backward()
+    found = _take_gradients(model)
+
+    # The same weights, member by member
+    loss = torch.zeros(())
+    truth = Collator(collate.tokenizer, model.num_image_tokens, 4, answers_read=model.answers_read)
     for member in range(MEMBERS):
         for image, sample in enumerate(prompts.samples):
-            # The collator packs words; here tokens stand for themselves
-            of_image = [rollouts.texts[3 * image + place][member].tokens for place in range(3)]
-            truth = Collator(
-                model.language_model.tokenizer,
-                model.num_image_tokens,
-                4,
-                answers_read=model.answers_read,
+            of_image = range(3 * image, 3 * image + 3)
+            drawn_tokens = [rollouts.texts[prompt][member].tokens for prompt in of_image]
+            alone = _with_tokens(truth, sample, drawn_tokens)
+            expected, expected_presence = _outputs(model, alone)
+            is_own = (packed.token_member == member) & torch.isin(
+                packed.token_prompt, torch.tensor(of_image)
             )
-            alone = _with_tokens(truth, sample, of_image)
-            with torch.no_grad():
-                expected = model(alone)
-            num_labels = len(alone.text.labels)
-            labels = text.labels[first : first + num_labels]
-            assert torch.equal(labels, alone.text.labels)
-            torch.testing.assert_close(
-                logits[first : first + num_labels], expected.token_logits, atol=2e-5, rtol=0
-            )
-            first += num_labels
+            assert torch.equal(text.labels[is_own], alone.text.labels)
+            torch.testing.assert_close(logprobs[is_own], expected, atol=1e-5, rtol=1e-5)
+            loss = loss + (weights[is_own] * expected).sum()
             if member == 0:
                 rows = slice(2 * image, 2 * image + 2)
-                torch.testing.assert_close(
-                    predictions.presence_logits[rows], expected.presence_logits, atol=2e-5, rtol=0
-                )
-                first_row = expected
-    assert first == len(text.labels) and first_row is not None
+                torch.testing.assert_close(presence[rows], expected_presence, atol=1e-5, rtol=1e-5)
+                loss = loss + expected_presence.square().sum()
+    loss.backward()
+    expected_gradients = _take_gradients(model)
+    assert found.keys() == expected_gradients.keys()
+    for name, gradient in expected_gradients.items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(
+            found[name], gradient, atol=1e-5 * max(scale, 1), rtol=0, msg=lambda m, n=name: n + m
+        )
+
+
+def _outputs(model: Annexe, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log probabilities of all labels, and the presence of all queries."""
+    predictions = model(batch)
+    logits = predictions.token_logits.float()
+    logprobs = -F.cross_entropy(logits, batch.text.labels, reduction="none")
+    return logprobs, predictions.presence_logits
+
+
+def _take_gradients(model: Annexe) -> dict[str, torch.Tensor]:
+    """Gradients by name, which are set to zero."""
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            gradients[name] = parameter.grad
+            parameter.grad = None
+    return gradients
+
+
+def test_a_group_reads_prefix_and_prompts_once(drawn):
+    model, prompts, collate, rollouts, _ = drawn
+    text = pack_groups(collate, prompts.text, rollouts.texts).text
+    num_drawn = sum(len(drawn.tokens) + 1 for group in rollouts.texts for drawn in group)
+    num_prompts = int((prompts.text.segment_ids >= 0).sum())
+    if model.answers_read.source == "analysis":
+        # Each member reads the queries behind its own analysis
+        lengths = prompts.text.branch_length[prompts.text.query_branches]
+        num_prompts += (MEMBERS - 1) * int(lengths.sum())
+    is_token = text.segment_ids >= 0
+    assert int(is_token.sum()) == num_prompts + num_drawn
+    mask = packed_attention_mask(text.reach)[:, 0]
+    assert num_attended_pairs(text) == int(mask[is_token].sum())
 
 
 def _with_tokens(collate: Collator, sample, responses: list[list[int]]) -> Batch:
@@ -212,8 +253,9 @@ def _with_tokens(collate: Collator, sample, responses: list[list[int]]) -> Batch
     branches = collate._branches(sample, collate._encode([sample]))
     pairs = zip(branches, responses, strict=True)
     drawn = [(prompt, [*tokens, tokenizer.eos_id]) for (prompt, _), tokens in pairs]
-    collate._branches = lambda *_: drawn  # type: ignore[method-assign]
-    return collate([sample])
+    without = copy.copy(collate)
+    without._branches = lambda *_: drawn  # type: ignore[method-assign]
+    return without([sample])
 
 
 # What it is worth

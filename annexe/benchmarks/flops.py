@@ -28,7 +28,7 @@ from annexe.models.depth_branch import DepthAnythingV2
 from annexe.models.language_model.causal_lm import CausalLM
 from annexe.models.language_model.float8 import Float8Linear
 from annexe.models.vision_encoders.eva_vit import EvaViT
-from annexe.structures.batch import ANALYSIS, Batch, Context, PackedText, QueryIndex
+from annexe.structures.batch import PADDING_SEGMENT, Batch, PackedText, QueryIndex
 
 Linear = nn.Linear | Float8Linear
 Convolution = nn.Conv2d | nn.ConvTranspose2d
@@ -209,33 +209,18 @@ def flops_of_language_model(language_model: CausalLM, text: PackedText, num_logi
     layers = base.model.layers
     width = base.config.num_attention_heads * language_model.head_dim
     num_tokens = int((text.segment_ids >= 0).sum())
-    num_pairs = num_attended_pairs(text.segment_ids, text.context)
+    num_pairs = num_attended_pairs(text)
     flops.add_linear(_linear_layers(layers), num_tokens, True)
     flops.add_attention(num_pairs * len(layers), width, True)
     flops.add_linear([base.lm_head, language_model.mask_head], num_logits, True)
     return flops
 
 
-def num_attended_pairs(segment_ids: Tensor, context: Context | None = None) -> int:
-    """Pairs of tokens of which one sees the other.
-
-    The prefix and each branch see themselves causally, branches the prefix too, and queries what
-    they read of the analysis branch.
-
-    Args:
-        segment_ids: int64[B, N], as in `PackedText`.
-        context: as in `PackedText`.
-    """
-    num_pairs = 0
-    if context is not None:
-        num_query_tokens = (segment_ids > ANALYSIS).sum(1)
-        num_pairs += int(((context.end - context.start) * num_query_tokens).sum())
-    for row in segment_ids:
-        prefix, *branches = torch.bincount(row[row >= 0]).tolist()
-        num_pairs += prefix * (prefix + 1) // 2
-        for length in branches:
-            num_pairs += length * prefix + length * (length + 1) // 2
-    return num_pairs
+def num_attended_pairs(text: PackedText) -> int:
+    """Pairs of tokens of which one sees the other: each is seen from itself up to its reach."""
+    columns = torch.arange(text.reach.shape[1], device=text.reach.device)
+    is_token = text.segment_ids != PADDING_SEGMENT
+    return int(((text.reach - columns) * is_token).sum())
 
 
 def flops_of_decoder(model: Annexe, batch: Batch) -> Flops:

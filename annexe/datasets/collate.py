@@ -11,14 +11,16 @@ more, so every branch continues at the position where the prefix ends:
     input_ids     BOS Img 0   0   0   p   p   r   EOS p   p   p   r   EOS 0
     segment_ids   0   0   0   0   0   1   1   1   1   2   2   2   2   2   -1
     position_ids  0   1   2   3   4   5   6   7   8   5   6   7   8   9   0
+    reach         14  14  14  14  14  9   9   9   9   14  14  14  14  14  15
     labels                                r   EOS             r   EOS
                   |       |           |               |                   |
                   prefix  image       analysis        query               padding
                           tokens      = prefix_length
                           = image_start
 
-A label stands where the model has to predict it: from the last token of a prompt to the last but
-one of its response. The analysis branch of an image without an analysis is its prompt alone.
+A token is read by those behind it, up to its reach. A label stands where the model has to predict
+it: from the last token of a prompt to the last but one of its response. The analysis branch of an
+image without an analysis is its prompt alone.
 
 Where queries read the analysis, each one continues at the position where the analysis ends, as if
 nothing but prefix, analysis and query were there (above, the query would begin at position 9).
@@ -48,6 +50,7 @@ from annexe.structures.batch import (
     Context,
     PackedText,
     QueryIndex,
+    reach_of,
     round_up,
 )
 from annexe.structures.sample import Sample
@@ -110,19 +113,25 @@ class PlacedBranch:
     image_index: int
     segment_id: int  # ANALYSIS, or one of those that follow for the queries
     start: int  # column of the first prompt token
-    prompt: list[int]
+    prompt: list[int]  # empty where a response lies behind a prompt that others share
     response: list[int]
     is_query: bool
-
-    @property
-    def label_start(self) -> int:
-        """Column of the token that predicts the first response token."""
-        return self.start + len(self.prompt) - 1
+    has_masks: bool  # which are made of its prompt
+    num_read: int = 0  # tokens that it reads between the prefix and itself
+    shared_prompt_end: int | None = None  # column behind the shared prompt
 
     @property
     def prompt_end(self) -> int:
         """Column behind the last prompt token."""
         return self.start + len(self.prompt)
+
+    @property
+    def label_columns(self) -> list[int]:
+        """Columns of the tokens that predict those of the response."""
+        if not self.response:
+            return []
+        prompt_end = self.prompt_end if self.shared_prompt_end is None else self.shared_prompt_end
+        return [prompt_end - 1, *range(self.prompt_end, self.end - 1)]
 
     @property
     def end(self) -> int:
@@ -137,7 +146,11 @@ class PlacedBranch:
 
 
 def lay_out(
-    branches: list[list[Branch]], prefix_length: int, *, fill_queries: bool = False
+    branches: list[list[Branch]],
+    prefix_length: int,
+    *,
+    fill_queries: bool = False,
+    answers_read: AnswersRead = PREFIX_ALONE,
 ) -> list[PlacedBranch]:
     """Place every image's branches one behind the other.
 
@@ -146,6 +159,7 @@ def lay_out(
         prefix_length: column at which the first branch of each image starts.
         fill_queries: give every image as many queries as the fullest has. Those filled in read the
             first token of the analysis once more and have no labels.
+        answers_read: what queries read beside prefix and prompt.
 
     Returns:
         All branches, image by image.
@@ -154,16 +168,30 @@ def lay_out(
     table = []
     for image_index, image_branches in enumerate(branches):
         start = prefix_length
+        num_read = 0
         for segment_id, (prompt, response) in enumerate(image_branches, start=ANALYSIS):
             is_query = segment_id > ANALYSIS
-            branch = PlacedBranch(image_index, segment_id, start, prompt, response, is_query)
+            branch = PlacedBranch(
+                image_index,
+                segment_id,
+                start,
+                prompt,
+                response,
+                is_query,
+                has_masks=is_query,
+                num_read=num_read,
+            )
             table.append(branch)
             start = branch.end
+            if not is_query and answers_read.source != "prefix":
+                num_read = branch.context(answers_read)[1] - prefix_length
 
         num_filled = num_branches - len(image_branches) if fill_queries else 0
         if num_filled:
             first_token = image_branches[0][0][:1]
-            filler = PlacedBranch(image_index, ANALYSIS, prefix_length, first_token, [], True)
+            filler = PlacedBranch(
+                image_index, ANALYSIS, prefix_length, first_token, [], True, has_masks=True
+            )
             table += [filler] * num_filled
     return table
 
@@ -205,8 +233,9 @@ def to_tensors(
     # What queries read beside it
     context: list[tuple[int, int]] = []
     if answers_read.source != "prefix":
-        analyses = [branch for branch in table if not branch.is_query]
-        context = [analysis.context(answers_read) for analysis in analyses]
+        for branch in table:
+            if branch.segment_id == ANALYSIS and not branch.is_query:
+                context.append(branch.context(answers_read))
 
     # The branches behind it
     label_positions: list[int] = []
@@ -217,13 +246,11 @@ def to_tensors(
         length = branch.end - branch.start
         input_ids[branch.image_index, columns] = branch.prompt + branch.response
         segment_ids[branch.image_index, columns] = branch.segment_id
-        first_of_branch = first_position
-        if context and branch.segment_id > ANALYSIS:
-            first_of_branch += context[branch.image_index][1] - prefix_length
+        first_of_branch = first_position + branch.num_read
         position_ids[branch.image_index, columns] = first_of_branch + np.arange(length)
 
-        first_label = branch.image_index * row_length + branch.label_start
-        label_positions += range(first_label, first_label + len(branch.response))
+        row_start = branch.image_index * row_length
+        label_positions += [row_start + column for column in branch.label_columns]
         labels += branch.response
         is_analysis += [not branch.is_query] * len(branch.response)
 
@@ -234,10 +261,13 @@ def to_tensors(
     is_analysis += [False] * num_unused
 
     prompt_lengths = [len(branch.prompt) for branch in table]
-    query_branches = [index for index, branch in enumerate(table) if branch.is_query]
+    query_branches = [index for index, branch in enumerate(table) if branch.has_masks]
+    segments = torch.from_numpy(segment_ids)
+    what_queries_read = Context(*torch.tensor(context).unbind(1)) if context else None
     return PackedText(
         input_ids=torch.from_numpy(input_ids),
-        segment_ids=torch.from_numpy(segment_ids),
+        segment_ids=segments,
+        reach=reach_of(segments, what_queries_read),
         position_ids=torch.from_numpy(position_ids),
         image_start=len(prefix),
         prefix_length=prefix_length,
@@ -250,7 +280,7 @@ def to_tensors(
         labels=torch.tensor(labels, dtype=torch.int64),
         is_analysis=torch.tensor(is_analysis, dtype=torch.bool),
         unpadded_indices=unpadded_indices(segment_ids) if padding.unpad else None,
-        context=Context(*torch.tensor(context).unbind(1)) if context else None,
+        context=what_queries_read,
     )
 
 
@@ -268,7 +298,12 @@ def pack(
     for (prompt, response), *queries in branches:
         with_descriptors.append([(prompt + descriptors, response), *queries])
     prefix_length = len(prefix) + num_image_tokens
-    table = lay_out(with_descriptors, prefix_length, fill_queries=padding.fill_queries)
+    table = lay_out(
+        with_descriptors,
+        prefix_length,
+        fill_queries=padding.fill_queries,
+        answers_read=answers_read,
+    )
     return to_tensors(table, prefix, num_image_tokens, padding, num_image_positions, answers_read)
 
 

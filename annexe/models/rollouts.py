@@ -247,6 +247,7 @@ def _repeat_rows(text: PackedText, num_members: int) -> PackedText:
         text,
         input_ids=text.input_ids.repeat_interleave(num_members, 0),
         segment_ids=text.segment_ids.repeat_interleave(num_members, 0),
+        reach=text.reach.repeat_interleave(num_members, 0),
         position_ids=text.position_ids.repeat_interleave(num_members, 0),
         branch_image_index=row_of_branch,
         branch_start=text.branch_start[order],

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from annexe.structures.rollouts import Policy
@@ -65,10 +66,34 @@ class Context:
     start: Tensor  # int64[B], the first one of each row
     end: Tensor  # int64[B], behind the last one
 
-    def mask(self, num_columns: int) -> Tensor:
-        """The same columns as bool[B, N], N being ``num_columns``."""
-        columns = torch.arange(num_columns, device=self.start.device)
-        return (columns >= self.start[:, None]) & (columns < self.end[:, None])
+
+def reach_of(segment_ids: Tensor, context: Context | None = None) -> Tensor:
+    """The column behind the last token that reads each token.
+
+    A token is read by those that follow it, up to there: one of the prefix or of the context by the
+    whole row, one of a branch by the branch itself. Padding reads itself alone.
+
+    Args:
+        segment_ids: int64[B, N], as of `PackedText`, padded on the right.
+        context: what queries read beside the prefix.
+
+    Returns:
+        int64[B, N].
+    """
+    # The end of each branch: the nearest column on the right behind which a segment ends
+    num_columns = segment_ids.shape[1]
+    columns = torch.arange(num_columns, device=segment_ids.device)
+    following = F.pad(segment_ids[:, 1:], (0, 1), value=PADDING_SEGMENT)
+    ends = torch.where(segment_ids != following, columns + 1, num_columns)
+    reach = ends.flip(1).cummin(1).values.flip(1)
+
+    # What the whole row reads
+    is_shared = segment_ids == PREFIX_SEGMENT
+    if context is not None:
+        is_context = (columns >= context.start[:, None]) & (columns < context.end[:, None])
+        is_shared = is_shared | is_context
+    row_length = (segment_ids != PADDING_SEGMENT).sum(1, keepdim=True)
+    return torch.where(is_shared, row_length, reach)
 
 
 @dataclass
@@ -77,6 +102,7 @@ class PackedText:
 
     input_ids: Tensor  # int64[B, N]; image tokens are 0 here
     segment_ids: Tensor  # int64[B, N]; 0 = prefix, k = branch k, -1 = padding
+    reach: Tensor  # int64[B, N], behind the last token that reads each one: see `reach_of`
     position_ids: Tensor  # int64[B, N]; a branch continues behind the last token that it reads
     image_start: int  # column of the first image token
     prefix_length: int  # tokens before the branches, those of the image included
@@ -97,11 +123,6 @@ class PackedText:
         """Which branches are queries, bool[R]."""
         is_query = torch.zeros_like(self.branch_start, dtype=torch.bool)
         return is_query.index_fill(0, self.query_branches, True)
-
-    @property
-    def context_mask(self) -> Tensor | None:
-        """Tokens behind the prefix that queries read as well, bool[B, N]; None: there are none."""
-        return None if self.context is None else self.context.mask(self.input_ids.shape[1])
 
     @property
     def context_length(self) -> Tensor:

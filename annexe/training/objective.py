@@ -25,12 +25,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from annexe.config import LossWeights, RewardConfig
-from annexe.datasets.collate import Collator, pack
+from annexe.datasets.collate import Collator
 from annexe.distributed import sum_over_ranks
 from annexe.errors import UserError
-from annexe.structures.batch import Batch, PackedText
+from annexe.structures.batch import Batch
 from annexe.structures.rollouts import DrawnText, Policy, Rollouts
 from annexe.training import losses, rewards
+from annexe.training.groups import pack_groups
 from annexe.training.losses import Term
 from annexe.training.policy import draw_logprobs, policy_terms, token_logprobs
 
@@ -185,14 +186,14 @@ class RewardObjective:
     def _group(self, batch: Batch, on_device: Batch, rollouts: Rollouts) -> Batch:
         """A batch of groups with its rewards."""
         settings = self.settings
-        text, lengths, is_drawn = pack_groups(self.collate, batch, rollouts)
+        packed = pack_groups(self.collate, batch.text, rollouts.texts)
+        text = packed.text
 
         # Words
         of_words = self._reward_words(batch, rollouts)
         better = rewards.advantages(of_words.nan_to_num(), scale=settings.scale_advantages)
-        is_rewarded = (~of_words.isnan()).flatten().repeat_interleave(lengths)  # [T]
-        num_columns = text.input_ids.shape[1]
-        token_row = text.label_positions // num_columns
+        of_token = (packed.token_member, packed.token_prompt)
+        is_rewarded = ~of_words.isnan()[of_token]  # [T]
 
         # Presence
         num_present, had_a_say = rewards.effective_draws(rollouts.draws, rollouts.has_pixels)
@@ -210,9 +211,9 @@ class RewardObjective:
 
         policy = Policy(
             temperature=settings.temperature,
-            token_mask=is_drawn & is_rewarded,
-            token_advantages=better.flatten().repeat_interleave(lengths),
-            token_image=token_row % len(batch.images),
+            token_mask=packed.is_drawn & is_rewarded,
+            token_advantages=better[of_token],
+            token_image=text.label_positions // text.input_ids.shape[1],
             draws=rollouts.draws.cpu(),
             draw_mask=had_a_say.cpu(),
             draw_advantages=rewards.advantages(of_draws, scale=settings.scale_advantages).cpu(),
@@ -222,7 +223,7 @@ class RewardObjective:
     def _reward_words(self, batch: Batch, rollouts: Rollouts) -> Tensor:
         """Rewards of all responses, float32[M, R]; NaN where there is no true response.
 
-        The prompts are in the order of `pack_groups`, which is that of the batch.
+        The prompts are in the order of the batch.
         """
         weights = vars(self.settings.weights)
         in_use = rollouts.in_use.tolist()
@@ -274,66 +275,6 @@ class RewardObjective:
                 old_draws=draw_logprobs(predictions, on_device).cpu(),
             )
         return replace(group, policy=policy)
-
-
-def pack_groups(
-    collate: Collator, batch: Batch, rollouts: Rollouts
-) -> tuple[PackedText, Tensor, Tensor]:
-    """Rows of text with all drawn responses.
-
-    The first B rows hold the first members of all groups, the next B the second ones, and so on,
-    each packed as the collator packs true responses. Masks are made of the queries of the first.
-
-    Args:
-        collate: made the batch.
-        batch: packed prompts.
-        rollouts: what was drawn for them.
-
-    Returns:
-        The rows; the tokens of every response, its end included, int64[M * R], member by member;
-        and which tokens were drawn, bool[T]: all but the end of a response that did not end.
-    """
-    # Prompts of each image
-    text = batch.text
-    prompts: list[list[tuple[int, list[int]]]] = [[] for _ in batch.images]
-    num_descriptors = collate.answers_read.num_descriptors
-    places = zip(
-        text.branch_image_index.tolist(),
-        text.branch_start.tolist(),
-        text.branch_length.tolist(),
-        strict=True,
-    )
-    for branch, (image, start, length) in enumerate(places):
-        if not prompts[image]:
-            length -= num_descriptors  # which packing adds to the prompt of an analysis
-        ids = text.input_ids[image, start : start + length].tolist()
-        prompts[image].append((branch, ids))
-
-    # A row for each member of each image
-    eos_id = collate.tokenizer.eos_id
-    rows = []
-    lengths: list[int] = []
-    is_drawn: list[bool] = []
-    for member in range(len(rollouts.draws)):
-        for of_image in prompts:
-            branches = []
-            for branch, prompt in of_image:
-                drawn = rollouts.texts[branch][member]
-                branches.append((prompt, [*drawn.tokens, eos_id]))
-                lengths.append(len(drawn.tokens) + 1)
-                is_drawn += [True] * len(drawn.tokens) + [drawn.has_ended]
-            rows.append(branches)
-    packed = pack(
-        rows,
-        collate.tokenizer.prefix_ids,
-        collate.num_image_tokens,
-        collate.padding,
-        collate.num_image_positions,
-        collate.answers_read,
-    )
-    query_branches = packed.query_branches[: len(batch.queries.image_index)]
-    packed = replace(packed, query_branches=query_branches)
-    return packed, torch.tensor(lengths), torch.tensor(is_drawn)
 
 
 class StartWeights:

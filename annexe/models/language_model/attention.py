@@ -17,9 +17,12 @@ branch were there:
     all: every key      causal: keys up to the query itself      .: no key
 
 Where queries read the analysis, or descriptor tokens in it, they attend to all of those as well.
+Drawn responses that share a prompt lie behind it, and all of them attend to it.
 
-Where padding is left out ("unpad"), one row holds the sequences of all images, one behind the
-other. A token then attends only within its own image.
+All of this is said by one number for each key: the column behind the last token that attends to it
+(``reach``). A query attends to the keys up to itself that reach it. Where padding is left out
+("unpad"), one row holds the sequences of all images, one behind the other, and no token reaches
+beyond its own image.
 
 The attention is registered with transformers under `NAME`, so that its own blocks call it. What
 they may ask of it are the arguments of `attend`: an argument that it does not know is an error.
@@ -34,6 +37,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -49,103 +53,70 @@ NAME = "packed"
 
 
 def _make_mask_mod(
-    segment_ids: Tensor,
-    image_index: Tensor | None,
-    context_mask: Tensor | None,
-    first_query: int,
+    reach: Tensor, first_query: int
 ) -> Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]:
     """FlexAttention's ``mask_mod`` for packed sequences: True where a query attends to a key."""
 
     def mask_mod(row: Tensor, _head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
         query = query + first_query if first_query else query
-        key_segment = segment_ids[row, key]
-        is_shared = key_segment == 0
-        if context_mask is not None:
-            is_shared = is_shared | context_mask[row, key]
-        same_branch = key_segment == segment_ids[row, query]
-        allowed = (key <= query) & (is_shared | same_branch)
-        if image_index is None:
-            return allowed
-        return allowed & (image_index[row, key] == image_index[row, query])
+        return (key <= query) & (query < reach[row, key])
 
     return mask_mod
 
 
-def packed_attention_mask(
-    segment_ids: Tensor,
-    image_index: Tensor | None = None,
-    context_mask: Tensor | None = None,
-    first_query: int = 0,
-) -> Tensor:
+def packed_attention_mask(reach: Tensor, first_query: int = 0) -> Tensor:
     """Dense mask of packed sequences: the prefix for all, and causally a token's own branch.
 
     Args:
-        segment_ids: int[B, N], 0 = prefix, k = branch k, -1 = padding (which attends to itself, so
-            that no row of the mask is empty).
-        image_index: int[B, N] in ascending order, the image of each token where a row holds several
-            images.
-        context_mask: bool[B, N], tokens of the analysis branch that the queries behind it attend
-            to as well.
+        reach: int[B, N], the column behind the last token that attends to each one. It lies behind
+            the token itself, so that no row of the mask is empty.
         first_query: the first token that attends; those before it are keys alone.
 
     Returns:
         bool[B, 1, N - first_query, N], True = attends. Only ``sdpa`` takes a boolean mask;
         ``eager`` would add it as 1.
     """
-    num_rows, num_tokens = segment_ids.shape
-    rows = torch.arange(num_rows, device=segment_ids.device)
-    tokens = torch.arange(num_tokens, device=segment_ids.device)
-    mask_mod = _make_mask_mod(segment_ids, image_index, context_mask, first_query)
+    num_rows, num_tokens = reach.shape
+    rows = torch.arange(num_rows, device=reach.device)
+    tokens = torch.arange(num_tokens, device=reach.device)
+    mask_mod = _make_mask_mod(reach, first_query)
     queries = tokens[: num_tokens - first_query, None]
     return mask_mod(rows[:, None, None], None, queries, tokens)[:, None]
 
 
-def packed_block_mask(
-    segment_ids: Tensor,
-    image_index: Tensor | None = None,
-    context_mask: Tensor | None = None,
-    first_query: int = 0,
-) -> BlockMask:
+def packed_block_mask(reach: Tensor, first_query: int = 0) -> BlockMask:
     """`packed_attention_mask` as a mask of 128 x 128 blocks for compiled FlexAttention.
 
-    For a block of queries only the key blocks from the first one of its image up to the diagonal
-    are computed; all others are skipped.
+    For a block of queries only the key blocks up to the diagonal that reach it are computed. The
+    others, of other images and of branches before its own, are skipped.
 
     Args:
-        segment_ids: int[B, N], as of `packed_attention_mask`.
-        image_index: int[B, N], as of `packed_attention_mask`; not beside ``first_query``.
-        context_mask: bool[B, N], as of `packed_attention_mask`.
+        reach: int[B, N], as of `packed_attention_mask`.
         first_query: as of `packed_attention_mask`.
 
     Returns:
         The mask, for one head as for all.
     """
-    num_rows, num_tokens = segment_ids.shape
+    num_tokens = reach.shape[1]
     num_queries = num_tokens - first_query
-    device = segment_ids.device
-    blocks = torch.arange(-(-num_tokens // BLOCK), dtype=torch.int32, device=device)
-    last_block = blocks
-    if first_query:
-        assert image_index is None
-        last_query = BLOCK * (blocks[: -(-num_queries // BLOCK)] + 1) - 1
-        last_block = ((last_query + first_query) // BLOCK).clamp(max=len(blocks) - 1)
+    num_key_blocks = -(-num_tokens // BLOCK)
+    num_query_blocks = -(-num_queries // BLOCK)
 
-    # Find the first key block that a block of queries needs.
-    if image_index is None:
-        first_block = torch.zeros(num_rows, len(last_block), dtype=torch.int32, device=device)
-    else:
-        block_starts = image_index[:, ::BLOCK].contiguous()
-        first_token = torch.searchsorted(image_index, block_starts, out_int32=True)
-        first_block = first_token // BLOCK
+    # Find the key blocks that a block of queries needs.
+    num_unused = num_key_blocks * BLOCK - num_tokens
+    reach_of_block = F.pad(reach, (0, num_unused)).unflatten(1, (-1, BLOCK)).amax(-1)
+    first_key = BLOCK * torch.arange(num_key_blocks, device=reach.device)
+    first = first_query + BLOCK * torch.arange(num_query_blocks, device=reach.device)[:, None]
+    is_needed = (reach_of_block[:, None] > first) & (first_key < first + BLOCK)
 
-    # List the key blocks of each row; of the list only the first `num_key_blocks` count.
-    num_key_blocks = last_block + 1 - first_block  # [B, query blocks]
-    key_blocks = (first_block[..., None] + blocks).clamp(max=len(blocks) - 1)
+    # List them for each row; of the list only the first `num_needed` count.
+    num_needed = is_needed.sum(-1, dtype=torch.int32)  # [B, query blocks]
+    needed_first = (~is_needed).byte().argsort(dim=-1, stable=True)
     return BlockMask.from_kv_blocks(
-        num_key_blocks[:, None],
-        key_blocks[:, None],
+        num_needed[:, None],
+        needed_first.int()[:, None],
         BLOCK_SIZE=BLOCK,
-        mask_mod=_make_mask_mod(segment_ids, image_index, context_mask, first_query),
+        mask_mod=_make_mask_mod(reach, first_query),
         seq_lengths=(num_queries, num_tokens),
     )
 

@@ -43,7 +43,7 @@ from annexe.models.language_model.support import (
 from annexe.models.language_model.tokenizer import TextTokenizer
 from annexe.registry import register
 from annexe.settings import PathSetting
-from annexe.structures.batch import PackedText
+from annexe.structures.batch import PADDING_SEGMENT, PackedText
 
 # Takes seconds, with bitsandbytes behind it, and models without adapters do without it
 if TYPE_CHECKING:
@@ -324,7 +324,7 @@ class CausalLM(nn.Module):
         if prefill_caches is None and text.unpadded_indices is not None:
             return self._forward_unpadded(embeddings, text, make_mask, added)
 
-        mask = make_mask(text.segment_ids, context_mask=text.context_mask)
+        mask = make_mask(text.reach)
         num_layers = len(self.base.model.layers)
         caches: Sequence[PrefillCache | None] = prefill_caches or [None] * num_layers
         attention_kwargs = [{"attention_mask": mask, "prefill_cache": cache} for cache in caches]
@@ -352,7 +352,7 @@ class CausalLM(nn.Module):
         self,
         embeddings: Tensor,
         text: PackedText,
-        make_mask: Callable[[Tensor, Tensor, Tensor | None], Tensor | BlockMask],
+        make_mask: Callable[[Tensor], Tensor | BlockMask],
         added: Sequence[Tensor],
     ) -> Tensor:
         """`forward` over one row of the tokens of all images; states of padding are 0."""
@@ -365,12 +365,12 @@ class CausalLM(nn.Module):
             flat = torch.cat([x.flatten(0, 1), x.new_zeros(1, *x.shape[2:])])
             return flat.index_select(0, unpadded_indices)[None]
 
-        # Run all images as one row.
-        image_index = (unpadded_indices // length)[None]
-        context_mask = text.context_mask
-        if context_mask is not None:
-            context_mask = unpad(context_mask)
-        mask = make_mask(unpad(text.segment_ids), image_index, context_mask)
+        # Run all images as one row; spare tokens read themselves.
+        row_lengths = (text.segment_ids != PADDING_SEGMENT).sum(1)
+        row_starts = row_lengths.cumsum(0) - row_lengths
+        reach = unpad(text.reach + row_starts[:, None])
+        is_spare = unpadded_indices == num_images * length
+        mask = make_mask(torch.where(is_spare, len(is_spare), reach))
         attention_kwargs = [{"attention_mask": mask}] * len(self.base.model.layers)
         positions = self._positions(text)
         if positions.ndim == 3:
@@ -418,7 +418,7 @@ class CausalLM(nn.Module):
         """`prefill` of prompts whose prefix has been read before."""
         length = text.prefix_length
         make_mask = packed_block_mask if self.uses_flex_attention else packed_attention_mask
-        mask = make_mask(text.segment_ids, context_mask=text.context_mask, first_query=length)
+        mask = make_mask(text.reach, first_query=length)
         prefill_caches = [PrefillCache(cache.keys, cache.values) for cache in prefix]
         attention_kwargs = []
         for cache in prefill_caches:

@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from annexe.structures.batch import ANALYSIS, PADDING_SEGMENT, Context, PackedText
+from annexe.structures.batch import ANALYSIS, PADDING_SEGMENT, Context, PackedText, reach_of
 
 
 def analyses_alone(text: PackedText) -> PackedText:
@@ -32,10 +32,12 @@ def analyses_alone(text: PackedText) -> PackedText:
 
     # Behind a shorter analysis prompt lies that of a query
     is_kept = (text.segment_ids[:, columns] >= 0) & (text.segment_ids[:, columns] <= ANALYSIS)
+    segment_ids = text.segment_ids[:, columns].masked_fill(~is_kept, PADDING_SEGMENT)
     return replace(
         text,
         input_ids=text.input_ids[:, columns] * is_kept,
-        segment_ids=text.segment_ids[:, columns].masked_fill(~is_kept, PADDING_SEGMENT),
+        segment_ids=segment_ids,
+        reach=reach_of(segment_ids),
         position_ids=text.position_ids[:, columns] * is_kept,
         branch_image_index=text.branch_image_index[branches],
         branch_start=text.branch_start[branches],
@@ -84,15 +86,17 @@ def with_analyses(text: PackedText, analyses: list[list[int]]) -> PackedText:
     last_of_prompt = text.position_ids.gather(1, context.end[:, None] - 1)  # [B, 1]
     position_ids = torch.where(is_text, last_of_prompt + 1 + offsets, position_ids)
 
+    context = Context(context.start, context.end + lengths[:, 0])
     moved_on = lengths[text.branch_image_index, 0] * text.is_query
     return replace(
         text,
         input_ids=input_ids.masked_fill(is_padding, 0),
         segment_ids=segment_ids,
+        reach=reach_of(segment_ids, context),
         position_ids=position_ids.masked_fill(is_padding, 0),
         branch_start=text.branch_start + moved_on,
         unpadded_indices=None,
-        context=Context(context.start, context.end + lengths[:, 0]),
+        context=context,
     )
 
 

@@ -26,6 +26,7 @@ from annexe.models.language_model.base_model import (
     require_plain_folder,
 )
 from annexe.models.language_model.kv_cache import PrefillCache
+from annexe.structures.batch import reach_of
 
 # Types of blocks whose attention sees every position within the model's limit
 _ATTENTION_TYPES = ("full_attention", "sliding_attention")
@@ -260,7 +261,7 @@ def compare_with_eager(packed: Any, stock: Any) -> str | None:
     for index, branch in enumerate(branches, start=1):
         segments.append(torch.full_like(branch, index))
         positions.append(_PREFIX + torch.arange(branch.shape[1])[None])
-    mask = packed_attention_mask(torch.cat(segments, dim=1))
+    mask = packed_attention_mask(reach_of(torch.cat(segments, dim=1)))
     caches = [PrefillCache() for _ in packed.model.layers]
     attention_kwargs = [{"attention_mask": mask, "prefill_cache": cache} for cache in caches]
     embeddings = packed.model.embed_tokens(torch.cat([prefix, *branches], dim=1))
