@@ -54,6 +54,7 @@ class GraphedPass:
         device: torch.device,
     ) -> None:
         self.forward_backward = forward_backward
+        self.parameters = parameters
         self.device = device
         self.seen_shapes: set[tuple] = set()
         self.captured: dict[tuple, CapturedPass] = {}
@@ -69,7 +70,7 @@ class GraphedPass:
             # The first time, and where there are too many shapes: without a graph
             if shape not in self.seen_shapes or len(self.captured) == _MAX_GRAPHS:
                 self.seen_shapes.add(shape)
-                return self.forward_backward(batch.to(self.device), factor)
+                return self._run(batch.to(self.device), factor)
 
             # The second time: captured
             self.captured[shape] = self._capture(batch, factor)
@@ -83,13 +84,36 @@ class GraphedPass:
         captured.graph.replay()
         return captured.output.clone()
 
+    def _run(self, batch: Batch, factor: Tensor) -> Tensor:
+        """``forward_backward``; what it adds to the gradients is added in one call at its end.
+
+        A backward pass that finds a gradient adds to it by a kernel of its own, of which a large
+        model takes some hundreds. One that finds none leaves the tensor that it has computed.
+        """
+        gradients = []
+        for parameter in self.parameters:
+            assert parameter.grad is not None
+            gradients.append(parameter.grad)
+            parameter.grad = None
+        output = self.forward_backward(batch, factor)
+
+        changed = []
+        added = []
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            if parameter.grad is not None:
+                changed.append(gradient)
+                added.append(parameter.grad)
+            parameter.grad = gradient
+        torch._foreach_add_(changed, added)
+        return output
+
     def _capture(self, batch: Batch, factor: Tensor) -> CapturedPass:
         static_batch = batch.to(self.device)
         static_factor = factor.clone()
         graph = torch.cuda.CUDAGraph()
         # "thread_local": the loader's thread may allocate page-locked memory meanwhile
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            output = self.forward_backward(static_batch, static_factor)
+            output = self._run(static_batch, static_factor)
         length = static_batch.text.segment_ids.shape[1]
         log.info("captured the pass over a batch of %d tokens a row as a CUDA graph", length)
         return CapturedPass(graph, [*_tensors(static_batch), static_factor], output)
