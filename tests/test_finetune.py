@@ -144,6 +144,31 @@ def test_a_fine_tuned_run_answers_without_its_start(
     assert any(not torch.equal(t, before[name]) for name, t in saved(tmp_path / "mine").items())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8"])
+def test_adapters_on_a_run_that_was_trained_whole(finetune: MakeConfig, dtype: str) -> None:
+    """They start as a product of zero, above the weights of the run."""
+    options = ("model.language_model.lora.rank=2", f"model.language_model.dtype={dtype}")
+    model = set_up(finetune(*options)).model
+    start = set_up(finetune()).model
+    layer = model.language_model.base.model.layers[0].self_attn.q_proj
+    weight = start.language_model.base.model.layers[0].self_attn.q_proj.weight.float()
+    x = torch.randn(8, weight.shape[1])
+    output = layer(x.to(torch.float32 if dtype == "float32" else torch.bfloat16)).float()
+    tolerance = {"float32": 1e-5, "bfloat16": 0.02, "float8": 0.1}[dtype]
+    expected = x @ weight.t()
+    assert (output - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "nf4"])
+def test_weights_of_a_run_are_not_put_into_quantized_layers(
+    finetune: MakeConfig, dtype: str
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    options = ("model.language_model.lora.rank=2", f"model.language_model.dtype={dtype}")
+    with pytest.raises(UserError, match=r"q_proj.weight itself, .* to bfloat16 or float8"):
+        set_up(finetune(*options))
+
+
 def test_frozen_weights_that_are_not_those_of_the_start(
     finetune: MakeConfig, adapted: Path
 ) -> None:

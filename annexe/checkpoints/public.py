@@ -27,6 +27,7 @@ from annexe.checkpoints.formats import (
     not_taken,
     substitute,
 )
+from annexe.checkpoints.names import OUR_NAMES
 from annexe.checkpoints.tensor_files import read_config, read_tensors
 from annexe.errors import UserError, unknown_name_error
 
@@ -312,9 +313,11 @@ def load(
         )
     parameters = module.state_dict()
     report, found = match(source, tensors, parameters)
+    _require_fillable(module, report, parameters)
 
     # What is missing, what does not fit, and what changes the model and would be left over
     needed = set(parameters if required is None else required)
+    needed = _without_new_adapters(needed, report, tensors)
     faults = [f"missing {key}" for name, key in report.missing.items() if name in needed]
     faults += report.misfits
     faults += [f"no place for {key}" for key in report.without_place()]
@@ -328,6 +331,56 @@ def load(
 
     with torch.no_grad():
         for name, tensor in found.items():
-            parameters[name].copy_(tensor)
+            _fill(module, name, tensor)
     log.info("%s: %s", source_format.setting, report)
     return report
+
+
+def _without_new_adapters(
+    needed: set[str], report: KeyReport, tensors: Mapping[str, Tensor]
+) -> set[str]:
+    """The names that have to be found, where adapters are put on a run that was trained whole.
+
+    Adapters that the run cannot have start untrained, with a product of zero. All weights below
+    them have to be there instead.
+    """
+    is_our_run = report.format.spelling is OUR_NAMES
+    if not is_our_run or any(".lora_" in key for key in tensors):
+        return needed
+    adapters = {name for name in needed if ".lora_" in name}
+    if not adapters:
+        return needed
+    names = [*report.matched, *report.missing]
+    below = {name for name in names if name.startswith("language_model.")}
+    log.warning("'%s' has no adapters; those of the language model start untrained", report.source)
+    return (needed | below) - adapters
+
+
+def _require_fillable(module: nn.Module, report: KeyReport, parameters: Iterable[str]) -> None:
+    """Check that layers can be given weights after they were built.
+
+    Raises:
+        UserError: for a layer of int8 or NF4, which is made of its weights.
+    """
+    for name in parameters:
+        path, _, last = name.rpartition(".")
+        if last != "weight" or name in report.missing:
+            continue
+        owner: Any = module.get_submodule(path)
+        if owner.weight.is_floating_point() or hasattr(owner, "round_weight"):
+            continue
+        raise UserError(
+            f"'{report.source}' holds {substitute(name, OUR_NAMES)} itself, which a layer in int8 "
+            "or nf4 does not take; set the dtype of that part (model.language_model.dtype) to "
+            "bfloat16 or float8"
+        )
+
+
+def _fill(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Copy a tensor into the parameter or buffer of that name, rounded as its layer keeps it."""
+    path, _, last = name.rpartition(".")
+    owner: Any = module.get_submodule(path)
+    if last == "weight" and hasattr(owner, "round_weight"):
+        owner.round_weight(tensor.to(owner.weight.device, torch.bfloat16))
+    else:
+        getattr(owner, last).copy_(tensor)

@@ -145,15 +145,20 @@ class Float8Linear(nn.Module):
     def __init__(self, linear: nn.Linear, *, passes_gradient: bool = True) -> None:
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
-        codes, scales = quantize_rows(linear.weight)
+        self.bias = linear.bias
+        self.passes_gradient = passes_gradient
+        self.round_weight(linear.weight)
+
+    def round_weight(self, weight: Tensor) -> None:
+        """Take another weight, float[out, in]."""
+        codes, scales = quantize_rows(weight)
         transposed_weight, transposed_scales = None, None
-        if passes_gradient:
-            transposed_codes, transposed_scales = quantize_rows(linear.weight.t().contiguous())
+        if self.passes_gradient:
+            transposed_codes, transposed_scales = quantize_rows(weight.t().contiguous())
             transposed_weight = transposed_codes.view(torch.int8)
 
         # They are int8 on the outside, for what cannot send or count float8.
         self.weight = nn.Parameter(codes.view(torch.int8), requires_grad=False)
-        self.bias = linear.bias
         self.register_buffer("scales", scales, persistent=False)
         self.register_buffer("transposed_weight", transposed_weight, persistent=False)
         self.register_buffer("transposed_scales", transposed_scales, persistent=False)
