@@ -12,16 +12,17 @@ from annexe.models.whole_rows import WholeRows
 
 
 @pytest.mark.parametrize(
-    ("length", "hint", "is_held"),
+    ("length", "num_reductions", "hint", "is_held"),
     [
-        (4096, "INNER", True),
-        (11008, "INNER", True),
-        (16640, "INNER", False),
-        (sympy.Symbol("length", integer=True, positive=True), "INNER", False),
-        (4096, "OUTER", False),
+        (4096, 3, "INNER", True),
+        (11008, 1, "INNER", True),
+        (11008, 2, "INNER", False),
+        (16640, 1, "INNER", False),
+        (sympy.Symbol("length", integer=True, positive=True), 1, "INNER", False),
+        (4096, 1, "OUTER", False),
     ],
 )
-def test_long_rows_are_held_whole(monkeypatch, length, hint, is_held):
+def test_long_rows_are_held_whole(monkeypatch, length, num_reductions, hint, is_held):
     from torch._inductor.choices import InductorChoices
     from torch._inductor.runtime.hints import ReductionHint
     from torch._inductor.sizevars import SizeVarAllocator
@@ -30,7 +31,9 @@ def test_long_rows_are_held_whole(monkeypatch, length, hint, is_held):
     default = staticmethod(lambda *_: False)
     monkeypatch.setattr(InductorChoices, "should_use_persistent_reduction", default)
     features = SimpleNamespace(
-        get_reduction_hint=lambda: ReductionHint[hint], reduction_numel=sympy.sympify(length)
+        get_reduction_hint=lambda: ReductionHint[hint],
+        reduction_nodes=lambda: [None] * num_reductions,
+        reduction_numel=sympy.sympify(length),
     )
     with V.set_graph_handler(SimpleNamespace(sizevars=SizeVarAllocator())):
         assert WholeRows().should_use_persistent_reduction(features, False) == is_held

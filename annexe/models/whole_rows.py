@@ -9,8 +9,8 @@ from torch._inductor.custom_graph_pass import get_hash_for_files
 from torch._inductor.runtime.hints import ReductionHint
 from torch._inductor.virtualized import V
 
-# Longest row, in numbers, that a block of a kernel holds in its registers
-_MAX_LENGTH = 16384
+# Most numbers that a block of a kernel holds: the length of a row for every one of its reductions
+_MAX_NUMBERS = 16384
 
 
 class WholeRows(InductorChoices):
@@ -29,8 +29,8 @@ class WholeRows(InductorChoices):
         is_inner = features.get_reduction_hint() == ReductionHint.INNER
         if cooperative_reduction or not is_inner:
             return False
-        length = features.reduction_numel
-        return V.graph.sizevars.statically_known_leq(length, _MAX_LENGTH)
+        numbers = features.reduction_numel * len(features.reduction_nodes())
+        return V.graph.sizevars.statically_known_leq(numbers, _MAX_NUMBERS)
 
     def uuid(self) -> Any:
         """What the cache of compiled graphs knows it by."""
