@@ -114,8 +114,12 @@ def train(config: Config) -> None:
         trainer.train()
 
 
-def set_up(config: Config) -> Trainer:
+def set_up(config: Config, *, require_start: bool = True) -> Trainer:
     """All parts of a run, resumed where asked. The order of the paragraphs matters.
+
+    Args:
+        config: of the run.
+        require_start: rewards have to go on from a trained run; measurements do without.
 
     Raises:
         UserError: for settings, data or a checkpoint that do not go together.
@@ -131,7 +135,8 @@ def set_up(config: Config) -> Trainer:
     else:
         changes = {}
         check_start(config.require_model())
-    _require_start_of_rewards(config)
+    if require_start:
+        _require_start_of_rewards(config)
 
     # Processes and data; nodes have to agree on both, and on what the main process finds
     accelerator = make_accelerator(**device_settings(run))

@@ -378,6 +378,25 @@ def test_stored_patches_leave_the_encoder_out(bench: Bench) -> None:
     assert "rgb_encoder, forward" not in report["measured"]["parts_of_step"]
 
 
+# --- Rewards --------------------------------------------------------------------------------------
+
+
+def test_rewards_are_measured_without_data(bench: Bench) -> None:
+    """Of two photos with three prompts each, and groups of two."""
+    options = (NO_DATA, "run.rewards.group_size=2", "run.max_new_tokens=5")
+    counts = ("--steps", 2, "--warmup", 1, "--queries", 2)
+    record = bench("rewards", *counts, options=options)["measured"]
+    assert record["completions_per_step"] == 2 * 3 * 2
+    assert 0 < record["tokens_per_completion"] <= 5
+    per_photo = record["completions_per_second"] / record["images_per_second"]
+    assert per_photo == pytest.approx(3 * 2)
+    assert_ordered(record["step_ms"])
+    assert_adds_up(record["parts_of_step"])
+    timed = {part for part, section in record["parts_of_step"].items() if section["ms"] > 0}
+    assert {"drawing", "scoring", "divergence from the start", "trained pass"} < timed
+    assert record["tflop_per_image"]["all"]["total"] > 0
+
+
 # --- Generation -----------------------------------------------------------------------------------
 
 
@@ -496,7 +515,7 @@ def test_a_scratch_folder_goes_away_and_leaves_the_cache_setting(
     [
         ("train", ("--steps", 0), "--steps 0 must be at least 1"),
         ("train", ("--tokens", 12), "give at least"),
-        ("train", ("--real", "--queries", 2), "leave them out, or --real"),
+        ("train", ("--real", "--queries", 2), "leave it out, or --real"),
         ("train", ("--real",), "no/such/folder"),
         ("train", ("--against", "run.batchsize=2"), "batch_size"),
         ("train", ("--against", "run.batch_size"), "not of the form"),

@@ -49,6 +49,7 @@ DEFAULT_TOKENS = "430 with one question, 963 with eight"  # of an image
 _SUMMED = (
     *("images_per_step", "images_per_second", "queries_per_second", "tokens_per_second"),
     *("images_per_second_from_memory", "tokens_per_second_from_memory"),
+    *("completions_per_step", "completions_per_second"),
 )
 _PASSES = ("forward", "backward", "total")  # of `Flops`
 
@@ -87,7 +88,7 @@ def measure_training(
     require_language_model(config)
     processes = Processes(config.run)
     with shared_folder(processes, with_index_cache=not settings.real) as folder:
-        prepare = _on_real_data if settings.real else _on_random_data
+        prepare = on_real_data if settings.real else on_random_data
         config, notes = processes.from_main(lambda: prepare(config, folder, settings))
 
         # Whole steps, with the first one apart
@@ -163,8 +164,8 @@ def _time_steps(trainer: Trainer, batches: Iterator[Batch], settings: TrainingSe
         of_data["tokens_per_second_from_memory"] = float(seen[2]) / sum(in_memory)
 
     # Operations
-    tflop_per_image = _tflop_per_image(trainer, taken)
-    tflop_per_second = tflop_per_image["all"]["total"] * images_per_second
+    tflop = tflop_per_image(trainer, taken)
+    tflop_per_second = tflop["all"]["total"] * images_per_second
     device_ceiling = ceiling(device)
     return {
         "images_per_step": run.batch_size * run.gradient_accumulation,
@@ -176,7 +177,7 @@ def _time_steps(trainer: Trainer, batches: Iterator[Batch], settings: TrainingSe
         **of_data,
         "step_ms": percentiles(seconds),
         "peak_memory_gb": memory,
-        "tflop_per_image": tflop_per_image,
+        "tflop_per_image": tflop,
         "tflop_per_second": tflop_per_second,
         "ceiling_tflop_per_second": device_ceiling,
         "share_of_ceiling": tflop_per_second / device_ceiling,
@@ -228,7 +229,7 @@ def _step(trainer: Trainer, batches: Iterator[Batch]) -> list[Batch]:
     return micro_batches
 
 
-def _on_random_data(
+def on_random_data(
     config: Config, folder: Path, settings: TrainingSettings
 ) -> tuple[Config, list[str]]:
     """Random weights, and a drawn scene, which the trainer needs but the batches do not."""
@@ -241,7 +242,7 @@ def _on_random_data(
     return _run_in(folder, config, settings), notes
 
 
-def _on_real_data(
+def on_real_data(
     config: Config, folder: Path, settings: TrainingSettings
 ) -> tuple[Config, list[str]]:
     """The configuration as it is, with the resized pixels that its runs have left."""
@@ -300,7 +301,7 @@ def _micro_batches(trainer: Trainer, settings: TrainingSettings) -> Generator[Ba
     yield from repeat(batch)
 
 
-def _tflop_per_image(trainer: Trainer, batches: list[Batch]) -> Record:
+def tflop_per_image(trainer: Trainer, batches: list[Batch]) -> Record:
     """TFLOP of an image by part, forward and backward, over all ``batches``."""
     # A random batch is there many times
     distinct = {id(batch): batch for batch in batches}

@@ -17,6 +17,7 @@ from annexe.benchmarks.evaluation_speed import measure_evaluation
 from annexe.benchmarks.generation_speed import GenerationSettings, measure_generation
 from annexe.benchmarks.loading_speed import measure_loading
 from annexe.benchmarks.machine import describe_machine
+from annexe.benchmarks.rewards_speed import measure_rewards
 from annexe.benchmarks.scaling import beside, read_earlier
 from annexe.benchmarks.scoring_speed import measure_scoring
 from annexe.benchmarks.serving_speed import ServingSettings, measure_serving
@@ -29,6 +30,7 @@ from annexe.workers import num_cores
 
 _ABOUT = {
     "train": "time the training step on in-memory batches with random weights, or on its own data",
+    "rewards": "time steps of training on rewards: drawing, scoring, the trained pass",
     "generate": "time the answers to random prompts, masks at full size and encoded included",
     "evaluate": "time an evaluation, from the configured photos to scores, with random weights",
     "serve": "time photos through the server, the predictor and generation, with random weights",
@@ -42,6 +44,11 @@ _NUMBERS: dict[str, list[tuple[str, int | None, str]]] = {
         ("tokens", None, f"packed tokens of an image, prefix included (default: {DEFAULT_TOKENS})"),
         ("steps", 20, "steps that count (default %(default)s)"),
         ("warmup", 5, "steps before them (default %(default)s)"),
+    ],
+    "rewards": [
+        ("queries", None, "questions an image (default 1)"),
+        ("steps", 5, "steps that count (default %(default)s)"),
+        ("warmup", 2, "steps before them (default %(default)s)"),
     ],
     "generate": [
         ("queries", 1, "questions an image (default %(default)s)"),
@@ -85,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             action.add_argument("--cfg-path", required=True, type=path, metavar="YAML", help=help)
             help = "settings put over the file"
             action.add_argument("--options", nargs="+", default=[], metavar="A.B=C", help=help)
-        if name in ("train", "generate"):
+        if name in ("train", "rewards", "generate"):
             help = "measure once more with these settings put over the others"
             action.add_argument("--against", nargs="+", metavar="A.B=C", help=help)
             help = "the configured weights, and to train the configured data, in place of random"
@@ -133,11 +140,10 @@ def _check(arguments: argparse.Namespace) -> None:
                 raise UserError(f"--{name.replace('_', '-')} {count} must be at least {least}")
 
     # What is configured takes no numbers
-    is_real_training = arguments.action == "train" and arguments.real
-    if is_real_training and (arguments.queries or arguments.tokens or arguments.stored):
-        raise UserError(
-            "--queries, --tokens and --stored are of in-memory batches; leave them out, or --real"
-        )
+    if arguments.action in ("train", "rewards") and arguments.real:
+        for option in ("queries", "tokens", "stored"):
+            if vars(arguments).get(option):
+                raise UserError(f"--{option} is of in-memory batches; leave it out, or --real")
     if arguments.action == "train" and arguments.beside and arguments.against:
         raise UserError("--beside is of one configuration; leave --against out")
 
@@ -175,18 +181,21 @@ def _measure(arguments: argparse.Namespace, report: Record) -> dict[str, Record]
 
     # Training or generation, of one configuration or of two
     earlier = []
-    if arguments.action == "train":
-        earlier = read_earlier(arguments.beside or [], report)
+    if arguments.action in ("train", "rewards"):
+        is_supervised = arguments.action == "train"
         training = TrainingSettings(
             num_queries=arguments.queries or 1,
-            num_tokens=arguments.tokens,
+            num_tokens=arguments.tokens if is_supervised else None,
             num_steps=arguments.steps,
             num_warmup_steps=arguments.warmup,
             real=arguments.real,
-            stored=arguments.stored,
+            stored=is_supervised and arguments.stored,
         )
-        since_start = time.time() - psutil.Process().create_time()
-        measure = partial(measure_training, settings=training, since_start=since_start)
+        measure = partial(measure_rewards, settings=training)
+        if is_supervised:
+            earlier = read_earlier(arguments.beside or [], report)
+            since_start = time.time() - psutil.Process().create_time()
+            measure = partial(measure_training, settings=training, since_start=since_start)
     else:
         generation = GenerationSettings(
             num_queries=arguments.queries,

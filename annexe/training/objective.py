@@ -164,15 +164,19 @@ class RewardObjective:
         groups = []
         for batch in batches:
             on_device = batch.to(self.accelerator.device)
-            with self.accelerator.autocast():
-                rollouts = self.roll_out(on_device, self._seeds(batch, step))
-            group = self._group(batch, on_device, rollouts)
-            groups.append(self._with_logprobs(group))
+            rollouts = self.draw(on_device, step)
+            group = self.reward(batch, on_device, rollouts)
+            groups.append(self.with_logprobs(group))
         return groups
 
     def record(self) -> dict[str, float]:
         """Mean reward by part, lengths, refusals and completions a second, over all ranks."""
         return self.log.take(self.accelerator)
+
+    def draw(self, batch: Batch, step: int) -> Rollouts:
+        """Draw a group of responses to every prompt of a batch on the device."""
+        with self.accelerator.autocast():
+            return self.roll_out(batch, self._seeds(batch, step))
 
     def _seeds(self, batch: Batch, step: int) -> Tensor:
         """A seed for each image of a batch, int64[B]: the same in whichever batch it is."""
@@ -183,8 +187,17 @@ class RewardObjective:
             seeds.append(int.from_bytes(digest[:8], "little", signed=True))
         return torch.tensor(seeds, device=self.accelerator.device)
 
-    def _group(self, batch: Batch, on_device: Batch, rollouts: Rollouts) -> Batch:
-        """A batch of groups with its rewards."""
+    def reward(self, batch: Batch, on_device: Batch, rollouts: Rollouts) -> Batch:
+        """Pack groups with their rewards.
+
+        Args:
+            batch: packed prompts.
+            on_device: the same on the device, where masks are compared.
+            rollouts: what was drawn for them.
+
+        Returns:
+            A batch of groups on the CPU.
+        """
         settings = self.settings
         packed = pack_groups(self.collate, batch.text, rollouts.texts)
         text = packed.text
@@ -251,14 +264,17 @@ class RewardObjective:
                 query += 1
         return table
 
-    def _with_logprobs(self, group: Batch) -> Batch:
+    def with_logprobs(self, group: Batch) -> Batch:
         """A batch of groups with the log probabilities that its losses compare with."""
+        # Losses of a single update compare with what it computes itself
         needs_old = self.num_updates > 1
         if self.start is None and not needs_old:
             return group
         policy = group.policy
         assert policy is not None
         on_device = group.to(self.accelerator.device)
+
+        # Those of the start, and those before the step
         if self.start is not None:
             with self.start.in_place():
                 predictions = self.model(on_device)
