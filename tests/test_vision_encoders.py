@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ from annexe.inference.page.view import look
 from annexe.inference.predictor import Predictor
 from annexe.models.annexe import Annexe
 from annexe.models.compile import compile_blocks
-from annexe.models.depth_branch import DepthAnythingV2
+from annexe.models.depth_branch import DepthAnythingV2, DepthFeatures
 from annexe.models.language_model.float8 import Float8Linear
 from annexe.models.language_model.tokenizer import train_tokenizer
 from annexe.models.projector import MlpProjector, PixelShuffleProjector
@@ -332,6 +333,21 @@ def eval_config(run: Path, scenes: Path, output: Path) -> Config:
         *("run.batch_size=2", "run.num_workers=0", "run.device=cpu", "run.max_new_tokens=4"),
     ]
     return load_config(ROOT / "eval_configs" / "annexe_tiny.yaml", options)
+
+
+def test_who_reads_depth_first_waits_for_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of calls; what streams do with them takes a GPU (`tests.test_graphs`)."""
+    calls: list[object] = []
+    stream = SimpleNamespace(wait_event=calls.append)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, _: calls.append(id(tensor)))
+    depth, finest = torch.zeros(2)
+    ready: Any = "event"
+    features = DepthFeatures(depth, [finest], ready)
+    assert not calls
+    assert features.maps[0] is finest
+    assert features.depth is depth
+    assert calls == ["event", id(depth), id(finest)]
 
 
 @pytest.mark.slow

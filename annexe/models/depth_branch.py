@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,51 @@ TRAINED = {
 }
 
 
-@dataclass
 class DepthFeatures:
-    """What the depth branch predicts, and the neck's fused maps; nothing without a depth branch."""
+    """What the depth branch predicts, and the neck's fused maps; nothing without a depth branch.
 
-    depth: Tensor | None  # float[B, S, S], inverse depth up to scale and shift
-    maps: list[Tensor]  # 4 x float[B, C, h, w], coarse to fine, sides G, 2 G, 4 G and 8 G
+    Args:
+        depth: float[B, S, S], inverse depth up to scale and shift.
+        maps: 4 x float[B, C, h, w], coarse to fine, sides G, 2 G, 4 G and 8 G.
+        ready: the end of their computation, if it runs on a CUDA stream of its own; the stream that
+            reads them first waits for it.
+    """
+
+    def __init__(
+        self, depth: Tensor | None, maps: list[Tensor], ready: torch.cuda.Event | None = None
+    ) -> None:
+        self._depth = depth
+        self._maps = maps
+        self._ready = ready
+
+    @property
+    def depth(self) -> Tensor | None:
+        """The depth map."""
+        self._wait()
+        return self._depth
+
+    @property
+    def maps(self) -> list[Tensor]:
+        """The fused maps."""
+        self._wait()
+        return self._maps
+
+    def _wait(self) -> None:
+        """Have the current stream wait, and keep the memory until it has read it."""
+        if self._ready is None:
+            return
+        stream = torch.cuda.current_stream()
+        stream.wait_event(self._ready)
+        self._ready = None
+        for tensor in (self._depth, *self._maps):
+            if tensor is not None:
+                tensor.record_stream(stream)
+
+
+@cache
+def stream_beside(device: torch.device) -> torch.cuda.Stream:
+    """A stream of a GPU for what can run beside its current one."""
+    return torch.cuda.Stream(device)
 
 
 def initialize(neck: Any, head: Any) -> None:
@@ -301,7 +341,25 @@ class DepthAnythingV2(nn.Module):
         self.model.neck.fusion_stage.layers[0].residual_layer1.requires_grad_(False)
 
     def forward(self, images: Tensor) -> DepthFeatures:
-        """Depth and features of ``images`` float[B, 3, S, S] in [0, 1]."""
+        """Depth and features of ``images`` float[B, 3, S, S] in [0, 1].
+
+        In the CUDA graph of a training pass they run beside the language model, forward and
+        backward: its graph of dependencies joins them where the pixel decoder reads the maps.
+        """
+        runs_beside = self.training and images.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not runs_beside:
+            return DepthFeatures(*self._predict(images))
+
+        # The backward pass runs on the stream of the forward pass
+        beside = stream_beside(images.device)
+        beside.wait_stream(torch.cuda.current_stream())
+        images.record_stream(beside)
+        with torch.cuda.stream(beside):
+            depth, maps = self._predict(images)
+            return DepthFeatures(depth, maps, beside.record_event())
+
+    def _predict(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Depth map and fused maps, as `DepthFeatures` has them, of images float[B, 3, S, S]."""
         backbone = self.model.backbone
         if self.image_size % PATCH:
             images = upsample_bilinear(images, self.grid * PATCH, align_corners=False)
@@ -312,7 +370,7 @@ class DepthAnythingV2(nn.Module):
             if index in self.out_indices:
                 tapped.append(backbone.layernorm(tokens))
         maps = self.neck(tapped)
-        return DepthFeatures(depth=self.head(maps[-1]), maps=maps)
+        return self.head(maps[-1]), maps
 
     def neck(self, tapped: list[Tensor]) -> list[Tensor]:
         """The library's neck, with its 1 x 1 convolutions where they cost least.
