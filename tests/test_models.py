@@ -19,7 +19,12 @@ from annexe.datasets.collate import Collator
 from annexe.errors import UserError
 from annexe.models.annexe import Annexe
 from annexe.models.compile import compile_blocks
-from annexe.models.image_ops import STATISTICS, upsample_bilinear, upsample_by_matmul
+from annexe.models.image_ops import (
+    STATISTICS,
+    patch_convolution,
+    upsample_bilinear,
+    upsample_by_matmul,
+)
 from annexe.models.language_model.causal_lm import CausalLM
 from annexe.models.language_model.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from annexe.models.mask_postprocessing import encode_on_device, postprocess
@@ -264,6 +269,15 @@ def test_masks_encoded_on_the_device_are_those_encoded_after_it(monkeypatch):
         on_device = postprocess(replace(raw, masks=[rle]))
         assert on_host.targets == on_device.targets
         assert len(on_host.targets) == (mask.max() > 0)
+
+
+def test_a_convolution_of_patches_is_a_product():
+    convolution = torch.nn.Conv2d(3, 8, 4, stride=4)
+    images = torch.rand(2, 3, 12, 16)
+    patches = patch_convolution(convolution)
+    assert patches.state_dict().keys() == convolution.state_dict().keys()
+    assert torch.equal(patches(images), convolution(images))
+    torch.testing.assert_close(patches.product(images), convolution(images))
 
 
 @pytest.mark.parametrize("align_corners", [False, True])

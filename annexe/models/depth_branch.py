@@ -20,7 +20,7 @@ from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, D
 from annexe.checkpoints import public as checkpoints
 from annexe.checkpoints.tensor_files import read_config
 from annexe.errors import UserError, unknown_name_error
-from annexe.models.image_ops import Normalize, upsample_bilinear
+from annexe.models.image_ops import Normalize, patch_convolution, upsample_bilinear
 from annexe.registry import register
 from annexe.settings import PathSetting
 
@@ -325,6 +325,8 @@ class DepthAnythingV2(nn.Module):
 
         # Where it starts
         embeddings = self.model.backbone.embeddings
+        projection = embeddings.patch_embeddings.projection
+        embeddings.patch_embeddings.projection = patch_convolution(projection)
         positions = build_sincos2d_pos_embed([self.grid] * 2, dim=sizes.hidden)
         embeddings.position_embeddings.data[0, 1:] = positions
         initialize(self.model.neck, self.model.head)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from annexe.checkpoints import public as checkpoints
 from annexe.checkpoints.tensor_files import read_config
 from annexe.errors import UserError, require_multiple, require_sizes, unknown_name_error
-from annexe.models.image_ops import Normalize, require_whole_patches
+from annexe.models.image_ops import Normalize, patch_convolution, require_whole_patches
 from annexe.models.language_model.float8 import to_float8
 from annexe.registry import register
 from annexe.settings import PathSetting
@@ -97,6 +97,7 @@ class EvaViT(nn.Module):
             use_post_transformer_norm=False,
             use_fc_norm=False,
         )
+        self.vit.patch_embed.proj = patch_convolution(self.vit.patch_embed.proj)
         self.norm = nn.LayerNorm(embed_dim)
         self.normalize = Normalize(_SETTINGS, statistics)
 
