@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from annexe.checkpoints import public as checkpoints
 from annexe.checkpoints.tensor_files import read_config
 from annexe.errors import UserError, unknown_name_error
 from annexe.models.image_ops import Normalize, patch_convolution, upsample_bilinear
+from annexe.models.streams import fork, join, runs_beside
 from annexe.registry import register
 from annexe.settings import PathSetting
 
@@ -106,21 +106,10 @@ class DepthFeatures:
         return self._maps
 
     def _wait(self) -> None:
-        """Have the current stream wait, and keep the memory until it has read it."""
-        if self._ready is None:
-            return
-        stream = torch.cuda.current_stream()
-        stream.wait_event(self._ready)
-        self._ready = None
-        for tensor in (self._depth, *self._maps):
-            if tensor is not None:
-                tensor.record_stream(stream)
-
-
-@cache
-def stream_beside(device: torch.device) -> torch.cuda.Stream:
-    """A stream of a GPU for what can run beside its current one."""
-    return torch.cuda.Stream(device)
+        """Have the current stream wait, once."""
+        if self._ready is not None:
+            join(self._ready, self._maps if self._depth is None else [self._depth, *self._maps])
+            self._ready = None
 
 
 def initialize(neck: Any, head: Any) -> None:
@@ -345,20 +334,15 @@ class DepthAnythingV2(nn.Module):
     def forward(self, images: Tensor) -> DepthFeatures:
         """Depth and features of ``images`` float[B, 3, S, S] in [0, 1].
 
-        In the CUDA graph of a training pass they run beside the language model, forward and
-        backward: its graph of dependencies joins them where the pixel decoder reads the maps.
+        In the CUDA graph of a training pass it runs beside the language model, forward and
+        backward, for nothing but the pixel decoder and the loss of depth reads what it gives.
         """
-        runs_beside = self.training and images.is_cuda and torch.cuda.is_current_stream_capturing()
-        if not runs_beside:
+        if not runs_beside(self, images):
             return DepthFeatures(*self._predict(images))
-
-        # The backward pass runs on the stream of the forward pass
-        beside = stream_beside(images.device)
-        beside.wait_stream(torch.cuda.current_stream())
-        images.record_stream(beside)
-        with torch.cuda.stream(beside):
+        stream = fork([images])
+        with torch.cuda.stream(stream):
             depth, maps = self._predict(images)
-            return DepthFeatures(depth, maps, beside.record_event())
+            return DepthFeatures(depth, maps, stream.record_event())
 
     def _predict(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Depth map and fused maps, as `DepthFeatures` has them, of images float[B, 3, S, S]."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from annexe.errors import require_multiple, require_sizes, unknown_name_error
 from annexe.models.image_ops import upsample_bilinear
 from annexe.models.masked_attention import masked_kernels
+from annexe.models.streams import fork, join, runs_beside
 from annexe.registry import register
 from annexe.structures.batch import QueryIndex
 from annexe.structures.prediction import Grounding
@@ -307,7 +308,7 @@ class QueryDecoder(nn.Module):
         """
         # What the layers read
         slots, prompt_presence = self._condition_slots(states, state_mask)
-        pixels = self.pixel_features(patches, maps)
+        pixels = self._read_pixels(patches, maps)
 
         # Every layer predicts, the last one from the finest map
         groundings: list[Grounding] = []
@@ -336,6 +337,20 @@ class QueryDecoder(nn.Module):
         if self.told_presence is None:
             return slots, None
         return slots, self.told_presence(end)
+
+    def _read_pixels(self, patches: Tensor, maps: list[Tensor]) -> PixelFeatures:
+        """`pixel_features`; in the CUDA graph of a training pass on a second stream.
+
+        Its backward pass then runs beside that of the language model, which does not depend on it.
+        """
+        if not runs_beside(self, patches):
+            return self.pixel_features(patches, maps)
+        stream = fork([patches, *maps])
+        with torch.cuda.stream(stream):
+            pixels = self.pixel_features(patches, maps)
+            ready = stream.record_event()
+        join(ready, [pixels.keys, pixels.values, pixels.finest, pixels.coarse])
+        return pixels
 
     def pixel_features(self, patches: Tensor, maps: list[Tensor]) -> PixelFeatures:
         """Fuse RGB patches and depth maps, at G x G for attention and at full size for masks."""
