@@ -38,7 +38,7 @@ from annexe.models.depth_branch import DepthAnythingV2, DepthFeatures
 from annexe.models.language_model.float8 import Float8Linear
 from annexe.models.language_model.tokenizer import train_tokenizer
 from annexe.models.projector import MlpProjector, PixelShuffleProjector
-from annexe.models.vision_encoders.eva_vit import EvaViT
+from annexe.models.vision_encoders.eva_vit import EvaViT, FastGELU
 from annexe.models.vision_encoders.hf_vit import HfViT
 from annexe.models.vision_encoders.timm_vit import TimmViT
 from annexe.structures.batch import Batch
@@ -333,6 +333,14 @@ def eval_config(run: Path, scenes: Path, output: Path) -> Config:
         *("run.batch_size=2", "run.num_workers=0", "run.device=cpu", "run.max_new_tokens=4"),
     ]
     return load_config(ROOT / "eval_configs" / "annexe_tiny.yaml", options)
+
+
+def test_gelu_of_fewer_instructions_is_gelu() -> None:
+    x = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
+    exact = torch.nn.functional.gelu(x)
+    gelu = FastGELU()
+    torch.testing.assert_close(gelu.approximation(x.float()).double(), exact, atol=1e-6, rtol=2e-3)
+    assert torch.equal(gelu(x.float()), torch.nn.functional.gelu(x.float()))
 
 
 def test_who_reads_depth_first_waits_for_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:

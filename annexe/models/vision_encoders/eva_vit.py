@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from timm.layers import build_sincos2d_pos_embed
 from timm.models.eva import Eva
 from torch import Tensor, nn
@@ -22,6 +23,30 @@ from annexe.settings import PathSetting
 _SETTINGS = "model.rgb_encoder"
 FLOAT8 = "float8"
 _DTYPES = ("float32", FLOAT8)
+
+
+class FastGELU(nn.GELU):
+    """GELU with fewer instructions where it is compiled for a GPU; for frozen networks.
+
+    The error function is that of Abramowitz and Stegun (1964), 7.1.26, which is off by 1.5e-7 at
+    most. PyTorch's takes a compiled kernel longer than reading and writing bfloat16 numbers does.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply it to float[...]."""
+        is_fast = x.is_cuda and torch.compiler.is_compiling()
+        return self.approximation(x) if is_fast else super().forward(x)
+
+    def approximation(self, x: Tensor) -> Tensor:
+        """As `forward`, from the half that fades out, which the other half mirrors."""
+        y = x.float()
+        t = torch.reciprocal(1 + 0.3275911 * math.sqrt(0.5) * y.abs())
+        factor = 1.061405429 * t - 1.453152027
+        factor = factor * t + 1.421413741
+        factor = factor * t - 0.284496736
+        factor = factor * t + 0.254829592
+        fading = 0.5 * y * factor * t * torch.exp2(-0.5 * math.log2(math.e) * y * y)
+        return torch.where(y < 0, fading, y - fading).to(x.dtype)
 
 
 @register("rgb_encoder", "eva_vit")
@@ -98,6 +123,9 @@ class EvaViT(nn.Module):
             use_fc_norm=False,
         )
         self.vit.patch_embed.proj = patch_convolution(self.vit.patch_embed.proj)
+        if frozen:
+            for block in self.vit.blocks:
+                block.mlp.act = FastGELU()
         self.norm = nn.LayerNorm(embed_dim)
         self.normalize = Normalize(_SETTINGS, statistics)
 
