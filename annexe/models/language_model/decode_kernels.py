@@ -57,7 +57,7 @@ _LOWEST_SCORE = tl.constexpr(-1e30)
 _MAX_BLOCK_ROWS = 128
 _BLOCK_OUT = 64
 # Programs that read at the speed of a large GPU, and parts that a sum is split into at most.
-_MIN_PROGRAMS = 256
+_MIN_PROGRAMS = 512
 _MAX_PARTS = 8
 # Numbers that a program of `_swiglu` takes.
 _BLOCK_SWIGLU = 1024
@@ -622,6 +622,7 @@ def decode_attention(
         SCALING=scaling,
         GROUP=group,
         NUM_KEY_HEADS=num_key_heads,
+        num_warps=2,
         **sizes,
     )
     _merge_parts[(num_rows, num_heads)](
@@ -769,6 +770,7 @@ def float8_product(
         BLOCK_ROWS=block_rows,
         BLOCK_OUT=_BLOCK_OUT,
         num_warps=4,
-        num_stages=5,
+        # Fewer programs need more of their memory in flight, and larger ones have less room for it
+        num_stages=5 if num_parts == 1 and block_rows <= 32 else 3,
     )
     return output if num_parts > 1 else output[0]
