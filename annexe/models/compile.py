@@ -26,8 +26,8 @@ def compile_blocks(
     """Compile the repeated blocks one by one, so that those of a part share one compilation.
 
     Of a pixel decoder these are its ``layers``, or all of it if it has none, and the maps that they
-    read. If blocks of the language model compute activations again (``checkpointed_blocks``), it is
-    not compiled.
+    read; of a language model its final norm, too. If its blocks compute activations again
+    (``checkpointed_blocks``), it is not compiled.
 
     Args:
         model: changed in place.
@@ -67,6 +67,10 @@ def compile_blocks(
     for block in [*model.blocks(), *depth_blocks, *decoder_blocks]:
         if block not in excluded:
             block.forward = compile(block.forward)
+
+    # The final norm, which by itself is ten kernels
+    if language.compiled:
+        language.base.model.norm.forward = compile(language.base.model.norm.forward)
 
     # Methods, replaced on this instance alone
     pixel_decoder: Any = model.pixel_decoder
