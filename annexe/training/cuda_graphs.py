@@ -59,6 +59,8 @@ class GraphedPass:
         self.seen_shapes: set[tuple] = set()
         self.captured: dict[tuple, CapturedPass] = {}
         self.pool = torch.cuda.graph_pool_handle()
+        # Copies from the host wait for the pass before, and not for the optimizer behind it
+        self.copy_stream = torch.cuda.Stream(device)
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -79,9 +81,16 @@ class GraphedPass:
 
         # From then on: replayed
         captured = self.captured[shape]
-        for static, value in zip(captured.inputs, [*_tensors(batch), factor], strict=True):
-            static.copy_(value, non_blocking=True)
+        *static_batch, static_factor = captured.inputs
+        current = torch.cuda.current_stream()
+        from_host = self.copy_stream if batch.images.device.type == "cpu" else current
+        with torch.cuda.stream(from_host):
+            for static, value in zip(static_batch, _tensors(batch), strict=True):
+                static.copy_(value, non_blocking=True)
+        current.wait_stream(from_host)
+        static_factor.copy_(factor)
         captured.graph.replay()
+        self.copy_stream.wait_stream(current)
         return captured.output.clone()
 
     def _run(self, batch: Batch, factor: Tensor) -> Tensor:
@@ -116,6 +125,8 @@ class GraphedPass:
             output = self._run(static_batch, static_factor)
         length = static_batch.text.segment_ids.shape[1]
         log.info("captured the pass over a batch of %d tokens a row as a CUDA graph", length)
+        # Memory of the inputs may have been that of kernels which are still running
+        self.copy_stream.wait_stream(torch.cuda.current_stream())
         return CapturedPass(graph, [*_tensors(static_batch), static_factor], output)
 
 
