@@ -587,8 +587,8 @@ def restore_model(config: Config, checkpoint: Path, accelerator: Accelerator) ->
 def prepare_for_inference(model: Annexe, run: RunConfig, accelerator: Accelerator) -> Annexe:
     """``model`` as it answers fastest.
 
-    Adapters are merged for good, and products of one input joined. CUDA graphs, compiled blocks and
-    weights in float8 are used where ``run`` has them.
+    Adapters are merged for good, and products of one input joined. CUDA graphs, compiled blocks,
+    weights in float8 and drafts are used where ``run`` has them.
 
     Raises:
         UserError: for weights in float8 that the language model or the GPU cannot have.
@@ -608,4 +608,8 @@ def prepare_for_inference(model: Annexe, run: RunConfig, accelerator: Accelerato
             "run.generation_dtype float8 is for a Llama, Mistral, Qwen2 or Qwen3 with merged "
             "adapters, of dtype float32 or bfloat16 and not with fsdp; set it to auto"
         )
+
+    # Masks that start from placeholders would differ by rounding with what was decoded before
+    if model.pixel_decoder.conditioning == "prompt":
+        model.text_decoder.draft(run.draft_tokens)
     return prepared

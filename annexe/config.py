@@ -153,7 +153,14 @@ _CHOICES = {
     "learning_rate_decay": ("cosine", "linear"),
     "analysis": ("generated", "true"),
 }
-_NOT_NEGATIVE = ("seed", "num_workers", "warmup_steps", "validate_every", "own_analyses_from")
+_NOT_NEGATIVE = (
+    "seed",
+    "num_workers",
+    "warmup_steps",
+    "validate_every",
+    "own_analyses_from",
+    "draft_tokens",
+)
 _AT_LEAST_ONE = (
     "muon_period",
     "max_steps",
@@ -236,6 +243,7 @@ class RunConfig:
     max_new_tokens: int = 50
     # Weights that decoding reads: auto, those of the language model; float8, rounded copies of them
     generation_dtype: str = "auto"
+    draft_tokens: int = 4  # drafted and verified at once on a CPU; 0 = none
     report: bool = True  # draw report.html after an evaluation
 
     def __post_init__(self) -> None:

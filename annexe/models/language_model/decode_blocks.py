@@ -30,7 +30,7 @@ from annexe.models.language_model.attention import operations_on
 from annexe.models.language_model.causal_lm import CausalLM
 from annexe.models.language_model.decode_operations import FLOAT8_GROUP
 from annexe.models.language_model.float8 import quantize_rows
-from annexe.models.language_model.kv_cache import DecodeIndex, SharedPrefixCache
+from annexe.models.language_model.kv_cache import DecodeIndex, DraftIndex, SharedPrefixCache
 from annexe.models.language_model.support import head_dim_of
 
 # Blocks of transformers that compute what is drawn above, some with norms of queries and keys
@@ -129,12 +129,17 @@ class DecodingBlocks:
             self.blocks.append(block)
 
     def __call__(
-        self, x: Tensor, position: Tensor, caches: list[SharedPrefixCache], index: DecodeIndex
+        self,
+        x: Tensor,
+        position: Tensor,
+        caches: list[SharedPrefixCache],
+        index: DecodeIndex | DraftIndex,
     ) -> Tensor:
         """Run all blocks and the final norm.
 
         Args:
-            x: float[R, D], embeddings of the new tokens; changed in place.
+            x: float[R, D], embeddings of the new tokens; changed in place. With a `DraftIndex`, for
+                a CPU alone, a response may have several.
             position: int64[R], their rotary positions.
             caches: keys and values of each block, which get those of the new tokens.
             index: where they go, and which response reads which prefix.

@@ -3,9 +3,12 @@
 `annexe.models.language_model.decode_kernels` has the same functions as kernels for GPUs. Here is
 what they compute, and what runs on a CPU.
 
-Legend: B images, R responses, Lp prefix tokens, Lr columns of a response, D width of the language
-model, F width of an MLP's hidden layer, H query heads, Hk key heads, G query heads for each key
-head (H / Hk), Dh width of a head.
+Steps that verify drafted tokens run here, too. With a `DraftIndex` in place of a `DecodeIndex` the
+rows of the tensors are M tokens, of which a response may have several.
+
+Legend: B images, R responses, M new tokens, T those of the response that has most, Lp prefix
+tokens, Lr columns of a response, D width of the language model, F width of an MLP's hidden layer,
+H query heads, Hk key heads, G query heads for each key head (H / Hk), Dh width of a head.
 """
 
 from __future__ import annotations
@@ -15,7 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from annexe.models.language_model.float8 import quantize_rows
-from annexe.models.language_model.kv_cache import DecodeIndex, SharedPrefixCache
+from annexe.models.language_model.kv_cache import (
+    DecodeIndex,
+    DraftIndex,
+    SharedPrefixCache,
+)
 
 # Numbers of a row that are multiplied at a time where both factors are in float8
 FLOAT8_GROUP = 128
@@ -48,18 +55,19 @@ def rotate_and_store(
     angles: Tensor,
     head_norms: tuple[Tensor, Tensor, float] | None,
     cache: SharedPrefixCache,
-    index: DecodeIndex,
+    index: DecodeIndex | DraftIndex,
 ) -> Tensor:
     """Rotate queries and keys (RoPE, arXiv 2104.09864), and put keys and values into the cache.
 
     Args:
-        projections: float[R, (H + 2 Hk) Dh]: queries, keys and values of a new token.
+        projections: float[R, (H + 2 Hk) Dh], or float[M, ...] with drafts: queries, keys and
+            values of new tokens.
         angles: float32[2, R, Dh], factors of a number of a head, by its position, and of the number
             in the other half: the cosines twice, and the sines negative and positive.
         head_norms: weights, float[Dh], of the norms of queries and keys, and what these add to the
             mean of the squares; None where there are no such norms.
-        cache: keys and values; the column of ``index`` is written.
-        index: where the token goes.
+        cache: keys and values; the columns of ``index`` are written.
+        index: where the tokens go.
 
     Returns:
         The queries, float[R, H, Dh] of the dtype of ``cache``.
@@ -80,64 +88,107 @@ def rotate_and_store(
     swapped = queries_and_keys.roll(head_dim // 2, -1)
     rotated = torch.addcmul(queries_and_keys * cosine, swapped, sine)
 
-    # Put keys and values into the column of the new token.
-    column = int(index.column)
-    cache.own_keys[:, :, column] = rotated[:, num_heads:]
-    cache.own_values[:, :, column] = heads[:, -num_key_heads:]
+    # Put keys and values into the columns of the new tokens.
+    if isinstance(index, DraftIndex):
+        cache.own_keys[index.row, :, index.column] = rotated[:, num_heads:]
+        cache.own_values[index.row, :, index.column] = heads[:, -num_key_heads:]
+    else:
+        column = int(index.column)
+        cache.own_keys[:, :, column] = rotated[:, num_heads:]
+        cache.own_values[:, :, column] = heads[:, -num_key_heads:]
     return rotated[:, :num_heads].to(cache.own_keys.dtype)
 
 
 def decode_attention(
-    query: Tensor, cache: SharedPrefixCache, index: DecodeIndex, scaling: float
+    query: Tensor, cache: SharedPrefixCache, index: DecodeIndex | DraftIndex, scaling: float
 ) -> Tensor:
-    """Attention of one new token of each response, whose key and value are in ``cache`` already.
+    """Attention of new tokens, whose keys and values are in ``cache`` already.
 
     The prefix of an image is read once for all its responses, whose queries are laid out side by
     side. Of a response's own columns only those up to the new token are read. One softmax runs over
     the scores of both parts.
 
     Args:
-        query: float[R, H, Dh], of the dtype of ``cache``.
+        query: float[R, H, Dh], of the dtype of ``cache``; float[M, H, Dh] with drafts.
         cache: keys and values.
         index: which response reads which prefix.
         scaling: factor of the scores before the softmax.
 
     Returns:
-        float[R, H, Dh], of the dtype of ``query``.
+        As ``query``.
     """
-    num_key_heads, prefix_length = cache.prefix_keys.shape[1:3]
-    group = query.shape[1] // num_key_heads
-    # A compiled block is not told how many columns are filled, and reads all of them
-    num_columns = cache.own_keys.shape[2]
-    if not torch.compiler.is_compiling():
-        num_columns = int(index.column) + 1
+    num_key_heads = cache.own_keys.shape[1]
+    query = (query * scaling).unflatten(1, (num_key_heads, -1))  # [M, Hk, G, Dh]
+    if not isinstance(index, DraftIndex):
+        # A compiled block is not told how many columns are filled, and reads all of them
+        num_columns = cache.own_keys.shape[2]
+        if not torch.compiler.is_compiling():
+            num_columns = int(index.column) + 1
+        bias = hiding_bias(~index.key_mask[:, None, :num_columns], query.dtype)
+        return _attend(query, cache, index, bias[:, None]).flatten(1, 2)
+
+    # Lay the tokens of a response side by side.
+    num_rows, num_offsets = index.bias.shape[:2]
+    group = query.shape[2]
+    grid = query.new_zeros(num_rows, num_offsets, *query.shape[1:])
+    grid[index.row, index.offset] = query
+    by_head = grid.transpose(1, 2).flatten(2, 3)  # [R, Hk, T * G, Dh]
+    bias = index.bias.repeat_interleave(group, dim=1)[:, None]
+    output = _attend(by_head, cache, index, bias)
+    output = output.unflatten(2, (num_offsets, group)).transpose(1, 2)  # [R, T, Hk, G, Dh]
+    return output[index.row, index.offset].flatten(1, 2)
+
+
+def hiding_bias(is_hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores, -inf where a key is hidden: adding is faster than filling."""
+    return torch.zeros(is_hidden.shape, dtype=dtype, device=is_hidden.device).masked_fill_(
+        is_hidden, -torch.inf
+    )
+
+
+def _attend(
+    query: Tensor, cache: SharedPrefixCache, index: DecodeIndex | DraftIndex, bias: Tensor
+) -> Tensor:
+    """Attention of several queries of each response, Q for each key head.
+
+    Args:
+        query: float[R, Hk, Q, Dh], multiplied by the factor of the scores.
+        cache: keys and values.
+        index: which response reads which prefix.
+        bias: float[R, 1, Q or 1, columns], -inf for own columns that a query does not attend to,
+            and 0 for the others. Those behind are not read.
+
+    Returns:
+        As ``query``.
+    """
+    num_columns = bias.shape[-1]
+    num_queries = query.shape[2]
+    prefix_length = cache.prefix_keys.shape[2]
     own_keys = cache.own_keys[:, :, :num_columns]
     own_values = cache.own_values[:, :, :num_columns]
-    is_free = ~index.key_mask[:, None, None, :num_columns]
 
     def by_image(x: Tensor) -> Tensor:
-        """Lay responses side by side: [R, Hk, G, ...] -> [B, Hk, max_responses * G, ...]."""
+        """Lay responses side by side: [R, Hk, Q, ...] -> [B, Hk, max_responses * Q, ...]."""
         return x[index.row_index].transpose(1, 2).flatten(2, 3)
 
     def by_response(x: Tensor) -> Tensor:
-        """Undo `by_image`: [B, Hk, max_responses * G, ...] -> [R, Hk, G, ...]."""
-        responses = x.unflatten(2, (-1, group)).transpose(1, 2)
+        """Undo `by_image`: [B, Hk, max_responses * Q, ...] -> [R, Hk, Q, ...]."""
+        responses = x.unflatten(2, (-1, num_queries)).transpose(1, 2)
         return responses[index.image_index, index.index_in_image]
 
     # Score the own columns and the prefix.
-    query = (query * scaling).unflatten(1, (num_key_heads, group))  # [R, Hk, G, Dh]
-    scores = query @ own_keys.transpose(-1, -2)  # [R, Hk, G, columns]
-    scores.masked_fill_(is_free, -torch.inf)
+    scores = query @ own_keys.transpose(-1, -2)  # [R, Hk, Q, columns]
+    scores += bias
     if prefix_length:
         prefix_scores = by_response(by_image(query) @ cache.prefix_keys.transpose(-1, -2))
-        scores = torch.cat([scores, prefix_scores], dim=-1)  # [R, Hk, G, columns + Lp]
+        scores = torch.cat([scores, prefix_scores], dim=-1)  # [R, Hk, Q, columns + Lp]
 
     # Take one softmax over both, in float32, and add up the values of both.
     weights = scores.float().softmax(-1).to(query.dtype)
-    output = weights[..., :num_columns] @ own_values  # [R, Hk, G, Dh]
+    output = weights[..., :num_columns] @ own_values  # [R, Hk, Q, Dh]
     if prefix_length:
         output += by_response(by_image(weights[..., num_columns:]) @ cache.prefix_values)
-    return output.flatten(1, 2)
+    return output
 
 
 def swiglu(gate_and_up: Tensor) -> Tensor:

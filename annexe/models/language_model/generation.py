@@ -12,8 +12,11 @@ then, stops once all are finished, and drops the finished ones when they are at 
     row 3     w .
     rows         4        2        1   kept after the finished ones were dropped
 
+On a CPU a step may also generate several tokens of a row: those that were drafted and turn out to
+be what the model says (`annexe.models.language_model.drafts`).
+
 Legend: B images, R rows (responses), K slots, D width, V words, Lr columns of a response, T tokens
-that a response has at most.
+that a response has at most, M tokens of a step.
 """
 
 from __future__ import annotations
@@ -29,15 +32,18 @@ from torch.distributed.fsdp import FSDPModule
 from annexe.models.language_model.causal_lm import CausalLM
 from annexe.models.language_model.constraints import DecodingConstraints, SlotConstraint
 from annexe.models.language_model.decode_blocks import DecodingBlocks, can_join_products
+from annexe.models.language_model.decode_operations import hiding_bias
+from annexe.models.language_model.drafts import DraftTable
 from annexe.models.language_model.kv_cache import (
     CachePool,
     CacheShape,
     DecodeIndex,
+    DraftIndex,
     Prefill,
     SharedPrefixCache,
 )
 from annexe.models.language_model.sampling import Sampler, choose
-from annexe.structures.batch import round_up
+from annexe.structures.batch import PackedText, round_up
 
 # With CUDA graphs sizes are rounded up to these multiples, so that few graphs serve all batches.
 _ROW_MULTIPLE = 16
@@ -156,7 +162,6 @@ class DecodeStep:
         self.temperature = temperature
         self.graph: torch.cuda.CUDAGraph | None = None
         device = state.response_index.device
-        tokenizer = language_model.tokenizer
 
         # Where the next token goes: in the caches, and in `state.tokens`.
         num_images = len(caches[0].prefix_keys)
@@ -165,16 +170,9 @@ class DecodeStep:
         self.num_generated = torch.tensor([state.tokens.shape[1] - 1], device=device)
 
         # What it may be.
-        num_tokens = tokenizer.vocab_size + tokenizer.num_slots
-        self.slot_ids = torch.arange(tokenizer.vocab_size, num_tokens, device=device)
+        self.slot_ids = _slot_ids(language_model, device)
         self.end_ids = torch.tensor(language_model.end_ids, device=device)
-        self.slot_constraint: SlotConstraint | None = None
-        if constraints is not None and constraints.slots is not None:
-            forbidden_first_tokens = constraints.forbidden_first_tokens
-            end_ids = language_model.end_ids
-            self.slot_constraint = SlotConstraint(
-                tokenizer, end_ids, forbidden_first_tokens, device
-            )
+        self.slot_constraint = _slot_constraint(language_model, constraints, device)
 
     def load(self, state: DecodingState, column: int, num_generated: int) -> None:
         """Continue with other rows of the same shapes.
@@ -253,6 +251,186 @@ class DecodeStep:
             state.slot_states.copy_(slot_states)
 
 
+class DraftingStep:
+    """As `DecodeStep`, but a step of each row verifies drafted tokens, and generates at least one.
+
+    It runs on a CPU, only the rows that are not finished, and takes the most likely tokens.
+
+    Args:
+        language_model: predicts the tokens.
+        blocks: run the new tokens.
+        drafts: what the next tokens may be.
+        state: the rows; changed in place.
+        caches: keys and values, one for each layer; the responses' own ones are changed in place.
+        first_column: where the caches get the first token of a response.
+        answers_query: whether each response of the batch answers a query, bool[responses].
+        constraints: of `GreedyDecoder.decode`. Only their kind matters here, not their tensors.
+    """
+
+    def __init__(
+        self,
+        language_model: CausalLM,
+        blocks: DecodingBlocks,
+        drafts: DraftTable,
+        state: DecodingState,
+        caches: list[SharedPrefixCache],
+        first_column: int,
+        answers_query: Tensor,
+        constraints: DecodingConstraints | None,
+    ) -> None:
+        self.language_model = language_model
+        self.blocks = blocks
+        self.drafts = drafts
+        self.state = state
+        self.caches = caches
+        self.first_column = first_column
+        self.answers_query = answers_query
+        device = state.response_index.device
+        self.slot_ids = _slot_ids(language_model, device)
+        self.end_ids = torch.tensor(language_model.end_ids, device=device)
+        self.slot_constraint = _slot_constraint(language_model, constraints, device)
+
+        # Which row is which response of an image
+        num_images = len(caches[0].prefix_keys)
+        max_responses = int(state.index_in_image.max()) + 1
+        self.row_index = state.response_index.new_full((num_images, max_responses), -1)
+        rows = torch.arange(len(state), device=device)
+        self.row_index[state.image_index, state.index_in_image] = rows
+
+    @property
+    def num_generated(self) -> Tensor:
+        """Tokens of each row so far, int64[R]."""
+        return self.state.key_mask[:, self.first_column :].sum(1)
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Generate some tokens of every row that is not finished."""
+        state = self.state
+        num_generated = self.num_generated
+        rows = (~state.finished).nonzero()[:, 0]  # [r], those that are run
+
+        # The next token of each row is certain; others behind it are drafted.
+        next_token = self._most_likely(
+            state.hidden[rows], state.slots_left[rows], num_generated[rows, None]
+        )
+        row, offset, token = self._draft(rows, next_token, num_generated)  # [M]
+        start = (offset == 0).nonzero()[:, 0]  # [r], the first token of each row
+        start_of_token = torch.arange(len(token)) - offset  # [M]
+
+        # Run the language model on all of them.
+        place = num_generated[row] + offset  # [M], among the tokens of its row
+        index = self._index(row, offset, place, num_generated)
+        embeddings = self.language_model.embed(token[:, None])[:, 0]  # [M, D]
+        hidden = self.blocks(embeddings, state.position[row] + offset, self.caches, index)
+        hidden = hidden.to(state.hidden.dtype)  # [M, D]
+
+        # Find the slots that are left behind each token, and the tokens that end their row.
+        is_named = token[:, None] == self.slot_ids  # [M, K]
+        num_named = is_named.cumsum(0)
+        num_named_before = num_named[start_of_token] - is_named[start_of_token].long()
+        slots_left = state.slots_left[row] & (num_named == num_named_before)
+        is_last = (token[:, None] == self.end_ids).any(1)
+        if self.slot_constraint is not None:
+            is_last |= is_named.any(1) & ~slots_left.any(1)
+
+        # Keep what follows as the model says, up to the first draft that does not.
+        is_drafted = offset > 0
+        before = is_drafted.nonzero()[:, 0] - 1  # tokens that a draft follows
+        is_wrong = torch.zeros_like(is_last)
+        if len(before):
+            some_generated = torch.ones_like(before)[:, None]
+            expected = self._most_likely(hidden[before], slots_left[before], some_generated)
+            is_wrong[is_drafted] = (token[is_drafted] != expected) | is_last[before]
+        num_wrong = is_wrong.cumsum(0)
+        kept = (num_wrong == num_wrong[start_of_token]).nonzero()[:, 0]
+        num_kept = torch.bincount(row[kept], minlength=len(state))  # [R]
+
+        # Move behind them.
+        state.tokens[row[kept], place[kept]] = token[kept]
+        state.key_mask[row[kept], self.first_column + place[kept]] = True
+        state.position += num_kept
+        last = start + num_kept[rows] - 1  # [r]
+        state.hidden[rows] = hidden[last]
+        state.slots_left[rows] = slots_left[last]
+        is_full = num_generated[rows] + num_kept[rows] == state.tokens.shape[1]
+        state.finished[rows] = is_last[last] | is_full
+        named, slot = is_named[kept].nonzero().unbind(1)
+        state.slot_states[row[kept[named]], slot] = hidden[kept[named]]
+
+    def _most_likely(self, hidden: Tensor, slots_left: Tensor, num_generated: Tensor) -> Tensor:
+        """The most likely token that is allowed behind each of some tokens.
+
+        Args:
+            hidden: float[., D].
+            slots_left: bool[., K].
+            num_generated: int64[., 1], tokens of the response so far.
+
+        Returns:
+            int64[.].
+        """
+        logits = self.language_model.logits(hidden)
+        if self.slot_constraint is not None:
+            logits = self.slot_constraint(logits, slots_left, num_generated)
+        return _most_likely(logits)
+
+    def _draft(
+        self, rows: Tensor, next_token: Tensor, num_generated: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The next token of each row, and behind it what is drafted.
+
+        Args:
+            rows: int64[r], the rows that are run.
+            next_token: int64[r].
+            num_generated: int64[R].
+
+        Returns:
+            Of every token its row, which one of the row's it is, and its id: int64[M] each.
+        """
+        state = self.state
+        last_place = (num_generated - 1).clamp(min=0)[:, None]
+        last_tokens = state.tokens.gather(1, last_place)[rows, 0].tolist()
+        room = (state.tokens.shape[1] - 1 - num_generated)[rows].tolist()
+        is_first = (num_generated == 0)[rows].tolist()
+        answers_query = self.answers_query[state.response_index[rows]].tolist()
+
+        row_of_token: list[int] = []
+        offsets: list[int] = []
+        ids: list[int] = []
+        for position, (row, token) in enumerate(
+            zip(rows.tolist(), next_token.tolist(), strict=True)
+        ):
+            said = [token] if is_first[position] else [last_tokens[position], token]
+            drafted = self.drafts.draft(answers_query[position], said)[: room[position]]
+            row_of_token += [row] * (1 + len(drafted))
+            offsets += range(1 + len(drafted))
+            ids += [token, *drafted]
+        return torch.tensor(row_of_token), torch.tensor(offsets), torch.tensor(ids)
+
+    def _index(
+        self, row: Tensor, offset: Tensor, place: Tensor, num_generated: Tensor
+    ) -> DraftIndex:
+        """Where new tokens go, and which columns they attend to.
+
+        Args:
+            row: int64[M], the row of each token.
+            offset: int64[M], which one of the row's new tokens it is.
+            place: int64[M], which one of all its tokens.
+            num_generated: int64[R].
+        """
+        state = self.state
+        column = self.first_column + place
+        num_columns = int(column.max()) + 1
+        columns = torch.arange(num_columns)
+        first = (self.first_column + num_generated)[:, None, None]  # [R, 1, 1]
+        last = first + torch.arange(int(offset.max()) + 1)[:, None]  # [R, T, 1]
+        is_new = (columns >= first) & (columns <= last)  # [R, T, columns]
+        is_hidden = ~(state.key_mask[:, None, :num_columns] | is_new)
+        bias = hiding_bias(is_hidden, self.caches[0].own_keys.dtype)
+        return DraftIndex(
+            state.image_index, state.index_in_image, self.row_index, row, offset, column, bias
+        )
+
+
 class GreedyDecoder:
     """Decodes for a language model.
 
@@ -267,6 +445,7 @@ class GreedyDecoder:
         self.graphs = False  # replay steps as CUDA graphs
         self.temperature: float | None = None  # of what is being decoded
         self.blocks: DecodingBlocks | None = None  # of their own, see `join_products`
+        self.drafts: DraftTable | None = None  # see `draft`
         self.cache_pool = CachePool()
         self.captured_steps: dict[tuple, DecodeStep] = {}
 
@@ -290,6 +469,24 @@ class GreedyDecoder:
         self.release()
         self.blocks = DecodingBlocks(self.language_model, autocast_dtype, float8=float8)
         return True
+
+    def draft(self, max_tokens: int) -> bool:
+        """Make steps fewer by drafted tokens, which are learned from what is decoded.
+
+        Responses stay the same but for two tokens whose logits differ by rounding alone. The states
+        of placeholders may differ by rounding, too.
+
+        Args:
+            max_tokens: tokens of a draft at most; 0 = none.
+
+        Returns:
+            Whether that can be done: on a CPU, with joint products in float32.
+        """
+        can_draft = self.blocks is not None and self.blocks.dtype == torch.float32
+        on_cpu = self.language_model.mask_head.weight.device.type == "cpu"
+        use = can_draft and on_cpu and max_tokens > 0
+        self.drafts = DraftTable(max_tokens) if use else None
+        return use
 
     def release(self) -> None:
         """Give back the memory for keys and values, and the graphs that read it."""
@@ -327,10 +524,12 @@ class GreedyDecoder:
             self.temperature = sampler.temperature
             state.seeds = sampler.seeds
         responses = Responses([[] for _ in range(len(state))], torch.zeros_like(state.slot_states))
-        step: DecodeStep | None = None
-        num_generated = 0
+        drafts = self.drafts if sampler is None else None
+        step: DecodeStep | DraftingStep | None = None
+        num_taken = 0
+        num_generated = 0  # tokens of the longest row
 
-        while num_generated < max_new_tokens:
+        while num_taken < max_new_tokens:
             # Stop?
             num_running = self._count_running(state)
             if num_running == 0:
@@ -339,15 +538,20 @@ class GreedyDecoder:
             # Compact: drop the finished rows once they are at least half.
             if step is None or self._is_half_empty(state, num_running):
                 responses.collect(state, end_ids)
-                step = self._compact(prefill, state, step, num_generated, constraints)
+                step = self._compact(prefill, state, step, num_generated, constraints, drafts)
                 state = step.state
 
             # Run some steps.
-            num_steps = min(steps_per_look, max_new_tokens - num_generated)
-            for _ in range(num_steps):
-                step.launch()
-                step.advance()
-            num_generated += num_steps
+            num_steps = min(steps_per_look, max_new_tokens - num_taken)
+            num_taken += num_steps
+            if isinstance(step, DraftingStep):
+                step.run()
+                num_generated = int(step.num_generated.max())
+            else:
+                for _ in range(num_steps):
+                    step.launch()
+                    step.advance()
+                num_generated = num_taken
             if on_tokens is not None:
                 responses.collect(state, end_ids)
                 for branch in state.response_index.tolist():
@@ -356,7 +560,19 @@ class GreedyDecoder:
 
         # Collect what is left.
         responses.collect(state, end_ids)
+        if drafts is not None:
+            self._learn(drafts, responses, prefill.text, max_new_tokens)
         return responses
+
+    def _learn(
+        self, drafts: DraftTable, responses: Responses, text: PackedText, max_new_tokens: int
+    ) -> None:
+        """Learn drafts from responses to the branches of ``text``."""
+        tokenizer = self.language_model.tokenizer
+        for answers_query, tokens in zip(text.is_query.tolist(), responses.tokens, strict=True):
+            # Neither a response that was cut nor one that ended with its last slot has an end
+            is_ended = 0 < len(tokens) < max_new_tokens and tokens[-1] < tokenizer.vocab_size
+            drafts.learn(answers_query, [*tokens, tokenizer.eos_id] if is_ended else tokens)
 
     def start_rows(
         self, prefill: Prefill, max_new_tokens: int, constraints: DecodingConstraints | None
@@ -454,18 +670,20 @@ class GreedyDecoder:
         self,
         prefill: Prefill,
         state: DecodingState,
-        previous: DecodeStep | None,
+        previous: DecodeStep | DraftingStep | None,
         num_generated: int,
         constraints: DecodingConstraints | None,
-    ) -> DecodeStep:
+        drafts: DraftTable | None = None,
+    ) -> DecodeStep | DraftingStep:
         """Continue with the rows that are not finished.
 
         Args:
             prefill: the prompts.
             state: the rows so far.
             previous: the step that generated them; None = the caches are filled from ``prefill``.
-            num_generated: tokens that each row has so far.
+            num_generated: tokens of the longest row so far; without drafts, of each row.
             constraints: what the responses have to name, where that is known.
+            drafts: what the next tokens may be; None = nothing is drafted.
 
         Returns:
             The step of the rows that were kept, ready to be launched.
@@ -479,11 +697,26 @@ class GreedyDecoder:
 
         # Make the step before filling its caches, because capturing a graph writes to them.
         caches = self._take_caches(prefill, state, previous)
-        step = self._make_step(state, caches, constraints)
+        num_copied = prefill.text.prefix_length - caches[0].prefix_keys.shape[2]
+        first_column = num_copied + prefill.text.max_own_length
+        step: DecodeStep | DraftingStep
+        if drafts is None:
+            step = self._make_step(state, caches, constraints)
+        else:
+            assert self.blocks is not None
+            step = DraftingStep(
+                self.language_model,
+                self.blocks,
+                drafts,
+                state,
+                caches,
+                first_column,
+                prefill.text.is_query,
+                constraints,
+            )
 
         # Fill them from the prompts or from the previous step.
-        num_copied = prefill.text.prefix_length - step.caches[0].prefix_keys.shape[2]
-        column = num_copied + prefill.text.max_own_length + num_generated
+        column = first_column + num_generated
         for layer, cache in enumerate(step.caches):
             if previous is None:
                 branch = state.response_index.clamp(min=0)
@@ -491,11 +724,15 @@ class GreedyDecoder:
                 cache.load_prefill(prefill_cache, prefill.text, branch, state.key_mask)
             else:
                 cache.load_rows(previous.caches[layer], rows.clamp(min=0), column)
-        step.load(state, column, num_generated)
+        if isinstance(step, DecodeStep):
+            step.load(state, column, num_generated)
         return step
 
     def _take_caches(
-        self, prefill: Prefill, state: DecodingState, previous: DecodeStep | None
+        self,
+        prefill: Prefill,
+        state: DecodingState,
+        previous: DecodeStep | DraftingStep | None,
     ) -> list[SharedPrefixCache]:
         """Take caches for the rows out of the pool."""
         # Fewer rows fit into the same memory, and the prefixes stay where they are.
@@ -571,6 +808,27 @@ class GreedyDecoder:
             step.graph = capture_graph(step.run)
             self.captured_steps[key] = step
         return self.captured_steps[key]
+
+
+def _slot_ids(language_model: CausalLM, device: torch.device) -> Tensor:
+    """Ids of the placeholders, int64[K]."""
+    tokenizer = language_model.tokenizer
+    num_tokens = tokenizer.vocab_size + tokenizer.num_slots
+    return torch.arange(tokenizer.vocab_size, num_tokens, device=device)
+
+
+def _slot_constraint(
+    language_model: CausalLM, constraints: DecodingConstraints | None, device: torch.device
+) -> SlotConstraint | None:
+    """What keeps responses to the slots that they have to name; None: they may name any."""
+    if constraints is None or constraints.slots is None:
+        return None
+    return SlotConstraint(
+        language_model.tokenizer,
+        language_model.end_ids,
+        constraints.forbidden_first_tokens,
+        device,
+    )
 
 
 def _most_likely(logits: Tensor) -> Tensor:

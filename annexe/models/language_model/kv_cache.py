@@ -88,6 +88,22 @@ class DecodeIndex:
 
 
 @dataclass
+class DraftIndex:
+    """Which responses several new tokens belong to, some of them drafted, and where they go.
+
+    There are M tokens, up to T of a response; a response's own ones follow each other.
+    """
+
+    image_index: Tensor  # int64[R], as of `DecodeIndex`, as are the next two
+    index_in_image: Tensor  # int64[R]
+    row_index: Tensor  # int64[B, max_responses]
+    row: Tensor  # int64[M], the response of each token
+    offset: Tensor  # int64[M], which one of its response's new tokens it is
+    column: Tensor  # int64[M], where it is written
+    bias: Tensor  # float[R, T, columns], -inf for those that a new token does not attend to, else 0
+
+
+@dataclass
 class SharedPrefixCache:
     """Rotated keys and values of one layer while decoding."""
 

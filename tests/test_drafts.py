@@ -1,0 +1,176 @@
+"""Drafted tokens: fewer steps, and the same responses whatever is drafted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from annexe.build import prepare_for_inference
+from annexe.config import RunConfig
+from annexe.distributed import make_accelerator
+from annexe.models.language_model import decode_operations, drafts, generation
+from annexe.models.language_model.drafts import DraftTable
+from annexe.models.language_model.generation import DraftingStep, GreedyDecoder, Responses
+from annexe.models.language_model.kv_cache import DraftIndex, SharedPrefixCache
+from tests.test_generation import constraints_of, make_prompts  # noqa: F401
+
+
+def test_the_most_frequent_tokens_are_drafted_while_they_are_likely():
+    table = DraftTable(max_tokens=3)
+    assert table.draft(True, [1]) == []
+    table.learn(True, [1, 2, 3, 4, 5, 6])
+    table.learn(True, [1, 2, 7])
+    table.learn(True, [1, 2, 3, 8])
+    table.learn(False, [1, 9])
+    assert table.draft(True, [1]) == [2, 3]  # a third one would be right in one of three cases
+    assert table.draft(True, [2, 3]) == [4, 5, 6]  # half as often as not is enough
+    assert table.draft(True, [3, 4]) == [5, 6]
+    assert table.draft(False, [1]) == [9]
+    assert table.draft(False, [1, 2]) == []
+    table.learn(True, [1, 2, 7, 8])
+    assert table.draft(True, [1]) == [2, 3]
+    assert table.draft(True, [2, 7]) == [8]
+
+
+def test_no_more_is_learned_than_fits(monkeypatch):
+    monkeypatch.setattr(drafts, "_MAX_PAIRS", 2)
+    table = DraftTable(max_tokens=3)
+    table.learn(True, [1, 2, 3, 4])
+    table.learn(True, [1, 2, 3])
+    assert table.draft(True, [1]) == [2, 3]
+    assert len(table.followers) == 2
+
+
+def test_attention_of_several_tokens_equals_attention_over_all_keys():
+    """Grouped heads, a shared prefix, and rows of one, no and three new tokens."""
+    torch.manual_seed(0)
+    num_heads, num_key_heads, head_dim, prefix_length, num_columns = 6, 2, 8, 5, 7
+    image_index = torch.tensor([0, 0, 1])
+    cache = SharedPrefixCache(
+        *torch.randn(2, 2, num_key_heads, prefix_length, head_dim),
+        *torch.randn(2, 3, num_key_heads, num_columns, head_dim),
+    )
+    row, column = torch.tensor([0, 2, 2, 2]), torch.tensor([3, 4, 5, 6])
+    is_seen = torch.rand(4, num_columns) > 0.4
+    is_seen[torch.arange(4), column] = True
+    bias = torch.zeros(3, 3, num_columns)
+    offset = torch.tensor([0, 0, 1, 2])
+    bias[row, offset] = decode_operations.hiding_bias(~is_seen, torch.float32)
+    index = DraftIndex(
+        image_index,
+        torch.tensor([0, 1, 0]),
+        torch.tensor([[0, 1], [2, -1]]),
+        row,
+        offset,
+        column,
+        bias,
+    )
+    query = torch.randn(4, num_heads, head_dim)
+    output = decode_operations.decode_attention(query, cache, index, 0.3)
+
+    keys = torch.cat([cache.prefix_keys[image_index], cache.own_keys], 2)[row]
+    values = torch.cat([cache.prefix_values[image_index], cache.own_values], 2)[row]
+    mask = torch.cat([torch.ones(4, prefix_length, dtype=torch.bool), is_seen], 1)[:, None, None]
+    expected = F.scaled_dot_product_attention(
+        query[:, :, None], keys, values, mask, scale=0.3, enable_gqa=True
+    )
+    torch.testing.assert_close(output, expected[:, :, 0], atol=1e-6, rtol=1e-5)
+
+
+class BadDrafts:
+    """Drafts of any tokens, ends and placeholders among them."""
+
+    max_tokens = 3
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens = num_tokens
+        self.generator = torch.Generator().manual_seed(0)
+
+    def learn(self, answers_query: bool, tokens: list[int]) -> None:
+        """Nothing is learned."""
+
+    def draft(self, answers_query: bool, tokens: list[int]) -> list[int]:
+        length = int(torch.randint(5, (), generator=self.generator))
+        return torch.randint(self.num_tokens, (length,), generator=self.generator).tolist()
+
+
+@pytest.mark.parametrize(("kind", "copies_prefixes"), [(0, True), (1, True), (2, True), (2, False)])
+def test_drafts_change_the_steps_and_not_the_responses(
+    make_prompts,  # noqa: F811
+    monkeypatch,
+    kind,
+    copies_prefixes,
+):
+    language_model, prefill, samples = make_prompts()
+    language_model.mask_head.weight.data *= 5  # so that placeholders are generated
+    decoder = GreedyDecoder(language_model)
+    assert decoder.join_products()
+    if not copies_prefixes:
+        monkeypatch.setattr(generation, "_MAX_PREFIX_COPIES", 0)
+    steps = []
+    run = DraftingStep.run
+    monkeypatch.setattr(DraftingStep, "run", lambda self: (steps.append(self), run(self)))
+
+    def decode(max_new_tokens: int) -> Responses:
+        prompts = prefill(samples)
+        constraints = constraints_of(prompts.text, language_model.tokenizer)[kind]
+        steps.clear()
+        return decoder.decode(prompts, max_new_tokens, constraints)
+
+    assert not decoder.draft(0)
+    expected = decode(12)
+    assert not steps
+    assert kind != 2 or expected.slot_states.any()
+
+    # Nothing learned yet, then the responses themselves, then nonsense
+    assert decoder.draft(4)
+    learned = decoder.drafts
+    tokenizer = language_model.tokenizer
+    nonsense = BadDrafts(tokenizer.vocab_size + tokenizer.num_slots)
+    num_steps = []
+    for decoder.drafts in (learned, learned, nonsense):
+        responses = decode(12)
+        num_steps.append(len(steps))
+        assert responses.tokens == expected.tokens
+        torch.testing.assert_close(responses.slot_states, expected.slot_states, atol=1e-5, rtol=0)
+        first = decode(1)
+        assert first.tokens == [tokens[:1] for tokens in expected.tokens]
+    assert num_steps[1] < num_steps[0]
+    assert num_steps[2] <= 12
+
+
+def test_listeners_hear_of_every_step(make_prompts):  # noqa: F811
+    language_model, prefill, samples = make_prompts()
+    decoder = GreedyDecoder(language_model)
+    decoder.join_products()
+    decoder.draft(4)
+    heard: dict[int, list[list[int]]] = {}
+    for _ in range(2):
+        heard.clear()
+        responses = decoder.decode(
+            prefill(samples),
+            12,
+            on_tokens=lambda branch, tokens: heard.setdefault(branch, []).append(tokens),
+        )
+    for branch, tokens in enumerate(responses.tokens):
+        assert heard[branch][-1] == tokens
+        for text in heard[branch]:
+            assert text == tokens[: len(text)]
+
+
+@pytest.mark.parametrize(
+    ("options", "drafts_tokens"),
+    [
+        ((), True),
+        (("model.language_model.dtype=bfloat16",), False),
+        (("model.pixel_decoder.conditioning=answer",), False),
+    ],
+)
+def test_drafts_are_for_a_cpu_in_float32_and_masks_from_prompts(make_parts, options, drafts_tokens):
+    model, _, _ = make_parts(*options)
+    accelerator = make_accelerator(device="cpu", mixed_precision="fp32", timeout_minutes=1)
+    prepare_for_inference(model, RunConfig(draft_tokens=2), accelerator)
+    assert (model.text_decoder.drafts is not None) == drafts_tokens
+    prepare_for_inference(model, RunConfig(draft_tokens=0), accelerator)
+    assert model.text_decoder.drafts is None
