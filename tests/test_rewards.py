@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from annexe.checkpoints.training_state import trained_tensors
 from annexe.config import Config, RewardConfig
 from annexe.datasets.collate import Collator, Padding
 from annexe.errors import UserError
+from annexe.evaluator import evaluate
 from annexe.models.annexe import Annexe
 from annexe.models.language_model.attention import packed_attention_mask
 from annexe.models.language_model.sampling import choose, split_seeds, uniform
@@ -456,6 +458,40 @@ def test_a_run_logs_rewards_and_answers_afterwards(reward_config: MakeConfig):
     assert lines[1]["loss/policy_kl"] > 0 and lines[1]["loss/presence_kl"] > 0
     with pytest.raises(UserError, match="objective is supervised here and rewards there"):
         set_up(dataclasses_replace(config, resume="auto", objective="supervised"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["analysis", "descriptor"])
+def test_a_run_whose_answers_read_more_is_rewarded_and_evaluated(
+    make_config: MakeConfig, reward_config: MakeConfig, tmp_path: Path, source: str
+):
+    """A whole run, one that goes on behind its first half, and an evaluation."""
+    start = tmp_path / "start"
+    reads = f"model.answers_read={source}"
+    train(make_config(reads, f"run.output_dir={start}", "run.max_steps=1", "run.warmup_steps=0"))
+    rewarded = (f"model.init_from={start}", "run.learning_rate=1e-3", "run.checkpoint_every=1")
+    straight = reward_config(*rewarded)
+    assert straight.require_model()["answers_read"] == source
+    train(straight)
+    lines = [line for line in log_of(tmp_path / "rewarded") if line["kind"] == "train"]
+    assert lines[1]["loss/policy_kl"] > 0
+    if source == "descriptor":
+        name = "descriptor_tokens.weight"
+        assert not torch.equal(weights_of(start)[name], weights_of(tmp_path / "rewarded")[name])
+
+    # From its first checkpoint on it goes as before
+    resumed = tmp_path / "resumed"
+    resumed.mkdir()
+    shutil.copytree(tmp_path / "rewarded" / "checkpoints", resumed / "checkpoints")
+    shutil.rmtree(resumed / "checkpoints" / "step-00000002")
+    train(reward_config(*rewarded, f"run.output_dir={resumed}", "run.resume=auto"))
+    expected = weights_of(tmp_path / "rewarded")
+    for name, tensor in weights_of(resumed).items():
+        assert torch.equal(tensor, expected[name]), name
+
+    options = (reads, f"run.checkpoint={resumed}", "run.report=false")
+    scores = evaluate(make_config(*options, f"run.output_dir={tmp_path / 'evaluated'}"))
+    assert scores["standard"]
 
 
 def dataclasses_replace(config: Config, **settings: object) -> Config:
