@@ -161,13 +161,7 @@ class _Drawer:
         flat = [tokens for group in ended for tokens in group]
         rows = with_analyses(_repeat_rows(text, num_members), flat)
         words = model.language_model.embed(rows.input_ids[:, rows.prefix_length :])
-        prefix_of_rows = []
-        for cache in prefix:
-            assert cache.keys is not None and cache.values is not None
-            keys = cache.keys.repeat_interleave(num_members, 0)
-            prefix_of_rows.append(
-                PrefillCache(keys, cache.values.repeat_interleave(num_members, 0))
-            )
+        prefix_of_rows = [_repeat_cache(cache, num_members) for cache in prefix]
         prefill = model.language_model.prefill(words, rows, prefix=prefix_of_rows)
         first_hidden = prefill.hidden[::num_members]
 
@@ -183,18 +177,17 @@ class _Drawer:
             sampler=Sampler(self.temperature, seeds),
         ).tokens
 
-        # Groups in the order of the branches
+        # Groups in the order of the branches; the rows of an image follow one another
         first_batch = replace(batch, text=with_analyses(text, [group[0] for group in ended]))
         tokens: list[list[list[int]]] = []
-        first_place = 0
+        first = 0
         counts = torch.bincount(text.branch_image_index).tolist()
         for image_index, num_branches in enumerate(counts):
             tokens.append(analyses[image_index])
+            end = first + num_branches * num_members
             for branch in range(1, num_branches):
-                places = range(first_place + branch, first_place + num_branches * num_members,
-                               num_branches)  # fmt: skip
-                tokens.append([answered[each] for each in places])
-            first_place += num_branches * num_members
+                tokens.append(answered[first + branch : end : num_branches])
+            first = end
         return first_batch, encoding, first_hidden, tokens
 
     def _seeds(self, image: Tensor, place: Tensor) -> Tensor:
@@ -226,6 +219,13 @@ def _members_of(index: Tensor, num_members: int) -> Tensor:
     """Indices of all members, where there were those of groups: int64[R] -> int64[R * M]."""
     members = torch.arange(num_members, device=index.device)
     return (index[:, None] * num_members + members).flatten()
+
+
+def _repeat_cache(cache: PrefillCache, num_members: int) -> PrefillCache:
+    """Keys and values with those of every row repeated, one behind the other."""
+    assert cache.keys is not None and cache.values is not None
+    keys = cache.keys.repeat_interleave(num_members, 0)
+    return PrefillCache(keys, cache.values.repeat_interleave(num_members, 0))
 
 
 def _repeat_rows(text: PackedText, num_members: int) -> PackedText:

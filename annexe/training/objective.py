@@ -144,6 +144,7 @@ class RewardObjective:
             self.weights["policy_kl"] = settings.word_weight * settings.kl_weight
             self.weights["presence_kl"] = settings.presence_weight * settings.kl_weight
 
+        # What is trained is what draws
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -202,26 +203,15 @@ class RewardObjective:
         packed = pack_groups(self.collate, batch.text, rollouts.texts)
         text = packed.text
 
-        # Words
+        # How much better words and presence are than those of their groups
         of_words = self._reward_words(batch, rollouts)
         better = rewards.advantages(of_words.nan_to_num(), scale=settings.scale_advantages)
+        of_draws, had_a_say = self._reward_draws(on_device, rollouts)
+        better_draws = rewards.advantages(of_draws, scale=settings.scale_advantages)
+
+        # For each token of the rows
         of_token = (packed.token_member, packed.token_prompt)
         is_rewarded = ~of_words.isnan()[of_token]  # [T]
-
-        # Presence
-        num_present, had_a_say = rewards.effective_draws(rollouts.draws, rollouts.has_pixels)
-        parts = rewards.presence_parts(
-            num_present,
-            rewards.presence_outcomes(rollouts.masks, on_device),
-            (on_device.slot_ids > 0).any(1),
-        )
-        weights = vars(settings.weights)
-        of_draws = torch.stack([weights[name] * part for name, part in parts.items()]).sum(0)
-        for name, part in parts.items():
-            self.log.add_mean(f"reward/{name}", part.sum(), part.numel())
-        self.log.add_mean("reward/presence", of_draws.sum(), of_draws.numel())
-        self.log.add_mean("drawn/rejected", (num_present == 0).sum(), num_present.numel())
-
         policy = Policy(
             temperature=settings.temperature,
             token_mask=packed.is_drawn & is_rewarded,
@@ -229,9 +219,30 @@ class RewardObjective:
             token_image=text.label_positions // text.input_ids.shape[1],
             draws=rollouts.draws.cpu(),
             draw_mask=had_a_say.cpu(),
-            draw_advantages=rewards.advantages(of_draws, scale=settings.scale_advantages).cpu(),
+            draw_advantages=better_draws.cpu(),
         )
         return replace(batch, text=text, policy=policy, samples=[])
+
+    def _reward_draws(self, batch: Batch, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+        """Rewards of all draws of presence, for a batch on the device.
+
+        Returns:
+            float32[M, Q], and which draws had a say, bool[M, Q, K].
+        """
+        # The masks that they lead to
+        num_present, had_a_say = rewards.effective_draws(rollouts.draws, rollouts.has_pixels)
+        outcomes = rewards.presence_outcomes(rollouts.masks, batch)
+        has_target = (batch.slot_ids > 0).any(1)
+        parts = rewards.presence_parts(num_present, outcomes, has_target)
+        weights = vars(self.settings.weights)
+        reward = torch.stack([weights[name] * part for name, part in parts.items()]).sum(0)
+
+        # For the log
+        for name, part in parts.items():
+            self.log.add_mean(f"reward/{name}", part.sum(), part.numel())
+        self.log.add_mean("reward/presence", reward.sum(), reward.numel())
+        self.log.add_mean("drawn/rejected", (num_present == 0).sum(), num_present.numel())
+        return reward, had_a_say
 
     def _reward_words(self, batch: Batch, rollouts: Rollouts) -> Tensor:
         """Rewards of all responses, float32[M, R]; NaN where there is no true response.
