@@ -229,6 +229,11 @@ def test_the_block_mask_gives_the_same(reach):
         output, _ = attend(module, query, key, value, block_mask, scaling=0.25)
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
 
+    # Blocks in which no query sees a key are left out
+    padded = F.pad(dense_mask, (0, 3 * 128 - 260, 0, 3 * 128 - 260))
+    is_seen = padded.unflatten(3, (3, 128)).unflatten(2, (3, 128)).any(5).any(3)
+    assert torch.equal(block_mask.to_dense().bool(), is_seen)
+
 
 @pytest.fixture
 def make_prompts(make_parts):
