@@ -413,6 +413,29 @@ def test_a_step_makes_better_responses_likelier(reward_config: MakeConfig):
     assert any(not torch.equal(tensor, before[name]) for name, tensor in moved.items())
 
 
+def test_a_frozen_encoder_runs_once_a_step(reward_config: MakeConfig):
+    """Of drawing, the divergence and the trained pass: all read what it gave to the first."""
+    calls = {}
+    for frozen in ("true", "false"):
+        trainer = set_up(reward_config(f"model.rgb_encoder.frozen={frozen}"))
+        batch = next(iter(trainer.batches(trainer.progress)))
+        (group,) = trainer.objective.prepare([batch], 0)
+        again = dataclasses.replace(group, patches=None)
+        with torch.no_grad():
+            expected = token_logprobs(trainer.model(again), again)
+            torch.testing.assert_close(token_logprobs(trainer.model(group), group), expected)
+        count = 0
+
+        def add(*_: object) -> None:
+            nonlocal count
+            count += 1
+
+        trainer.model.rgb_encoder.register_forward_hook(add)
+        trainer.train_step([batch])
+        calls[frozen] = count
+    assert calls == {"true": 1, "false": 3}
+
+
 @pytest.mark.slow
 def test_batches_of_a_step_can_be_split_and_updates_repeated(reward_config: MakeConfig):
     """Two micro-batches draw and move what one of both does, also in a second update."""

@@ -400,9 +400,8 @@ class Annexe(nn.Module):
 
     def encode(self, batch: Batch) -> Encoding:
         """Run the encoders, and put the image tokens in their place among the words."""
-        images = batch.images.float() / 255
-        patches = self.rgb_encoder(images) if batch.patches is None else batch.patches.float()
-        depth = self.depth_branch(images)
+        patches = self.patches_of(batch)
+        depth = self.depth_branch(batch.images.float() / 255)
         image_tokens = self.projector(patches)
 
         text = batch.text
@@ -419,6 +418,12 @@ class Annexe(nn.Module):
             image_levels = self.projector.project_levels(patches)
         patches = patches[..., : self.rgb_encoder.embed_dim]
         return Encoding(patches, depth, image_tokens, embeddings, image_levels)
+
+    def patches_of(self, batch: Batch) -> Tensor:
+        """What the RGB encoder makes of the images, or what is stored of it: float[B, G * G, E]."""
+        if batch.patches is not None:
+            return batch.patches.float()
+        return self.rgb_encoder(batch.images.float() / 255)
 
     def _with_descriptors(self, embeddings: Tensor, text: PackedText) -> Tensor:
         """Put the descriptor tokens in their place, which is what queries read: float[B, N, D]."""

@@ -54,6 +54,12 @@ def roll_out(
         max_new_tokens: tokens of a response, at most.
         temperature: at which tokens are drawn.
     """
+    # What a frozen encoder sees is kept for the passes that follow
+    is_frozen = not any(each.requires_grad for each in model.rgb_encoder.parameters())
+    if is_frozen:
+        batch = replace(batch, patches=model.patches_of(batch))
+
+    # Prompts, and responses to them
     word_seeds, draw_seeds = split_seeds(seeds, 2).unbind(-1)
     drawer = _Drawer(model, word_seeds, num_members, max_new_tokens, temperature)
     if model.answers_read.source == "analysis":
@@ -63,7 +69,7 @@ def roll_out(
         hidden = prefill.hidden
         tokens = drawer.decode(prefill)
 
-    # Words
+    # Words of these
     tokenizer = model.language_model.tokenizer
     texts = []
     for group in tokens:
@@ -89,6 +95,7 @@ def roll_out(
         has_pixels=masks.flatten(2).any(-1),
         masks=masks,
         in_use=model.present_slots(grounding),
+        patches=batch.patches if is_frozen else None,
     )
 
 

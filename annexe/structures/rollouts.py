@@ -3,8 +3,8 @@
 A group are the responses to one prompt of an image: to that of its analysis, or to one of its
 queries. The presence of a query's slots is drawn as often.
 
-Legend: B images, Q queries, K slots, R prompts (B of analyses and Q of queries), M members of a
-group, T tokens of all responses, h x w mask logits.
+Legend: B images, P patches, E width of the RGB encoder, Q queries, K slots, R prompts (B of
+analyses and Q of queries), M members of a group, T tokens of all responses, h x w mask logits.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class Rollouts:
     has_pixels: Tensor  # bool[Q, K], slots whose mask has a pixel
     masks: Tensor  # bool[Q, K, h, w]
     in_use: Tensor  # bool[Q, K], slots that have a target where nothing is drawn
+    # float[B, P, E] of a frozen RGB encoder, which need not run again; None of a trained one
+    patches: Tensor | None
 
 
 @dataclass

@@ -197,7 +197,7 @@ class RewardObjective:
             rollouts: what was drawn for them.
 
         Returns:
-            A batch of groups on the CPU.
+            A batch of groups on the CPU, but for the patches.
         """
         settings = self.settings
         packed = pack_groups(self.collate, batch.text, rollouts.texts)
@@ -221,7 +221,7 @@ class RewardObjective:
             draw_mask=had_a_say.cpu(),
             draw_advantages=better_draws.cpu(),
         )
-        return replace(batch, text=text, policy=policy, samples=[])
+        return replace(batch, text=text, policy=policy, samples=[], patches=rollouts.patches)
 
     def _reward_draws(self, batch: Batch, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
         """Rewards of all draws of presence, for a batch on the device.
