@@ -149,7 +149,8 @@ def test_replayed_steps_of_generation_give_the_same(
         assert model.text_decoder.join_products(torch.bfloat16 if autocast else None)
     for texts, plain_texts in zip(generate(), plain, strict=True):
         num_equal = sum(text == other for text, other in zip(texts, plain_texts, strict=True))
-        assert num_equal == len(texts) or (autocast and num_equal > 0.7 * len(texts))
+        num_other = 1 if autocast else 0  # rounding to bfloat16 may decide between two tokens
+        assert num_equal >= len(texts) - num_other
     torch._dynamo.reset()
     assert len(model.text_decoder.captured_steps) >= 2
 
