@@ -116,7 +116,7 @@ class PlacedBranch:
     prompt: list[int]  # empty where a response lies behind a prompt that others share
     response: list[int]
     is_query: bool
-    has_masks: bool  # which are made of its prompt
+    has_masks: bool  # a query that gets masks, which are made of its prompt
     num_read: int = 0  # tokens that it reads between the prefix and itself
     shared_prompt_end: int | None = None  # column behind the shared prompt
 

@@ -98,7 +98,11 @@ def reach_of(segment_ids: Tensor, context: Context | None = None) -> Tensor:
 
 @dataclass
 class PackedText:
-    """Token ids and structure of the packed sequences, padded on the right."""
+    """Token ids and structure of the packed sequences, padded on the right.
+
+    Where drawn responses share prompts (`annexe.training.groups`), prompts and responses are
+    branches of their own.
+    """
 
     input_ids: Tensor  # int64[B, N]; image tokens are 0 here
     segment_ids: Tensor  # int64[B, N]; 0 = prefix, k = branch k, -1 = padding
@@ -110,7 +114,7 @@ class PackedText:
     branch_start: Tensor  # int64[R], column of the branch's first prompt token
     branch_length: Tensor  # int64[R], prompt tokens, without the response
     max_branch_length: int  # of all branches, rounded up if batches have few shapes
-    query_branches: Tensor  # int64[Q], which branches are queries
+    query_branches: Tensor  # int64[Q], which branches are the queries that get masks
     label_positions: Tensor  # int64[T], flat positions in [B * N] that predict a response token
     labels: Tensor  # int64[T], that token; -100 = none, where a batch was rounded up
     is_analysis: Tensor  # bool[T]
