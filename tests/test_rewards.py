@@ -236,7 +236,9 @@ def _take_gradients(model: Annexe) -> dict[str, torch.Tensor]:
 
 def test_a_group_reads_prefix_and_prompts_once(drawn):
     model, prompts, collate, rollouts, _ = drawn
+    collate.padding = Padding(unpad=True)
     text = pack_groups(collate, prompts.text, rollouts.texts).text
+    assert len(text.input_ids) == len(prompts.images)
     num_drawn = sum(len(drawn.tokens) + 1 for group in rollouts.texts for drawn in group)
     num_prompts = int((prompts.text.segment_ids >= 0).sum())
     if model.answers_read.source == "analysis":

@@ -408,7 +408,11 @@ class Annexe(nn.Module):
         words = self.language_model.embed(text.input_ids)  # [B, N, D]
         before = words[:, : text.image_start]
         after = words[:, text.prefix_length :]
-        embeddings = torch.cat([before, image_tokens.to(words.dtype), after], dim=1)
+        num_repeats = len(words) // len(image_tokens)  # drawn responses may have several rows
+        tokens_of_rows = image_tokens
+        if num_repeats > 1:
+            tokens_of_rows = image_tokens.repeat(num_repeats, 1, 1)
+        embeddings = torch.cat([before, tokens_of_rows.to(words.dtype), after], dim=1)
         if self.descriptor_tokens is not None:
             embeddings = self._with_descriptors(embeddings, text)
 
@@ -416,6 +420,8 @@ class Annexe(nn.Module):
         image_levels: list[Tensor] = []
         if isinstance(self.projector, ProjectsLevels):
             image_levels = self.projector.project_levels(patches)
+        if num_repeats > 1:
+            image_levels = [level.repeat(num_repeats, 1, 1) for level in image_levels]
         patches = patches[..., : self.rgb_encoder.embed_dim]
         return Encoding(patches, depth, image_tokens, embeddings, image_levels)
 
@@ -511,7 +517,7 @@ class Annexe(nn.Module):
         """Presence and masks of every query, from the end of its prompt.
 
         Args:
-            hidden: float[B, N, D] of the packed sequences.
+            hidden: float[B, N, D] of the packed sequences. Further rows may follow.
             encoding: what the encoders made of the images.
             batch: the queries.
 

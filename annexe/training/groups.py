@@ -12,6 +12,9 @@ of its own, and all its answers lie behind that:
     columns     | prefix | analysis prompt | member 0 | query 1, answer | query 2, answer | member 1
     read up to  | end    | end of the row  | here ----------------------------------------->|
 
+Attention that does not skip blocks (`Padding.unpad`) would compute all pairs of these members for
+nothing. There each member has a row of its own: those of the first members come first.
+
 Positions go on behind what is read, as if nothing else were in the row.
 
 Legend: B images, N packed tokens, R prompts (B of analyses and Q of queries), M members of a group,
@@ -46,20 +49,29 @@ class PackedGroups:
 def pack_groups(
     collate: Collator, prompts: PackedText, texts: list[list[DrawnText]]
 ) -> PackedGroups:
-    """Pack groups of responses, an image a row.
+    """Pack groups of responses, an image a row, or of each member where that costs less.
 
     Args:
         collate: packed the prompts.
         prompts: without responses.
         texts: what was drawn, [R][M], prompts in the order of the branches.
     """
+    # Members that share a row
+    members = list(range(len(texts[0])))
+    sharing = [members]
+    if collate.answers_read.source == "analysis" and not collate.padding.unpad:
+        sharing = [[member] for member in members]
+
+    # Rows
     layout = _Layout(collate, texts)
-    for image, of_image in enumerate(_prompts_of_images(collate, prompts)):
-        layout.start_row(image)
-        if collate.answers_read.source == "analysis":
-            layout.add_by_member(of_image)
-        else:
-            layout.add_by_prompt(of_image)
+    images = _prompts_of_images(prompts)
+    for index, of_row in enumerate(sharing):
+        for image, of_image in enumerate(images):
+            layout.start_row(index * len(images) + image)
+            if collate.answers_read.source == "analysis":
+                layout.add_by_member(of_image, of_row)
+            else:
+                layout.add_by_prompt(of_image, of_row)
 
     # Tokens
     text = to_tensors(
@@ -70,8 +82,8 @@ def pack_groups(
         collate.num_image_positions,
         collate.answers_read,
     )
-    for image, columns, end in layout.read_up_to:
-        text.reach[image, columns] = end
+    for row, columns, end in layout.read_up_to:
+        text.reach[row, columns] = end
 
     # Whose they are
     token_prompt: list[int] = []
@@ -99,9 +111,9 @@ class _Layout:
         texts: what was drawn, [R][M].
 
     Attributes:
-        table: all branches, image by image.
+        table: all branches, row by row.
         owners: prompt and member of every response, in the order of the table.
-        read_up_to: image, columns, and the column up to which these are read, where that is behind
+        read_up_to: row, columns, and the column up to which these are read, where that is behind
             the end of their own branch.
     """
 
@@ -110,25 +122,24 @@ class _Layout:
         self.prefix_length = len(collate.tokenizer.prefix_ids) + collate.num_image_tokens
         self.num_descriptors = collate.answers_read.num_descriptors
         self.texts = texts
-        self.members = range(len(texts[0]))
         self.table: list[PlacedBranch] = []
         self.owners: list[tuple[int, int]] = []
         self.read_up_to: list[tuple[int, slice, int]] = []
 
-    def start_row(self, image: int) -> None:
-        """Place what follows in the row of an image."""
-        self.image = image
+    def start_row(self, row: int) -> None:
+        """Place what follows in this row."""
+        self.row = row
         self.column = self.prefix_length
         self.segment_id = ANALYSIS
 
-    def add_by_prompt(self, prompts: Prompts) -> None:
-        """Place every prompt, with the responses of all members behind it."""
+    def add_by_prompt(self, prompts: Prompts, members: list[int]) -> None:
+        """Place every prompt of an image, with the responses of members behind it."""
         num_read = 0
         for place, (index, tokens) in enumerate(prompts):
             # The prompt, which all members share
             is_query = place > 0
             prompt = self._place(tokens, [], is_query, has_masks=is_query, num_read=num_read)
-            for member in self.members:
+            for member in members:
                 self._place_response(index, member, prompt)
 
             # Descriptor tokens at the end of the analysis prompt are read by the whole row
@@ -136,13 +147,13 @@ class _Layout:
             if not is_query and self.num_descriptors:
                 own = slice(prompt.start, prompt.end - self.num_descriptors)
                 num_read = prompt.end - self.prefix_length
-            self.read_up_to.append((self.image, own, self.column))
+            self.read_up_to.append((self.row, own, self.column))
 
-    def add_by_member(self, prompts: Prompts) -> None:
+    def add_by_member(self, prompts: Prompts, members: list[int]) -> None:
         """Place the analysis prompt; behind it the analysis of each member with its answers."""
         (index, tokens), *queries = prompts
         prompt = self._place(tokens, [], False, has_masks=False, num_read=0)
-        for member in self.members:
+        for member in members:
             analysis = self._place_response(index, member, prompt)
             num_read = analysis.num_read + len(analysis.response)
             for query, query_tokens in queries:
@@ -155,7 +166,7 @@ class _Layout:
                     num_read=num_read,
                 )
             own = slice(analysis.start, analysis.end)
-            self.read_up_to.append((self.image, own, self.column))
+            self.read_up_to.append((self.row, own, self.column))
 
     def _response(self, prompt: int, member: int) -> list[int]:
         """The tokens of a response, its end included."""
@@ -185,7 +196,7 @@ class _Layout:
     ) -> PlacedBranch:
         """Place a branch behind the last one; see `PlacedBranch`."""
         branch = PlacedBranch(
-            self.image,
+            self.row,
             self.segment_id,
             self.column,
             prompt,
@@ -201,7 +212,7 @@ class _Layout:
         return branch
 
 
-def _prompts_of_images(collate: Collator, text: PackedText) -> list[Prompts]:
+def _prompts_of_images(text: PackedText) -> list[Prompts]:
     """The prompts in packed rows, image by image."""
     prompts: list[Prompts] = [[] for _ in text.input_ids]
     places = zip(

@@ -209,14 +209,14 @@ class RewardObjective:
         of_draws, had_a_say = self._reward_draws(on_device, rollouts)
         better_draws = rewards.advantages(of_draws, scale=settings.scale_advantages)
 
-        # For each token of the rows
+        # For each token of the rows, of which an image may have several
         of_token = (packed.token_member, packed.token_prompt)
         is_rewarded = ~of_words.isnan()[of_token]  # [T]
         policy = Policy(
             temperature=settings.temperature,
             token_mask=packed.is_drawn & is_rewarded,
             token_advantages=better[of_token],
-            token_image=text.label_positions // text.input_ids.shape[1],
+            token_image=text.label_positions // text.input_ids.shape[1] % len(batch.images),
             draws=rollouts.draws.cpu(),
             draw_mask=had_a_say.cpu(),
             draw_advantages=better_draws.cpu(),
