@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -267,7 +267,8 @@ def flops_by_counter(module: nn.Module, *inputs: Any) -> Flops:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         outputs = module(*inputs)
         forward = counter.get_total_flops()
-        outputs = tree_leaves(vars(outputs) if is_dataclass(outputs) else outputs)
+        is_plain = isinstance(outputs, Tensor | list | tuple)
+        outputs = tree_leaves(outputs if is_plain else vars(outputs))
         losses = []
         for output in outputs:
             if isinstance(output, Tensor) and output.requires_grad:
