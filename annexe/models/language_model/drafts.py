@@ -3,7 +3,8 @@
 What a trained model says follows few patterns, so that the next tokens can often be told from the
 last two. Decoding verifies several drafted tokens in one step (speculative decoding, arXiv
 2211.17192) and keeps those that greedy decoding would have chosen. Drafts are therefore free to be
-wrong, and what they are changes how many steps a response takes, but not the response.
+wrong: they change how many steps a response takes, and the response itself only where rounding
+decides between two tokens.
 """
 
 from __future__ import annotations
