@@ -69,7 +69,7 @@ def roll_out(
         hidden = prefill.hidden
         tokens = drawer.decode(prefill)
 
-    # Words of these
+    # Words of the responses
     tokenizer = model.language_model.tokenizer
     texts = []
     for group in tokens:

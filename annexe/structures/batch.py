@@ -71,7 +71,7 @@ def reach_of(segment_ids: Tensor, context: Context | None = None) -> Tensor:
     """The column behind the last token that reads each token.
 
     A token is read by those that follow it, up to there: one of the prefix or of the context by the
-    whole row, one of a branch by the branch itself. Padding reads itself alone.
+    whole row, one of a branch by the branch itself. Padding is read by padding alone.
 
     Args:
         segment_ids: int64[B, N], as of `PackedText`, padded on the right.
