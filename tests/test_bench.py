@@ -49,6 +49,7 @@ from annexe.evaluation.truth import Truth
 from annexe.models import mask_postprocessing
 from annexe.models.annexe import Annexe
 from annexe.models.language_model.attention import packed_attention_mask
+from annexe.models.language_model.generation import DraftingStep
 from annexe.synthetic.generate import generate
 from annexe.training.cuda_graphs import PAD_TO_MULTIPLE_OF
 from tests.conftest import ROOT, SMALLEST, TINY
@@ -406,6 +407,7 @@ def test_every_response_has_its_full_length(bench: Bench, monkeypatch: pytest.Mo
     monkeypatch.setattr(
         mask_postprocessing, "encode", lambda mask: shapes.add(mask.shape) or encode(mask)
     )
+    monkeypatch.setattr(DraftingStep, "run", None)  # which would know the batch after the warm-up
     options = (NO_DATA, "model.presence_threshold=0", "run.num_workers=1")
     counts = ("--queries", 2, "--batch-size", 3, "--new-tokens", 7, "--batches", 2)
     report = bench("generate", *counts, "--height", 90, "--width", 160, options=options)

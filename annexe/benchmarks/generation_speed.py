@@ -67,7 +67,7 @@ def measure_generation(config: Config, settings: GenerationSettings) -> tuple[Re
         config, notes = with_random_weights(config)
     notes.append(
         "every response is forced to its full length: no end of sequence, "
-        "model.constrain_answers=false"
+        "model.constrain_answers=false, and run.draft_tokens=0"
     )
     if settings.batch_size is not None:
         config = replace(config, run=replace(config.run, batch_size=settings.batch_size))
@@ -128,6 +128,8 @@ def model_without_end(
 ) -> Annexe:
     """The model as an evaluation has it, but for answers, which never end by themselves.
 
+    Nothing is drafted: the same photos are answered again and again, which drafts would know.
+
     Args:
         config: with a model.
         accelerator: device and precision.
@@ -139,7 +141,7 @@ def model_without_end(
     model = build_model(config.require_model(), tokenizer, accelerator.device, bf16=bf16)
     model.constrain_answers = False
     never_end(model.language_model)
-    return prepare_for_inference(model, config.run, accelerator)
+    return prepare_for_inference(model, replace(config.run, draft_tokens=0), accelerator)
 
 
 def _prompts(model: Annexe, num_images: int, settings: GenerationSettings) -> Batch:
