@@ -267,7 +267,7 @@ def flops_by_counter(module: nn.Module, *inputs: Any) -> Flops:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         outputs = module(*inputs)
         forward = counter.get_total_flops()
-        is_plain = isinstance(outputs, Tensor | list | tuple)
+        is_plain = isinstance(outputs, Tensor | list | tuple | dict)
         outputs = tree_leaves(outputs if is_plain else vars(outputs))
         losses = []
         for output in outputs:

@@ -542,15 +542,16 @@ class GreedyDecoder:
                 state = step.state
 
             # Run some steps.
-            num_steps = min(steps_per_look, max_new_tokens - num_taken)
-            num_taken += num_steps
             if isinstance(step, DraftingStep):
                 step.run()
+                num_taken += 1
                 num_generated = int(step.num_generated.max())
             else:
+                num_steps = min(steps_per_look, max_new_tokens - num_taken)
                 for _ in range(num_steps):
                     step.launch()
                     step.advance()
+                num_taken += num_steps
                 num_generated = num_taken
             if on_tokens is not None:
                 responses.collect(state, end_ids)
