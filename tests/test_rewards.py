@@ -565,11 +565,15 @@ def test_the_commands_of_the_page_load(trained: Path, scenes: Path):
         for line in block.replace("\\\n", " ").splitlines()
         if "rewards.yaml" in line
     ]
-    assert len(found) == 2
+    assert len(found) == 4
     for words in found:
-        options = words[words.index("--options") + 1 :]
-        options = [o.replace("runs/annexe_small", str(trained), 1) if "init_from" in o else o
-                   for o in options]  # fmt: skip
+        # The fixture's run in place of the page's
+        start = f"model.init_from={trained}"
+        options = [
+            start if option.startswith("model.init_from=") else option
+            for option in words[words.index("--options") + 1 :]
+        ]
+        assert start in options
         run = load_config(REWARDS, options).run
         assert run.objective == ("supervised" if "longer" in run.output_dir else "rewards")
 
