@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from annexe import terminal
-from annexe.benchmarks.random_batch import nominal_branches, random_batch, without_responses
+from annexe.benchmarks.random_batch import nominal_branches, random_batch_for, without_responses
 from annexe.benchmarks.random_model import (
     never_end,
     require_language_model,
@@ -146,14 +146,8 @@ def model_without_end(
 
 def _prompts(model: Annexe, num_images: int, settings: GenerationSettings) -> Batch:
     """A batch of random images and prompts; images have the size that masks are brought to."""
-    batch = random_batch(
-        without_responses(nominal_branches(num_images, settings.num_queries)),
-        model.rgb_encoder.image_size,
-        model.num_image_tokens,
-        model.pixel_decoder.num_slots,
-        model.language_model.tokenizer.vocab_size,
-        answers_read=model.answers_read,
-    )
+    branches = nominal_branches(num_images, settings.num_queries)
+    batch = random_batch_for(model, without_responses(branches))
     for sample in batch.samples:
         sample.original_size = settings.mask_size
     return batch

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from annexe.benchmarks.fake_compile import FakeCompiler
 from annexe.benchmarks.fake_model import CudaRules, fake_mode, fake_model
-from annexe.benchmarks.random_batch import Branches, random_batch
+from annexe.benchmarks.random_batch import Branches, random_batch_for
 from annexe.benchmarks.units import GB
 from annexe.config import Config
 from annexe.models.annexe import Annexe
@@ -236,15 +236,7 @@ def measure(
     pad_to_multiple_of = PAD_TO_MULTIPLE_OF if use_graphs and not run.compile else 1
 
     # The step, phase by phase
-    batch = random_batch(
-        branches,
-        model.rgb_encoder.image_size,
-        model.num_image_tokens,
-        model.pixel_decoder.num_slots,
-        tokenizer.vocab_size,
-        pad_to_multiple_of=pad_to_multiple_of,
-        answers_read=model.answers_read,
-    )
+    batch = random_batch_for(model, branches, pad_to_multiple_of=pad_to_multiple_of)
     with mode, live, CudaRules():
         weights = _hold_weights(model, live)
         optimizer = build_optimizer(model, run)

@@ -14,6 +14,7 @@ from annexe.build import build_training_set
 from annexe.config import Config
 from annexe.datasets.collate import Padding, index_queries, pack, used_slots_of
 from annexe.errors import UserError
+from annexe.models.annexe import Annexe
 from annexe.structures.batch import PREFIX_ALONE, AnswersRead, Batch
 from annexe.structures.sample import Sample
 
@@ -113,6 +114,22 @@ def longest_batch(branches: Branches, batch_size: int, num_queries: int) -> Bran
         return max(sum(map(sum, image)) for image in batch)
 
     return max(batches, key=longest_row)
+
+
+def random_batch_for(
+    model: Annexe, branches: Branches, *, pad_to_multiple_of: int = 1, unpad: bool = False
+) -> Batch:
+    """`random_batch` of the sizes of a model."""
+    return random_batch(
+        branches,
+        model.rgb_encoder.image_size,
+        model.num_image_tokens,
+        model.pixel_decoder.num_slots,
+        model.language_model.tokenizer.vocab_size,
+        pad_to_multiple_of=pad_to_multiple_of,
+        unpad=unpad,
+        answers_read=model.answers_read,
+    )
 
 
 def random_batch(

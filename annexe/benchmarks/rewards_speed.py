@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from annexe import terminal
 from annexe.benchmarks.machine import shared_folder
-from annexe.benchmarks.random_batch import nominal_branches, random_batch, without_responses
+from annexe.benchmarks.random_batch import nominal_branches, random_batch_for, without_responses
 from annexe.benchmarks.random_model import require_language_model
 from annexe.benchmarks.timing import (
     Timeline,
@@ -104,15 +104,8 @@ def _prompts(trainer: Trainer, settings: TrainingSettings) -> Iterator[Batch]:
     if settings.real:
         yield from trainer.batches(trainer.progress)
 
-    model = trainer.model
-    batch = random_batch(
-        without_responses(nominal_branches(trainer.run.batch_size, settings.num_queries)),
-        model.rgb_encoder.image_size,
-        model.num_image_tokens,
-        model.pixel_decoder.num_slots,
-        model.language_model.tokenizer.vocab_size,
-        answers_read=model.answers_read,
-    )
+    branches = nominal_branches(trainer.run.batch_size, settings.num_queries)
+    batch = random_batch_for(trainer.model, without_responses(branches))
     for sample in batch.samples:
         sample.analysis = _ANALYSIS
         for index in range(settings.num_queries):

@@ -21,7 +21,7 @@ from torch import Tensor
 from annexe import terminal
 from annexe.benchmarks.flops import flops_of_batch
 from annexe.benchmarks.machine import release_memory, shared_folder
-from annexe.benchmarks.random_batch import even_branches, random_batch, tokens_of_branches
+from annexe.benchmarks.random_batch import even_branches, random_batch_for, tokens_of_branches
 from annexe.benchmarks.random_model import (
     count_image_tokens,
     require_language_model,
@@ -279,15 +279,11 @@ def _micro_batches(trainer: Trainer, settings: TrainingSettings) -> Generator[Ba
     num_tokens = tokens_of_branches(
         settings.tokens_per_image, model.num_image_tokens, settings.num_queries
     )
-    batch = random_batch(
+    batch = random_batch_for(
+        model,
         even_branches(trainer.run.batch_size, settings.num_queries, num_tokens),
-        model.rgb_encoder.image_size,
-        model.num_image_tokens,
-        model.pixel_decoder.num_slots,
-        model.language_model.tokenizer.vocab_size,
         pad_to_multiple_of=PAD_TO_MULTIPLE_OF if trainer.uses_cuda_graphs else 1,
         unpad=model.language_model.uses_flex_attention,
-        answers_read=model.answers_read,
     )
     batch = replace(batch, samples=[])
     if settings.stored:

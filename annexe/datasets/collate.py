@@ -167,6 +167,7 @@ def lay_out(
     num_branches = max(map(len, branches))
     table = []
     for image_index, image_branches in enumerate(branches):
+        # Its own branches
         start = prefix_length
         num_read = 0
         for segment_id, (prompt, response) in enumerate(image_branches, start=ANALYSIS):
@@ -186,6 +187,7 @@ def lay_out(
             if not is_query and answers_read.source != "prefix":
                 num_read = branch.context(answers_read)[1] - prefix_length
 
+        # Those filled in
         num_filled = num_branches - len(image_branches) if fill_queries else 0
         if num_filled:
             first_token = image_branches[0][0][:1]
@@ -503,6 +505,8 @@ class Collator:
         """
         if self.max_positions is None:
             return
+
+        # Tokens of what lies one behind the other
         analysis, *queries = [len(prompt) + len(response) for prompt, response in branches]
         analysis += self.answers_read.num_descriptors
         longest = max([analysis, *queries])
@@ -511,6 +515,8 @@ class Collator:
             longest = analysis + max(queries)
         if self.answers_read.source == "analysis" and queries:
             num_generated *= 2
+
+        # Compared with what there is
         parts = {
             "of the prompt's beginning": prefix_length,
             "of the image": self.num_image_positions or self.num_image_tokens,
