@@ -10,8 +10,9 @@ from annexe.build import prepare_for_inference
 from annexe.config import RunConfig
 from annexe.distributed import make_accelerator
 from annexe.models.language_model import decode_operations, drafts, generation
+from annexe.models.language_model.decode_steps import DraftingStep
 from annexe.models.language_model.drafts import DraftTable
-from annexe.models.language_model.generation import DraftingStep, GreedyDecoder, Responses
+from annexe.models.language_model.generation import GreedyDecoder, Responses
 from annexe.models.language_model.kv_cache import DraftIndex, SharedPrefixCache
 from tests.test_generation import constraints_of, make_prompts  # noqa: F401
 

@@ -26,8 +26,9 @@ from annexe.models.language_model.attention import (
     packed_block_mask,
 )
 from annexe.models.language_model.constraints import DecodingConstraints
+from annexe.models.language_model.decode_steps import DecodeStep
 from annexe.models.language_model.float8 import quantize_rows
-from annexe.models.language_model.generation import DecodeStep, GreedyDecoder
+from annexe.models.language_model.generation import GreedyDecoder
 from annexe.models.language_model.kv_cache import DecodeIndex, SharedPrefixCache
 from annexe.structures.batch import PackedText, reach_of
 from tests.test_packed_sequence import LORA, VARIED
