@@ -221,17 +221,19 @@ def test_block_mask_flops_and_a_prefix_read_before_follow():
         num_pairs = num_attended_pairs(text)
         assert num_pairs == int(dense[:, 0][is_token].sum())
 
-        # FlexAttention, of all tokens and of those behind the prefix
+        # FlexAttention, of all tokens, of those behind the prefix, and of some here and there
         torch.manual_seed(0)
         query = torch.randn(2, 2, text.input_ids.shape[1], 16)
         key, value = torch.randn(2, *query.shape)
         module = SimpleNamespace(num_key_value_groups=1, is_causal=True)
         expected, _ = attend(module, query, key, value, dense, scaling=0.25)
-        for first in (0, text.prefix_length):
-            assert torch.equal(packed_attention_mask(text.reach, first), dense[:, :, first:])
-            block_mask = packed_block_mask(text.reach, first)
-            output, _ = attend(module, query[:, :, first:], key, value, block_mask, scaling=0.25)
-            torch.testing.assert_close(output, expected[:, first:], atol=1e-5, rtol=1e-5)
+        everything = torch.arange(text.input_ids.shape[1])
+        gaps = everything[everything % 140 > 5]
+        for columns in (everything, everything[text.prefix_length :], gaps):
+            assert torch.equal(packed_attention_mask(text.reach, columns), dense[:, :, columns])
+            block_mask = packed_block_mask(text.reach, columns)
+            output, _ = attend(module, query[:, :, columns], key, value, block_mask, scaling=0.25)
+            torch.testing.assert_close(output, expected[:, columns], atol=1e-5, rtol=1e-5)
 
 
 def test_a_predictor_answers_with_and_without_questions(make_reader, scenes):

@@ -53,38 +53,38 @@ NAME = "packed"
 
 
 def _make_mask_mod(
-    reach: Tensor, first_query: int
+    reach: Tensor, columns: Tensor | None
 ) -> Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]:
     """FlexAttention's ``mask_mod`` for packed sequences: True where a query attends to a key."""
 
     def mask_mod(row: Tensor, _head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-        query = query + first_query if first_query else query
-        return (key <= query) & (query < reach[row, key])
+        column = query if columns is None else columns[query]
+        return (key <= column) & (column < reach[row, key])
 
     return mask_mod
 
 
-def packed_attention_mask(reach: Tensor, first_query: int = 0) -> Tensor:
+def packed_attention_mask(reach: Tensor, columns: Tensor | None = None) -> Tensor:
     """Dense mask of packed sequences: the prefix for all, and causally a token's own branch.
 
     Args:
         reach: int[B, N], the column behind the last token that attends to each one. It lies behind
             the token itself, so that no row of the mask is empty.
-        first_query: the first token that attends; those before it are keys alone.
+        columns: int64[C], the tokens that attend, in order; the others are keys alone. None = all.
 
     Returns:
-        bool[B, 1, N - first_query, N], True = attends. Only ``sdpa`` takes a boolean mask;
-        ``eager`` would add it as 1.
+        bool[B, 1, C, N], True = attends. Only ``sdpa`` takes a boolean mask; ``eager`` would add it
+        as 1.
     """
     num_rows, num_tokens = reach.shape
     rows = torch.arange(num_rows, device=reach.device)
     tokens = torch.arange(num_tokens, device=reach.device)
-    mask_mod = _make_mask_mod(reach, first_query)
-    queries = tokens[: num_tokens - first_query, None]
-    return mask_mod(rows[:, None, None], None, queries, tokens)[:, None]
+    mask_mod = _make_mask_mod(reach, columns)
+    queries = tokens if columns is None else tokens[: len(columns)]
+    return mask_mod(rows[:, None, None], None, queries[:, None], tokens)[:, None]
 
 
-def packed_block_mask(reach: Tensor, first_query: int = 0) -> BlockMask:
+def packed_block_mask(reach: Tensor, columns: Tensor | None = None) -> BlockMask:
     """`packed_attention_mask` as a mask of 128 x 128 blocks for compiled FlexAttention.
 
     For a block of queries only the key blocks up to the diagonal that reach it are computed. The
@@ -92,22 +92,22 @@ def packed_block_mask(reach: Tensor, first_query: int = 0) -> BlockMask:
 
     Args:
         reach: int[B, N], as of `packed_attention_mask`.
-        first_query: as of `packed_attention_mask`.
+        columns: as of `packed_attention_mask`.
 
     Returns:
         The mask, for one head as for all.
     """
     num_tokens = reach.shape[1]
-    num_queries = num_tokens - first_query
     num_key_blocks = -(-num_tokens // BLOCK)
-    num_query_blocks = -(-num_queries // BLOCK)
+    queries = torch.arange(num_tokens, device=reach.device) if columns is None else columns
+    first = queries[::BLOCK, None]  # [query blocks, 1]
+    last = torch.cat([queries[BLOCK - 1 :: BLOCK], queries[-1:]])[: len(first), None]
 
     # Find the key blocks that a block of queries needs.
     num_unused = num_key_blocks * BLOCK - num_tokens
     reach_of_block = F.pad(reach, (0, num_unused)).unflatten(1, (-1, BLOCK)).amax(-1)
     first_key = BLOCK * torch.arange(num_key_blocks, device=reach.device)
-    first = first_query + BLOCK * torch.arange(num_query_blocks, device=reach.device)[:, None]
-    is_needed = (reach_of_block[:, None] > first) & (first_key < first + BLOCK)
+    is_needed = (reach_of_block[:, None] > first) & (first_key <= last)
 
     # List them for each row; of the list only the first `num_needed` count.
     num_needed = is_needed.sum(-1, dtype=torch.int32)  # [B, query blocks]
@@ -116,8 +116,8 @@ def packed_block_mask(reach: Tensor, first_query: int = 0) -> BlockMask:
         num_needed[:, None],
         needed_first.int()[:, None],
         BLOCK_SIZE=BLOCK,
-        mask_mod=_make_mask_mod(reach, first_query),
-        seq_lengths=(num_queries, num_tokens),
+        mask_mod=_make_mask_mod(reach, columns),
+        seq_lengths=(len(queries), num_tokens),
     )
 
 

@@ -418,7 +418,8 @@ class CausalLM(nn.Module):
         """`prefill` of prompts whose prefix has been read before."""
         length = text.prefix_length
         make_mask = packed_block_mask if self.uses_flex_attention else packed_attention_mask
-        mask = make_mask(text.reach, first_query=length)
+        columns = torch.arange(length, text.reach.shape[1], device=text.reach.device)
+        mask = make_mask(text.reach, columns)
         prefill_caches = [PrefillCache(cache.keys, cache.values) for cache in prefix]
         attention_kwargs = []
         for cache in prefill_caches:
