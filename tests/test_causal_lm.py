@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from transformers import (
 from annexe.build import restore_model
 from annexe.checkpoints.run_folder import find_checkpoint
 from annexe.config import device_settings
-from annexe.datasets.collate import Branch, Collator, Padding, pack
+from annexe.datasets.collate import Branch, Collator, Padding, pack, unpadded_indices
 from annexe.distributed import make_accelerator
 from annexe.errors import UserError
 from annexe.inference.predictor import check_question
@@ -244,6 +245,14 @@ def label_logits(model: CausalLM, text: PackedText) -> torch.Tensor:
     return model.logits(hidden[text.label_positions])[:, : model.tokenizer.vocab_size]
 
 
+def logits_and_gradients(model: CausalLM, text: PackedText) -> list[torch.Tensor]:
+    """Logits where the labels are, and gradients of all weights for them."""
+    model.zero_grad()
+    logits = label_logits(model, text)
+    logits.sin().sum().backward()
+    return [logits, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
 def own_logits(stock: Any, response: list[int]) -> torch.Tensor:
     """The same by a model of transformers, which runs every branch alone behind the prefix."""
     logits = []
@@ -301,6 +310,33 @@ def test_greedy_generation_is_that_of_transformers(family, tmp_path):
     cut = generated(stock, 12)
     assert cut != expected
     assert decoded(load(tmp_path), 12) == cut
+
+
+def test_the_last_block_may_leave_out_the_prefix(family, monkeypatch):
+    name, folder, _ = family
+    model = load(folder)
+    assert model.can_skip_prefix == (name not in ("olmo2", "phi3"))
+    assert not load(folder, checkpointed_blocks=2).can_skip_prefix
+    assert not model.skips_prefix, "a CPU computes all states"
+    if not model.can_skip_prefix:
+        return
+
+    rows = packed(RESPONSE)
+    without_padding = replace(rows, unpadded_indices=unpadded_indices(rows.segment_ids.numpy()))
+    for text in (rows, without_padding):
+        expected = logits_and_gradients(model, text)
+        with monkeypatch.context() as patch:
+            patch.setattr(CausalLM, "skips_prefix", True)
+            torch.testing.assert_close(
+                logits_and_gradients(model, text), expected, atol=1e-3, rtol=1e-4
+            )
+            hidden = model(model.embed(text.input_ids), text)
+            assert not hidden[:, : len(PREFIX)].any()
+
+    # Generation reads keys and values of the prefix all the same
+    tokens = decoded(model, 4)
+    monkeypatch.setattr(CausalLM, "skips_prefix", True)
+    assert decoded(model, 4) == tokens
 
 
 def test_adapters_are_those_of_peft_and_learn(family, tmp_path):

@@ -459,8 +459,9 @@ def pass_and_answers(model: Annexe, batch: Batch, prompts: Batch) -> tuple:
 
 @pytest.mark.slow
 @DECODERS
-def test_compiled_blocks_give_the_same_without_a_graph_break(make_parts, decoder):
+def test_compiled_blocks_give_the_same_without_a_graph_break(make_parts, decoder, monkeypatch):
     """Traced by the compiler and run eagerly, because code for the CPU takes minutes to compile."""
+    monkeypatch.setattr(CausalLM, "skips_prefix", True)  # as on a GPU
     options = ["model.language_model.lora.rank=4", *OPTIONS[decoder]]
     if decoder == "query":
         options.append("model.pixel_decoder.masked_attention=true")
@@ -497,7 +498,8 @@ def test_compiled_blocks_keep_what_attention_gave(make_parts, monkeypatch):
 
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
     monkeypatch.setattr(CausalLM, "uses_flex_attention", True)
-    options = ("hidden_size=128", "num_layers=1", "lora.rank=4", "lora.dropout=0", "num_heads=2")
+    monkeypatch.setattr(CausalLM, "skips_prefix", True)
+    options = ("hidden_size=128", "num_layers=2", "lora.rank=4", "lora.dropout=0", "num_heads=2")
     model, tokenizer, batch = make_parts(*(f"model.language_model.{one}" for one in options))
     backend = aot_autograd(fw_compiler=counting, bw_compiler=counting, partition_fn=partition)
     compile_blocks(model, backend=backend)
@@ -506,7 +508,8 @@ def test_compiled_blocks_keep_what_attention_gave(make_parts, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         model.language_model.train()(embeddings, text).sum().backward()
     torch._dynamo.reset()
-    assert counts == [[1, 0], [0, 1]]  # once forward, and nothing of it again
+    # Of each block once forward, and nothing of it again
+    assert counts == [[1, 0], [1, 0], [0, 1], [0, 1]]
 
 
 def test_patches_per_token_has_to_divide_a_row(make_parts):

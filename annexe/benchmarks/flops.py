@@ -206,21 +206,35 @@ def flops_of_language_model(language_model: CausalLM, text: PackedText, num_logi
     """
     flops = Flops()
     base = language_model.base
-    layers = base.model.layers
+    *layers, last = base.model.layers
     width = base.config.num_attention_heads * language_model.head_dim
-    num_tokens = int((text.segment_ids >= 0).sum())
-    num_pairs = num_attended_pairs(text)
-    flops.add_linear(_linear_layers(layers), num_tokens, True)
-    flops.add_attention(num_pairs * len(layers), width, True)
+    num_tokens = int((text.segment_ids != PADDING_SEGMENT).sum())
+    for layer in layers:
+        flops.add_linear(_linear_layers(layer), num_tokens, True)
+    flops.add_attention(num_attended_pairs(text) * len(layers), width, True)
+
+    # The last block, which may leave out the prefix but for its keys and values
+    first = text.prefix_length if language_model.skips_prefix else 0
+    num_computed = num_tokens - first * len(text.segment_ids)
+    for name, layer in last.named_modules():
+        if isinstance(layer, Linear):
+            is_of_all = ".k_proj" in name or ".v_proj" in name
+            flops.add_linear([layer], num_tokens if is_of_all else num_computed, True)
+    flops.add_attention(num_attended_pairs(text, first), width, True)
     flops.add_linear([base.lm_head, language_model.mask_head], num_logits, True)
     return flops
 
 
-def num_attended_pairs(text: PackedText) -> int:
-    """Pairs of tokens of which one sees the other: each is seen from itself up to its reach."""
+def num_attended_pairs(text: PackedText, first: int = 0) -> int:
+    """Pairs of tokens of which one sees the other: each is seen from itself up to its reach.
+
+    Args:
+        text: the packed sequences.
+        first: column of the first token that counts as one that sees.
+    """
     columns = torch.arange(text.reach.shape[1], device=text.reach.device)
     is_token = text.segment_ids != PADDING_SEGMENT
-    return int(((text.reach - columns) * is_token).sum())
+    return int(((text.reach - columns.clamp(min=first)) * is_token).sum())
 
 
 def flops_of_decoder(model: Annexe, batch: Batch) -> Flops:

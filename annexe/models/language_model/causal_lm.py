@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -33,6 +32,7 @@ from annexe.models.language_model.base_model import (
 )
 from annexe.models.language_model.float8 import to_float8
 from annexe.models.language_model.kv_cache import Prefill, PrefillCache
+from annexe.models.language_model.last_block import let_choose_tokens
 from annexe.models.language_model.support import (
     has_image_axes,
     head_dim_of,
@@ -182,6 +182,7 @@ class CausalLM(nn.Module):
         end_ids: tokens that end a response; the first one is the tokenizer's.
         has_image_axes: positions of image tokens are of row and column, so that an image takes as
             many positions as its tokens have rows.
+        can_skip_prefix: the last block is one that computes some tokens alone.
 
     Raises:
         UserError: for a setting out of range.
@@ -207,6 +208,11 @@ class CausalLM(nn.Module):
         for block in base.model.layers[:checkpointed_blocks]:
             block.gradient_checkpointing = True
             block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+        # Let the last one leave out what nothing reads. What is computed again is computed whole.
+        last_block = base.model.layers[-1]
+        keeps_activations = checkpointed_blocks < len(base.model.layers)
+        self.can_skip_prefix = keeps_activations and let_choose_tokens(last_block)
 
         self.tokenizer = tokenizer
         self.hidden_size = base.config.hidden_size
@@ -248,6 +254,14 @@ class CausalLM(nn.Module):
         """Whether attention skips blocks (FlexAttention): compiled, on a GPU, with wide heads."""
         on_gpu = self.mask_head.weight.is_cuda
         return self.compiled and on_gpu and self.head_dim >= _MIN_FLEX_HEAD_DIM
+
+    @property
+    def skips_prefix(self) -> bool:
+        """Whether the last block computes no states of the prefix, which nothing reads.
+
+        A CPU computes them: without them its sums would be rounded otherwise than in earlier runs.
+        """
+        return self.can_skip_prefix and self.mask_head.weight.device.type != "cpu"
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embed token ids; ids from ``vocab_size`` on are mask placeholders.
@@ -315,20 +329,41 @@ class CausalLM(nn.Module):
                 behind the first blocks.
 
         Returns:
-            float[B, N, D], final hidden states.
+            float[B, N, D], final hidden states. Those of the prefix, which nothing reads, may be 0.
         """
-        make_mask = packed_block_mask if self.uses_flex_attention else packed_attention_mask
-        num_behind = embeddings.shape[1] - text.prefix_length
-        around = (0, 0, text.image_start, num_behind)
+        length = embeddings.shape[1]
+        prefix_length = text.prefix_length
+        around = (0, 0, text.image_start, length - prefix_length)
+        if self.skips_prefix:  # and with it image tokens behind the last block
+            image_levels = image_levels[: len(self.base.model.layers) - 1]
         added = [F.pad(level, around) for level in image_levels]  # [B, N, D]
         if prefill_caches is None and text.unpadded_indices is not None:
-            return self._forward_unpadded(embeddings, text, make_mask, added)
+            return self._forward_unpadded(embeddings, text, added)
 
-        mask = make_mask(text.reach)
+        columns = torch.arange(prefix_length, length, device=embeddings.device)
+        attention_kwargs = self._attention_kwargs(text.reach, columns)
+        if prefill_caches is not None:
+            for kwargs, cache in zip(attention_kwargs, prefill_caches, strict=True):
+                kwargs["prefill_cache"] = cache
+        hidden = self.run_layers(embeddings, self._positions(text), attention_kwargs, added)
+        return F.pad(hidden, (0, 0, length - hidden.shape[1], 0))
+
+    def _attention_kwargs(self, reach: Tensor, columns: Tensor) -> list[dict[str, Any]]:
+        """Arguments of every block, of which the last one may compute some tokens alone.
+
+        Args:
+            reach: int[B, N], as of the masks.
+            columns: int64[C], the tokens whose final states are read.
+        """
+        make_mask = packed_block_mask if self.uses_flex_attention else packed_attention_mask
         num_layers = len(self.base.model.layers)
-        caches: Sequence[PrefillCache | None] = prefill_caches or [None] * num_layers
-        attention_kwargs = [{"attention_mask": mask, "prefill_cache": cache} for cache in caches]
-        return self.run_layers(embeddings, self._positions(text), attention_kwargs, added)
+        mask = make_mask(reach)
+        attention_kwargs: list[dict[str, Any]] = [
+            {"attention_mask": mask} for _ in range(num_layers)
+        ]
+        if self.skips_prefix:
+            attention_kwargs[-1] = {"attention_mask": make_mask(reach, columns), "columns": columns}
+        return attention_kwargs
 
     def _positions(self, text: PackedText) -> Tensor:
         """Positions, int[B, N]; int[3, B, N] where they have three axes.
@@ -352,7 +387,6 @@ class CausalLM(nn.Module):
         self,
         embeddings: Tensor,
         text: PackedText,
-        make_mask: Callable[[Tensor], Tensor | BlockMask],
         added: Sequence[Tensor],
     ) -> Tensor:
         """`forward` over one row of the tokens of all images; states of padding are 0."""
@@ -370,8 +404,14 @@ class CausalLM(nn.Module):
         row_starts = row_lengths.cumsum(0) - row_lengths
         reach = unpad(text.reach + row_starts[:, None])
         is_spare = unpadded_indices == num_images * length
-        mask = make_mask(torch.where(is_spare, len(is_spare), reach))
-        attention_kwargs = [{"attention_mask": mask}] * len(self.base.model.layers)
+        reach = torch.where(is_spare, len(is_spare), reach)
+
+        # All but the prefixes is read, and they are equally long in all batches of this shape.
+        is_prefix = ~is_spare & (unpadded_indices % length < text.prefix_length)
+        num_read = len(is_spare) - num_images * text.prefix_length
+        columns = is_prefix.byte().argsort(stable=True)[:num_read]
+        attention_kwargs = self._attention_kwargs(reach, columns)
+
         positions = self._positions(text)
         if positions.ndim == 3:
             positions = torch.stack([unpad(axis) for axis in positions])  # [3, 1, M]
@@ -381,8 +421,9 @@ class CausalLM(nn.Module):
         hidden = self.run_layers(unpad(embeddings), positions, attention_kwargs, added)[0]
 
         # Put the states back into padded rows; those of spare tokens go to an extra one and away.
+        places = unpadded_indices[columns] if self.skips_prefix else unpadded_indices
         padded = hidden.new_zeros(num_images * length + 1, self.hidden_size)
-        padded = padded.index_copy(0, unpadded_indices, hidden)
+        padded = padded.index_copy(0, places, hidden)
         return padded[:-1].view(num_images, length, -1)
 
     @torch.no_grad()
