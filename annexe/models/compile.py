@@ -35,6 +35,7 @@ def compile_blocks(
         compile: what stands for torch.compile.
     """
     # Imported here, because it takes a second
+    from annexe.models.joint_adapters import JoinAdapters
     from annexe.models.kept_activations import KeepAttention
     from annexe.models.whole_rows import WholeRows
 
@@ -42,6 +43,7 @@ def compile_blocks(
     torch._dynamo.config.recompile_limit = 64
     # Drops what is cheap to compute again, at no loss of speed
     torch._functorch.config.activation_memory_budget = 0.9
+    torch._inductor.config.pre_grad_custom_pass = JoinAdapters()
     torch._inductor.config.joint_custom_pre_pass = KeepAttention()
     compile = partial(compile, backend=backend)
     if backend == "inductor":
