@@ -41,6 +41,8 @@ def test_long_rows_are_held_whole(monkeypatch, length, num_reductions, hint, is_
     with V.set_graph_handler(SimpleNamespace(sizevars=SizeVarAllocator())):
         assert WholeRows().should_use_persistent_reduction(features, False) == is_held
         assert not WholeRows().should_use_persistent_reduction(features, True)
+        with torch._inductor.config.patch({"triton.persistent_reductions": False}):
+            assert not WholeRows().should_use_persistent_reduction(features, False)
 
 
 def test_every_compiled_block_is_given_it(make_parts):

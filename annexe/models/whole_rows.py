@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch._inductor import config
 from torch._inductor.choices import InductorChoices
 from torch._inductor.custom_graph_pass import get_hash_for_files
 from torch._inductor.runtime.hints import ReductionHint
@@ -27,7 +28,8 @@ class WholeRows(InductorChoices):
         if by_default(features, cooperative_reduction):
             return True
         is_inner = features.get_reduction_hint() == ReductionHint.INNER
-        if cooperative_reduction or not is_inner:
+        may_hold = config.triton.persistent_reductions  # unless a user has switched it off
+        if cooperative_reduction or not is_inner or not may_hold:
             return False
         numbers = features.reduction_numel * len(features.reduction_nodes())
         return V.graph.sizevars.statically_known_leq(numbers, _MAX_NUMBERS)
