@@ -66,7 +66,7 @@ class GraphedPass:
                 parameter.grad = torch.zeros_like(parameter)
 
     def __call__(self, batch: Batch, factor: Tensor) -> Tensor:
-        """The output of ``forward_backward``; ``batch`` may be on the CPU."""
+        """The output of ``forward_backward``; any tensor of ``batch`` may be on the CPU."""
         shape = _shape(batch)
         if shape not in self.captured:
             # The first time, and where there are too many shapes: without a graph
@@ -83,11 +83,10 @@ class GraphedPass:
         captured = self.captured[shape]
         *static_batch, static_factor = captured.inputs
         current = torch.cuda.current_stream()
-        from_host = self.copy_stream if batch.images.device.type == "cpu" else current
-        with torch.cuda.stream(from_host):
-            for static, value in zip(static_batch, _tensors(batch), strict=True):
+        for static, value in zip(static_batch, _tensors(batch), strict=True):
+            with torch.cuda.stream(current if value.is_cuda else self.copy_stream):
                 static.copy_(value, non_blocking=True)
-        current.wait_stream(from_host)
+        current.wait_stream(self.copy_stream)
         static_factor.copy_(factor)
         captured.graph.replay()
         self.copy_stream.wait_stream(current)
