@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import os
 import re
 import types
@@ -335,9 +336,10 @@ def _scalar(value: Any, kind: type) -> bool | int | float | None:
     if kind is int:
         return seen if isinstance(seen, int) else None
     try:
-        return float(seen) if isinstance(seen, str | int | float) else None
+        number = float(seen) if isinstance(seen, str | int | float) else math.nan
     except ValueError:
         return None
+    return None if math.isnan(number) else number
 
 
 def _by_yaml(text: str) -> Any:
