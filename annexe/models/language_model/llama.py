@@ -79,8 +79,10 @@ def make_llama(
     )
     needed_by = f"rotary positions in {num_heads} heads"
     require_multiple(SETTINGS, "hidden_size", hidden_size, 2 * num_heads, needed_by)
-    if not initializer_range > 0:
-        raise UserError(f"{SETTINGS}.initializer_range is {initializer_range}; it must be above 0")
+    if not 0 < initializer_range <= 1:
+        raise UserError(
+            f"{SETTINGS}.initializer_range is {initializer_range}; it must be above 0, 1 at most"
+        )
 
     # Load the base, or make a random one.
     if path is not None:

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from annexe import prompts
 from annexe.checkpoints.tensor_files import read_config, require_real_files
-from annexe.errors import UserError
+from annexe.errors import UserError, require_sizes
 from annexe.models.language_model.prompt_templates import find_template
 from annexe.prompts import MINIGPT_V2, PromptTemplate
 
@@ -39,6 +39,9 @@ class TextTokenizer:
         prefix_ids: what stands before the image tokens of every prompt.
         eos_id: what ends a response.
         special_words: words that stand for more than their letters, such as an image token.
+
+    Raises:
+        UserError: for less than one placeholder.
     """
 
     def __init__(
@@ -48,12 +51,12 @@ class TextTokenizer:
         vocab_size: int | None = None,
         template: PromptTemplate = MINIGPT_V2,
     ) -> None:
+        require_sizes("model.pixel_decoder", num_slots=num_slots)
         self.base = base
         self.template = template
         self.num_slots = num_slots
-        num_ids = (
-            max(base.get_vocab().values(), default=-1) + 1
-        )  # more than words, if ids have gaps
+        # More ids than words, if ids have gaps
+        num_ids = max(base.get_vocab().values(), default=-1) + 1
         self.vocab_size = max(len(base), num_ids, vocab_size or 0)
         self.bos_id = base.bos_token_id
         self.eos_id = base.eos_token_id
