@@ -453,6 +453,16 @@ def test_only_the_same_command_goes_on(trained, scenes, tmp_path, monkeypatch, c
     refused("another --out and name there the new and mended photos alone", *words, ALL_SLOTS)
 
 
+def test_a_folder_in_which_nothing_is_done_takes_other_questions(tmp_path):
+    first = FinishedBatches(tmp_path, {"--ask": ["Where?"]})
+    assert first.open() == 0
+    other = FinishedBatches(tmp_path, {"--ask": ["What?"]})
+    assert other.open() == 0
+    other.add(0, "", {})
+    with pytest.raises(UserError, match="holds answers with --ask"):
+        first.open()
+
+
 def test_a_damaged_list_of_what_is_done_is_refused(tmp_path):
     for line in (b"{}\n", b"no JSON\n", b"3\n"):
         folder = tmp_path / line.hex()

@@ -194,7 +194,7 @@ def _read_parts(finished: FinishedBatches) -> list[FinishedBatches]:
     parts = []
     for folder in sorted((finished.folder / _PARTS).glob("rank-*")):
         part = FinishedBatches(folder, finished.made_from)
-        if part.journal.exists() and part.journal.stat().st_size:
+        if part.has_batches():
             part.read()
             parts.append(part)
     return parts

@@ -59,7 +59,7 @@ class FinishedBatches:
         return reasons
 
     def open(self) -> int:
-        """Take up what earlier calls did, or start.
+        """Take up what earlier calls did, or start where they did nothing.
 
         Returns:
             How many batches are done.
@@ -67,7 +67,7 @@ class FinishedBatches:
         Raises:
             UserError: if the folder has answers to something else.
         """
-        if not self.journal.exists() or not self.journal.stat().st_size:
+        if not self.has_batches():
             write_text(self.journal, json.dumps(self.made_from) + "\n")
         length = self.read()
 
@@ -76,6 +76,14 @@ class FinishedBatches:
         os.truncate(self.predictions, max((e.end for e in self._entries.values()), default=0))
         os.truncate(self.journal, length)
         return len(self)
+
+    def has_batches(self) -> bool:
+        """Whether anything stands in progress.jsonl behind what the answers depend on."""
+        if not self.journal.exists():
+            return False
+        with self.journal.open("rb") as file:
+            file.readline()
+            return bool(file.read(1))
 
     def read(self) -> int:
         """Read what earlier calls did, and change nothing.
