@@ -273,7 +273,7 @@ def test_finished_folder_is_reused_and_others_are_refused(root: Path, tmp_path: 
     (tmp_path / "cut" / "synthetic.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         generate(tmp_path / "cut", **SETTINGS)
-    with pytest.raises(UserError, match="3 of them for val and 3 for test"):
+    with pytest.raises(UserError, match="--val and --test take 3 and 3 of"):
         generate(tmp_path / "new", num_images=4, seed=0, val_fraction=0.8, test_fraction=0.8)
 
 
@@ -290,8 +290,29 @@ def test_a_folder_of_another_height_is_refused(root: Path, full_size: Path) -> N
 
 @pytest.mark.parametrize("height", [0, 89, 1081])
 def test_impossible_heights_are_refused(tmp_path: Path, height: int) -> None:
-    with pytest.raises(UserError, match=f"{height} rows: give a height from 90 to 1080"):
+    with pytest.raises(UserError, match=f"--height is {height}; give 90 to 1080 rows"):
         generate(tmp_path / "new", **FEW, height=height)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--val=1.5", "--val is 1.5; give a share from 0 on, or a number of images"),
+        ("--test=nan", "--test is nan; give a share"),
+        ("--val=-1", "--val is -1; give a share"),
+        ("--images=0", "--images is 0; give at least 1"),
+        ("--seed=-1", "--seed is -1; give a number from 0 on"),
+        ("--workers=0", "--workers is 0; give at least 1"),
+    ],
+)
+def test_a_wrong_number_is_named(tmp_path: Path, option: str, message: str) -> None:
+    parser = argparse.ArgumentParser()
+    synth.add_arguments(parser)
+    words = [str(tmp_path / "new"), "--images=4", "--seed=0", option]
+    with pytest.raises(UserError) as caught:
+        synth.run(parser.parse_args(words))
+    assert str(caught.value).startswith(message)
     assert not (tmp_path / "new").exists()
 
 

@@ -131,17 +131,7 @@ def generate(
         UserError: the numbers make no sense, or `out` holds anything else.
     """
     settings = Settings(num_images, seed, val_fraction, test_fraction, hard, height)
-    sizes = settings.split_sizes()
-    if num_images < 1 or seed < 0 or min(sizes) < 0 or (num_workers or 1) < 1:
-        raise UserError(
-            f"Cannot make {num_images} images, {sizes[1]} of them for val and {sizes[2]} for "
-            f"test, with seed {seed}: give at least one image and worker, a seed from 0 on, and "
-            "val and test that fit into all images."
-        )
-    if not MIN_HEIGHT <= height <= HEIGHT:
-        raise UserError(
-            f"Cannot make pictures of {height} rows: give a height from {MIN_HEIGHT} to {HEIGHT}."
-        )
+    _require_sound(settings, num_workers)
     if _is_complete(out, settings):
         return
 
@@ -167,6 +157,28 @@ def generate(
     (out / _UNFINISHED).replace(out / _FINISHED)
 
 
+def _require_sound(settings: Settings, num_workers: int | None) -> None:
+    """Refuse numbers out of range.
+
+    Raises:
+        UserError: naming the option of `annexe synth`.
+    """
+    if settings.num_images < 1:
+        raise UserError(f"--images is {settings.num_images}; give at least 1")
+    if settings.seed < 0:
+        raise UserError(f"--seed is {settings.seed}; give a number from 0 on")
+    if num_workers is not None and num_workers < 1:
+        raise UserError(f"--workers is {num_workers}; give at least 1")
+    if not MIN_HEIGHT <= settings.height <= HEIGHT:
+        raise UserError(f"--height is {settings.height}; give {MIN_HEIGHT} to {HEIGHT} rows")
+    sizes = settings.split_sizes()
+    if min(sizes) < 0:
+        raise UserError(
+            f"--val and --test take {sizes[1]} and {sizes[2]} of {settings.num_images} images; "
+            "give smaller ones, or more --images"
+        )
+
+
 def _is_complete(out: Path, settings: Settings) -> bool:
     """Whether `out` holds this very data set.
 
@@ -179,7 +191,7 @@ def _is_complete(out: Path, settings: Settings) -> bool:
             return name == _FINISHED
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(
-            f"{out} is not empty and holds no synthetic scenes: name a new or an empty folder."
+            f"'{out}' is not empty and holds no synthetic scenes; name a new or an empty folder"
         )
     return False
 
@@ -190,7 +202,7 @@ def _require_same(out: Path, name: str, settings: Settings) -> None:
         found = {"height": HEIGHT} | json.loads((out / name).read_text())
     except (ValueError, TypeError):
         raise UserError(
-            f"'{out / name}' is damaged: delete '{out}', or name another folder."
+            f"'{out / name}' is damaged; delete '{out}', or name another folder"
         ) from None
     others = []
     for key, value in asdict(settings).items():
@@ -198,8 +210,8 @@ def _require_same(out: Path, name: str, settings: Settings) -> None:
             others.append(f"{key} is {found.get(key)}, not {value}")
     if others:
         raise UserError(
-            f"{out} holds synthetic scenes made with other settings ({', '.join(others)}): "
-            "name another folder or delete it."
+            f"'{out}' holds synthetic scenes made with other settings ({', '.join(others)}); "
+            "name another folder or delete it"
         )
 
 

@@ -40,19 +40,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Draws the data set and prints how many images each split holds."""
     out = arguments.out
     existed = out.exists()
-    shares = (arguments.val, arguments.test)
-    if not all(0 <= share < math.inf for share in shares):  # nor NaN
-        raise UserError(
-            f"--val {arguments.val} --test {arguments.test}: give shares or numbers from 0 on"
-        )
-    num_images = max(arguments.images, 1)
-    val, test = (share if share < 1 else share / num_images for share in shares)
     generate(
         out,
         num_images=arguments.images,
         seed=arguments.seed,
-        val_fraction=val,
-        test_fraction=test,
+        val_fraction=_share("--val", arguments.val, arguments.images),
+        test_fraction=_share("--test", arguments.test, arguments.images),
         hard=arguments.hard,
         height=arguments.height,
         num_workers=arguments.workers,
@@ -71,3 +64,14 @@ def run(arguments: argparse.Namespace) -> None:
             "a split is empty: ask for more images, or larger --val and --test, "
             "to train with validation"
         )
+
+
+def _share(option: str, value: float, num_images: int) -> float:
+    """The share that an option gives, below 1 as such and from 1 on as a number of images.
+
+    Raises:
+        UserError: for what is neither.
+    """
+    if not 0 <= value < math.inf or (value > 1 and value != round(value)):  # nor NaN
+        raise UserError(f"{option} is {value:g}; give a share from 0 on, or a number of images")
+    return value if value < 1 else value / max(num_images, 1)
