@@ -447,3 +447,25 @@ def test_wrong_input_ends_in_one_line(
     with pytest.raises(SystemExit, match="2"):
         annexe_plan(TINY, *(str(word).format(folder=tmp_path) for word in words))
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--card", "nan"), "--card nan must be above 0"),
+        (("--card", "inf"), "--card inf must be above 0"),
+        (("--gpus", "0"), "--gpus 0 and --card"),
+        (("--json", ROOT), "a folder"),
+    ],
+)
+def test_wrong_numbers_and_outputs_are_refused_before_the_work(
+    words: tuple[object, ...],
+    message: str,
+    annexe_plan: Callable[..., dict],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        annexe_plan(TINY, *words)
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert not printed.out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from annexe.benchmarks.units import GB
 from annexe.build import load_config
 from annexe.config import Config
 from annexe.errors import UserError
-from annexe.files import write_json
+from annexe.files import require_writable, write_json
 from annexe.models.language_model.base_model import DTYPES, QUANTIZED
 
 
@@ -79,8 +80,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _load(arguments: argparse.Namespace) -> Config:
     """The configuration, if it can be planned."""
-    if arguments.gpus < 1 or arguments.card <= 0:
+    if arguments.gpus < 1 or not 0 < arguments.card < math.inf:  # nor NaN
         raise UserError(f"--gpus {arguments.gpus} and --card {arguments.card:g} must be above 0")
+    if arguments.json is not None:
+        require_writable(arguments.json)
     config = load_config(arguments.cfg_path, arguments.options)
     if config.model is None or not config.datasets:
         raise UserError(
