@@ -538,6 +538,8 @@ def test_random_weights_take_the_sizes_of_a_folder(tmp_path):
 
 
 def test_a_gguf_file_becomes_a_folder(tmp_path):
+    with pytest.raises(UserError, match="no file"):
+        convert_gguf(tmp_path / "model.gguf", tmp_path / "out")
     for name, content, message in (
         ("model.txt", b"text", "is no GGUF file"),
         ("model.gguf", b"GGUF" + bytes(20), "cannot convert|pip install gguf"),

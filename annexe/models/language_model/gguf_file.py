@@ -34,7 +34,9 @@ def convert_gguf(file: Path, out: Path) -> int:
     """
     if out.exists():
         raise UserError(f"'{out}' exists already; choose another folder")
-    if not file.is_file() or file.read_bytes()[:4] != b"GGUF":
+    if not file.is_file():
+        raise UserError(f"no file '{file}'; give a GGUF file of a model of llama.cpp")
+    if file.read_bytes()[:4] != b"GGUF":
         raise UserError(f"'{file}' is no GGUF file; give a model of llama.cpp")
     try:
         import gguf  # type: ignore[import-not-found]  # noqa: F401  (optional; transformers asks)
