@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import pytest
@@ -34,8 +35,10 @@ def test_adapters_of_one_input_take_one_product(make_parts, dropout, num_saved):
         """Stands for the compiler: the pass, and nothing else."""
         for change in (lambda _: None, JoinAdapters()):
             change(module.graph)
-            targets = [node.target for node in module.graph.nodes]
-            counts.append(targets.count(F.linear))
+            nodes = list(module.graph.nodes)
+            counts.append([node.target for node in nodes].count(F.linear))
+            scaled = [node.args[0].name for node in nodes if node.target is operator.mul]
+            assert sum("lora_a" in name for name in scaled) == len(TARGETS) * len(counts[1:])
         module.graph.lint()
         module.recompile()
         return module.forward
