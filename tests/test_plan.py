@@ -27,6 +27,7 @@ from annexe.benchmarks.random_batch import (
     random_batch,
     real_branches,
 )
+from annexe.benchmarks.random_groups import random_groups
 from annexe.benchmarks.random_model import without_files
 from annexe.build import build_dataset, build_model, load_config
 from annexe.cli import main
@@ -35,7 +36,9 @@ from annexe.datasets.collate import Collator
 from annexe.models.annexe import Annexe
 from annexe.structures.batch import Batch
 from annexe.training import losses
+from annexe.training.objective import weights_under_rewards, without_dropout
 from annexe.training.optimizer import build_optimizer
+from annexe.training.policy import policy_terms
 from tests.conftest import ROOT, SMALLEST, TINY
 
 FULL = ROOT / "train_configs" / "annexe.yaml"
@@ -170,6 +173,12 @@ def test_activations_are_those_that_a_real_forward_pass_saves(
     options: tuple[str, ...], plan_of: PlanOf, real_step: Callable[..., RealStep]
 ) -> None:
     _, model, forward = real_step(*options)
+    activations = saved_bytes(model, forward)
+    assert plan_of(*options).activations.total() == pytest.approx(activations, rel=0.03)
+
+
+def saved_bytes(model: Annexe, forward: Callable[[], Tensor]) -> int:
+    """Bytes that a forward pass saves for the backward pass, beside weights and buffers."""
     held = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     saved: list[Tensor] = []
     # A checkpointed block has what it is called with, which autograd's hooks do not see
@@ -183,8 +192,33 @@ def test_activations_are_those_that_a_real_forward_pass_saves(
             )
     with CudaRules(), saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         forward()
-    activations = booked_size(t for t in saved if t.untyped_storage().data_ptr() not in held)
-    assert plan_of(*options).activations.total() == pytest.approx(activations, rel=0.03)
+    return booked_size(t for t in saved if t.untyped_storage().data_ptr() not in held)
+
+
+def test_the_groups_of_a_run_on_rewards_are_planned(plan_of: PlanOf, load: Load) -> None:
+    options = ("run.objective=rewards", "run.rewards.group_size=3", "run.max_new_tokens=8", *LORA)
+    plan = plan_of(*options)
+    assert plan.peak > plan_of(*LORA).peak
+
+    # The pass that is trained, with real tensors
+    config, tokenizer, _ = without_files(load(*options))
+    run = config.run
+    model = build_model(config.model, tokenizer, torch.device("cpu"), bf16=True).train()
+    without_dropout(model)
+    batch = random_groups(model, nominal_branches(NUM_IMAGES, NUM_QUERIES), run)
+    assert plan.num_tokens == batch.text.input_ids.shape[1]
+    num_drawn = (NUM_QUERIES + 1) * run.rewards.group_size * (run.max_new_tokens + 1)
+    assert len(batch.text.labels) == NUM_IMAGES * num_drawn
+    supervised = losses.active(run.loss_weights, image_token_head=model.image_token_head)
+    names = list(weights_under_rewards(run.rewards, supervised))
+    terms = {**losses.TERMS, **policy_terms(run.rewards)}
+
+    def forward() -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            predictions = model(batch)
+        return losses.totals(predictions, batch, names, terms=terms).sum()
+
+    assert plan.activations.total() == pytest.approx(saved_bytes(model, forward), rel=0.03)
 
 
 @pytest.mark.parametrize(("dtype", "num_checkpointed"), [("int8", 2), ("nf4", 0)])
@@ -425,6 +459,9 @@ def test_nothing_is_proposed_for_a_card_that_nothing_fits(
     ("words", "message"),
     [
         (("--gpus", 0), "must be above 0"),
+        (("--card", "nan"), "--card nan must be above 0"),
+        (("--card", "inf"), "--card inf must be above 0"),
+        (("--json", ROOT), "a folder"),
         (("--tokens", 40), "give at least"),
         (
             (
@@ -447,25 +484,3 @@ def test_wrong_input_ends_in_one_line(
     with pytest.raises(SystemExit, match="2"):
         annexe_plan(TINY, *(str(word).format(folder=tmp_path) for word in words))
     assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--card", "nan"), "--card nan must be above 0"),
-        (("--card", "inf"), "--card inf must be above 0"),
-        (("--gpus", "0"), "--gpus 0 and --card"),
-        (("--json", ROOT), "a folder"),
-    ],
-)
-def test_wrong_numbers_and_outputs_are_refused_before_the_work(
-    words: tuple[object, ...],
-    message: str,
-    annexe_plan: Callable[..., dict],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        annexe_plan(TINY, *words)
-    printed = capsys.readouterr()
-    assert message in printed.err
-    assert not printed.out

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from annexe.benchmarks.fake_compile import FakeCompiler
 from annexe.benchmarks.fake_model import CudaRules, fake_mode, fake_model
 from annexe.benchmarks.random_batch import Branches, random_batch_for
+from annexe.benchmarks.random_groups import held_for_rewards, random_groups
 from annexe.benchmarks.units import GB
 from annexe.config import Config
 from annexe.models.annexe import Annexe
@@ -33,7 +34,14 @@ from annexe.models.compile import compile_blocks
 from annexe.structures.batch import Batch, each_tensor
 from annexe.training import losses
 from annexe.training.cuda_graphs import PAD_TO_MULTIPLE_OF
+from annexe.training.losses import Term
+from annexe.training.objective import (
+    require_rewardable,
+    weights_under_rewards,
+    without_dropout,
+)
 from annexe.training.optimizer import build_optimizer
+from annexe.training.policy import policy_terms
 
 # What a card needs beside the tensors: gaps between them, and CUDA itself
 FRAGMENTATION = 1.06
@@ -218,6 +226,9 @@ def measure(
         branches: lengths of the branches of every image of a micro-batch.
         gpus: processes of the run; ``run.parallel`` says how they share.
         limit: give up and return None where weights and moments alone take more bytes.
+
+    Raises:
+        UserError: for a model that cannot be trained on rewards, if the run is to.
     """
     run = config.run
     bf16 = run.mixed_precision != "fp32"
@@ -228,32 +239,47 @@ def measure(
     if run.compile:
         compile_blocks(model, compile=FakeCompiler(live.paused))
     can_use_graphs = sharding.num_shards == 1 and model.language_model.supports_cuda_graphs
-    use_graphs = run.cuda_graphs and can_use_graphs
+    uses_rewards = run.objective == "rewards"
+    use_graphs = run.cuda_graphs and can_use_graphs and not uses_rewards
     # Several processes sum gradients where they lie, and graphs find them where they were
     is_replicated = gpus > 1 and run.parallel == "ddp"
     keep_gradients = run.gradient_accumulation > 1 or is_replicated or use_graphs
     # A compiled language model leaves padding out
     pad_to_multiple_of = PAD_TO_MULTIPLE_OF if use_graphs and not run.compile else 1
 
+    # What it trains on
+    weights_of_terms = losses.active(
+        run.loss_weights,
+        image_token_head=model.image_token_head,
+        has_depth=model.predicts_depth,
+    )
+    terms = losses.TERMS
+    if uses_rewards:
+        require_rewardable(model)
+        without_dropout(model)
+        batch = random_groups(model, branches, run)
+        weights_of_terms = weights_under_rewards(run.rewards, weights_of_terms)
+        terms = {**terms, **policy_terms(run.rewards)}
+    else:
+        batch = random_batch_for(model, branches, pad_to_multiple_of=pad_to_multiple_of)
+
     # The step, phase by phase
-    batch = random_batch_for(model, branches, pad_to_multiple_of=pad_to_multiple_of)
     with mode, live, CudaRules():
         weights = _hold_weights(model, live)
+        drawing = held_for_rewards(model, branches, run, bf16=bf16) if uses_rewards else None
         optimizer = build_optimizer(model, run)
         gradients, moments = _hold_moments(model, optimizer, keep_gradients=keep_gradients)
         saving = sharding.saving(weights.total() + moments.total())
         if live.current - saving > limit:
             return None
         batch = _hold_batch(batch, mode, live)
+        if uses_rewards:
+            batch = _hold_patches(model, batch, live, bf16=bf16)
         held = live.current
-        weights_of_terms = losses.active(
-            run.loss_weights,
-            image_token_head=model.image_token_head,
-            has_depth=model.predicts_depth,
-        )
-        terms = list(weights_of_terms)
-        loss, activations = _run_forward(model, batch, terms, live, bf16=bf16)
+        of_step = {name: terms[name] for name in weights_of_terms}
+        loss, activations = _run_forward(model, batch, of_step, live, bf16=bf16)
         _run_backward(loss, optimizer)
+        del drawing
 
     # What one GPU holds of it
     weights = sharding.share(weights)
@@ -301,14 +327,24 @@ def _hold_batch(batch: Batch, mode: FakeTensorMode, live: LiveBytes) -> Batch:
     return batch
 
 
+def _hold_patches(model: Annexe, batch: Batch, live: LiveBytes, *, bf16: bool) -> Batch:
+    """The batch with what a frozen RGB encoder made of its images when responses were drawn."""
+    if any(each.requires_grad for each in model.rgb_encoder.parameters()):
+        return batch
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        patches = model.patches_of(batch)
+    live.start()
+    return replace(batch, patches=patches)
+
+
 def _run_forward(
-    model: Annexe, batch: Batch, terms: list[str], live: LiveBytes, *, bf16: bool
+    model: Annexe, batch: Batch, terms: Mapping[str, Term], live: LiveBytes, *, bf16: bool
 ) -> tuple[Tensor, Counter[str]]:
     """Third phase: the forward pass. Gives the loss, and bytes of what is saved for backward."""
     with live.attributing(dict(model.named_children())):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
             predictions = model(batch)
-        loss = losses.totals(predictions, batch, terms).sum()
+        loss = losses.totals(predictions, batch, list(terms), terms=terms).sum()
     del predictions
     return loss, live.since_start()
 

@@ -53,6 +53,13 @@ def run(arguments: argparse.Namespace) -> None:
             "blocks of a quantized language model are counted as if they were not compiled"
         )
 
+    if config.run.objective == "rewards":
+        notes.append(
+            f"rewards: groups of {config.run.rewards.group_size}, every response of "
+            f"{config.run.max_new_tokens} tokens (run.max_new_tokens); of the drawing its keys "
+            "and values are counted"
+        )
+
     def plan_of(changed: Config, limit: float = float("inf")) -> Plan | None:
         branches = branches_of(changed)
         return measure(changed, tokenizer, branches, gpus=arguments.gpus, limit=limit)

@@ -135,19 +135,10 @@ class RewardObjective:
 
         # Loss terms
         self.terms: Mapping[str, Term] = {**losses.TERMS, **policy_terms(settings)}
-        self.weights = {
-            name: weight for name, weight in supervised.items() if name not in _TEXT_TERMS
-        }
-        self.weights["policy"] = settings.word_weight
-        self.weights["presence_policy"] = settings.presence_weight
-        if start is not None:
-            self.weights["policy_kl"] = settings.word_weight * settings.kl_weight
-            self.weights["presence_kl"] = settings.presence_weight * settings.kl_weight
+        self.weights = weights_under_rewards(settings, supervised)
 
         # What is trained is what draws
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+        without_dropout(model)
         self.log = RolloutLog()
 
     @torch.no_grad()
@@ -302,6 +293,31 @@ class RewardObjective:
                 old_draws=draw_logprobs(predictions, on_device).cpu(),
             )
         return replace(group, policy=policy)
+
+
+def weights_under_rewards(
+    settings: RewardConfig, supervised: Mapping[str, float]
+) -> dict[str, float]:
+    """The loss terms of training on rewards by name, with their weights.
+
+    Args:
+        settings: of rewards.
+        supervised: weights of the terms of true responses, masks and depth.
+    """
+    weights = {name: weight for name, weight in supervised.items() if name not in _TEXT_TERMS}
+    weights["policy"] = settings.word_weight
+    weights["presence_policy"] = settings.presence_weight
+    if settings.kl_weight:
+        weights["policy_kl"] = settings.word_weight * settings.kl_weight
+        weights["presence_kl"] = settings.presence_weight * settings.kl_weight
+    return weights
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Set every dropout of a model to 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
 
 
 class StartWeights:
