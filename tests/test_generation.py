@@ -245,14 +245,47 @@ def make_prompts(make_parts):
         collate = Collator(tokenizer, model.num_image_tokens, 4, responses=False)
 
         @torch.no_grad()
-        def prefill(samples):
+        def prefill(samples, **options):
             prompts = collate(samples)
             embeddings = model.encode(prompts).embeddings
-            return model.language_model.prefill(embeddings, prompts.text)
+            return model.language_model.prefill(embeddings, prompts.text, **options)
 
         return model.language_model, prefill, batch.samples
 
     return make
+
+
+@pytest.mark.parametrize("num_key_heads", [2, 1])
+def test_prompts_read_branch_by_branch_are_the_same(make_prompts, num_key_heads):
+    language_model, prefill, samples = make_prompts("model.language_model.num_heads=2")
+    for block in language_model.base.model.layers:
+        keep_key_heads(block.self_attn, num_key_heads)
+    language_model.base.config.num_key_value_heads = num_key_heads
+    expected = prefill(samples)
+    text = expected.text
+    is_token = text.segment_ids >= 0
+    last = (text.branch_image_index, text.branch_start + text.branch_length - 1)
+    assert GreedyDecoder(language_model).join_products()
+    for last_alone, read in ((False, is_token), (True, last)):
+        prompts = prefill(samples, last_alone=last_alone)
+        torch.testing.assert_close(
+            prompts.hidden[read], expected.hidden[read], atol=1e-4, rtol=1e-4
+        )
+        layers = zip(prompts.prefill_caches, expected.prefill_caches, strict=True)
+        for cache, expected_cache in layers:
+            for name in ("keys", "values"):
+                tokens = getattr(cache, name).transpose(1, 2)[is_token]
+                expected_tokens = getattr(expected_cache, name).transpose(1, 2)[is_token]
+                torch.testing.assert_close(tokens, expected_tokens, atol=1e-4, rtol=1e-4)
+    assert prompts.hidden.count_nonzero() < expected.hidden.count_nonzero()
+
+
+def keep_key_heads(attention: torch.nn.Module, number: int) -> None:
+    """Let groups of query heads share a key head."""
+    attention.num_key_value_groups = 2 // number
+    for projection in (attention.k_proj, attention.v_proj):
+        projection.out_features = number * attention.head_dim
+        projection.weight.data = projection.weight.data[: projection.out_features]
 
 
 def constraints_of(text: PackedText, tokenizer) -> list[DecodingConstraints | None]:
@@ -404,7 +437,9 @@ def test_merged_adapters_give_the_same(make_prompts):
     attention = language_model.base.model.layers[0].self_attn
     storage = attention.q_proj.weight.untyped_storage().data_ptr()
     assert attention.v_proj.weight.untyped_storage().data_ptr() == storage
-    torch.testing.assert_close(prefill(samples).hidden, hidden, atol=1e-4, rtol=1e-4)
+    prompts = prefill(samples)
+    is_token = prompts.text.segment_ids >= 0
+    torch.testing.assert_close(prompts.hidden[is_token], hidden[is_token], atol=1e-4, rtol=1e-4)
     joined = decoder.decode(prefill(samples), 10)
     assert joined.tokens == expected.tokens
     torch.testing.assert_close(joined.slot_states, expected.slot_states, atol=1e-4, rtol=1e-4)

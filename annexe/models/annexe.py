@@ -117,11 +117,13 @@ class PixelDecoder(Protocol):
         num_slots: targets that a query can have.
         conditioning: ``prompt`` or ``answer``, what the slots start from.
         presence_gates_masks: a slot without presence has no mask.
+        reads_whole_prompts: it reads every state of a prompt, not the last one alone.
     """
 
     num_slots: int
     conditioning: str
     presence_gates_masks: bool
+    reads_whole_prompts: bool
 
     def __call__(
         self,
@@ -342,7 +344,10 @@ class Annexe(nn.Module):
         """Run encoders and language model over the prompts of a batch."""
         encoding = self.encode(batch)
         prefill = self.language_model.prefill(
-            encoding.embeddings, batch.text, encoding.image_levels
+            encoding.embeddings,
+            batch.text,
+            encoding.image_levels,
+            last_alone=not self.pixel_decoder.reads_whole_prompts,
         )
         return encoding, prefill
 

@@ -40,6 +40,7 @@ class DeconvDecoder(nn.Module):
     """
 
     conditioning = "prompt"
+    reads_whole_prompts = True
 
     def __init__(
         self,

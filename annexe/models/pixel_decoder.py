@@ -207,6 +207,7 @@ class QueryDecoder(nn.Module):
     """
 
     presence_gates_masks = True
+    reads_whole_prompts = False
 
     def __init__(
         self,

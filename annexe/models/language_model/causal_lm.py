@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -222,6 +222,8 @@ class CausalLM(nn.Module):
         self.initializer_range = initializer_range
         self.end_ids = _end_ids(tokenizer, base)
         self.dtype = dtype
+        # Reads prompts in place of `forward`, see `annexe.models.language_model.prompt_reading`
+        self.prompt_reader: Callable[[Tensor, PackedText, bool], Prefill] | None = None
         self.compiled = False  # `compile_blocks` sets it once the blocks run through torch.compile
 
         # Add the adapters. Only what they leave frozen becomes float8.
@@ -433,6 +435,8 @@ class CausalLM(nn.Module):
         text: PackedText,
         image_levels: Sequence[Tensor] = (),
         prefix: list[PrefillCache] | None = None,
+        *,
+        last_alone: bool = False,
     ) -> Prefill:
         """Run the language model over packed prompts and keep its keys and values for decoding.
 
@@ -443,12 +447,18 @@ class CausalLM(nn.Module):
             image_levels: as of `forward`.
             prefix: keys and values of the prefix, one for each layer, if it has been read before.
                 They stay as they are.
+            last_alone: of each branch's states only the last one is read; others may be 0.
 
         Returns:
             The prompts with hidden states and caches. Hidden states of a ``prefix`` are 0.
         """
         if prefix is not None:
             return self._prefill_behind(prefix, embeddings, text)
+        is_plain = not image_levels and text.context is None and not self.has_image_axes
+        if self.prompt_reader is not None and is_plain:
+            prefill = self.prompt_reader(embeddings, text, last_alone)
+            prefill.hidden = prefill.hidden.to(self.mask_head.weight.dtype)
+            return prefill
         prefill_caches = [PrefillCache() for _ in self.base.model.layers]
         hidden = self(embeddings, text, prefill_caches, image_levels)
         return Prefill(text, hidden, prefill_caches)

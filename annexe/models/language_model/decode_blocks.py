@@ -109,6 +109,8 @@ class DecodingBlocks:
         dtype = autocast_dtype or model.norm.weight.dtype
         self.dtype = dtype
         self.scaling = model.layers[0].self_attn.scaling
+        self.head_dim = language_model.head_dim
+        self.num_key_heads = model.config.num_key_value_heads
         self.rotary = model.rotary_emb
         self.final_norm = _norm(model.norm)
         self.blocks = []
@@ -148,7 +150,7 @@ class DecodingBlocks:
             float[R, D], final hidden states of the dtype of ``x``.
         """
         operations = operations_on(x.device)
-        angles = self._angles(position)
+        angles = self.angles(position)
         update = None
         with torch.autocast(x.device.type, enabled=False):
             for block, cache in zip(self.blocks, caches, strict=True):
@@ -173,7 +175,7 @@ class DecodingBlocks:
                 x, update, self.final_norm.weight, self.final_norm.epsilon, x.dtype
             )
 
-    def _angles(self, position: Tensor) -> Tensor:
+    def angles(self, position: Tensor) -> Tensor:
         """Factors of rotary embeddings for int64[R], as `decode_operations.rotate_and_store`."""
         angles = position[:, None] * self.rotary.inv_freq.float()  # [R, Dh / 2]
         cosine = angles.cos() * self.rotary.attention_scaling

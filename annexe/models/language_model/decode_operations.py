@@ -74,6 +74,36 @@ def rotate_and_store(
     """
     num_key_heads = cache.own_keys.shape[1]
     head_dim = cache.own_keys.shape[-1]
+    queries, keys, values = rotate(projections, angles, head_norms, num_key_heads, head_dim)
+
+    # Put keys and values into the columns of the new tokens.
+    if isinstance(index, DraftIndex):
+        cache.own_keys[index.row, :, index.column] = keys
+        cache.own_values[index.row, :, index.column] = values
+    else:
+        column = int(index.column)
+        cache.own_keys[:, :, column] = keys
+        cache.own_values[:, :, column] = values
+    return queries.to(cache.own_keys.dtype)
+
+
+def rotate(
+    projections: Tensor,
+    angles: Tensor,
+    head_norms: tuple[Tensor, Tensor, float] | None,
+    num_key_heads: int,
+    head_dim: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split projections of R tokens into heads, and rotate queries and keys.
+
+    Args:
+        projections: as of `rotate_and_store`, as are the next two.
+        num_key_heads: Hk.
+        head_dim: Dh.
+
+    Returns:
+        Queries float32[R, H, Dh], keys float32[R, Hk, Dh], and values [R, Hk, Dh].
+    """
     heads = projections.unflatten(-1, (-1, head_dim))  # [R, H + 2 Hk, Dh]
     queries_and_keys = heads[:, :-num_key_heads].float()
     num_heads = queries_and_keys.shape[1] - num_key_heads
@@ -87,16 +117,7 @@ def rotate_and_store(
     cosine, sine = angles[:, :, None]  # [R, 1, Dh]
     swapped = queries_and_keys.roll(head_dim // 2, -1)
     rotated = torch.addcmul(queries_and_keys * cosine, swapped, sine)
-
-    # Put keys and values into the columns of the new tokens.
-    if isinstance(index, DraftIndex):
-        cache.own_keys[index.row, :, index.column] = rotated[:, num_heads:]
-        cache.own_values[index.row, :, index.column] = heads[:, -num_key_heads:]
-    else:
-        column = int(index.column)
-        cache.own_keys[:, :, column] = rotated[:, num_heads:]
-        cache.own_values[:, :, column] = heads[:, -num_key_heads:]
-    return rotated[:, :num_heads].to(cache.own_keys.dtype)
+    return rotated[:, :num_heads], rotated[:, num_heads:], heads[:, -num_key_heads:]
 
 
 def decode_attention(

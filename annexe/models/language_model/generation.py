@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ from annexe.models.language_model.kv_cache import (
     Prefill,
     SharedPrefixCache,
 )
+from annexe.models.language_model.prompt_reading import read_prompts
 from annexe.models.language_model.sampling import Sampler
 from annexe.structures.batch import PackedText, round_up
 
@@ -105,6 +107,8 @@ class GreedyDecoder:
     ) -> bool:
         """Make steps faster by joint products, for a model whose weights stay as they are now.
 
+        On a CPU prompts are read with them as well, but not in float8.
+
         Args:
             autocast_dtype: of the products; None = that of the weights.
             float8: keep weights in float8.
@@ -119,6 +123,9 @@ class GreedyDecoder:
             return False
         self.release()
         self.blocks = DecodingBlocks(self.language_model, autocast_dtype, float8=float8)
+        reads_prompts = self._is_on_cpu and not float8
+        reader = partial(read_prompts, self.blocks) if reads_prompts else None
+        self.language_model.prompt_reader = reader
         return True
 
     def draft(self, max_tokens: int) -> bool:
@@ -134,8 +141,7 @@ class GreedyDecoder:
             Whether that can be done: on a CPU, with joint products in float32.
         """
         can_draft = self.blocks is not None and self.blocks.dtype == torch.float32
-        on_cpu = self.language_model.mask_head.weight.device.type == "cpu"
-        use = can_draft and on_cpu and max_tokens > 0
+        use = can_draft and self._is_on_cpu and max_tokens > 0
         self.drafts = DraftTable(max_tokens) if use else None
         return use
 
@@ -298,6 +304,10 @@ class GreedyDecoder:
         num_numbers = 2 * len(prefill.prefill_caches) * keys.shape[1] * keys.shape[3]
         num_bytes = num_rows * prefix_length * num_numbers * keys.element_size()
         return prefix_length if num_bytes <= _MAX_PREFIX_COPIES else 0
+
+    @property
+    def _is_on_cpu(self) -> bool:
+        return self.language_model.mask_head.weight.device.type == "cpu"
 
     @property
     def _is_sharded(self) -> bool:

@@ -1,0 +1,227 @@
+"""Prompts on a CPU: joint products over real tokens alone, attention branch by branch.
+
+A row of packed prompts is padded, and most of its tokens do not attend to each other
+(`annexe.models.language_model.attention`). Here the tokens of all rows lie in one sequence without
+padding, and every branch attends to the prefix of its image and to itself:
+
+    tokens    | prefix of image 0 | prefix of image 1 | branch 0 | branch 1 | branch 2 |
+    queries   prefixes [B, Lp]                        branches [R, L]
+    keys      the same, causal                        prefix of the image, then the branch, causal
+
+In the last block only those tokens are computed whose states are read; of the others it is keys and
+values.
+
+Legend: B images, N packed tokens, M tokens without padding, R branches, L tokens of the longest
+one, Lp prefix tokens, H query heads, Hk key heads, Dh width of a head, D width of the language
+model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from annexe.models.language_model import decode_operations as operations
+from annexe.models.language_model.decode_blocks import DecodingBlocks
+from annexe.models.language_model.kv_cache import Prefill, PrefillCache
+from annexe.structures.batch import PackedText
+
+
+@dataclass
+class _Layout:
+    """Where the tokens lie: prefixes of all images, then one branch behind the other.
+
+    Places behind the end of a row or a branch hold any token, which nothing reads.
+    """
+
+    num_images: int
+    num_prefix_tokens: int  # B * Lp
+    packed_places: Tensor  # int64[M], place of each token in [B * N]
+    packed_tokens: Tensor  # int64[B, N], token at each place
+    branch_places: Tensor  # int64[M - B * Lp], place of each token of a branch in [R * L]
+    branch_tokens: Tensor  # int64[R, L], token at each place
+    key_tokens: Tensor  # int64[R, Lp + L], the same with the prefix of the branch's image before
+    lengths: Tensor  # int64[R], tokens of each branch
+    last_tokens: Tensor  # int64[R], the last one of each branch
+
+    @classmethod
+    def of(cls, text: PackedText) -> _Layout:
+        """The layout of packed prompts without responses."""
+        num_images, num_columns = text.input_ids.shape
+        rows = torch.arange(num_images)[:, None]
+        columns = torch.arange(text.prefix_length)
+        prefix_places = (num_columns * rows + columns).flatten()
+        num_prefix_tokens = len(prefix_places)
+
+        # Branches
+        lengths = text.branch_length
+        offsets = torch.arange(int(lengths.max()))
+        is_token = offsets < lengths[:, None]  # [R, L]
+        starts = num_columns * text.branch_image_index + text.branch_start
+        branch_places = (starts[:, None] + offsets)[is_token]
+        packed_places = torch.cat([prefix_places, branch_places])
+
+        # Tokens at places
+        packed_tokens = torch.zeros(num_images * num_columns, dtype=torch.int64)
+        packed_tokens[packed_places] = torch.arange(len(packed_places))
+        packed_tokens = packed_tokens.view(num_images, num_columns)
+        first_tokens = num_prefix_tokens + lengths.cumsum(0) - lengths
+        branch_tokens = torch.where(is_token, first_tokens[:, None] + offsets, 0)
+        prefix_tokens = text.prefix_length * text.branch_image_index[:, None] + columns
+        return cls(
+            num_images=num_images,
+            num_prefix_tokens=num_prefix_tokens,
+            packed_places=packed_places,
+            packed_tokens=packed_tokens,
+            branch_places=is_token.flatten().nonzero()[:, 0],
+            branch_tokens=branch_tokens,
+            key_tokens=torch.cat([prefix_tokens, branch_tokens], dim=1),
+            lengths=lengths,
+            last_tokens=first_tokens + lengths - 1,
+        )
+
+    def prefixes(self, x: Tensor) -> Tensor:
+        """Tokens of the prefixes: [M, ...] -> [B, Lp, ...]."""
+        return x[: self.num_prefix_tokens].unflatten(0, (self.num_images, -1))
+
+    def hiding_bias(self, dtype: torch.dtype) -> Tensor:
+        """What hides the keys behind a token of a branch: float[L, Lp + L]."""
+        max_length = self.branch_tokens.shape[1]
+        prefix_length = self.key_tokens.shape[1] - max_length
+        columns = torch.arange(-prefix_length, max_length)
+        return operations.hiding_bias(columns > torch.arange(max_length)[:, None], dtype)
+
+
+def _at(tokens: Tensor, x: Tensor) -> Tensor:
+    """``x[tokens]``, which this does at the speed of memory: [M, ...] -> [*tokens.shape, ...]."""
+    return x.index_select(0, tokens.flatten()).unflatten(0, tokens.shape)
+
+
+@torch.no_grad()
+def read_prompts(
+    blocks: DecodingBlocks, embeddings: Tensor, text: PackedText, last_alone: bool
+) -> Prefill:
+    """As `CausalLM.prefill`.
+
+    Args:
+        blocks: of the language model.
+        embeddings: float[B, N, D].
+        text: prompts whose branches read the prefix and themselves.
+        last_alone: give no states but that of each branch's last token.
+
+    Returns:
+        The prompts; states that are not computed are 0.
+    """
+    packed_shape = text.input_ids.shape
+    layout = _Layout.of(text)
+    x = _at(layout.packed_places, embeddings.flatten(0, 1))  # [M, D]
+    angles = blocks.angles(_at(layout.packed_places, text.position_ids.flatten()))
+    bias = layout.hiding_bias(blocks.dtype)  # [L, Lp + L]
+    caches = []
+    update = None
+    with torch.autocast("cpu", enabled=False):
+        for index, block in enumerate(blocks.blocks):
+            # Queries, keys and values; the cache keeps those of all tokens.
+            norm = block.attention_norm
+            normalized = operations.add_and_normalize(
+                x, update, norm.weight, norm.epsilon, blocks.dtype
+            )
+            projections = block.projections(normalized, operations)
+            query, key, value = operations.rotate(
+                projections, angles, block.head_norms, blocks.num_key_heads, blocks.head_dim
+            )
+            packed_key = _at(layout.packed_tokens, key)  # [B, N, Hk, Dh]
+            packed_value = _at(layout.packed_tokens, value)
+            caches.append(PrefillCache(packed_key.transpose(1, 2), packed_value.transpose(1, 2)))
+
+            # Attention
+            is_short = last_alone and index == len(blocks.blocks) - 1
+            if is_short:
+                attended = _attend_last(query, key, value, layout, bias, blocks.scaling)
+                x = _at(layout.last_tokens, x)  # [R, D]
+            else:
+                attended = _attend(query, key, value, layout, bias, blocks.scaling)
+            update = block.output(attended.flatten(1).to(blocks.dtype), operations)
+
+            # MLP
+            norm = block.mlp_norm
+            normalized = operations.add_and_normalize(
+                x, update, norm.weight, norm.epsilon, blocks.dtype
+            )
+            hidden = operations.swiglu(block.gate_and_up(normalized, operations))
+            update = block.down(hidden, operations)
+
+        # The final norm, and states where they were packed
+        norm = blocks.final_norm
+        states = operations.add_and_normalize(x, update, norm.weight, norm.epsilon, x.dtype)
+    tokens = layout.last_tokens if last_alone else slice(None)
+    every_state = states.new_zeros(packed_shape.numel(), states.shape[1])
+    every_state[layout.packed_places[tokens]] = states
+    return Prefill(text, every_state.unflatten(0, packed_shape), caches)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, layout: _Layout, bias: Tensor, scaling: float
+) -> Tensor:
+    """Attention of all tokens.
+
+    Args:
+        query: float[M, H, Dh].
+        key: float[M, Hk, Dh].
+        value: float[M, Hk, Dh].
+        layout: of the tokens.
+        bias: of `_Layout.hiding_bias`.
+        scaling: factor of the scores before the softmax.
+
+    Returns:
+        float[M, H, Dh].
+    """
+    of_prefixes = _attention(
+        layout.prefixes(query), layout.prefixes(key), layout.prefixes(value), None, scaling
+    )
+    of_branches = _attention(
+        _at(layout.branch_tokens, query),
+        _at(layout.key_tokens, key),
+        _at(layout.key_tokens, value),
+        bias,
+        scaling,
+    )
+    of_branches = _at(layout.branch_places, of_branches.flatten(0, 1))
+    return torch.cat([of_prefixes.flatten(0, 1), of_branches])
+
+
+def _attend_last(
+    query: Tensor, key: Tensor, value: Tensor, layout: _Layout, bias: Tensor, scaling: float
+) -> Tensor:
+    """Attention of each branch's last token, float[R, H, Dh]; arguments are those of `_attend`."""
+    last = _at(layout.last_tokens, query)[:, None]  # [R, 1, H, Dh]
+    bias_of_last = bias[layout.lengths - 1][:, None, None]  # [R, 1, 1, Lp + L]
+    keys, values = _at(layout.key_tokens, key), _at(layout.key_tokens, value)
+    return _attention(last, keys, values, bias_of_last, scaling)[:, 0]
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float
+) -> Tensor:
+    """Attention, float[., n, H, Dh]; causal without a bias.
+
+    Args:
+        query: float[., n, H, Dh].
+        key: float[., m, Hk, Dh].
+        value: float[., m, Hk, Dh].
+        bias: float[n, m] or more, what is added to the scores.
+        scaling: factor of the scores before the softmax.
+    """
+    output = F.scaled_dot_product_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_mask=bias,
+        is_causal=bias is None,
+        scale=scaling,
+        enable_gqa=query.shape[2] != key.shape[2],
+    )
+    return output.transpose(1, 2)
