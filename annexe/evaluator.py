@@ -27,7 +27,7 @@ from annexe.errors import UserError
 from annexe.evaluation.batches import BatchFiles, Finisher, by_size, ready
 from annexe.evaluation.clock import Clock, num_batches_of_start
 from annexe.evaluation.matching import ImageResults
-from annexe.evaluation.predict import plan_batches, predict
+from annexe.evaluation.predict import PredictionSettings, plan_batches, predict
 from annexe.evaluation.records import Record, split_kinds
 from annexe.evaluation.scoring import Scores, score_all
 from annexe.evaluation.truth import LabeledDataset, Truth
@@ -238,17 +238,17 @@ def predict_missing(evaluation: Evaluation, finisher: Finisher, clock: Clock) ->
 
     # Predict
     started = time.perf_counter()
-    predicted = predict(
-        evaluation.model,
-        evaluation.dataset,
-        [files.batches[index] for index in missing],
+    settings = PredictionSettings(
+        device=accelerator.device,
+        autocast=accelerator.autocast,
         queries_per_annotation=run.queries_per_annotation,
         max_new_tokens=run.max_new_tokens,
         num_workers=run.num_workers,
-        device=accelerator.device,
-        autocast=accelerator.autocast,
         true_analyses=run.analysis == "true",
-        on_batch=clock.predicted,
+    )
+    batches = [files.batches[index] for index in missing]
+    predicted = predict(
+        evaluation.model, evaluation.dataset, batches, settings, on_batch=clock.predicted
     )
     tracked = track(predicted, "predicting", len(missing), disable=not accelerator.is_main_process)
     for index, images in zip(missing, tracked, strict=True):

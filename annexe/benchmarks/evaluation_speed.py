@@ -8,7 +8,6 @@ import time
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 
@@ -22,7 +21,12 @@ from annexe.datasets.ego_irgbench import EgoIRGBench
 from annexe.distributed import from_main, make_accelerator
 from annexe.evaluation.batches import by_size
 from annexe.evaluation.clock import Clock, num_batches_of_start
-from annexe.evaluation.predict import answer_batches, load_batches, plan_batches
+from annexe.evaluation.predict import (
+    PredictionSettings,
+    answer_batches,
+    load_batches,
+    plan_batches,
+)
 from annexe.evaluator import Evaluation, evaluate_model
 from annexe.models.annexe import Annexe
 from annexe.models.language_model.tokenizer import TextTokenizer, train_tokenizer
@@ -100,20 +104,21 @@ def _generation_rate(
     order = by_size(dataset, batches, run.queries_per_annotation)
     shared_out = order[accelerator.process_index :: accelerator.num_processes]
     own = [batches[index] for index in islice(shared_out, _MOST_IN_MEMORY)]
-    settings: dict[str, Any] = {
-        "max_new_tokens": run.max_new_tokens,
-        "num_workers": run.num_workers,
-        "device": accelerator.device,
-    }
-    asked = run.queries_per_annotation
-    loaded = list(load_batches(model, dataset, own, queries_per_annotation=asked, **settings))
+    settings = PredictionSettings(
+        device=accelerator.device,
+        autocast=accelerator.autocast,
+        queries_per_annotation=run.queries_per_annotation,
+        max_new_tokens=run.max_new_tokens,
+        num_workers=run.num_workers,
+    )
+    loaded = list(load_batches(model, dataset, own, settings))
 
     # Two rounds, of which the second counts
     for _ in range(2):
         accelerator.wait_for_everyone()
         started = time.perf_counter()
         num_photos = 0
-        for images in answer_batches(model, loaded, autocast=accelerator.autocast, **settings):
+        for images in answer_batches(model, loaded, settings):
             num_photos += len(images)
         seconds = time.perf_counter() - started
     return num_photos * accelerator.num_processes / seconds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -76,17 +77,34 @@ def plan_batches(num_images: int, batch_size: int) -> list[list[int]]:
     return batches
 
 
+@dataclass(frozen=True)
+class PredictionSettings:
+    """How a data set is predicted.
+
+    Attributes:
+        device: of the model.
+        autocast: context manager under which the model runs.
+        queries_per_annotation: wordings to ask of each annotation, or ``all``.
+        max_new_tokens: of each answer.
+        num_workers: this many processes load batches ahead of the device, and as many threads
+            make records of those behind it: off a GPU they also bring masks to full size. With 0
+            the main thread does both.
+        true_analyses: queries read the true analyses, as of `Annexe.generate`.
+    """
+
+    device: torch.device
+    autocast: Any
+    queries_per_annotation: int | str
+    max_new_tokens: int
+    num_workers: int
+    true_analyses: bool = False
+
+
 def predict(
     model: Annexe,
     dataset: Questions,
     batches: list[list[int]],
-    *,
-    queries_per_annotation: int | str,
-    max_new_tokens: int,
-    num_workers: int,
-    device: torch.device,
-    autocast: Any,
-    true_analyses: bool = False,
+    settings: PredictionSettings,
     on_batch: BatchListener | None = None,
 ) -> Iterator[list[list[Record]]]:
     """Predict batch by batch.
@@ -95,14 +113,7 @@ def predict(
         model: in training or evaluation mode, which it has again at the end.
         dataset: where the images and their questions come from.
         batches: indices of the images of each batch.
-        queries_per_annotation: wordings to ask of each annotation, or ``all``.
-        max_new_tokens: of each answer.
-        num_workers: this many processes load batches ahead of the device, and as many threads
-            make records of those behind it: off a GPU they also bring masks to full size. With 0
-            the main thread does both.
-        device: of the model.
-        autocast: context manager under which the model runs.
-        true_analyses: queries read the true analyses, as of `Annexe.generate`.
+        settings: what is asked, and how it is run.
         on_batch: is told how long every batch took.
 
     Yields:
@@ -111,57 +122,28 @@ def predict(
     Raises:
         UserError: an image cannot be read.
     """
-    loader = load_batches(
-        model,
-        dataset,
-        batches,
-        queries_per_annotation=queries_per_annotation,
-        max_new_tokens=max_new_tokens,
-        num_workers=num_workers,
-        device=device,
-    )
-    yield from answer_batches(
-        model,
-        loader,
-        max_new_tokens=max_new_tokens,
-        num_workers=num_workers,
-        device=device,
-        autocast=autocast,
-        true_analyses=true_analyses,
-        on_batch=on_batch,
-    )
+    loader = load_batches(model, dataset, batches, settings)
+    yield from answer_batches(model, loader, settings, on_batch)
     model.text_decoder.release()
 
 
 def load_batches(
-    model: Annexe,
-    dataset: Questions,
-    batches: list[list[int]],
-    *,
-    queries_per_annotation: int | str,
-    max_new_tokens: int,
-    num_workers: int,
-    device: torch.device,
+    model: Annexe, dataset: Questions, batches: list[list[int]], settings: PredictionSettings
 ) -> Iterable[Batch]:
     """Batches of prompts, loaded ahead of the device; arguments and errors as of `predict`."""
     return make_loader(
-        EvaluationSet(dataset, queries_per_annotation),
+        EvaluationSet(dataset, settings.queries_per_annotation),
         batches,
-        prompt_collator(model, max_new_tokens),
-        num_workers=num_workers,
-        device=device,
+        prompt_collator(model, settings.max_new_tokens),
+        num_workers=settings.num_workers,
+        device=settings.device,
     )
 
 
 def answer_batches(
     model: Annexe,
     batches: Iterable[Batch],
-    *,
-    max_new_tokens: int,
-    num_workers: int,
-    device: torch.device,
-    autocast: Any,
-    true_analyses: bool = False,
+    settings: PredictionSettings,
     on_batch: BatchListener | None = None,
 ) -> Iterator[list[list[Record]]]:
     """The records of batches of prompts; arguments, results and errors as of `predict`."""
@@ -171,9 +153,11 @@ def answer_batches(
         started = time.perf_counter()
         for batch in batches:
             loaded = time.perf_counter()
-            with autocast():
+            with settings.autocast():
                 images = model.generate(
-                    batch.to(device), max_new_tokens, true_analyses=true_analyses
+                    batch.to(settings.device),
+                    settings.max_new_tokens,
+                    true_analyses=settings.true_analyses,
                 )
             generated = time.perf_counter()  # the host has waited for the device
             if on_batch is not None:
@@ -184,7 +168,7 @@ def answer_batches(
     # Records, made behind the device
     training = model.training
     model.eval()
-    yield from in_threads(_records, responses(), num_workers)
+    yield from in_threads(_records, responses(), settings.num_workers)
     model.train(training)
 
 
@@ -194,11 +178,15 @@ def _records(predicted: _Predicted) -> list[Record]:
 
 def records_of_image(sample: Sample, image: ImageResponses) -> list[Record]:
     """The records of one image: its own, then those of its questions."""
+    # Of the image
     depth = None if image.depth is None else depth_errors(image.depth, sample.depth)
     records: list[Record] = [
         ImageRecord(image=sample.stem, analysis=image.analysis, depth=depth),
     ]
+
+    # Of its questions
     for turn, raw in zip(sample.turns, image.responses, strict=True):
+        # The mask of every target
         response = postprocess(raw)
         masks = []
         for target in response.targets:
@@ -207,6 +195,8 @@ def records_of_image(sample: Sample, image: ImageResponses) -> list[Record]:
                 slot=target.slot, phrase=target.phrase, score=score, rle=target.rle
             )
             masks.append(mask)
+
+        # The answer
         records.append(
             QueryRecord(
                 image=sample.stem,

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from annexe.config import VALIDATION_METRICS
 from annexe.distributed import gather_lists
-from annexe.evaluation.predict import plan_batches, predict
+from annexe.evaluation.predict import PredictionSettings, plan_batches, predict
 from annexe.evaluation.records import Record
 from annexe.evaluation.scoring import calibrate_thresholds, score
 from annexe.evaluation.truth import Truth
@@ -81,16 +81,14 @@ class Validator:
         # Under FSDP every rank has to take part in every forward pass: fill up with any batch
         num_rounds = -(-len(batches) // world_size)
         filler = batches[:1] * (num_rounds - len(of_rank))
-        predicted = predict(
-            model,
-            truth.dataset,
-            of_rank + filler,
+        settings = PredictionSettings(
+            device=self.accelerator.device,
+            autocast=self.accelerator.autocast,
             queries_per_annotation=1,
             max_new_tokens=self.max_new_tokens,
             num_workers=self.num_workers,
-            device=self.accelerator.device,
-            autocast=self.accelerator.autocast,
         )
+        predicted = predict(model, truth.dataset, of_rank + filler, settings)
 
         # All batches have to run, and those that filled up are left out
         records: list[Record] = []
