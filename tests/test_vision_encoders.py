@@ -38,7 +38,7 @@ from annexe.models.depth_branch import DepthAnythingV2, DepthFeatures
 from annexe.models.language_model.float8 import Float8Linear
 from annexe.models.language_model.tokenizer import train_tokenizer
 from annexe.models.projector import MlpProjector, PixelShuffleProjector
-from annexe.models.vision_encoders.eva_vit import EvaViT, FastGELU
+from annexe.models.vision_encoders.eva_vit import EvaViT, FastGELU, LinearGELU
 from annexe.models.vision_encoders.hf_vit import HfViT
 from annexe.models.vision_encoders.timm_vit import TimmViT
 from annexe.structures.batch import Batch
@@ -341,6 +341,30 @@ def test_gelu_of_fewer_instructions_is_gelu() -> None:
     gelu = FastGELU()
     torch.testing.assert_close(gelu.approximation(x.float()).double(), exact, atol=1e-6, rtol=2e-3)
     assert torch.equal(gelu(x.float()), torch.nn.functional.gelu(x.float()))
+
+
+def test_a_linear_layer_with_gelu_is_both() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(24, 40).requires_grad_(False)
+    both = LinearGELU(linear)
+    assert {name: id(value) for name, value in both.named_parameters()} == {
+        name: id(value) for name, value in linear.named_parameters()
+    }
+
+    # In one kernel with GELU by tanh, under autocast on a GPU alone
+    x = 4 * torch.randn(2, 5, 24)
+    exact = torch.nn.functional.gelu(linear(x))
+    assert torch.equal(both(x), exact)
+    one = torch.compile(both.in_one, backend="eager", fullgraph=True)
+    torch.testing.assert_close(one(x, torch.float32), exact, atol=1e-3, rtol=0)
+    assert one(x, torch.bfloat16).dtype == torch.bfloat16
+
+    # Not where the product runs in float8, whose layers have no place for it
+    sizes: Any = {"embed_dim": 32, "depth": 1, "num_heads": 2, "mlp_dim": 64, "image_size": 28}
+    for dtype, is_fused in (("float32", True), ("float8", False)):
+        mlp = EvaViT(init="random", dtype=dtype, **sizes).blocks[0].mlp
+        assert isinstance(mlp.fc1, LinearGELU) == is_fused
+        assert isinstance(mlp.act, FastGELU) == (not is_fused)
 
 
 def test_who_reads_depth_first_waits_for_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
