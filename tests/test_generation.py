@@ -122,17 +122,25 @@ def calls_of_a_step(device: str, dtype: torch.dtype) -> list[tuple]:
         ("add_and_normalize", [x.clone(), update, weight, 1e-5, dtype], None, None),
         ("rotate_and_store", [projections, angles, None], cache(), column),
         ("rotate_and_store", [projections, angles, norms], cache(), column),
-        ("swiglu", [random(3, 2200).to(dtype)], None, None),
-        ("float8_product", [random(20, 384).to(dtype), codes, scales, bias, True], None, None),
+        ("rotate_and_store", [random(2, 5, 10 * 24), angles, None], cache(), column),
+        ("swiglu", [random(3, 2200).to(dtype), dtype], None, None),
+        ("swiglu", [random(2, 3, 2200), dtype], None, None),
+        ("float8_product", [random(20, 384).to(dtype), codes, scales, bias], None, None),
     ]
 
 
 def run_call(operations, name: str, arguments: list, tensors: dict | None, column) -> tuple:
-    """What a call returns, its first argument, which it may change, and the cache."""
+    """What a call returns, its first argument, which it may change, and the cache.
+
+    Parts are for the kernels, which add them up; the others get their sum.
+    """
+    first = arguments[0]
+    if first.ndim == 3 and operations is decode_operations:
+        arguments = [first.sum(0), *arguments[1:]]
     if tensors is not None:
         cache = SharedPrefixCache(**tensors)
         arguments = [*arguments, cache, DecodeIndex(None, None, None, None, column)]
-    return getattr(operations, name)(*arguments), arguments[0], tensors
+    return getattr(operations, name)(*arguments), first, tensors
 
 
 def require_same_call(name: str, output: tuple, expected: tuple, tolerance: float) -> None:

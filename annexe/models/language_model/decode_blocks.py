@@ -68,11 +68,10 @@ class Float8Product:
     codes: Tensor  # e4m3[out, in], in rounded up to a multiple of FLOAT8_GROUP
     scales: Tensor  # float32[out, 1]
     bias: Tensor | None  # float[out]
-    in_parts: bool  # whether `add_and_normalize` takes the result, also in parts
 
     def __call__(self, x: Tensor, operations: ModuleType) -> Tensor:
         """Multiply float[R, in] to float[R, out], or to float[parts, R, out]."""
-        return operations.float8_product(x, self.codes, self.scales, self.bias, self.in_parts)
+        return operations.float8_product(x, self.codes, self.scales, self.bias)
 
 
 AnyProduct = Product | Float8Product
@@ -169,7 +168,7 @@ class DecodingBlocks:
                 normalized = operations.add_and_normalize(
                     x, update, block.mlp_norm.weight, block.mlp_norm.epsilon, self.dtype
                 )
-                hidden = operations.swiglu(block.gate_and_up(normalized, operations))
+                hidden = operations.swiglu(block.gate_and_up(normalized, operations), self.dtype)
                 update = block.down(hidden, operations)
             return operations.add_and_normalize(
                 x, update, self.final_norm.weight, self.final_norm.epsilon, x.dtype
@@ -250,7 +249,7 @@ def _join(modules: list[Any], dtype: torch.dtype, float8: bool) -> AnyProduct:
     if float8:
         padding = -weight.shape[1] % FLOAT8_GROUP
         codes, scales = quantize_rows(F.pad(weight, (0, padding)))
-        return Float8Product(codes, scales, bias, in_parts=len(layers) == 1)
+        return Float8Product(codes, scales, bias)
     if weight.dtype != dtype:
         return Product(weight.to(dtype), bias)
 

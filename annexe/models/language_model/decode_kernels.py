@@ -46,18 +46,25 @@ from annexe.models.language_model.kv_cache import DecodeIndex, SharedPrefixCache
 
 # Queries of an image that a program takes together: the fewest rows that tensor cores multiply.
 _BLOCK_QUERIES = 16
-# Keys that a program reads at a time.
-_BLOCK_KEYS = tl.constexpr(64)
+# Keys of a prefix that a program reads at a time. More would take so many registers that few
+# programs run at once.
+_BLOCK_KEYS = 32
 # Tokens of a prefix, and columns of a response, that a program reads.
 _PREFIX_PART = tl.constexpr(128)
-_OWN_PART = tl.constexpr(64)
+_OWN_PART = 64
+# Of these columns, how many at a time: few take few registers, so that more programs run at once.
+_OWN_BLOCK = 16
+_ATTENTION_WARPS = 2
+_ATTENTION_STAGES = 2
 # The highest score of no key at all. With minus infinity the first difference of two would be NaN.
 _LOWEST_SCORE = tl.constexpr(-1e30)
 # Rows, at most, and outputs that a program of `_multiply_codes` takes.
 _MAX_BLOCK_ROWS = 128
 _BLOCK_OUT = 64
-# Programs that read at the speed of a large GPU, and parts that a sum is split into at most.
-_MIN_PROGRAMS = 512
+# Programs that read at the speed of a large GPU, those of many rows, and parts that a sum is split
+# into at most.
+_MIN_PROGRAMS = 384
+_MIN_LARGE_PROGRAMS = 192
 _MAX_PARTS = 8
 # Numbers that a program of `_swiglu` takes.
 _BLOCK_SWIGLU = 1024
@@ -117,6 +124,7 @@ def _rotate_and_store(
     num_columns,
     epsilon,
     HAS_NORMS: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     NUM_KEY_HEADS: tl.constexpr,
     HALF: tl.constexpr,
@@ -125,7 +133,7 @@ def _rotate_and_store(
     """A head of a row for each program, as its two halves.
 
     Args:
-        projection_ptr: [R, H + 2 Hk, Dh].
+        projection_ptr: [parts, R, H + 2 Hk, Dh], which are added up.
         angle_ptr: float32[2, R, Dh].
         query_norm_ptr: [Dh].
         key_norm_ptr: [Dh].
@@ -142,8 +150,13 @@ def _rotate_and_store(
     dim = tl.arange(0, PADDED_HALF)
     is_dim = dim < HALF
     head_start = (row * (NUM_HEADS + 2 * NUM_KEY_HEADS) + head) * (2 * HALF)
-    first = tl.load(projection_ptr + head_start + dim, mask=is_dim, other=0).to(tl.float32)
-    second = tl.load(projection_ptr + head_start + HALF + dim, mask=is_dim, other=0).to(tl.float32)
+    first = tl.zeros([PADDED_HALF], tl.float32)
+    second = tl.zeros([PADDED_HALF], tl.float32)
+    pointer = projection_ptr + head_start + dim
+    for _ in tl.static_range(NUM_PARTS):
+        first += tl.load(pointer, mask=is_dim, other=0).to(tl.float32)
+        second += tl.load(pointer + HALF, mask=is_dim, other=0).to(tl.float32)
+        pointer += num_rows * (NUM_HEADS + 2 * NUM_KEY_HEADS) * (2 * HALF)
     column = tl.load(column_ptr)
 
     # A value goes into the cache as it is.
@@ -188,14 +201,26 @@ def _rotate_and_store(
 
 
 @triton.jit
-def _swiglu(input_ptr, output_ptr, width, BLOCK: tl.constexpr):
-    """A piece of a row for each program: gates [R, :F] and values [R, F:] to [R, F]."""
+def _swiglu(input_ptr, output_ptr, num_rows, width, NUM_PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """A piece of a row for each program.
+
+    Args:
+        input_ptr: [parts, R, 2 F], which are added up: gates and values.
+        output_ptr: [R, F], written.
+        num_rows: R.
+        width: F.
+    """
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_column = column < width
-    gate = tl.load(input_ptr + row * 2 * width + column, mask=is_column, other=0).to(tl.float32)
-    up = tl.load(input_ptr + (row * 2 + 1) * width + column, mask=is_column, other=0)
-    output = gate * tl.sigmoid(gate) * up.to(tl.float32)
+    gate = tl.zeros([BLOCK], tl.float32)
+    up = tl.zeros([BLOCK], tl.float32)
+    pointer = input_ptr + row * 2 * width + column
+    for _ in tl.static_range(NUM_PARTS):
+        gate += tl.load(pointer, mask=is_column, other=0).to(tl.float32)
+        up += tl.load(pointer + width, mask=is_column, other=0).to(tl.float32)
+        pointer += num_rows * 2 * width
+    output = gate * tl.sigmoid(gate) * up
     tl.store(
         output_ptr + row * width + column, output.to(output_ptr.dtype.element_ty), mask=is_column
     )
@@ -314,6 +339,7 @@ def _attend_prefix(
     GROUP: tl.constexpr,
     NUM_KEY_HEADS: tl.constexpr,
     NUM_PARTS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
 ):
@@ -353,8 +379,8 @@ def _attend_prefix(
     running_sum = tl.zeros([BLOCK_QUERIES], tl.float32)
     running_max = running_sum + _LOWEST_SCORE
     accumulator = tl.zeros([BLOCK_QUERIES, PADDED_DIM], tl.float32)
-    for start in tl.static_range(0, _PREFIX_PART, _BLOCK_KEYS):
-        token = part * _PREFIX_PART + start + tl.arange(0, _BLOCK_KEYS)
+    for start in range(0, _PREFIX_PART, BLOCK_KEYS):
+        token = part * _PREFIX_PART + start + tl.arange(0, BLOCK_KEYS)
         offset = (first_key + token)[:, None] * HEAD_DIM + dim
         is_key = (token < prefix_length)[:, None] & is_dim
         key = tl.load(key_ptr + offset, mask=is_key, other=0)
@@ -396,6 +422,8 @@ def _attend_own(
     GROUP: tl.constexpr,
     NUM_KEY_HEADS: tl.constexpr,
     FIRST_PART: tl.constexpr,
+    OWN_PART: tl.constexpr,
+    OWN_BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
 ):
@@ -414,25 +442,38 @@ def _attend_own(
     query_offset = (row * num_heads + head).to(tl.int64)
     query = tl.load(query_ptr + query_offset * HEAD_DIM + dim, mask=is_dim, other=0).to(tl.float32)
 
-    # Read keys and values that are there.
-    column = part * _OWN_PART + tl.arange(0, _OWN_PART)
-    is_there = (column < num_columns) & (column <= tl.load(last_column_ptr))
-    is_key = tl.load(key_mask_ptr + row * num_columns + column, mask=is_there, other=0) != 0
-    first_key = (row * NUM_KEY_HEADS + head // GROUP).to(tl.int64) * num_columns
-    offset = (first_key + column)[:, None] * HEAD_DIM + dim
-    key = tl.load(key_ptr + offset, mask=is_key[:, None] & is_dim, other=0).to(tl.float32)
-    value = tl.load(value_ptr + offset, mask=is_key[:, None] & is_dim, other=0).to(tl.float32)
+    # A part behind the new token is empty; the lowest score gives it the weight 0.
+    last_column = tl.load(last_column_ptr)
+    part_offset = query_offset + (FIRST_PART + part).to(tl.int64) * num_rows * num_heads
+    if part * OWN_PART > last_column:
+        tl.store(log_sum_exp_ptr + part_offset, _LOWEST_SCORE)
+    else:
+        # Read keys and values that are there, rescaling the sums to the highest score so far.
+        first_key = (row * NUM_KEY_HEADS + head // GROUP).to(tl.int64) * num_columns
+        running_max = tl.zeros([1], tl.float32) + _LOWEST_SCORE
+        running_sum = tl.zeros([1], tl.float32)
+        accumulator = tl.zeros([PADDED_DIM], tl.float32)
+        for start in tl.static_range(0, OWN_PART, OWN_BLOCK):
+            column = part * OWN_PART + start + tl.arange(0, OWN_BLOCK)
+            is_there = (column < num_columns) & (column <= last_column)
+            is_key = tl.load(key_mask_ptr + row * num_columns + column, mask=is_there, other=0) != 0
+            offset = (first_key + column)[:, None] * HEAD_DIM + dim
+            is_number = is_key[:, None] & is_dim
+            key = tl.load(key_ptr + offset, mask=is_number, other=0).to(tl.float32)
+            value = tl.load(value_ptr + offset, mask=is_number, other=0).to(tl.float32)
+            score = tl.where(is_key, tl.sum(query * key, 1) * SCALING, -float("inf"))
+            previous_max = running_max
+            running_max = tl.maximum(running_max, tl.max(score, 0))
+            weight = tl.exp(score - running_max)
+            rescale = tl.exp(previous_max - running_max)
+            accumulator = accumulator * rescale + tl.sum(weight[:, None] * value, 0)
+            running_sum = running_sum * rescale + tl.sum(weight, 0)
 
-    # Where no column is there, the lowest score gives the part the weight 0.
-    score = tl.where(is_key, tl.sum(query * key, 1) * SCALING, -float("inf"))
-    highest = tl.maximum(tl.max(score, 0), _LOWEST_SCORE)
-    weight = tl.exp(score - highest)
-    total = tl.sum(weight, 0)
-    output = tl.sum(weight[:, None] * value, 0) / tl.maximum(total, 1e-30)
-    log_sum_exp = tl.where(total > 0, highest + tl.log(total), _LOWEST_SCORE)
-    query_offset += (FIRST_PART + part).to(tl.int64) * num_rows * num_heads
-    tl.store(output_ptr + query_offset * HEAD_DIM + dim, output, mask=is_dim)
-    tl.store(log_sum_exp_ptr + query_offset, log_sum_exp)
+        # Divide once, at the end.
+        output = accumulator / tl.maximum(running_sum, 1e-30)
+        log_sum_exp = tl.where(running_sum > 0, running_max + tl.log(running_sum), _LOWEST_SCORE)
+        tl.store(output_ptr + part_offset * HEAD_DIM + dim, output, mask=is_dim)
+        tl.store(log_sum_exp_ptr + part_offset + tl.arange(0, 1), log_sum_exp)
 
 
 @triton.jit
@@ -457,6 +498,9 @@ def _attend_parts(
     GROUP: tl.constexpr,
     NUM_KEY_HEADS: tl.constexpr,
     NUM_PREFIX_PARTS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    OWN_PART: tl.constexpr,
+    OWN_BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
 ):
@@ -472,7 +516,8 @@ def _attend_parts(
         key_mask_ptr: bool[R, Lr], columns that hold a token.
         last_column_ptr: int64[1], the column of the new token.
         output_ptr: float32[S, R, H, Dh], written: weighted mean of the values of a part.
-        log_sum_exp_ptr: float32[S, R, H], written: log of the sum of its scores' exponentials.
+        log_sum_exp_ptr: float32[S, R, H], written: log of the sum of its scores' exponentials. Of
+            an empty part it is the lowest score, and the output is not written.
         num_prefix_programs: programs of parts of prefixes, which come first.
         num_rows: R.
         max_responses: responses of the image that has most.
@@ -497,6 +542,7 @@ def _attend_parts(
             GROUP,
             NUM_KEY_HEADS,
             NUM_PREFIX_PARTS,
+            BLOCK_KEYS,
             HEAD_DIM,
             PADDED_DIM,
         )
@@ -516,6 +562,8 @@ def _attend_parts(
             GROUP,
             NUM_KEY_HEADS,
             NUM_PREFIX_PARTS,
+            OWN_PART,
+            OWN_BLOCK,
             HEAD_DIM,
             PADDED_DIM,
         )
@@ -567,7 +615,7 @@ def _merge_parts(
     log_sum_exp = tl.load(log_sum_exp_ptr + offset, mask=is_part, other=-float("inf"))
     weight = tl.exp(log_sum_exp - tl.max(log_sum_exp, 0))
     weight = weight / tl.sum(weight, 0)
-    is_number = is_part[:, None] & is_dim
+    is_number = (is_part & (log_sum_exp > _LOWEST_SCORE))[:, None] & is_dim
     parts = tl.load(part_ptr + offset[:, None] * HEAD_DIM + dim, mask=is_number, other=0)
     output = tl.sum(weight[:, None] * parts, 0)
     output_offset = (row * NUM_HEADS + head).to(tl.int64) * HEAD_DIM + dim
@@ -584,7 +632,7 @@ def decode_attention(
     num_columns = cache.own_keys.shape[2]
     group = num_heads // num_key_heads
     num_prefix_parts = triton.cdiv(prefix_length, _PREFIX_PART.value)
-    num_own_parts = triton.cdiv(num_columns, _OWN_PART.value)
+    num_own_parts = triton.cdiv(num_columns, _OWN_PART)
     num_parts = num_prefix_parts + num_own_parts
 
     # Allocate the results.
@@ -622,7 +670,11 @@ def decode_attention(
         SCALING=scaling,
         GROUP=group,
         NUM_KEY_HEADS=num_key_heads,
-        num_warps=2,
+        BLOCK_KEYS=_BLOCK_KEYS,
+        OWN_PART=_OWN_PART,
+        OWN_BLOCK=_OWN_BLOCK,
+        num_warps=_ATTENTION_WARPS,
+        num_stages=_ATTENTION_STAGES,
         **sizes,
     )
     _merge_parts[(num_rows, num_heads)](
@@ -677,10 +729,14 @@ def rotate_and_store(
     cache: SharedPrefixCache,
     index: DecodeIndex,
 ) -> Tensor:
-    """`decode_operations.rotate_and_store`; all tensors are contiguous."""
-    num_rows = len(projections)
+    """`decode_operations.rotate_and_store`; all tensors are contiguous.
+
+    ``projections`` in parts, float[parts, R, (H + 2 Hk) Dh], are added up.
+    """
+    num_rows = projections.shape[-2]
+    num_parts = projections.numel() // (num_rows * projections.shape[-1])
     num_key_heads, num_columns, head_dim = cache.own_keys.shape[1:]
-    num_heads = projections.shape[1] // head_dim - 2 * num_key_heads
+    num_heads = projections.shape[-1] // head_dim - 2 * num_key_heads
     query = cache.own_keys.new_empty(num_rows, num_heads, head_dim)
     query_norm, key_norm, epsilon = head_norms or (query, query, 0.0)
     _rotate_and_store[(num_rows, num_heads + 2 * num_key_heads)](
@@ -696,6 +752,7 @@ def rotate_and_store(
         num_columns,
         epsilon,
         HAS_NORMS=head_norms is not None,
+        NUM_PARTS=num_parts,
         NUM_HEADS=num_heads,
         NUM_KEY_HEADS=num_key_heads,
         HALF=head_dim // 2,
@@ -705,23 +762,29 @@ def rotate_and_store(
     return query
 
 
-def swiglu(gate_and_up: Tensor) -> Tensor:
-    """`decode_operations.swiglu`, for a contiguous tensor."""
-    num_rows, width = gate_and_up.shape[0], gate_and_up.shape[1] // 2
-    output = gate_and_up.new_empty(num_rows, width)
+def swiglu(gate_and_up: Tensor, dtype: torch.dtype) -> Tensor:
+    """`decode_operations.swiglu`, for a contiguous tensor.
+
+    One in parts, float[parts, R, 2 F], is added up.
+    """
+    num_rows, double_width = gate_and_up.shape[-2:]
+    width = double_width // 2
+    output = gate_and_up.new_empty(num_rows, width, dtype=dtype)
     _swiglu[(num_rows, triton.cdiv(width, _BLOCK_SWIGLU))](
-        gate_and_up, output, width, BLOCK=_BLOCK_SWIGLU
+        gate_and_up,
+        output,
+        num_rows,
+        width,
+        NUM_PARTS=gate_and_up.numel() // (num_rows * double_width),
+        BLOCK=_BLOCK_SWIGLU,
     )
     return output
 
 
-def float8_product(
-    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, in_parts: bool
-) -> Tensor:
+def float8_product(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """`decode_operations.float8_product`; all tensors are contiguous.
 
-    With ``in_parts`` the result may be float32[parts, R, out], of which `add_and_normalize` takes
-    the sum.
+    The result may be float32[parts, R, out]. The other operations take the sum of the parts.
     """
     num_rows, num_in = x.shape
     num_out, num_padded_in = codes.shape
@@ -747,10 +810,9 @@ def float8_product(
 
     # Multiply; few outputs are summed in parts, so that there are enough programs.
     num_out_blocks = triton.cdiv(num_out, _BLOCK_OUT)
-    num_parts = 1
-    if in_parts:
-        num_parts = max(_MIN_PROGRAMS // (num_out_blocks * num_row_blocks), 1)
-        num_parts = min(num_parts, _MAX_PARTS, num_groups)
+    min_programs = _MIN_PROGRAMS if block_rows <= 64 else _MIN_LARGE_PROGRAMS
+    num_parts = triton.next_power_of_2(triton.cdiv(min_programs, num_out_blocks * num_row_blocks))
+    num_parts = min(num_parts, _MAX_PARTS, num_groups)
     dtype = x.dtype if num_parts == 1 else torch.float32
     output = torch.empty(num_parts, num_rows, num_out, dtype=dtype, device=x.device)
     _multiply_codes[(num_out_blocks, num_row_blocks, num_parts)](

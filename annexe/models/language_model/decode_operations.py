@@ -212,15 +212,13 @@ def _attend(
     return output
 
 
-def swiglu(gate_and_up: Tensor) -> Tensor:
-    """Gate of an MLP (SwiGLU, arXiv 2002.05202): [R, 2 F] -> [R, F]."""
+def swiglu(gate_and_up: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gate of an MLP (SwiGLU, arXiv 2002.05202): [R, 2 F] -> [R, F] of ``dtype``."""
     gate, up = gate_and_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return (F.silu(gate) * up).to(dtype)
 
 
-def float8_product(
-    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, in_parts: bool
-) -> Tensor:
+def float8_product(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """Multiply with the transpose of a weight that is kept in float8.
 
     The inputs are rounded to float8, too, in groups with a scale each.
@@ -230,10 +228,10 @@ def float8_product(
         codes: e4m3[out, groups * FLOAT8_GROUP], 0 behind the numbers of a row.
         scales: float32[out, 1].
         bias: float[out], or None.
-        in_parts: for kernels, which may leave the result in parts.
 
     Returns:
-        float[R, out], of the dtype of ``x``.
+        float[R, out], of the dtype of ``x``. Kernels may leave it in parts, float[parts, R, out],
+        which the other kernels add up.
     """
     padded = F.pad(x, (0, codes.shape[1] - x.shape[1]))
     x_codes, x_scales = quantize_rows(padded.reshape(-1, FLOAT8_GROUP))
