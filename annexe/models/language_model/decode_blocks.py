@@ -9,7 +9,9 @@ between two products is one operation (`annexe.models.language_model.decode_oper
       -> add and normalize -> gate, up -> SwiGLU -> down: update for the next block
 
 The weights of a joint product replace those of the layers, which become views of it, so that they
-are in memory once. With float8 the products have weights of their own beside those of the layers.
+are in memory once. With float8 the layers themselves become `Float8Linear`, so that prompts are
+read in float8 as well. They stay beside the products where sizes do not allow that, or where
+products are not in bfloat16, which is what a `Float8Linear` gives.
 
 Legend: R responses, D width of the language model, F width of an MLP's hidden layer, H query heads,
 Hk key heads, Dh width of a head.
@@ -28,8 +30,8 @@ from torch import Tensor, nn
 from annexe.errors import UserError
 from annexe.models.language_model.attention import operations_on
 from annexe.models.language_model.causal_lm import CausalLM
-from annexe.models.language_model.decode_operations import FLOAT8_GROUP
-from annexe.models.language_model.float8 import quantize_rows
+from annexe.models.language_model.decode_operations import FLOAT8, FLOAT8_GROUP, GroupCodes
+from annexe.models.language_model.float8 import Float8Linear, quantize_rows
 from annexe.models.language_model.kv_cache import DecodeIndex, DraftIndex, SharedPrefixCache
 from annexe.models.language_model.support import head_dim_of
 
@@ -57,8 +59,8 @@ class Product:
     bias: Tensor | None  # float[out]
 
     def __call__(self, x: Tensor, operations: ModuleType) -> Tensor:
-        """Multiply float[R, in] to float[R, out]."""
-        return F.linear(x, self.weight, self.bias)
+        """Multiply float[R, ...], of ``in`` numbers a row, to float[R, out]."""
+        return F.linear(x.flatten(1), self.weight, self.bias)
 
 
 @dataclass
@@ -68,10 +70,11 @@ class Float8Product:
     codes: Tensor  # e4m3[out, in], in rounded up to a multiple of FLOAT8_GROUP
     scales: Tensor  # float32[out, 1]
     bias: Tensor | None  # float[out]
+    dtype: torch.dtype  # of the result
 
-    def __call__(self, x: Tensor, operations: ModuleType) -> Tensor:
-        """Multiply float[R, in] to float[R, out], or to float[parts, R, out]."""
-        return operations.float8_product(x, self.codes, self.scales, self.bias)
+    def __call__(self, x: Tensor | GroupCodes, operations: ModuleType) -> Tensor:
+        """Multiply float[R, ...], or its codes, to float[R, out], or to float[parts, R, out]."""
+        return operations.float8_product(x, self.codes, self.scales, self.bias, self.dtype)
 
 
 AnyProduct = Product | Float8Product
@@ -107,6 +110,7 @@ class DecodingBlocks:
             _require_float8()
         dtype = autocast_dtype or model.norm.weight.dtype
         self.dtype = dtype
+        self.input_dtype = FLOAT8 if float8 else dtype  # of what products take
         self.scaling = model.layers[0].self_attn.scaling
         self.head_dim = language_model.head_dim
         self.num_key_heads = model.config.num_key_value_heads
@@ -118,14 +122,12 @@ class DecodingBlocks:
             mlp = layer.mlp
             block = DecodingBlock(
                 attention_norm=_norm(layer.input_layernorm),
-                projections=_join(
-                    [attention.q_proj, attention.k_proj, attention.v_proj], dtype, float8
-                ),
+                projections=_join(attention, ["q_proj", "k_proj", "v_proj"], dtype, float8),
                 head_norms=_head_norms(attention),
-                output=_join([attention.o_proj], dtype, float8),
+                output=_join(attention, ["o_proj"], dtype, float8),
                 mlp_norm=_norm(layer.post_attention_layernorm),
-                gate_and_up=_join([mlp.gate_proj, mlp.up_proj], dtype, float8),
-                down=_join([mlp.down_proj], dtype, float8),
+                gate_and_up=_join(mlp, ["gate_proj", "up_proj"], dtype, float8),
+                down=_join(mlp, ["down_proj"], dtype, float8),
             )
             self.blocks.append(block)
 
@@ -154,21 +156,26 @@ class DecodingBlocks:
         with torch.autocast(x.device.type, enabled=False):
             for block, cache in zip(self.blocks, caches, strict=True):
                 # Attention
+                norm = block.attention_norm
                 normalized = operations.add_and_normalize(
-                    x, update, block.attention_norm.weight, block.attention_norm.epsilon, self.dtype
+                    x, update, norm.weight, norm.epsilon, self.input_dtype
                 )
                 projections = block.projections(normalized, operations)
                 query = operations.rotate_and_store(
                     projections, angles, block.head_norms, cache, index
                 )
-                attended = operations.decode_attention(query, cache, index, self.scaling)
-                update = block.output(attended.flatten(1).to(self.dtype), operations)
+                attended = operations.decode_attention(
+                    query, cache, index, self.scaling, self.input_dtype
+                )
+                update = block.output(attended, operations)
 
                 # MLP
+                norm = block.mlp_norm
                 normalized = operations.add_and_normalize(
-                    x, update, block.mlp_norm.weight, block.mlp_norm.epsilon, self.dtype
+                    x, update, norm.weight, norm.epsilon, self.input_dtype
                 )
-                hidden = operations.swiglu(block.gate_and_up(normalized, operations), self.dtype)
+                gate_and_up = block.gate_and_up(normalized, operations)
+                hidden = operations.swiglu(gate_and_up, self.input_dtype)
                 update = block.down(hidden, operations)
             return operations.add_and_normalize(
                 x, update, self.final_norm.weight, self.final_norm.epsilon, x.dtype
@@ -233,23 +240,28 @@ def _head_norms(attention: Any) -> tuple[Tensor, Tensor, float] | None:
 
 
 @torch.no_grad()
-def _join(modules: list[Any], dtype: torch.dtype, float8: bool) -> AnyProduct:
-    """One product in place of several of the same input, whose results follow each other."""
+def _join(parent: Any, names: list[str], dtype: torch.dtype, float8: bool) -> AnyProduct:
+    """One product in place of several of the same input, whose results follow each other.
+
+    Args:
+        parent: the module that the layers are parts of; they are replaced or become views.
+        names: of the layers.
+        dtype: of the product.
+        float8: keep the weight in float8.
+    """
     layers = []
-    for module in modules:
-        layer = _plain_layer(module)
+    for name in names:
+        layer = _plain_layer(getattr(parent, name))
         assert layer is not None
         layers.append(layer)
-    weight = torch.cat([layer.weight.detach() for layer in layers])  # [out, in]
     bias = None
     if layers[0].bias is not None:
         bias = torch.cat([layer.bias.detach() for layer in layers]).to(dtype)
+    if float8:
+        return _join_float8(parent, dict(zip(names, layers, strict=True)), bias, dtype)
 
     # Weights of another kind, beside those of the layers
-    if float8:
-        padding = -weight.shape[1] % FLOAT8_GROUP
-        codes, scales = quantize_rows(F.pad(weight, (0, padding)))
-        return Float8Product(codes, scales, bias)
+    weight = torch.cat([layer.weight.detach() for layer in layers])  # [out, in]
     if weight.dtype != dtype:
         return Product(weight.to(dtype), bias)
 
@@ -261,3 +273,27 @@ def _join(modules: list[Any], dtype: torch.dtype, float8: bool) -> AnyProduct:
         layer.weight.data = weight[start : start + layer.out_features]
         start += layer.out_features
     return Product(weight, bias)
+
+
+def _join_float8(
+    parent: Any, layers: dict[str, nn.Linear], bias: Tensor | None, dtype: torch.dtype
+) -> Float8Product:
+    """`_join` in float8: ``layers``, by name, are replaced by ones with the same codes."""
+    weights = [layer.weight.detach() for layer in layers.values()]
+    sides = [side for weight in weights for side in weight.shape]
+    if dtype != torch.bfloat16 or any(side % FLOAT8_GROUP for side in sides):
+        padding = -weights[0].shape[1] % FLOAT8_GROUP
+        codes, scales = quantize_rows(F.pad(torch.cat(weights), (0, padding)))
+        return Float8Product(codes, scales, bias, dtype)
+
+    # Prompts are read with views of the joint weight.
+    codes, scales = quantize_rows(torch.cat(weights))
+    start = 0
+    for name, layer in layers.items():
+        rows = slice(start, start + layer.out_features)
+        start += layer.out_features
+        coarse = Float8Linear(layer, passes_gradient=False)
+        coarse.weight.data = codes[rows].view(torch.int8)
+        coarse.scales = scales[rows]
+        setattr(parent, name, coarse)
+    return Float8Product(codes, scales, bias, dtype)

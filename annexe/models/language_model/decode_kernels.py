@@ -41,7 +41,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from annexe.models.language_model.decode_operations import FLOAT8_GROUP
+from annexe.models.language_model.decode_operations import FLOAT8, FLOAT8_GROUP, GroupCodes
 from annexe.models.language_model.kv_cache import DecodeIndex, SharedPrefixCache
 
 # Queries of an image that a program takes together: the fewest rows that tensor cores multiply.
@@ -71,16 +71,53 @@ _BLOCK_SWIGLU = 1024
 
 
 @triton.jit
+def _store_codes(
+    numbers,
+    code_ptr,
+    scale_ptr,
+    row,
+    first_group,
+    num_groups,
+    num_padded_rows,
+    GROUP: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+):
+    """Round some groups of a row to e4m3 with a scale of its own for each.
+
+    Args:
+        numbers: float32[NUM_GROUPS * GROUP].
+        code_ptr: e4m3[padded rows, groups, GROUP], written.
+        scale_ptr: float32[groups, padded rows], written.
+        row: the row.
+        first_group: group of the first number.
+        num_groups: groups of a row.
+        num_padded_rows: a multiple of the rows that a product takes.
+    """
+    groups = tl.reshape(numbers, [NUM_GROUPS, GROUP])
+    group = first_group + tl.arange(0, NUM_GROUPS)
+    scale = tl.maximum(tl.max(tl.abs(groups), 1), 1e-12) / 448.0  # the largest e4m3 number
+    codes = (groups / scale[:, None]).to(code_ptr.dtype.element_ty)
+    is_group = group < num_groups
+    offset = (row * num_groups + group)[:, None] * GROUP + tl.arange(0, GROUP)
+    tl.store(code_ptr + offset, codes, mask=is_group[:, None])
+    tl.store(scale_ptr + group * num_padded_rows + row, scale, mask=is_group)
+
+
+@triton.jit
 def _add_and_normalize(
     x_ptr,
     update_ptr,
     weight_ptr,
     output_ptr,
+    scale_ptr,
     num_rows,
+    num_groups,
+    num_padded_rows,
     epsilon,
     NUM_UPDATES: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDED_WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """A row for each program.
 
@@ -88,13 +125,17 @@ def _add_and_normalize(
         x_ptr: [R, D], changed in place if there are updates.
         update_ptr: [updates, R, D].
         weight_ptr: [D].
-        output_ptr: [R, D], written.
+        output_ptr: [R, D], written; with GROUP above 0 as codes, of `_store_codes`.
+        scale_ptr: of `_store_codes`.
         num_rows: R.
+        num_groups: groups of a row.
+        num_padded_rows: a multiple of the rows that a product takes.
         epsilon: added to the mean of the squares.
     """
+    row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, PADDED_WIDTH)
     is_column = column < WIDTH
-    offset = tl.program_id(0).to(tl.int64) * WIDTH + column
+    offset = row * WIDTH + column
     x = tl.load(x_ptr + offset, mask=is_column, other=0)
     if NUM_UPDATES > 0:
         update = tl.zeros([PADDED_WIDTH], tl.float32)
@@ -107,7 +148,20 @@ def _add_and_normalize(
     mean = tl.sum(x * x, 0) / WIDTH
     weight = tl.load(weight_ptr + column, mask=is_column, other=0).to(tl.float32)
     output = x * tl.rsqrt(mean + epsilon) * weight
-    tl.store(output_ptr + offset, output.to(output_ptr.dtype.element_ty), mask=is_column)
+    if GROUP > 0:
+        _store_codes(
+            output,
+            output_ptr,
+            scale_ptr,
+            row,
+            0,
+            num_groups,
+            num_padded_rows,
+            GROUP,
+            PADDED_WIDTH // GROUP,
+        )
+    else:
+        tl.store(output_ptr + offset, output.to(output_ptr.dtype.element_ty), mask=is_column)
 
 
 @triton.jit
@@ -201,14 +255,28 @@ def _rotate_and_store(
 
 
 @triton.jit
-def _swiglu(input_ptr, output_ptr, num_rows, width, NUM_PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def _swiglu(
+    input_ptr,
+    output_ptr,
+    scale_ptr,
+    num_rows,
+    width,
+    num_groups,
+    num_padded_rows,
+    NUM_PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     """A piece of a row for each program.
 
     Args:
         input_ptr: [parts, R, 2 F], which are added up: gates and values.
-        output_ptr: [R, F], written.
+        output_ptr: [R, F], written; with GROUP above 0 as codes, of `_store_codes`.
+        scale_ptr: of `_store_codes`.
         num_rows: R.
         width: F.
+        num_groups: groups of a row.
+        num_padded_rows: a multiple of the rows that a product takes.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -221,9 +289,21 @@ def _swiglu(input_ptr, output_ptr, num_rows, width, NUM_PARTS: tl.constexpr, BLO
         up += tl.load(pointer + width, mask=is_column, other=0).to(tl.float32)
         pointer += num_rows * 2 * width
     output = gate * tl.sigmoid(gate) * up
-    tl.store(
-        output_ptr + row * width + column, output.to(output_ptr.dtype.element_ty), mask=is_column
-    )
+    if GROUP > 0:
+        _store_codes(
+            output,
+            output_ptr,
+            scale_ptr,
+            row,
+            tl.program_id(1) * (BLOCK // GROUP),
+            num_groups,
+            num_padded_rows,
+            GROUP,
+            BLOCK // GROUP,
+        )
+    else:
+        output = output.to(output_ptr.dtype.element_ty)
+        tl.store(output_ptr + row * width + column, output, mask=is_column)
 
 
 @triton.jit
@@ -577,14 +657,17 @@ def _merge_parts(
     part_ptr,
     log_sum_exp_ptr,
     output_ptr,
+    scale_ptr,
     num_rows,
     max_responses,
+    num_padded_rows,
     NUM_PREFIX_PARTS: tl.constexpr,
     NUM_PARTS: tl.constexpr,
     PADDED_PARTS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
+    IN_CODES: tl.constexpr,
 ):
     """The parts of a query for each program.
 
@@ -594,9 +677,11 @@ def _merge_parts(
         index_in_image_ptr: int64[R].
         part_ptr: float32[S, R, H, Dh], from `_attend_parts`.
         log_sum_exp_ptr: float32[S, R, H], from `_attend_parts`.
-        output_ptr: [R, H, Dh], written.
+        output_ptr: [R, H, Dh], written; with IN_CODES as codes, of `_store_codes`, a head a group.
+        scale_ptr: of `_store_codes`.
         num_rows: R.
         max_responses: responses of the image that has most.
+        num_padded_rows: a multiple of the rows that a product takes.
     """
     row = tl.program_id(0)
     head = tl.program_id(1)
@@ -618,13 +703,56 @@ def _merge_parts(
     is_number = (is_part & (log_sum_exp > _LOWEST_SCORE))[:, None] & is_dim
     parts = tl.load(part_ptr + offset[:, None] * HEAD_DIM + dim, mask=is_number, other=0)
     output = tl.sum(weight[:, None] * parts, 0)
-    output_offset = (row * NUM_HEADS + head).to(tl.int64) * HEAD_DIM + dim
-    tl.store(output_ptr + output_offset, output.to(output_ptr.dtype.element_ty), mask=is_dim)
+    if IN_CODES:
+        _store_codes(
+            output, output_ptr, scale_ptr, row, head, NUM_HEADS, num_padded_rows, HEAD_DIM, 1
+        )
+    else:
+        output_offset = (row * NUM_HEADS + head).to(tl.int64) * HEAD_DIM + dim
+        tl.store(output_ptr + output_offset, output.to(output_ptr.dtype.element_ty), mask=is_dim)
+
+
+def _block_rows(num_rows: int) -> int:
+    """Rows that a program of `_multiply_codes` takes."""
+    return min(max(triton.next_power_of_2(num_rows), _BLOCK_QUERIES), _MAX_BLOCK_ROWS)
+
+
+def _empty_codes(num_rows: int, num_in: int, device: torch.device) -> GroupCodes:
+    """Memory for the codes of float[num_rows, num_in], with the rows that a product takes."""
+    num_padded_rows = triton.cdiv(num_rows, _block_rows(num_rows)) * _block_rows(num_rows)
+    num_groups = triton.cdiv(num_in, FLOAT8_GROUP)
+    codes = torch.empty(num_padded_rows, num_groups * FLOAT8_GROUP, dtype=FLOAT8, device=device)
+    scales = torch.empty(num_groups, num_padded_rows, dtype=torch.float32, device=device)
+    return GroupCodes(codes, scales, num_rows)
+
+
+def _round_groups(x: Tensor) -> GroupCodes:
+    """`decode_operations.round_groups`, for a contiguous tensor."""
+    num_rows = len(x)
+    num_in = x.numel() // num_rows
+    rounded = _empty_codes(num_rows, num_in, x.device)
+    num_groups, num_padded_rows = rounded.scales.shape
+    _quantize_groups[(num_padded_rows, num_groups)](
+        x,
+        rounded.codes,
+        rounded.scales,
+        num_rows,
+        num_in,
+        num_groups,
+        num_padded_rows,
+        GROUP=FLOAT8_GROUP,
+        num_warps=1,
+    )
+    return rounded
 
 
 def decode_attention(
-    query: Tensor, cache: SharedPrefixCache, index: DecodeIndex, scaling: float
-) -> Tensor:
+    query: Tensor,
+    cache: SharedPrefixCache,
+    index: DecodeIndex,
+    scaling: float,
+    dtype: torch.dtype | None = None,
+) -> Tensor | GroupCodes:
     """`decode_operations.decode_attention`; all tensors are contiguous."""
     num_rows, num_heads, head_dim = query.shape
     num_images, max_responses = index.row_index.shape
@@ -637,7 +765,13 @@ def decode_attention(
 
     # Allocate the results.
     query = query.contiguous()
-    output = torch.empty_like(query)
+    rounded = None
+    if dtype == FLOAT8:
+        rounded = _empty_codes(num_rows, num_heads * head_dim, query.device)
+    if rounded is not None and head_dim == FLOAT8_GROUP:
+        output = rounded.codes
+    else:
+        output = torch.empty_like(query, dtype=None if dtype == FLOAT8 else dtype)
     parts = query.new_empty(num_parts, num_rows, num_heads, head_dim, dtype=torch.float32)
     log_sum_exp = query.new_empty(num_parts, num_rows, num_heads, dtype=torch.float32)
 
@@ -684,20 +818,41 @@ def decode_attention(
         parts,
         log_sum_exp,
         output,
+        log_sum_exp if rounded is None else rounded.scales,
         num_rows,
         max_responses,
+        0 if rounded is None else rounded.scales.shape[1],
         NUM_PARTS=num_parts,
         PADDED_PARTS=triton.next_power_of_2(num_parts),
         NUM_HEADS=num_heads,
+        IN_CODES=output.dtype == FLOAT8,
         num_warps=1,
         **sizes,
     )
+    if rounded is not None:
+        return rounded if output.dtype == FLOAT8 else _round_groups(output)
     return output
+
+
+def _outputs(
+    num_rows: int, width: int, like: Tensor, dtype: torch.dtype
+) -> tuple[Tensor | GroupCodes, Tensor, Tensor, int, int]:
+    """What an operation returns, and its tensors as a kernel takes them.
+
+    Returns:
+        The result float[num_rows, width] or its codes, the tensor to write to, the scales of codes,
+        groups of a row, and rows of the codes.
+    """
+    if dtype != FLOAT8:
+        output = like.new_empty(num_rows, width, dtype=dtype)
+        return output, output, output, 0, 0
+    rounded = _empty_codes(num_rows, width, like.device)
+    return rounded, rounded.codes, rounded.scales, *rounded.scales.shape
 
 
 def add_and_normalize(
     x: Tensor, update: Tensor | None, weight: Tensor, epsilon: float, dtype: torch.dtype
-) -> Tensor:
+) -> Tensor | GroupCodes:
     """`decode_operations.add_and_normalize`; all tensors are contiguous.
 
     An ``update`` in parts, float[parts, R, D], is added up.
@@ -706,17 +861,21 @@ def add_and_normalize(
     num_updates = 0
     if update is not None:
         num_updates = update.numel() // x.numel()
-    output = torch.empty_like(x, dtype=dtype)
+    output, codes, scales, num_groups, num_padded_rows = _outputs(num_rows, width, x, dtype)
     _add_and_normalize[(num_rows,)](
         x,
         x if update is None else update,
         weight,
-        output,
+        codes,
+        scales,
         num_rows,
+        num_groups,
+        num_padded_rows,
         epsilon,
         NUM_UPDATES=num_updates,
         WIDTH=width,
-        PADDED_WIDTH=triton.next_power_of_2(width),
+        PADDED_WIDTH=max(triton.next_power_of_2(width), FLOAT8_GROUP),
+        GROUP=FLOAT8_GROUP if dtype == FLOAT8 else 0,
         num_warps=8,
     )
     return output
@@ -762,62 +921,64 @@ def rotate_and_store(
     return query
 
 
-def swiglu(gate_and_up: Tensor, dtype: torch.dtype) -> Tensor:
+def swiglu(gate_and_up: Tensor, dtype: torch.dtype) -> Tensor | GroupCodes:
     """`decode_operations.swiglu`, for a contiguous tensor.
 
     One in parts, float[parts, R, 2 F], is added up.
     """
     num_rows, double_width = gate_and_up.shape[-2:]
     width = double_width // 2
-    output = gate_and_up.new_empty(num_rows, width, dtype=dtype)
+    output, codes, scales, num_groups, num_padded_rows = _outputs(
+        num_rows, width, gate_and_up, dtype
+    )
     _swiglu[(num_rows, triton.cdiv(width, _BLOCK_SWIGLU))](
         gate_and_up,
-        output,
+        codes,
+        scales,
         num_rows,
         width,
+        num_groups,
+        num_padded_rows,
         NUM_PARTS=gate_and_up.numel() // (num_rows * double_width),
         BLOCK=_BLOCK_SWIGLU,
+        GROUP=FLOAT8_GROUP if dtype == FLOAT8 else 0,
     )
     return output
 
 
-def float8_product(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+def float8_product(
+    x: Tensor | GroupCodes,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
     """`decode_operations.float8_product`; all tensors are contiguous.
 
     The result may be float32[parts, R, out]. The other operations take the sum of the parts.
     """
-    num_rows, num_in = x.shape
-    num_out, num_padded_in = codes.shape
-    num_groups = num_padded_in // FLOAT8_GROUP
-    block_rows = min(max(triton.next_power_of_2(num_rows), _BLOCK_QUERIES), _MAX_BLOCK_ROWS)
-    num_row_blocks = triton.cdiv(num_rows, block_rows)
-    num_padded_rows = num_row_blocks * block_rows
+    inputs = _round_groups(x) if isinstance(x, Tensor) else x
+    num_rows = inputs.num_rows
+    num_groups, num_padded_rows = inputs.scales.shape
+    num_out = len(codes)
+    block_rows = _block_rows(num_rows)
+    num_row_blocks = num_padded_rows // block_rows
 
-    # Quantize the inputs.
-    x_codes = torch.empty(num_padded_rows, num_padded_in, dtype=codes.dtype, device=x.device)
-    x_scales = torch.empty(num_groups, num_padded_rows, dtype=torch.float32, device=x.device)
-    _quantize_groups[(num_padded_rows, num_groups)](
-        x,
-        x_codes,
-        x_scales,
-        num_rows,
-        num_in,
-        num_groups,
-        num_padded_rows,
-        GROUP=FLOAT8_GROUP,
-        num_warps=1,
-    )
-
-    # Multiply; few outputs are summed in parts, so that there are enough programs.
+    # Few outputs are summed in parts, so that there are enough programs.
     num_out_blocks = triton.cdiv(num_out, _BLOCK_OUT)
     min_programs = _MIN_PROGRAMS if block_rows <= 64 else _MIN_LARGE_PROGRAMS
     num_parts = triton.next_power_of_2(triton.cdiv(min_programs, num_out_blocks * num_row_blocks))
     num_parts = min(num_parts, _MAX_PARTS, num_groups)
-    dtype = x.dtype if num_parts == 1 else torch.float32
-    output = torch.empty(num_parts, num_rows, num_out, dtype=dtype, device=x.device)
+    output = torch.empty(
+        num_parts,
+        num_rows,
+        num_out,
+        dtype=dtype if num_parts == 1 else torch.float32,
+        device=codes.device,
+    )
     _multiply_codes[(num_out_blocks, num_row_blocks, num_parts)](
-        x_codes,
-        x_scales,
+        inputs.codes,
+        inputs.scales,
         codes,
         scales,
         scales if bias is None else bias,

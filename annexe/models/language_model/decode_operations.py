@@ -13,6 +13,8 @@ H query heads, Hk key heads, G query heads for each key head (H / Hk), Dh width 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,13 +26,34 @@ from annexe.models.language_model.kv_cache import (
     SharedPrefixCache,
 )
 
+FLOAT8 = torch.float8_e4m3fn
 # Numbers of a row that are multiplied at a time where both factors are in float8
 FLOAT8_GROUP = 128
 
 
+class GroupCodes(NamedTuple):
+    """Inputs of a product, rounded to float8 in groups of FLOAT8_GROUP numbers of a row.
+
+    Kernels need not write rows behind the last one.
+    """
+
+    codes: Tensor  # e4m3[R or more, groups * FLOAT8_GROUP], 0 behind the numbers of a row
+    scales: Tensor  # float32[groups, R or more]
+    num_rows: int  # R
+
+
+def round_groups(x: Tensor) -> GroupCodes:
+    """Round float[R, ...] row by row."""
+    rows = x.flatten(1)
+    groups = F.pad(rows, (0, -rows.shape[1] % FLOAT8_GROUP)).unflatten(1, (-1, FLOAT8_GROUP))
+    codes, scales = quantize_rows(groups.flatten(0, 1))
+    scales = scales.view(groups.shape[:2]).T.contiguous()
+    return GroupCodes(codes.view(len(rows), -1), scales, len(rows))
+
+
 def add_and_normalize(
     x: Tensor, update: Tensor | None, weight: Tensor, epsilon: float, dtype: torch.dtype
-) -> Tensor:
+) -> Tensor | GroupCodes:
     """Add what a block computed, and normalize the sum (RMSNorm, arXiv 1910.07467) in float32.
 
     Args:
@@ -38,16 +61,17 @@ def add_and_normalize(
         update: float[R, D], what is added; None = nothing.
         weight: float[D].
         epsilon: added to the mean of the squares.
-        dtype: of the result.
+        dtype: of the result; e4m3 for codes.
 
     Returns:
-        float[R, D].
+        float[R, D], or its codes.
     """
     if update is not None:
         x += update
     wide = x.float()
     scale = (wide * wide).mean(-1, keepdim=True).add_(epsilon).rsqrt_()
-    return (wide * scale).mul_(weight).to(dtype)
+    output = (wide * scale).mul_(weight)
+    return round_groups(output) if dtype == FLOAT8 else output.to(dtype)
 
 
 def rotate_and_store(
@@ -121,8 +145,12 @@ def rotate(
 
 
 def decode_attention(
-    query: Tensor, cache: SharedPrefixCache, index: DecodeIndex | DraftIndex, scaling: float
-) -> Tensor:
+    query: Tensor,
+    cache: SharedPrefixCache,
+    index: DecodeIndex | DraftIndex,
+    scaling: float,
+    dtype: torch.dtype | None = None,
+) -> Tensor | GroupCodes:
     """Attention of new tokens, whose keys and values are in ``cache`` already.
 
     The prefix of an image is read once for all its responses, whose queries are laid out side by
@@ -134,10 +162,19 @@ def decode_attention(
         cache: keys and values.
         index: which response reads which prefix.
         scaling: factor of the scores before the softmax.
+        dtype: of the result, by default that of ``query``; e4m3 for codes.
 
     Returns:
-        As ``query``.
+        As ``query``, or its codes.
     """
+    output = _attend_all(query, cache, index, scaling)
+    return round_groups(output) if dtype == FLOAT8 else output.to(dtype or query.dtype)
+
+
+def _attend_all(
+    query: Tensor, cache: SharedPrefixCache, index: DecodeIndex | DraftIndex, scaling: float
+) -> Tensor:
+    """`decode_attention` without rounding."""
     num_key_heads = cache.own_keys.shape[1]
     query = (query * scaling).unflatten(1, (num_key_heads, -1))  # [M, Hk, G, Dh]
     if not isinstance(index, DraftIndex):
@@ -212,29 +249,43 @@ def _attend(
     return output
 
 
-def swiglu(gate_and_up: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gate of an MLP (SwiGLU, arXiv 2002.05202): [R, 2 F] -> [R, F] of ``dtype``."""
-    gate, up = gate_and_up.chunk(2, dim=-1)
-    return (F.silu(gate) * up).to(dtype)
-
-
-def float8_product(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """Multiply with the transpose of a weight that is kept in float8.
-
-    The inputs are rounded to float8, too, in groups with a scale each.
+def swiglu(gate_and_up: Tensor, dtype: torch.dtype) -> Tensor | GroupCodes:
+    """Gate of an MLP (SwiGLU, arXiv 2002.05202).
 
     Args:
-        x: float[R, in].
+        gate_and_up: float[R, 2 F].
+        dtype: of the result; e4m3 for codes.
+
+    Returns:
+        float[R, F], or its codes.
+    """
+    gate, up = gate_and_up.chunk(2, dim=-1)
+    output = F.silu(gate) * up
+    return round_groups(output) if dtype == FLOAT8 else output.to(dtype)
+
+
+def float8_product(
+    x: Tensor | GroupCodes,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Multiply with the transpose of a weight that is kept in float8.
+
+    Args:
+        x: float[R, ...], or its codes, to which it is rounded.
         codes: e4m3[out, groups * FLOAT8_GROUP], 0 behind the numbers of a row.
         scales: float32[out, 1].
         bias: float[out], or None.
+        dtype: of the result.
 
     Returns:
-        float[R, out], of the dtype of ``x``. Kernels may leave it in parts, float[parts, R, out],
-        which the other kernels add up.
+        float[R, out]. Kernels may leave it in parts, float32[parts, R, out], which the other
+        kernels add up.
     """
-    padded = F.pad(x, (0, codes.shape[1] - x.shape[1]))
-    x_codes, x_scales = quantize_rows(padded.reshape(-1, FLOAT8_GROUP))
-    rounded = (x_codes.float() * x_scales).view(padded.shape)
+    inputs = round_groups(x) if isinstance(x, Tensor) else x
+    groups = inputs.codes.float().unflatten(1, (-1, FLOAT8_GROUP))
+    rounded = (groups * inputs.scales.T[..., None]).flatten(1)
     product = F.linear(rounded, codes.float() * scales, None if bias is None else bias.float())
-    return product.to(x.dtype)
+    return product.to(dtype)
