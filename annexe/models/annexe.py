@@ -293,6 +293,11 @@ class Annexe(nn.Module):
         else:
             encoding, prefill = self._prefill(batch)
 
+        # Depth on its way to the host, where it is long before the first look at tokens
+        depth = encoding.depth.depth
+        if depth is not None:
+            depth = depth.float().to("cpu", non_blocking=True)
+
         # Masks and tokens, in the order that the pixel decoder needs
         places = _places(batch)
         on_tokens = None if on_text is None else self._tell_texts(places, on_text)
@@ -308,8 +313,7 @@ class Annexe(nn.Module):
 
         # Images, each with its analysis
         texts = [self.language_model.tokenizer.decode(row) for row in responses.tokens]
-        depth = encoding.depth.depth
-        depth_maps = [None] * len(batch.images) if depth is None else depth.float().cpu().numpy()
+        depth_maps = [None] * len(batch.images) if depth is None else depth.numpy()
         images = [ImageResponses("", depth_map, []) for depth_map in depth_maps]
         for (image, query), text in zip(places, texts, strict=True):
             if query is None:

@@ -39,6 +39,7 @@ from annexe.models.language_model.kv_cache import (
     CachePool,
     CacheShape,
     Prefill,
+    PromptColumns,
     SharedPrefixCache,
 )
 from annexe.models.language_model.prompt_reading import read_prompts
@@ -379,13 +380,15 @@ class GreedyDecoder:
 
         # Fill them from the prompts or from the previous step.
         column = first_column + num_generated
-        for layer, cache in enumerate(step.caches):
-            if previous is None:
-                branch = state.response_index.clamp(min=0)
-                prefill_cache = prefill.prefill_caches[layer]
-                cache.load_prefill(prefill_cache, prefill.text, branch, state.key_mask)
-            else:
-                cache.load_rows(previous.caches[layer], rows.clamp(min=0), column)
+        if previous is None:
+            branch = state.response_index.clamp(min=0)
+            prompts = PromptColumns.of(prefill.text, branch, state.key_mask, num_copied)
+            for cache, prefill_cache in zip(step.caches, prefill.prefill_caches, strict=True):
+                cache.load_prefill(prefill_cache, prompts)
+        else:
+            copied = rows.clamp(min=0)
+            for cache, previous_cache in zip(step.caches, previous.caches, strict=True):
+                cache.load_rows(previous_cache, copied, column)
         if isinstance(step, DecodeStep):
             step.load(state, column, num_generated)
         return step

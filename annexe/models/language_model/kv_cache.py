@@ -104,6 +104,44 @@ class DraftIndex:
 
 
 @dataclass
+class PromptColumns:
+    """Where the prompts of responses lie in packed sequences; the same in all layers."""
+
+    image_index: Tensor  # int64[R]
+    packed_columns: Tensor  # int64[R, prompt length], column of each token; 0 = none
+    first_column: int  # of a response's own prompt, among its columns
+
+    @classmethod
+    def of(
+        cls, text: PackedText, branch: Tensor, key_mask: Tensor, first_column: int
+    ) -> PromptColumns:
+        """Find the prompts.
+
+        Args:
+            text: the packed prompts.
+            branch: int64[R], the branch of ``text`` that each response continues.
+            key_mask: bool[R, Lr], the columns that its prompt fills.
+            first_column: columns that come before those of its own prompt.
+        """
+        prompt_length = text.max_own_length
+        image_index = text.branch_image_index[branch]
+        offsets = torch.arange(prompt_length, device=branch.device)
+        packed_columns = text.branch_start[branch][:, None] + offsets
+        if text.context is not None:
+            # What queries read between prefix and prompt comes first.
+            context_length = text.context_length[branch][:, None]
+            context_columns = text.context.start[image_index][:, None] + offsets
+            is_context = offsets < context_length
+            packed_columns = packed_columns - context_length
+            packed_columns = torch.where(is_context, context_columns, packed_columns)
+
+        # Unused columns copy column 0, masked.
+        own_part = slice(first_column, first_column + prompt_length)
+        packed_columns = torch.where(key_mask[:, own_part], packed_columns, 0)
+        return cls(image_index, packed_columns, first_column)
+
+
+@dataclass
 class SharedPrefixCache:
     """Rotated keys and values of one layer while decoding."""
 
@@ -112,33 +150,12 @@ class SharedPrefixCache:
     own_keys: Tensor  # float[R, Hk, Lr, Dh], prompt and generated tokens of each response
     own_values: Tensor  # float[R, Hk, Lr, Dh]
 
-    def load_prefill(
-        self, prefill_cache: PrefillCache, text: PackedText, branch: Tensor, key_mask: Tensor
-    ) -> None:
-        """Copy prefixes and prompts out of ``prefill_cache``, which is emptied.
-
-        Args:
-            text: the packed prompts that ``prefill_cache`` holds.
-            branch: int64[R], the branch of ``text`` that each response continues.
-            key_mask: bool[R, Lr], the columns that its prompt fills.
-        """
+    def load_prefill(self, prefill_cache: PrefillCache, prompts: PromptColumns) -> None:
+        """Copy prefixes and prompts out of ``prefill_cache``, which is emptied."""
         # Copies of the prefix come before the own columns, if there are any.
-        start = text.prefix_length - self.prefix_keys.shape[2]
-
-        # Find the packed column of every prompt token; unused columns copy column 0, masked.
-        prompt_length = text.max_own_length
-        image_index = text.branch_image_index[branch][:, None]
-        offsets = torch.arange(prompt_length, device=branch.device)
-        packed_columns = text.branch_start[branch][:, None] + offsets
-        if text.context is not None:
-            # What queries read between prefix and prompt comes first.
-            context_length = text.context_length[branch][:, None]
-            context_columns = text.context.start[image_index] + offsets
-            is_context = offsets < context_length
-            packed_columns = packed_columns - context_length
-            packed_columns = torch.where(is_context, context_columns, packed_columns)
-        own_part = slice(start, start + prompt_length)
-        packed_columns = torch.where(key_mask[:, own_part], packed_columns, 0)
+        start = prompts.first_column
+        own_part = slice(start, start + prompts.packed_columns.shape[1])
+        image_index = prompts.image_index[:, None]
 
         # Two index tensors around a slice put their axes first: [R, prompt_length, Hk, Dh].
         for packed, prefix, own_columns in (
@@ -147,8 +164,9 @@ class SharedPrefixCache:
         ):
             assert packed is not None
             prefix.copy_(packed[:, :, : prefix.shape[2]])
-            own_columns[:, :, :start] = packed[image_index[:, 0], :, :start]
-            own = packed[image_index, :, packed_columns]
+            if start:
+                own_columns[:, :, :start] = packed[prompts.image_index, :, :start]
+            own = packed[image_index, :, prompts.packed_columns]
             own_columns[:, :, own_part] = own.transpose(1, 2)
 
         # Free the packed tensors before the next layer is copied.
