@@ -284,6 +284,9 @@ class Annexe(nn.Module):
         Returns:
             Every image with its responses, one a query, in the order of the batch.
         """
+        # Looked at now, while a device has nothing else to do
+        places = _places(batch)
+
         # Prompts; where queries read the analyses, those are decoded before
         analyses: list[list[int]] | None = None
         if self.answers_read.source == "analysis":
@@ -299,7 +302,6 @@ class Annexe(nn.Module):
             depth = depth.float().to("cpu", non_blocking=True)
 
         # Masks and tokens, in the order that the pixel decoder needs
-        places = _places(batch)
         on_tokens = None if on_text is None else self._tell_texts(places, on_text)
         if self.pixel_decoder.conditioning == "prompt":
             decode = self._ground_then_answer
@@ -459,7 +461,8 @@ class Annexe(nn.Module):
         if not self.pixel_decoder.presence_gates_masks:
             return has_pixels
         scores = _presence_scores(grounding)
-        is_present = scores > scores.new_tensor(self.thresholds())
+        thresholds = torch.tensor(self.thresholds(), dtype=scores.dtype)
+        is_present = scores > thresholds.to(scores.device, non_blocking=True)
         return (is_present & has_pixels).cumprod(1).bool()
 
     def thresholds(self) -> list[float]:
