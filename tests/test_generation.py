@@ -209,7 +209,7 @@ def test_the_kernels_for_a_gpu_give_the_same(tmp_path):
     cases = [
         (*random_case(6, 2, 8, 70, 130, 4), None),
         (*random_case(4, 4, 32, 20, 30, 20), None),
-        (*random_case(6, 2, 8, 70, 130, 4), FLOAT8),
+        (*random_case(2, 1, 8, 20, 30, 4), FLOAT8),
         (*random_case(2, 1, 128, 20, 30, 4), FLOAT8),  # a head is a group
     ]
     inputs = [(query, vars(cache), vars(index), dtype) for query, cache, index, dtype in cases]
@@ -417,6 +417,30 @@ def test_a_graph_captured_on_the_way_touches_no_row(make_prompts, monkeypatch):
         sizes.clear()
     assert tokens[:2] == tokens[2:]
     assert any(len(row) == 12 for row in tokens[0])
+
+
+def test_looks_that_are_late_change_nothing(make_prompts, monkeypatch):
+    language_model, prefill, samples = make_prompts()
+    decoder = GreedyDecoder(language_model)
+    steps = []
+    run = DecodeStep.run
+
+    def run_and_finish(self: DecodeStep) -> None:
+        run(self)
+        steps.append(len(self.state))
+        self.state.finished |= len(steps) >= 2 + self.state.response_index % 6
+
+    monkeypatch.setattr(DecodeStep, "run", run_and_finish)
+    tokens = [decoder.decode(prefill(samples * 3), 20).tokens]
+    num_steps = len(steps)
+    steps.clear()
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(GreedyDecoder, "_looks_late", lambda *_: True)
+    tokens.append(decoder.decode(prefill(samples * 3), 20).tokens)
+    assert tokens[0] == tokens[1]
+    assert num_steps <= len(steps) <= num_steps + 1
+    assert len(set(steps)) > 1
 
 
 def test_all_fields_of_a_row_are_selected(make_prompts):

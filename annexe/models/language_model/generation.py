@@ -2,8 +2,9 @@
 
 All branches of all images are decoded together, each as a row of `DecodingState`; the prefix of an
 image is kept once (`annexe.models.language_model.kv_cache`). A step is the same sequence of kernels
-whatever the tokens are, so that a graph of it can be replayed. The host looks at the rows now and
-then, stops once all are finished, and drops the finished ones when they are at least half:
+whatever the tokens are, so that a graph of it can be replayed. The host looks at the rows after
+every step, stops once all are finished, and drops the finished ones when they are at least half. It
+sees the rows as they were a step before, so that a GPU has the next step while the host looks:
 
     round        1        2        3
     row 0     w w w w  w w .           .: finished          w: a token
@@ -52,10 +53,8 @@ _COLUMN_MULTIPLE = 32
 _RESPONSE_MULTIPLE = 16  # responses of one image
 # Graphs that are kept; beyond that the oldest one goes.
 _MAX_GRAPHS = 64
-# Steps between two looks at the rows. On a GPU a look waits for all steps before it; on a CPU it
-# costs nothing.
-_GPU_STEPS_PER_LOOK = 8
-_CPU_STEPS_PER_LOOK = 1
+# Steps on a GPU between two looks that have to see the last of them, and so wait for it.
+_STEPS_PER_WAIT = 8
 # Bytes that copies of the prefixes, one for each response, may take on a CPU.
 _MAX_PREFIX_COPIES = 2**28
 
@@ -83,6 +82,33 @@ class Responses:
         # Copy the states of the placeholders.
         is_real = state.response_index >= 0
         self.slot_states[state.response_index[is_real]] = state.slot_states[is_real]
+
+
+class LateCount:
+    """Rows that are not finished, as they were one step before.
+
+    Args:
+        num_running: how many there are before the first step.
+    """
+
+    def __init__(self, num_running: int) -> None:
+        self.num_running = num_running
+        self.on_the_way: list[tuple[Tensor, torch.cuda.Event]] = []
+
+    def note(self, finished: Tensor) -> None:
+        """Count behind the step that was launched last, without waiting; bool[R]."""
+        count = (~finished).sum().to("cpu", non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self.on_the_way.append((count, event))
+
+    def read(self) -> int:
+        """The rows after the step before the last, or before the first."""
+        if len(self.on_the_way) > 1:
+            count, event = self.on_the_way.pop(0)
+            event.synchronize()
+            self.num_running = int(count)
+        return self.num_running
 
 
 class GreedyDecoder:
@@ -172,9 +198,6 @@ class GreedyDecoder:
             A response for every branch.
         """
         end_ids = self.language_model.end_ids
-        on_gpu = prefill.hidden.is_cuda
-        steps_per_look = _GPU_STEPS_PER_LOOK if on_gpu else _CPU_STEPS_PER_LOOK
-
         # Start rows: one for every branch, at the end of its prompt.
         state = self.start_rows(prefill, max_new_tokens, constraints)
         self.temperature = None
@@ -183,18 +206,25 @@ class GreedyDecoder:
             state.seeds = sampler.seeds
         responses = Responses([[] for _ in range(len(state))], torch.zeros_like(state.slot_states))
         drafts = self.drafts if sampler is None else None
+        looks_late = self._looks_late(prefill, on_tokens)
+        late_count: LateCount | None = None
+        steps_per_look = 1
+        if prefill.hidden.is_cuda and not looks_late:
+            steps_per_look = _STEPS_PER_WAIT
         step: DecodeStep | DraftingStep | None = None
         num_taken = 0
         num_generated = 0  # tokens of the longest row
 
         while num_taken < max_new_tokens:
             # Stop?
-            num_running = self._count_running(state)
+            num_running = self._count_running(state) if late_count is None else late_count.read()
             if num_running == 0:
                 break
 
             # Compact: drop the finished rows once they are at least half.
             if step is None or self._is_half_empty(state, num_running):
+                if late_count is not None and self._count_running(state) == 0:
+                    break
                 responses.collect(state, end_ids)
                 step = self._compact(prefill, state, step, num_generated, constraints, drafts)
                 state = step.state
@@ -211,6 +241,9 @@ class GreedyDecoder:
                     step.advance()
                 num_taken += num_steps
                 num_generated = num_taken
+                if looks_late:
+                    late_count = late_count or LateCount(num_running)
+                    late_count.note(state.finished)
             if on_tokens is not None:
                 responses.collect(state, end_ids)
                 for branch in state.response_index.tolist():
@@ -305,6 +338,10 @@ class GreedyDecoder:
         num_numbers = 2 * len(prefill.prefill_caches) * keys.shape[1] * keys.shape[3]
         num_bytes = num_rows * prefix_length * num_numbers * keys.element_size()
         return prefix_length if num_bytes <= _MAX_PREFIX_COPIES else 0
+
+    def _looks_late(self, prefill: Prefill, on_tokens: TokenListener | None) -> bool:
+        """Whether the host sees rows as they were a step before."""
+        return prefill.hidden.is_cuda and on_tokens is None and not self._is_sharded
 
     @property
     def _is_on_cpu(self) -> bool:

@@ -24,8 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from annexe.models.language_model import decode_operations as operations
+from annexe.models.language_model.attention import operations_on
 from annexe.models.language_model.decode_blocks import DecodingBlocks
+from annexe.models.language_model.decode_operations import hiding_bias, rotate
 from annexe.models.language_model.kv_cache import Prefill, PrefillCache
 from annexe.structures.batch import PackedText
 
@@ -92,7 +93,7 @@ class _Layout:
         max_length = self.branch_tokens.shape[1]
         prefix_length = self.key_tokens.shape[1] - max_length
         columns = torch.arange(-prefix_length, max_length)
-        return operations.hiding_bias(columns > torch.arange(max_length)[:, None], dtype)
+        return hiding_bias(columns > torch.arange(max_length)[:, None], dtype)
 
 
 def _at(tokens: Tensor, x: Tensor) -> Tensor:
@@ -115,6 +116,7 @@ def read_prompts(
     Returns:
         The prompts; states that are not computed are 0.
     """
+    operations = operations_on(embeddings.device)
     packed_shape = text.input_ids.shape
     layout = _Layout.of(text)
     x = _at(layout.packed_places, embeddings.flatten(0, 1))  # [M, D]
@@ -130,7 +132,7 @@ def read_prompts(
                 x, update, norm.weight, norm.epsilon, blocks.dtype
             )
             projections = block.projections(normalized, operations)
-            query, key, value = operations.rotate(
+            query, key, value = rotate(
                 projections, angles, block.head_norms, blocks.num_key_heads, blocks.head_dim
             )
             packed_key = _at(layout.packed_tokens, key)  # [B, N, Hk, Dh]
@@ -151,7 +153,7 @@ def read_prompts(
             normalized = operations.add_and_normalize(
                 x, update, norm.weight, norm.epsilon, blocks.dtype
             )
-            hidden = operations.swiglu(block.gate_and_up(normalized, operations))
+            hidden = operations.swiglu(block.gate_and_up(normalized, operations), blocks.dtype)
             update = block.down(hidden, operations)
 
         # The final norm, and states where they were packed
