@@ -579,8 +579,10 @@ def load_causal_lm(
     if init not in (None, "random"):
         raise unknown_name_error(f"setting {SETTINGS}.init", init, ("random",))
     require_known_dtype(dtype, lora)
-    if not initializer_range > 0:
-        raise UserError(f"{SETTINGS}.initializer_range is {initializer_range}; it must be above 0")
+    if not 0 < initializer_range <= 1:
+        raise UserError(
+            f"{SETTINGS}.initializer_range is {initializer_range}; it must be above 0, 1 at most"
+        )
     config = require_packable(Path(path))
     base = load_base(path, dtype) if init is None else random_base(config, dtype)
     require_same_words(tokenizer, base.get_input_embeddings().weight.shape[0], path)
