@@ -81,6 +81,7 @@ class RewardConfig:
     weights: RewardWeights = field(default_factory=RewardWeights)
 
     def __post_init__(self) -> None:
+        # Numbers out of range
         where = "run.rewards"
         if self.group_size < 2:
             raise UserError(
@@ -95,6 +96,8 @@ class RewardConfig:
             raise UserError(f"{where}.clip_low is {self.clip_low}; it must be between 0 and 1")
         if not self.clip_high > 0:
             raise UserError(f"{where}.clip_high is {self.clip_high}; it must be above 0")
+
+        # Weights
         named = {name: getattr(self, name) for name in _WEIGHTS_OF_REWARDS}
         named |= {f"weights.{name}": weight for name, weight in vars(self.weights).items()}
         for name, weight in named.items():
@@ -303,6 +306,7 @@ class RunConfig:
 
     def _check_combinations(self) -> None:
         """Refuse settings that do not go together."""
+        # Nothing to train
         if not any(vars(self.loss_weights).values()):
             raise UserError("run.loss_weights are all 0; there is nothing to train")
         if self.warmup_steps > self.max_steps:
@@ -310,6 +314,8 @@ class RunConfig:
                 f"run.warmup_steps ({self.warmup_steps}) is larger than run.max_steps "
                 f"({self.max_steps}); set run.warmup_steps to {self.max_steps} at most"
             )
+
+        # What rewards exclude
         if self.own_analyses and self.objective == "rewards":
             raise UserError(
                 "run.own_analyses is for true answers, and with run.objective=rewards all that "
@@ -320,6 +326,8 @@ class RunConfig:
                 "run.objective=rewards needs weights whole; set run.parallel=ddp, which with "
                 "adapters takes little more memory"
             )
+
+        # What sharded weights exclude
         if self.optimizer == "muon" and self.parallel == "fsdp":
             raise UserError(
                 "run.optimizer=muon needs matrices whole; set run.parallel=ddp, "

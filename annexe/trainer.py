@@ -421,6 +421,7 @@ def _own_analyses(
             f"(model.answers_read is {model.answers_read.source}); set model.answers_read=analysis"
         )
 
+    # In evaluation mode, and back
     def analyze(batch: Batch) -> list[str]:
         training = model.training
         model.eval()

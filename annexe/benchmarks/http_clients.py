@@ -51,6 +51,7 @@ class Answered:
 
 def run_clients(load: Load) -> Answered:
     """Let all clients ask until the time is up."""
+    # What is asked, and when it counts
     bodies = [_predict_body(photo, load.questions) for photo in load.photos]
     start = time.perf_counter()
     count_from = start + load.warmup_seconds
@@ -58,6 +59,7 @@ def run_clients(load: Load) -> Answered:
     latencies: list[list[float]] = [[] for _ in range(load.num_clients)]
     failures = [0] * load.num_clients
 
+    # What each client does
     def be_client(number: int) -> None:
         connection = _connect(load.port)
         turn = number
@@ -71,6 +73,7 @@ def run_clients(load: Load) -> Answered:
                 latencies[number].append(finished - sent)
             turn += 1
 
+    # All of them at once
     threads = [threading.Thread(target=be_client, args=(n,)) for n in range(load.num_clients)]
     for thread in threads:
         thread.start()

@@ -146,6 +146,7 @@ def _record(
     trainer: Trainer, timeline: Timeline, drawn: Drawn, settings: TrainingSettings
 ) -> Record:
     """Rates, lengths, memory, and time by part."""
+    # What was drawn and trained on
     run = trainer.run
     seconds = timeline.laps("waiting for data")
     images_per_step = run.batch_size * run.gradient_accumulation

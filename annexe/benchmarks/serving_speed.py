@@ -227,9 +227,12 @@ def _served(
     from annexe.inference.server.limits import Limits
     from annexe.inference.server.metrics import Metrics
 
+    # Its engine
     limits = Limits(max_body_mb=100, queue=2 * num_clients, timeout=600)
     makers = worker_makers(load, min(1, torch.cuda.device_count()))
     engine = Engine(makers, limits, on_batch=lambda size, _: sizes.append(size))
+
+    # The server, until the caller is done
     with bind("127.0.0.1", 0) as bound:
         engine.start()
         app = make_app(engine, Settings(_MODEL, limits), Metrics())

@@ -53,9 +53,13 @@ class Clock:
         """
         if not self._ends:
             return {}
+
+        # From the end of the start-up on
         num_started = min(self.num_batches_of_start, len(self._ends))
         first, last = self._ends[num_started - 1], self._ends[-1]
         seconds = self._scored - first
+
+        # Where the time went
         waiting = sum(self._waiting[num_started:])
         generating = sum(self._generating[num_started:])
         parts = {

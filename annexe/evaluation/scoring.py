@@ -429,10 +429,13 @@ def _query_scores(system: System, truth: Truth) -> list[QueryScore]:
 def _query_score(
     query: QueryRecord, result: QueryResult, truth: Truth, analysis: str | None
 ) -> QueryScore:
+    # The question, and what is true of it
     annotation = truth.annotations(query.image)[query.annotation]
     question = next(
         question for question in annotation.questions if question["id"] == query.query_id
     )
+
+    # What was predicted
     presence = query.presence
     if presence is None:
         presence = float(not result.rejected)

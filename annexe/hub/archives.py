@@ -294,12 +294,16 @@ def _read_tar(name: str, file: IO[bytes], packed: int) -> list[_Member]:
     for info in archive:
         if info.isdir() and info.name == ".":
             continue
+
+        # Names and kinds
         inside = info.name.removeprefix("./")
         require_safe_name(inside, f"'{name}'")
         if not (info.isreg() or info.isdir()):
             raise UserError(
                 f"'{name}' holds a link or device, '{info.name}'; nothing of it was written"
             )
+
+        # Sizes
         total += info.size
         if total > limit:  # the rest would have to be unpacked to be listed
             raise UserError(

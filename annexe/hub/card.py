@@ -104,6 +104,7 @@ def _needed(published: Published) -> str:
 
 def _training(published: Published) -> str:
     """Data, schedule and size of the model."""
+    # Data, schedule and sizes
     run = published.settings["run"]
     model = published.settings["model"]
     progress = published.progress
@@ -120,6 +121,8 @@ def _training(published: Published) -> str:
         f"- photos of {model['rgb_encoder']['image_size']} pixels a side, "
         f"{model['pixel_decoder']['num_slots']} targets in an answer at most",
     ]
+
+    # What it started from, and what a reader will miss
     if published.started_from is not None:
         beside = ", which lies in `start/`" if published.has_start else ""
         lines.append(f"- started from `{published.started_from}`{beside}")
@@ -133,6 +136,8 @@ def _scores(published: Published) -> str:
     """Scores beside their intervals, and the protocol behind them."""
     if not published.scores:
         return "## Scores\n\nThis checkpoint comes without an evaluation.\n"
+
+    # A row for each metric
     standard = published.scores["standard"]
     intervals = published.scores.get("intervals", {})
     meta = published.scores["meta"]
@@ -144,6 +149,8 @@ def _scores(published: Published) -> str:
         low_high = intervals.get(name)
         interval = f"{low_high[0]:.3f} to {low_high[1]:.3f}" if low_high else ""
         lines.append(f"| {title} | {value:.3f} | {interval} |")
+
+    # How they came about
     lines += [
         "",
         f"Protocol: split `{meta.get('split')}` of `{meta.get('dataset')}` "

@@ -212,6 +212,7 @@ def _finish(repository: Repository, staging: Path, root: Path) -> int:
     Raises:
         UserError: if they are not a data set.
     """
+    # All folders of a data set
     data = staging / "data"
     missing = [name for name in _NEEDED if not (data / name).is_dir()]
     if missing:
@@ -219,6 +220,8 @@ def _finish(repository: Repository, staging: Path, root: Path) -> int:
             f"'{repository.name}' has no folder {', '.join(missing)}; what there is lies in "
             f"'{data}', see docs/data.md for the layout"
         )
+
+    # The record
     sizes = {}
     for path in sorted(data.rglob("*")):
         if path.is_file():
@@ -230,6 +233,8 @@ def _finish(repository: Repository, staging: Path, root: Path) -> int:
         "sizes": sizes,
     }
     write_json(data / RECORD, content)
+
+    # In its place
     if root.is_dir():
         root.rmdir()  # empty
     root.parent.mkdir(parents=True, exist_ok=True)

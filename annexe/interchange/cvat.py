@@ -142,6 +142,7 @@ def _parse(path: Path, shown_path: Path) -> ET.Element:
     Raises:
         UserError: it cannot be read, or is no such file.
     """
+    # Its bytes
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -149,6 +150,7 @@ def _parse(path: Path, shown_path: Path) -> ET.Element:
             f"cannot read '{path}' ({error.strerror}); {_EXPORT}, which holds {FILE}"
         ) from None
 
+    # A parser that builds elements, and refuses document types
     def refuse(*_: Any) -> None:
         raise _HasDoctype
 
@@ -159,6 +161,8 @@ def _parse(path: Path, shown_path: Path) -> ET.Element:
     parser.EndElementHandler = builder.end
     parser.CharacterDataHandler = builder.data
     parser.StartDoctypeDeclHandler = refuse
+
+    # Its elements
     try:
         parser.Parse(content, True)
     except expat.ExpatError as error:
@@ -289,6 +293,7 @@ class _Reading:
         Raises:
             UserError: it is damaged, or has no label.
         """
+        # Shapes that are left out
         label = shape.get("label")
         where = f"{self.where}, shape {number} ({label})"
         if not label:
@@ -300,6 +305,8 @@ class _Reading:
         if shape.get("outside") == "1":
             self.report.leave_out("shapes that are marked as outside", where)
             return None
+
+        # Run lengths of the others
         rle: Rle | None
         if shape.tag == "mask":
             rle = encode(self._box_mask(shape, size, where))

@@ -179,6 +179,7 @@ def _require_export(value: Any, path: Path) -> None:
     Raises:
         UserError: naming the way to the right file.
     """
+    # Other files
     if isinstance(value, dict):
         if {"images", "annotations"} <= value.keys():
             raise UserError(f"'{path}' is a file of COCO; read it by annexe import-data coco")
@@ -190,6 +191,8 @@ def _require_export(value: Any, path: Path) -> None:
         raise UserError(f"'{path}' holds no list of tasks but {shown(value)}; {_MENU}")
     if not value:
         raise UserError(f"'{path}' is an empty export; label photos first, then {_MENU}")
+
+    # Lists of something else
     first = value[0] if isinstance(value[0], dict) else {}
     if "completions" in first:
         raise UserError(
@@ -321,6 +324,7 @@ class _Reading:
 
     def _annotation(self) -> _Annotation | None:
         """The ground truth of a task, otherwise the newest annotation that was not cancelled."""
+        # Those that were not cancelled
         left = []
         for annotation in self.task.annotations:
             if annotation.was_cancelled:
@@ -335,9 +339,13 @@ class _Reading:
                 reason = "tasks with drafts alone, which were not submitted"
             self._leave_out(reason)
             return None
+
+        # The one that counts
         truth = [annotation for annotation in left if annotation.ground_truth]
         newest = max((truth or left), key=lambda annotation: annotation.created_at or "")
         chosen = truth[0] if truth else (newest if newest.created_at else left[-1])
+
+        # The others
         for annotation in left:
             if annotation is not chosen:
                 self._leave_out(

@@ -99,10 +99,13 @@ def _page(
     metrics: dict[str, Any], log: Path | None, browser: Browser, shared: dict[str, Any]
 ) -> str:
     """The summary."""
+    # What is shown
     meta = {"date": datetime.date.today().isoformat()} | metrics.get("meta", {})
     all_columns = columns(metrics)
     groups = table(all_columns, metrics.get("intervals", {}))
     examples = choose(browser.examples, browser.pictured, NUM_EXAMPLES)
+
+    # The page
     template = _environment().get_template("template.html")
     return template.render(
         **shared,

@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """What names the truth, for every command that scores."""
+    # Data and split
     path = os.path.expanduser
     parser.add_argument(
         "--data-root", required=True, type=path, metavar="DIR", help="folder that holds RGB/"

@@ -38,6 +38,8 @@ _LLAMA = "language_model.llama."  # names of its tensors begin with
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    # What a checkpoint holds
     inspect = actions.add_parser(
         "inspect", help="say what a checkpoint holds and which setting takes it"
     )
@@ -46,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help=".pth or safetensors file, Hugging Face folder, run folder, or user/repo of a run",
     )
+
+    # A run in files of other programs
     export = actions.add_parser("export", help="write adapter, heads and tokenizer of a run")
     export.add_argument(
         "run_folder",
@@ -65,6 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="the language model that the run was trained on, if it is not where it was",
     )
+
+    # A model of llama.cpp
     from_gguf = actions.add_parser(
         "from-gguf", help="turn a language model of llama.cpp into a folder of transformers"
     )

@@ -47,8 +47,11 @@ def coco_json(result: PhotoResult) -> bytes:
     Every phrase is a category. The question and the score are further keys of an annotation, which
     programs that read COCO pass over.
     """
+    # The photo
     height, width = result.size
     photo = {"id": 1, "file_name": _file_name(result), "width": width, "height": height}
+
+    # Its masks
     categories: dict[str, int] = {}
     annotations: list[dict[str, Any]] = []
     for answer in result.answers:
@@ -67,6 +70,8 @@ def coco_json(result: PhotoResult) -> bytes:
                 "question": answer.question,
             }
             annotations.append(annotation)
+
+    # The file
     names = [{"id": number, "name": name} for name, number in categories.items()]
     return _json({"images": [photo], "categories": names, "annotations": annotations})
 
