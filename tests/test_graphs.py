@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from annexe.datasets.collate import Collator
 from annexe.models.compile import compile_blocks
@@ -11,6 +13,7 @@ from annexe.models.language_model import decode_operations
 from annexe.models.language_model.kv_cache import DecodeIndex, SharedPrefixCache
 from annexe.models.mask_postprocessing import at_full_size, encode_on_device
 from annexe.models.pixel_decoder import Attention
+from annexe.models.vision_encoders.eva_vit import LinearGELU
 from annexe.rle import encode
 from annexe.structures.batch import AnswersRead, Batch
 from annexe.structures.prediction import ImageResponses
@@ -217,3 +220,18 @@ def test_masked_attention_has_gradients_where_scores_are_far_below_zero(compiled
         run(tokens, pixels, pixels, allowed).square().sum().backward()
     assert torch.isfinite(tokens.grad).all()
     assert tokens.grad.any()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_layer_and_gelu_in_one_kernel_are_nearer_than_in_two(compiled):
+    torch.manual_seed(0)
+    layer = LinearGELU(nn.Linear(512, 1024)).to("cuda", torch.bfloat16).requires_grad_(False)
+    x = 2 * torch.randn(4, 300, 512, device="cuda", dtype=torch.bfloat16)
+    sums = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+    exact = F.gelu(sums)
+    in_two = F.gelu(sums.bfloat16())
+    run = torch.compile(layer.forward, fullgraph=True) if compiled else layer
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        in_one = run(x)
+    assert in_one.dtype == torch.bfloat16
+    assert (in_one - exact).norm() < (in_two - exact).norm()
