@@ -367,11 +367,14 @@ def test_checkpoint_of_another_model(
     one_line(caught, "another model", str(run_folder), "config.yaml")
 
 
-def test_checkpoint_cut_short_is_never_picked_up(run_folder: Path, make_config: MakeConfig) -> None:
+def test_checkpoint_cut_short_is_never_picked_up(
+    run_folder: Path, make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
     older, newer = sorted((run_folder / "checkpoints").iterdir())
     optimizer = newer / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:-1])
     assert find_checkpoint(run_folder) == older
+    assert f"checkpoint '{newer}' is cut short" in caplog.text
     with pytest.raises(UserError) as caught:
         train(make_config("run.max_steps=2", f"run.resume={newer}"))
     one_line(caught, "no complete checkpoint", str(newer))

@@ -10,6 +10,7 @@ import logging
 import pickle
 import re
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -86,17 +87,30 @@ def is_complete(folder: Path) -> bool:
 def find_checkpoint(where: Path, which: str = "latest") -> Path | None:
     """The complete checkpoint that ``where`` means, or None.
 
+    Of a run, a warning names those that are not complete.
+
     Args:
         where: a checkpoint's folder, or that of a run.
         which: of a run's checkpoints the ``latest`` or the ``best``.
     """
     if (where / MANIFEST).is_file() or where.name.startswith("step-"):
         return where if is_complete(where) else None
-    found = [path for path in checkpoints_by_step(where / "checkpoints") if is_complete(path)]
+    found = []
+    for path in checkpoints_by_step(where / "checkpoints"):
+        if is_complete(path):
+            found.append(path)
+        else:
+            _warn_of_incomplete(path)
     if not found:
         return None
     best = checkpoint_folder(where, load_progress(found[-1]).best_step or 0)
     return best if which == "best" and best in found else found[-1]
+
+
+@cache
+def _warn_of_incomplete(folder: Path) -> None:
+    """Say once that a checkpoint does not count."""
+    log.warning("checkpoint '%s' is cut short or damaged, and does not count", folder)
 
 
 def require_checkpoint(where: str, which: str) -> Path:
