@@ -6,6 +6,7 @@ Makefile writes a line for each stage to: its name and its seconds.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -24,7 +25,10 @@ SCORES = (
 
 def main(demo: Path) -> None:
     """Print the scores of the test scenes and the seconds of each stage."""
-    scores = json.loads((demo / "eval" / "metrics.json").read_text())["standard"]
+    metrics = demo / "eval" / "metrics.json"
+    if not metrics.is_file():
+        sys.exit(f"no '{metrics}'; run make demo")
+    scores = json.loads(metrics.read_text())["standard"]
     say("test scenes: " + ", ".join(f"{name} {scores[name]:.3f}" for name in SCORES))
 
     # A stage that was interrupted and repeated has several lines
@@ -38,4 +42,6 @@ def main(demo: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("demo", type=Path, metavar="DEMO", help="folder of the demo")
+    main(parser.parse_args().demo)
