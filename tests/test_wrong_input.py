@@ -28,6 +28,7 @@ from annexe.datasets.pixels import PIXEL_FILES
 from annexe.errors import UserError
 from annexe.evaluator import evaluate
 from annexe.files import require_writable, write_json, write_text
+from annexe.hub.publish import publish
 from annexe.terminal import log_handler
 from annexe.trainer import set_up, train
 from tests.conftest import ROOT, SMALLEST, TINY
@@ -475,6 +476,16 @@ def test_damage_within_a_checkpoint_is_named(run_folder: Path, make_config: Make
             )
         )
     one_line(caught, "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "state.json", "frozen.json", "model.safetensors"])
+def test_damage_of_equal_length_is_named(name: str, trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(find_checkpoint(trained), folder)
+    (folder / name).write_bytes(bytes((folder / name).stat().st_size))
+    with pytest.raises(UserError) as caught:
+        publish(folder, tmp_path / "published", "run")
+    one_line(caught, name)
 
 
 def test_a_run_that_is_further_than_asked(run_folder: Path, make_config: MakeConfig) -> None:

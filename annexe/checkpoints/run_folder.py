@@ -9,18 +9,19 @@ import json
 import logging
 import pickle
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from safetensors import SafetensorError
 
 from annexe.checkpoints.saved_settings import upgraded
 from annexe.config import to_plain
 from annexe.errors import UserError
 from annexe.registry import import_plugins
+from annexe.settings import read_yaml
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +60,35 @@ class Progress:
     thresholds: list[float] = field(default_factory=list)
 
 
+def read_saved(file: Path, load: Callable[[Path], Any]) -> Any:
+    """What ``load`` gives for a file of a checkpoint.
+
+    Raises:
+        UserError: saying what to do about its damage.
+    """
+    try:
+        return load(file)
+    except (*DAMAGED, TypeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"'{file}' is damaged ({reason}); remove its folder to go on from the checkpoint before"
+        ) from None
+
+
+def read_saved_json(file: Path) -> Any:
+    """The content of a JSON file of a checkpoint; errors are those of `read_saved`."""
+    return read_saved(file, lambda path: json.loads(path.read_text(encoding="utf-8")))
+
+
 def load_progress(folder: Path) -> Progress:
-    """Where training stood when the checkpoint in ``folder`` was written."""
-    return Progress(**json.loads((folder / "state.json").read_text()))
+    """Where training stood when the checkpoint in ``folder`` was written.
+
+    Raises:
+        UserError: for a damaged file.
+    """
+    return read_saved(
+        folder / "state.json", lambda path: Progress(**json.loads(path.read_text(encoding="utf-8")))
+    )
 
 
 def checkpoint_folder(run_folder: Path, step: int) -> Path:
@@ -157,10 +184,10 @@ def saved_config(folder: Path) -> dict[str, Any]:
     One that an older version wrote gets today's names.
 
     Raises:
-        UserError: for a plug-in that cannot be imported, or a setting that is gone.
+        UserError: for a damaged file, a plug-in that cannot be imported, or a setting that is gone.
     """
     file = folder / "config.yaml"
-    saved = upgraded(to_plain(OmegaConf.load(file)), file)
+    saved = upgraded(to_plain(read_yaml(file)), file)
     import_plugins(saved["imports"])
     return saved
 
@@ -178,7 +205,7 @@ def without_sources(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     Raises:
         UserError: for a file that is needed and not there, with the setting that takes its place.
     """
-    frozen = {name.partition(".")[0] for name in json.loads((folder / "frozen.json").read_text())}
+    frozen = {name.partition(".")[0] for name in read_saved_json(folder / "frozen.json")}
     spec = {key: dict(value) if isinstance(value, dict) else value for key, value in spec.items()}
 
     # All weights of a trained encoder are in the checkpoint

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -38,12 +38,13 @@ from torch import Tensor, nn
 from annexe.checkpoints.manifest import MANIFEST_FILE, explain_versions
 from annexe.checkpoints.names import in_first_order, our_name
 from annexe.checkpoints.run_folder import (
-    DAMAGED,
     MANIFEST,
     Progress,
     checkpoint_folder,
     checkpoints_by_step,
     is_complete,
+    read_saved,
+    read_saved_json,
 )
 from annexe.distributed import distribute_like, to_full_cpu
 from annexe.errors import UserError
@@ -73,7 +74,7 @@ def saved_tensors(folder: Path) -> dict[str, Tensor]:
     Raises:
         UserError: for a damaged file.
     """
-    tensors = _read(folder / "model.safetensors", load_file)
+    tensors = read_saved(folder / "model.safetensors", load_file)
     return {our_name(name): tensor for name, tensor in tensors.items()}
 
 
@@ -371,7 +372,7 @@ def require_same_frozen(
         frozen = {name: p for name, p in _parameters(model).items() if p.is_floating_point()}
     else:
         frozen = {name: p for name, p in _parameters(model).items() if not p.requires_grad}
-    for saved_name, values in json.loads((folder / "frozen.json").read_text()).items():
+    for saved_name, values in read_saved_json(folder / "frozen.json").items():
         name = our_name(saved_name)
         if not name.startswith(part) or (starts and name not in frozen):
             continue
@@ -409,7 +410,7 @@ def load_optimizer(
     # Lay the moments out as their parameters are; steps are counted in scalars
     load = partial(torch.load, weights_only=True, map_location="cpu")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    saved = _by_positions(_read(folder / "optimizer.pt", load), names, parameters, folder)
+    saved = _by_positions(read_saved(folder / "optimizer.pt", load), names, parameters, folder)
     for index, state in saved["state"].items():
         for name, value in state.items():
             if value.ndim:
@@ -421,21 +422,10 @@ def load_optimizer(
     # Processes that the saved run did not have draw their dropout anew
     file = folder / f"rng-{accelerator.process_index}.pt"
     if file.is_file():
-        random_state = torch.load(file, weights_only=True)
+        random_state = read_saved(file, load)
         torch.set_rng_state(random_state["cpu"])
         if "cuda" in random_state and accelerator.device.type == "cuda":
             torch.cuda.set_rng_state(random_state["cuda"], accelerator.device)
-
-
-def _read(file: Path, load: Callable[[Path], Any]) -> Any:
-    """What ``load`` gives for a file, or an error that says what to do about its damage."""
-    try:
-        return load(file)
-    except DAMAGED as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(
-            f"'{file}' is damaged ({reason}); remove its folder to go on from the checkpoint before"
-        ) from None
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ moments and random states are left out, paths are replaced, and README.md is its
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import typing
@@ -17,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from safetensors import safe_open
 
 from annexe.checkpoints.manifest import MANIFEST_FILE, read_manifest
 from annexe.checkpoints.run_folder import (
     evaluation_of,
     find_checkpoint,
     load_progress,
+    read_saved,
+    read_saved_json,
     run_of,
     saved_config,
 )
@@ -84,9 +86,10 @@ def publish(checkpoint: Path, folder: Path, name: str) -> Published:
         name: that the run gets, such as that of its repository.
 
     Raises:
-        UserError: for a configuration that this version does not know.
+        UserError: for damaged files, or a configuration that this version does not know.
     """
-    # Files as they are
+    # Files as they are, if the weights can be read
+    read_saved(checkpoint / "model.safetensors", _num_tensors)
     folder.mkdir(parents=True)
     for file in _FILES:
         shutil.copyfile(checkpoint / file, folder / file)
@@ -115,6 +118,12 @@ def publish(checkpoint: Path, folder: Path, name: str) -> Published:
     return published
 
 
+def _num_tensors(file: Path) -> int:
+    """How many tensors the header of a safetensors file names."""
+    with safe_open(file, "pt") as weights:
+        return len(weights.keys())
+
+
 def _public_manifest(checkpoint: Path) -> dict[str, Any]:
     """Versions and hash of the data; the history of a run has its paths in it."""
     manifest = read_manifest(checkpoint)
@@ -136,7 +145,7 @@ def _public_scores(checkpoint: Path) -> dict[str, Any]:
 def _replace_weights(published: Published, checkpoint: Path, folder: Path) -> None:
     """Name public weights by where others find them, and leave out what the checkpoint holds."""
     model = published.settings["model"]
-    frozen = json.loads((checkpoint / "frozen.json").read_text(encoding="utf-8"))
+    frozen = read_saved_json(checkpoint / "frozen.json")
     frozen_parts = {name.partition(".")[0] for name in frozen}
     for part, setting in _SOURCES:
         path = model.get(part, {}).get(setting)
@@ -219,7 +228,7 @@ def _clean(file: Path) -> None:
         file.unlink()  # peft's card of an adapter
     if file.suffix != ".json" or not file.is_file():
         return
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = read_saved_json(file)
     is_changed = False
     for key, value in content.items() if isinstance(content, dict) else ():
         if key.endswith("name_or_path") and isinstance(value, str) and "/" in value:
