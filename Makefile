@@ -11,9 +11,12 @@ DATA := $(DEMO)/data
 help:
 	@echo "make demo      synthetic data, training, evaluation and report under $(DEMO) (two CPU cores)"
 	@echo "make page      the model of make demo on a page in the browser"
-	@echo "make test      lint, format check, types and the fast tests"
+	@echo "make test      style, format, imports, spelling, types and the fast tests"
 	@echo "make test-all  the same, then the tests that start and kill processes"
+	@echo "make install   the virtual environment in $(VENV)"
+	@echo "make lint      style, format, imports, spelling and types"
 	@echo "make format    format the code"
+	@echo "make clean-demo  remove $(DEMO)"
 
 install: $(VENV)/installed
 
