@@ -18,7 +18,7 @@ from annexe.config import RunConfig
 from annexe.datasets.collate import Collator
 from annexe.distributed import make_accelerator
 from annexe.errors import UserError
-from annexe.models.language_model import decode_operations, generation
+from annexe.models.language_model import decode_operations, generation, prompt_reading
 from annexe.models.language_model.attention import (
     attend,
     decode_attention,
@@ -314,6 +314,15 @@ def test_prompts_read_branch_by_branch_are_the_same(make_prompts, num_key_heads)
                 expected_tokens = getattr(expected_cache, name).transpose(1, 2)[is_token]
                 torch.testing.assert_close(tokens, expected_tokens, atol=1e-4, rtol=1e-4)
     assert prompts.hidden.count_nonzero() < expected.hidden.count_nonzero()
+
+
+def test_only_what_is_new_of_a_branch_is_computed():
+    ids = torch.tensor([[5, 6, 7], [5, 6, -1], [5, 6, 8], [4, 6, 8], [4, 6, 8], [4, 6, 8]])
+    image_index = torch.tensor([0, 0, 0, 0, 0, 1])
+    is_new = prompt_reading._is_new(ids, image_index)
+    assert (is_new & (ids >= 0)).int().tolist() == [
+        [1, 1, 1], [0, 0, 0], [0, 0, 1], [1, 1, 1], [0, 0, 0], [1, 1, 1]
+    ]  # fmt: skip
 
 
 def keep_key_heads(attention: torch.nn.Module, number: int) -> None:

@@ -8,10 +8,11 @@ padding, and every branch attends to the prefix of its image and to itself:
     queries   prefixes [B, Lp]                        branches [R, L]
     keys      the same, causal                        prefix of the image, then the branch, causal
 
+Branches of an image that begin with the same words, as all of its queries do, share those tokens.
 In the last block only those tokens are computed whose states are read; of the others it is keys and
 values.
 
-Legend: B images, N packed tokens, M tokens without padding, R branches, L tokens of the longest
+Legend: B images, N packed tokens, M tokens that are computed, R branches, L tokens of the longest
 one, Lp prefix tokens, H query heads, Hk key heads, Dh width of a head, D width of the language
 model.
 """
@@ -33,20 +34,22 @@ from annexe.structures.batch import PackedText
 
 @dataclass
 class _Layout:
-    """Where the tokens lie: prefixes of all images, then one branch behind the other.
+    """Where the tokens lie: prefixes of all images, then what is new of one branch after another.
 
-    Places behind the end of a row or a branch hold any token, which nothing reads.
+    What a branch shares with the one before it, from its first token on, is not new. Places behind
+    the end of a row or a branch hold any token, which nothing reads.
     """
 
     num_images: int
     num_prefix_tokens: int  # B * Lp
-    packed_places: Tensor  # int64[M], place of each token in [B * N]
+    packed_places: Tensor  # int64[M], a place of each token in [B * N]
     packed_tokens: Tensor  # int64[B, N], token at each place
-    branch_places: Tensor  # int64[M - B * Lp], place of each token of a branch in [R * L]
+    branch_places: Tensor  # int64[M - B * Lp], a place of each token of a branch in [R * L]
     branch_tokens: Tensor  # int64[R, L], token at each place
     key_tokens: Tensor  # int64[R, Lp + L], the same with the prefix of the branch's image before
     lengths: Tensor  # int64[R], tokens of each branch
     last_tokens: Tensor  # int64[R], the last one of each branch
+    last_places: Tensor  # int64[R], its place in [B * N]
 
     @classmethod
     def of(cls, text: PackedText) -> _Layout:
@@ -57,31 +60,38 @@ class _Layout:
         prefix_places = (num_columns * rows + columns).flatten()
         num_prefix_tokens = len(prefix_places)
 
-        # Branches
+        # Branches, and what is new of each
         lengths = text.branch_length
+        image_index = text.branch_image_index
         offsets = torch.arange(int(lengths.max()))
         is_token = offsets < lengths[:, None]  # [R, L]
-        starts = num_columns * text.branch_image_index + text.branch_start
-        branch_places = (starts[:, None] + offsets)[is_token]
-        packed_places = torch.cat([prefix_places, branch_places])
+        starts = num_columns * image_index + text.branch_start
+        places = (starts[:, None] + offsets).clamp(max=num_images * num_columns - 1)
+        ids = torch.where(is_token, text.input_ids.flatten()[places], -1)
+        is_new = _is_new(ids, image_index) & is_token
+        branch_places = is_new.flatten().nonzero()[:, 0]
+        packed_places = torch.cat([prefix_places, places.flatten()[branch_places]])
 
-        # Tokens at places
+        # Tokens at places: a new one, or that of the nearest branch before in which it is new
+        rows_of_branches = torch.arange(len(lengths))[:, None]
+        newest_row = torch.where(is_new, rows_of_branches, 0).cummax(0).values  # [R, L]
+        new_tokens = (num_prefix_tokens - 1 + is_new.flatten().cumsum(0)).view_as(is_new)
+        branch_tokens = new_tokens.gather(0, newest_row)
+        prefix_tokens = text.prefix_length * image_index[:, None] + columns
         packed_tokens = torch.zeros(num_images * num_columns, dtype=torch.int64)
-        packed_tokens[packed_places] = torch.arange(len(packed_places))
-        packed_tokens = packed_tokens.view(num_images, num_columns)
-        first_tokens = num_prefix_tokens + lengths.cumsum(0) - lengths
-        branch_tokens = torch.where(is_token, first_tokens[:, None] + offsets, 0)
-        prefix_tokens = text.prefix_length * text.branch_image_index[:, None] + columns
+        packed_tokens[prefix_places] = torch.arange(num_prefix_tokens)
+        packed_tokens[places[is_token]] = branch_tokens[is_token]
         return cls(
             num_images=num_images,
             num_prefix_tokens=num_prefix_tokens,
             packed_places=packed_places,
-            packed_tokens=packed_tokens,
-            branch_places=is_token.flatten().nonzero()[:, 0],
+            packed_tokens=packed_tokens.view(num_images, num_columns),
+            branch_places=branch_places,
             branch_tokens=branch_tokens,
             key_tokens=torch.cat([prefix_tokens, branch_tokens], dim=1),
             lengths=lengths,
-            last_tokens=first_tokens + lengths - 1,
+            last_tokens=branch_tokens.gather(1, lengths[:, None] - 1)[:, 0],
+            last_places=starts + lengths - 1,
         )
 
     def prefixes(self, x: Tensor) -> Tensor:
@@ -94,6 +104,22 @@ class _Layout:
         prefix_length = self.key_tokens.shape[1] - max_length
         columns = torch.arange(-prefix_length, max_length)
         return hiding_bias(columns > torch.arange(max_length)[:, None], dtype)
+
+
+def _is_new(ids: Tensor, image_index: Tensor) -> Tensor:
+    """Tokens that a branch does not share with the one before it.
+
+    Args:
+        ids: int64[R, L], -1 behind the end of a branch.
+        image_index: int64[R], in ascending order.
+
+    Returns:
+        bool[R, L].
+    """
+    is_same = ids[1:] == ids[:-1]
+    is_same &= (image_index[1:] == image_index[:-1])[:, None]
+    is_shared = is_same.cumprod(1).bool()  # from the first token on
+    return torch.cat([torch.ones_like(ids[:1], dtype=torch.bool), ~is_shared])
 
 
 def _at(tokens: Tensor, x: Tensor) -> Tensor:
@@ -114,7 +140,7 @@ def read_prompts(
         last_alone: give no states but that of each branch's last token.
 
     Returns:
-        The prompts; states that are not computed are 0.
+        The prompts. States that are not computed are 0, and those of padding anything.
     """
     operations = operations_on(embeddings.device)
     packed_shape = text.input_ids.shape
@@ -159,10 +185,11 @@ def read_prompts(
         # The final norm, and states where they were packed
         norm = blocks.final_norm
         states = operations.add_and_normalize(x, update, norm.weight, norm.epsilon, x.dtype)
-    tokens = layout.last_tokens if last_alone else slice(None)
-    every_state = states.new_zeros(packed_shape.numel(), states.shape[1])
-    every_state[layout.packed_places[tokens]] = states
-    return Prefill(text, every_state.unflatten(0, packed_shape), caches)
+    if last_alone:
+        every_state = states.new_zeros(packed_shape.numel(), states.shape[1])
+        every_state[layout.last_places] = states
+        return Prefill(text, every_state.unflatten(0, packed_shape), caches)
+    return Prefill(text, _at(layout.packed_tokens, states), caches)
 
 
 def _attend(
