@@ -108,8 +108,8 @@ class PromptColumns:
     """Where the prompts of responses lie in packed sequences; the same in all layers."""
 
     image_index: Tensor  # int64[R]
-    packed_columns: Tensor  # int64[R, prompt length], column of each token; 0 = none
-    first_column: int  # of a response's own prompt, among its columns
+    # int64[R, columns], column of each token: of the prefix, if it is copied, and of the prompt
+    packed_columns: Tensor
 
     @classmethod
     def of(
@@ -138,7 +138,30 @@ class PromptColumns:
         # Unused columns copy column 0, masked.
         own_part = slice(first_column, first_column + prompt_length)
         packed_columns = torch.where(key_mask[:, own_part], packed_columns, 0)
-        return cls(image_index, packed_columns, first_column)
+        if first_column:
+            prefix_columns = torch.arange(first_column, device=branch.device)
+            prefix_columns = prefix_columns.expand(len(branch), -1)
+            packed_columns = torch.cat([prefix_columns, packed_columns], dim=1)
+        return cls(image_index, packed_columns)
+
+    def take(self, packed: Tensor) -> Tensor:
+        """Keys or values of the tokens.
+
+        Args:
+            packed: float[B, Hk, N, Dh].
+
+        Returns:
+            float[R, columns, Hk, Dh].
+        """
+        # Tokens that lie in rows of memory, as a CPU leaves them, are copied faster
+        by_token = packed.transpose(1, 2)
+        if by_token.is_contiguous():
+            places = packed.shape[2] * self.image_index[:, None] + self.packed_columns
+            rows = by_token.flatten(0, 1).index_select(0, places.flatten())
+            return rows.unflatten(0, places.shape)
+
+        # Two index tensors around a slice put their axes first
+        return packed[self.image_index[:, None], :, self.packed_columns]
 
 
 @dataclass
@@ -152,22 +175,14 @@ class SharedPrefixCache:
 
     def load_prefill(self, prefill_cache: PrefillCache, prompts: PromptColumns) -> None:
         """Copy prefixes and prompts out of ``prefill_cache``, which is emptied."""
-        # Copies of the prefix come before the own columns, if there are any.
-        start = prompts.first_column
-        own_part = slice(start, start + prompts.packed_columns.shape[1])
-        image_index = prompts.image_index[:, None]
-
-        # Two index tensors around a slice put their axes first: [R, prompt_length, Hk, Dh].
+        filled = slice(prompts.packed_columns.shape[1])
         for packed, prefix, own_columns in (
             (prefill_cache.keys, self.prefix_keys, self.own_keys),
             (prefill_cache.values, self.prefix_values, self.own_values),
         ):
             assert packed is not None
             prefix.copy_(packed[:, :, : prefix.shape[2]])
-            if start:
-                own_columns[:, :, :start] = packed[prompts.image_index, :, :start]
-            own = packed[image_index, :, prompts.packed_columns]
-            own_columns[:, :, own_part] = own.transpose(1, 2)
+            own_columns[:, :, filled] = prompts.take(packed).transpose(1, 2)
 
         # Free the packed tensors before the next layer is copied.
         prefill_cache.keys = None
