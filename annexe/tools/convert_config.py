@@ -56,8 +56,8 @@ _CONVERSIONS: dict[str, Callable[[Any], Any]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("old", type=Path, help="YAML file of the released code")
-    parser.add_argument("new", type=Path, help="YAML file to write")
+    parser.add_argument("old", type=Path, metavar="OLD", help="YAML file of the released code")
+    parser.add_argument("new", type=Path, metavar="NEW", help="YAML file to write")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -64,17 +64,19 @@ class _Row(Struct):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "masks",
+        metavar="MASKS",
         type=Path,
         help="folder of IMAGE/ANNOTATION_QUERY_SLOT.png, 0 = outside of the mask; or .json with "
         "results of COCO that have annotation and query_id",
     )
     parser.add_argument(
         "answers",
+        metavar="ANSWERS",
         type=Path,
         help=f"rows of {', '.join(REQUIRED)}, optionally query, presence and analysis: "
         ".tsv with a header, or .jsonl",
     )
-    parser.add_argument("out", type=Path, help="predictions.jsonl to write")
+    parser.add_argument("out", type=Path, metavar="OUT", help="predictions.jsonl to write")
     parser.add_argument(
         "--dataset",
         type=Path,

@@ -24,13 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     parser.add_argument(
         "root",
+        metavar="ROOT",
         type=Path,
         help="folder that holds RGB/, depth/, mask/ and dataset_split/, or the splits of EgoHOS",
     )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write a report, with a list of stems to exclude"
     )
-    parser.add_argument("--workers", type=int, help="processes (default: all cores)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: all cores)")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -41,11 +41,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--questions", choices=("auto", "none"), default="auto", help=automatic)
     add("--split", choices=SPLITS, help="of all photos (default: as SRC says, else by share)")
     share = "share of the photos in {} where SRC has no splits (default %(default)s)"
-    add("--val", type=float, default=0.1, help=share.format("val"))
-    add("--test", type=float, default=0.1, help=share.format("test"))
-    add("--seed", type=int, default=0, help="settles questions and shares (default %(default)s)")
+    add("--val", type=float, default=0.1, metavar="SHARE", help=share.format("val"))
+    add("--test", type=float, default=0.1, metavar="SHARE", help=share.format("test"))
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="settles questions and shares (default %(default)s)",
+    )
     add("--report", type=Path, metavar="FILE", help="write what was taken and left out as JSON")
-    add("--workers", type=int, help="processes (default: all cores)")
+    add("--workers", type=int, metavar="N", help="processes (default: all cores)")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -31,7 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--options", nargs="+", default=[], metavar="A.B=C", help="settings put over the file"
     )
     parser.add_argument(
-        "--gpus", type=int, default=1, help="processes of the run, one a GPU (default %(default)s)"
+        "--gpus",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes of the run, one a GPU (default %(default)s)",
     )
     parser.add_argument(
         "--card", type=float, default=24, metavar="GB", help="memory of a GPU (default %(default)s)"

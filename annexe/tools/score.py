@@ -22,7 +22,7 @@ _SETTING = re.compile(r"datasets\.ego_irgbench\.(\w+)")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("predictions", type=Path, help="predictions.jsonl")
+    parser.add_argument("predictions", type=Path, metavar="PRED", help="predictions.jsonl")
     add_data_arguments(parser)
     parser.add_argument(
         "--protocol",
@@ -46,7 +46,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-root", required=True, type=path, metavar="DIR", help="folder that holds RGB/"
     )
-    parser.add_argument("--split", required=True, help="split that was predicted")
+    parser.add_argument("--split", required=True, metavar="NAME", help="split that was predicted")
     parser.add_argument(
         "--split-dir",
         type=path,
@@ -67,7 +67,11 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "(default %(default)s)",
     )
     parser.add_argument(
-        "--workers", type=int, default=num_cores(), help="processes (default: all cores)"
+        "--workers",
+        type=int,
+        default=num_cores(),
+        metavar="N",
+        help="processes (default: all cores)",
     )
 
 

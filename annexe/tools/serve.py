@@ -27,7 +27,7 @@ _LIMITS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "run_folder",
-        metavar="run",
+        metavar="RUN",
         type=os.path.expanduser,
         help="run folder, or one of its checkpoints, or user/repo of one on the hub",
     )

@@ -23,24 +23,34 @@ from annexe.terminal import say, table
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
-    parser.add_argument("root", type=Path, help="folder that holds dataset_split/")
+    parser.add_argument("root", type=Path, metavar="ROOT", help="folder that holds dataset_split/")
     parser.add_argument("--by", choices=GROUPS, required=True, help="what no two splits may share")
     parser.add_argument(
         "--out",
         type=Path,
         required=True,
+        metavar="DIR",
         help="folder to make, for train.txt, val.txt and test.txt",
     )
     parser.add_argument(
-        "--val", type=float, default=0.1, help="share of the images in val (default %(default)s)"
+        "--val",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help="share of the images in val (default %(default)s)",
     )
     parser.add_argument(
-        "--test", type=float, default=0.2, help="share of the images in test (default %(default)s)"
+        "--test",
+        type=float,
+        default=0.2,
+        metavar="SHARE",
+        help="share of the images in test (default %(default)s)",
     )
     parser.add_argument(
         "--seed",
         type=int,
         default=0,
+        metavar="N",
         help="the same seed gives the same lists (default %(default)s)",
     )
     parser.add_argument(

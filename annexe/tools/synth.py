@@ -18,22 +18,22 @@ log = logging.getLogger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("out", type=Path, help="folder to make")
+    add("out", type=Path, metavar="OUT", help="folder to make")
 
     # how many images, and of what
     in_all = "images in train, val and test together"
-    add("--images", type=int, required=True, help=in_all)
-    add("--seed", type=int, required=True, help="the same seed gives the same bytes")
+    add("--images", type=int, required=True, metavar="N", help=in_all)
+    add("--seed", type=int, required=True, metavar="N", help="the same seed gives the same bytes")
     share = "share of the images in {}, or from 1 on their number (default %(default)s)"
-    add("--val", type=float, default=0.05, help=share.format("val"))
-    add("--test", type=float, default=0.15, help=share.format("test"))
+    add("--val", type=float, default=0.05, metavar="SHARE", help=share.format("val"))
+    add("--test", type=float, default=0.15, metavar="SHARE", help=share.format("test"))
     hard = "look-alikes, hidden parts, and questions that tell apart"
     add("--hard", action="store_true", help=hard)
 
     # how they are drawn
     height = "rows of a picture, 16:9: the same scenes in less time (default %(default)s)"
-    add("--height", type=int, default=HEIGHT, help=height)
-    add("--workers", type=int, help="processes (default: all cores)")
+    add("--height", type=int, default=HEIGHT, metavar="N", help=height)
+    add("--workers", type=int, metavar="N", help="processes (default: all cores)")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     inspect.add_argument(
         "file",
+        metavar="FILE",
         type=Path,
         help=".pth or safetensors file, Hugging Face folder, run folder, or user/repo of a run",
     )
@@ -53,11 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     export = actions.add_parser("export", help="write adapter, heads and tokenizer of a run")
     export.add_argument(
         "run_folder",
-        metavar="run",
+        metavar="RUN",
         type=os.path.expanduser,
         help="run folder, or one of its checkpoints, or user/repo of one on the hub",
     )
-    export.add_argument("out", type=Path, help="folder to make")
+    export.add_argument("out", type=Path, metavar="OUT", help="folder to make")
     export.add_argument(
         "--merge",
         action="store_true",
@@ -74,8 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from_gguf = actions.add_parser(
         "from-gguf", help="turn a language model of llama.cpp into a folder of transformers"
     )
-    from_gguf.add_argument("file", type=Path, help="GGUF file")
-    from_gguf.add_argument("out", type=Path, help="folder to make")
+    from_gguf.add_argument("file", type=Path, metavar="FILE", help="GGUF file")
+    from_gguf.add_argument("out", type=Path, metavar="OUT", help="folder to make")
 
 
 def run(arguments: argparse.Namespace) -> None:
