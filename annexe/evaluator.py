@@ -238,14 +238,7 @@ def predict_missing(evaluation: Evaluation, finisher: Finisher, clock: Clock) ->
 
     # Predict
     started = time.perf_counter()
-    settings = PredictionSettings(
-        device=accelerator.device,
-        autocast=accelerator.autocast,
-        queries_per_annotation=run.queries_per_annotation,
-        max_new_tokens=run.max_new_tokens,
-        num_workers=run.num_workers,
-        true_analyses=run.analysis == "true",
-    )
+    settings = PredictionSettings.of_run(run, accelerator)
     batches = [files.batches[index] for index in missing]
     predicted = predict(
         evaluation.model, evaluation.dataset, batches, settings, on_batch=clock.predicted

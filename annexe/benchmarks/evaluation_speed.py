@@ -104,13 +104,7 @@ def _generation_rate(
     order = by_size(dataset, batches, run.queries_per_annotation)
     shared_out = order[accelerator.process_index :: accelerator.num_processes]
     own = [batches[index] for index in islice(shared_out, _MOST_IN_MEMORY)]
-    settings = PredictionSettings(
-        device=accelerator.device,
-        autocast=accelerator.autocast,
-        queries_per_annotation=run.queries_per_annotation,
-        max_new_tokens=run.max_new_tokens,
-        num_workers=run.num_workers,
-    )
+    settings = PredictionSettings.of_run(run, accelerator)
     loaded = list(load_batches(model, dataset, own, settings))
 
     # Two rounds, of which the second counts

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 from torch.utils.data import Dataset
 
+from annexe.config import RunConfig
 from annexe.datasets.collate import Collator
 from annexe.datasets.loader import make_loader
 from annexe.evaluation.records import ImageRecord, PredictedMask, QueryRecord, Record
@@ -98,6 +100,18 @@ class PredictionSettings:
     max_new_tokens: int
     num_workers: int
     true_analyses: bool = False
+
+    @classmethod
+    def of_run(cls, run: RunConfig, accelerator: Accelerator) -> PredictionSettings:
+        """Those of an evaluation."""
+        return cls(
+            device=accelerator.device,
+            autocast=accelerator.autocast,
+            queries_per_annotation=run.queries_per_annotation,
+            max_new_tokens=run.max_new_tokens,
+            num_workers=run.num_workers,
+            true_analyses=run.analysis == "true",
+        )
 
 
 def predict(
