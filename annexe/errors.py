@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import reprlib
 from collections.abc import Iterable
@@ -49,6 +50,14 @@ def require_multiple(where: str, name: str, value: int, of: int, needed_by: str)
         raise UserError(
             f"{where}.{name} is {value}; it must be a multiple of {of}, for {needed_by}"
         )
+
+
+def require_adapter(where: str, alpha: float, dropout: float) -> None:
+    """Raise a `UserError` for a factor or a dropout that low-rank adapters cannot have."""
+    if not 0 < alpha < math.inf:
+        raise UserError(f"{where}.alpha is {alpha}; it must be a number above 0")
+    if not 0 <= dropout < 1:
+        raise UserError(f"{where}.dropout is {dropout}; it must be at least 0 and below 1")
 
 
 def shown(value: Any) -> str:

@@ -419,6 +419,10 @@ def test_evaluation_needs_a_checkpoint(make_config: MakeConfig, tmp_path: Path) 
             "model.language_model.lora={rank: 4, dropout: 1.5}",
             "model.language_model.lora.dropout is 1.5",
         ),
+        (
+            "model.language_model.lora={rank: 4, alpha: .inf}",
+            "model.language_model.lora.alpha is inf",
+        ),
         ("model.language_model.lora={rank: 4, targets: [q_prj]}", "Did you mean 'q_proj'"),
         ("model.language_model.lora={rank: 4, targets: []}", "Choices: "),
         ("model.language_model.dtype=bfloat16", "cannot be trained whole"),

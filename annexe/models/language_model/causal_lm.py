@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from annexe.errors import UserError, unknown_name_error
+from annexe.errors import UserError, require_adapter, unknown_name_error
 from annexe.models.language_model.attention import packed_attention_mask, packed_block_mask
 from annexe.models.language_model.base_model import (
     DTYPES,
@@ -70,7 +70,7 @@ class Lora:
         targets: names of the layers that get one.
 
     Raises:
-        UserError: for a negative rank or a dropout outside [0, 1).
+        UserError: for a negative rank, a dropout outside [0, 1), or an ``alpha`` of 0 or less.
     """
 
     WHEN_NULL: ClassVar[dict[str, Any]] = {"rank": 0}  # `lora: null` in YAML: no adapters
@@ -84,8 +84,7 @@ class Lora:
         where = f"{SETTINGS}.lora"
         if self.rank < 0:
             raise UserError(f"{where}.rank is {self.rank}; it must be at least 0")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"{where}.dropout is {self.dropout}; it must be at least 0 and below 1")
+        require_adapter(where, self.alpha, self.dropout)
 
 
 def add_adapters(model: PreTrainedModel, lora: Lora) -> PeftModel:

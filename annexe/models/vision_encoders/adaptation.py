@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from annexe.errors import UserError, require_sizes
+from annexe.errors import UserError, require_adapter, require_sizes
 
 _SETTINGS = "model.rgb_encoder"
 _WORDS = ("none", "all", "lora")
@@ -23,7 +23,7 @@ class EncoderLora:
         dropout: probability that an input of an adapter is dropped in training.
 
     Raises:
-        UserError: for a rank below 1 or a dropout outside [0, 1).
+        UserError: for a rank below 1, a dropout outside [0, 1), or an ``alpha`` of 0 or less.
     """
 
     rank: int = 16
@@ -32,10 +32,7 @@ class EncoderLora:
 
     def __post_init__(self) -> None:
         require_sizes(f"{_SETTINGS}.lora", rank=self.rank)
-        if not 0 <= self.dropout < 1:
-            raise UserError(
-                f"{_SETTINGS}.lora.dropout is {self.dropout}; it must be at least 0 and below 1"
-            )
+        require_adapter(f"{_SETTINGS}.lora", self.alpha, self.dropout)
 
 
 def require_trained(trained: int | str, num_blocks: int) -> None:
