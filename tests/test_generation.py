@@ -316,6 +316,20 @@ def test_prompts_read_branch_by_branch_are_the_same(make_prompts, num_key_heads)
     assert prompts.hidden.count_nonzero() < expected.hidden.count_nonzero()
 
 
+def test_prompts_in_bfloat16_are_read_branch_by_branch(make_prompts):
+    language_model, prefill, samples = make_prompts()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = prefill(samples)
+        decoder = GreedyDecoder(language_model)
+        assert decoder.join_products(torch.bfloat16)
+        prompts = prefill(samples)
+        assert all(decoder.decode(prefill(samples), 4).tokens)
+    assert prompts.prefill_caches[0].keys.dtype == torch.bfloat16
+    is_token = prompts.text.segment_ids >= 0
+    difference = (prompts.hidden - expected.hidden)[is_token].norm()
+    assert difference < 0.02 * expected.hidden[is_token].norm()
+
+
 def test_only_what_is_new_of_a_branch_is_computed():
     ids = torch.tensor([[5, 6, 7], [5, 6, -1], [5, 6, 8], [4, 6, 8], [4, 6, 8], [4, 6, 8]])
     image_index = torch.tensor([0, 0, 0, 0, 0, 1])

@@ -152,7 +152,7 @@ def read_prompts(
     update = None
     with torch.autocast("cpu", enabled=False):
         for index, block in enumerate(blocks.blocks):
-            # Queries, keys and values; the cache keeps those of all tokens.
+            # Queries, keys and values, all of one dtype; the cache keeps those of all tokens.
             norm = block.attention_norm
             normalized = operations.add_and_normalize(
                 x, update, norm.weight, norm.epsilon, blocks.dtype
@@ -161,6 +161,8 @@ def read_prompts(
             query, key, value = rotate(
                 projections, angles, block.head_norms, blocks.num_key_heads, blocks.head_dim
             )
+            query = query.to(value.dtype)
+            key = key.to(value.dtype)
             packed_key = _at(layout.packed_tokens, key)  # [B, N, Hk, Dh]
             packed_value = _at(layout.packed_tokens, value)
             caches.append(PrefillCache(packed_key.transpose(1, 2), packed_value.transpose(1, 2)))
