@@ -263,10 +263,12 @@ def own_logits(stock: Any, response: list[int]) -> torch.Tensor:
     return torch.cat(logits)
 
 
-def decoded(model: CausalLM, num_tokens: int) -> list[list[int]]:
+def decoded(
+    model: CausalLM, num_tokens: int, *, decoder: GreedyDecoder | None = None
+) -> list[list[int]]:
     text = packed([])
-    prefill: Prefill = model.prefill(model.embed(text.input_ids), text)
-    return GreedyDecoder(model).decode(prefill, num_tokens).tokens
+    prefill: Prefill = model.prefill(model.embed(text.input_ids), text, last_alone=True)
+    return (decoder or GreedyDecoder(model)).decode(prefill, num_tokens).tokens
 
 
 def generated(stock: Any, num_tokens: int) -> list[list[int]]:
@@ -298,9 +300,16 @@ def test_packed_branches_equal_each_alone_in_transformers(family):
 
 @torch.no_grad()
 def test_greedy_generation_is_that_of_transformers(family, tmp_path):
-    _, folder, stock = family
+    name, folder, stock = family
     expected = generated(stock, 12)
-    assert decoded(load(folder), 12) == expected
+    model = load(folder)
+    assert decoded(model, 12) == expected
+
+    # With joint products, which read the prompts as well
+    decoder = GreedyDecoder(model)
+    assert decoder.join_products() == (name not in ("olmo2", "phi3"))
+    assert (model.prompt_reader is not None) == (name not in ("olmo2", "phi3"))
+    assert decoded(model, 12, decoder=decoder) == expected
 
     # Further ends of sequence, which the folder names
     stock = copy.deepcopy(stock)
