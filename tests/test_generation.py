@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -31,7 +31,8 @@ from annexe.models.language_model.decode_steps import DecodeStep
 from annexe.models.language_model.float8 import Float8Linear, quantize_rows
 from annexe.models.language_model.generation import GreedyDecoder
 from annexe.models.language_model.kv_cache import DecodeIndex, SharedPrefixCache
-from annexe.structures.batch import PackedText, reach_of
+from annexe.structures.batch import AnswersRead, PackedText, reach_of
+from tests.test_models import texts_of
 from tests.test_packed_sequence import LORA, VARIED
 
 
@@ -328,6 +329,22 @@ def test_prompts_in_bfloat16_are_read_branch_by_branch(make_prompts):
     is_token = prompts.text.segment_ids >= 0
     difference = (prompts.hidden - expected.hidden)[is_token].norm()
     assert difference < 0.02 * expected.hidden[is_token].norm()
+
+
+@pytest.mark.parametrize("answers_read", AnswersRead.CHOICES)
+def test_joint_products_answer_the_same(make_parts, answers_read):
+    """Photos with many questions beside one without any, and one alone."""
+    model, tokenizer, batch = make_parts(*VARIED, f"model.answers_read={answers_read}")
+    collate = Collator(
+        tokenizer, model.num_image_tokens, 4, responses=False, answers_read=model.answers_read
+    )
+    first, second, third = batch.samples
+    samples = [first, replace(second, turns=[]), replace(third, turns=third.turns * 3)]
+    prompts = [collate(samples), collate(samples[1:2])]
+    expected = [texts_of(model.generate(each, 6)) for each in prompts]
+    assert expected[0][0][1]
+    assert model.text_decoder.join_products()
+    assert [texts_of(model.generate(each, 6)) for each in prompts] == expected
 
 
 def test_only_what_is_new_of_a_branch_is_computed():

@@ -16,20 +16,15 @@ from annexe.models.pixel_decoder import Attention
 from annexe.models.vision_encoders.eva_vit import LinearGELU
 from annexe.rle import encode
 from annexe.structures.batch import AnswersRead, Batch
-from annexe.structures.prediction import ImageResponses
 from annexe.training import losses
 from annexe.training.cuda_graphs import PAD_TO_MULTIPLE_OF, GraphedPass
 from tests.test_generation import calls_of_a_step, require_same_call, run_call
+from tests.test_models import texts_of
 
 NAMES = list(losses.TERMS)
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="CUDA graphs and compiled kernels need a GPU"
 )
-
-
-def texts_of(images: list[ImageResponses]) -> list[tuple[str, list[str]]]:
-    """The analysis of every image, and its answers."""
-    return [(image.analysis, [raw.answer for raw in image.responses]) for image in images]
 
 
 @pytest.mark.parametrize("answers_read", AnswersRead.CHOICES)
