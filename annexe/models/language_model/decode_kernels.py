@@ -80,12 +80,11 @@ def _store_codes(
     num_groups,
     num_padded_rows,
     GROUP: tl.constexpr,
-    NUM_GROUPS: tl.constexpr,
 ):
     """Round some groups of a row to e4m3 with a scale of its own for each.
 
     Args:
-        numbers: float32[NUM_GROUPS * GROUP].
+        numbers: float32[.], some groups.
         code_ptr: e4m3[padded rows, groups, GROUP], written.
         scale_ptr: float32[groups, padded rows], written.
         row: the row.
@@ -93,8 +92,9 @@ def _store_codes(
         num_groups: groups of a row.
         num_padded_rows: a multiple of the rows that a product takes.
     """
-    groups = tl.reshape(numbers, [NUM_GROUPS, GROUP])
-    group = first_group + tl.arange(0, NUM_GROUPS)
+    num_stored: tl.constexpr = numbers.shape[0] // GROUP
+    groups = tl.reshape(numbers, [num_stored, GROUP])
+    group = first_group + tl.arange(0, num_stored)
     scale = tl.maximum(tl.max(tl.abs(groups), 1), 1e-12) / 448.0  # the largest e4m3 number
     codes = (groups / scale[:, None]).to(code_ptr.dtype.element_ty)
     is_group = group < num_groups
@@ -132,6 +132,7 @@ def _add_and_normalize(
         num_padded_rows: a multiple of the rows that a product takes.
         epsilon: added to the mean of the squares.
     """
+    # Add.
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, PADDED_WIDTH)
     is_column = column < WIDTH
@@ -144,22 +145,14 @@ def _add_and_normalize(
             update_ptr += num_rows * WIDTH
         x = (x.to(tl.float32) + update).to(x.dtype)
         tl.store(x_ptr + offset, x, mask=is_column)
+
+    # Normalize, and store.
     x = x.to(tl.float32)
     mean = tl.sum(x * x, 0) / WIDTH
     weight = tl.load(weight_ptr + column, mask=is_column, other=0).to(tl.float32)
     output = x * tl.rsqrt(mean + epsilon) * weight
     if GROUP > 0:
-        _store_codes(
-            output,
-            output_ptr,
-            scale_ptr,
-            row,
-            0,
-            num_groups,
-            num_padded_rows,
-            GROUP,
-            PADDED_WIDTH // GROUP,
-        )
+        _store_codes(output, output_ptr, scale_ptr, row, 0, num_groups, num_padded_rows, GROUP)
     else:
         tl.store(output_ptr + offset, output.to(output_ptr.dtype.element_ty), mask=is_column)
 
@@ -199,6 +192,7 @@ def _rotate_and_store(
         num_columns: Lr.
         epsilon: added to the mean of the squares.
     """
+    # Both halves of the head
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     dim = tl.arange(0, PADDED_HALF)
@@ -278,6 +272,7 @@ def _swiglu(
         num_groups: groups of a row.
         num_padded_rows: a multiple of the rows that a product takes.
     """
+    # Gates and values
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_column = column < width
@@ -288,19 +283,12 @@ def _swiglu(
         gate += tl.load(pointer, mask=is_column, other=0).to(tl.float32)
         up += tl.load(pointer + width, mask=is_column, other=0).to(tl.float32)
         pointer += num_rows * 2 * width
+
+    # Their product
     output = gate * tl.sigmoid(gate) * up
     if GROUP > 0:
-        _store_codes(
-            output,
-            output_ptr,
-            scale_ptr,
-            row,
-            tl.program_id(1) * (BLOCK // GROUP),
-            num_groups,
-            num_padded_rows,
-            GROUP,
-            BLOCK // GROUP,
-        )
+        first = tl.program_id(1) * (BLOCK // GROUP)
+        _store_codes(output, output_ptr, scale_ptr, row, first, num_groups, num_padded_rows, GROUP)
     else:
         output = output.to(output_ptr.dtype.element_ty)
         tl.store(output_ptr + row * width + column, output, mask=is_column)
@@ -368,6 +356,7 @@ def _multiply_codes(
         num_out: out.
         num_groups: groups of a row.
     """
+    # Rows, outputs and groups of this program
     part = tl.program_id(2)
     row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -604,6 +593,7 @@ def _attend_parts(
         prefix_length: Lp.
         num_columns: Lr.
     """
+    # Queries of an image over a part of its prefix
     program = tl.program_id(0)
     if program < num_prefix_programs:
         _attend_prefix(
@@ -627,6 +617,7 @@ def _attend_parts(
             PADDED_DIM,
         )
     else:
+        # A query over a part of its own columns
         _attend_own(
             program - num_prefix_programs,
             query_ptr,
@@ -686,7 +677,7 @@ def _merge_parts(
     row = tl.program_id(0)
     head = tl.program_id(1)
 
-    # A padding row is in no table, so nothing was written for it about a prefix.
+    # Padding rows share a place in the table: for most of them nothing was written about a prefix.
     image = tl.load(image_index_ptr + row)
     index_in_image = tl.load(index_in_image_ptr + row)
     has_prefix = tl.load(row_index_ptr + image * max_responses + index_in_image) == row
@@ -704,9 +695,7 @@ def _merge_parts(
     parts = tl.load(part_ptr + offset[:, None] * HEAD_DIM + dim, mask=is_number, other=0)
     output = tl.sum(weight[:, None] * parts, 0)
     if IN_CODES:
-        _store_codes(
-            output, output_ptr, scale_ptr, row, head, NUM_HEADS, num_padded_rows, HEAD_DIM, 1
-        )
+        _store_codes(output, output_ptr, scale_ptr, row, head, NUM_HEADS, num_padded_rows, HEAD_DIM)
     else:
         output_offset = (row * NUM_HEADS + head).to(tl.int64) * HEAD_DIM + dim
         tl.store(output_ptr + output_offset, output.to(output_ptr.dtype.element_ty), mask=is_dim)
