@@ -92,6 +92,31 @@ class DecodingBlock:
     gate_and_up: AnyProduct  # [2 F, D]
     down: AnyProduct  # [D, F]
 
+    def project(
+        self, x: Tensor, update: Tensor | None, dtype: torch.dtype, operations: ModuleType
+    ) -> Tensor:
+        """Queries, keys and values, float[R, (H + 2 Hk) Dh] or in parts.
+
+        Args:
+            x: float[R, D], states before the block, to which ``update`` is added in place.
+            update: what the block before computed; None = nothing.
+            dtype: of what products take.
+            operations: of `operations_on`.
+        """
+        norm = self.attention_norm
+        normalized = operations.add_and_normalize(x, update, norm.weight, norm.epsilon, dtype)
+        return self.projections(normalized, operations)
+
+    def run_mlp(
+        self, x: Tensor, update: Tensor, dtype: torch.dtype, operations: ModuleType
+    ) -> Tensor:
+        """The update for the next block; arguments as of `project`, but from attention."""
+        norm = self.mlp_norm
+        normalized = operations.add_and_normalize(x, update, norm.weight, norm.epsilon, dtype)
+        gate_and_up = self.gate_and_up(normalized, operations)
+        hidden = operations.swiglu(gate_and_up, dtype)
+        return self.down(hidden, operations)
+
 
 class DecodingBlocks:
     """All blocks and the final norm, which run one new token of each response.
@@ -105,6 +130,7 @@ class DecodingBlocks:
     def __init__(
         self, language_model: CausalLM, autocast_dtype: torch.dtype | None, *, float8: bool
     ) -> None:
+        # Types and sizes
         model = language_model.base.model
         if float8 and model.norm.weight.is_cuda:
             _require_float8()
@@ -114,6 +140,8 @@ class DecodingBlocks:
         self.scaling = model.layers[0].self_attn.scaling
         self.head_dim = language_model.head_dim
         self.num_key_heads = model.config.num_key_value_heads
+
+        # Weights
         self.rotary = model.rotary_emb
         self.final_norm = _norm(model.norm)
         self.blocks = []
@@ -155,12 +183,7 @@ class DecodingBlocks:
         update = None
         with torch.autocast(x.device.type, enabled=False):
             for block, cache in zip(self.blocks, caches, strict=True):
-                # Attention
-                norm = block.attention_norm
-                normalized = operations.add_and_normalize(
-                    x, update, norm.weight, norm.epsilon, self.input_dtype
-                )
-                projections = block.projections(normalized, operations)
+                projections = block.project(x, update, self.input_dtype, operations)
                 query = operations.rotate_and_store(
                     projections, angles, block.head_norms, cache, index
                 )
@@ -168,15 +191,7 @@ class DecodingBlocks:
                     query, cache, index, self.scaling, self.input_dtype
                 )
                 update = block.output(attended, operations)
-
-                # MLP
-                norm = block.mlp_norm
-                normalized = operations.add_and_normalize(
-                    x, update, norm.weight, norm.epsilon, self.input_dtype
-                )
-                gate_and_up = block.gate_and_up(normalized, operations)
-                hidden = operations.swiglu(gate_and_up, self.input_dtype)
-                update = block.down(hidden, operations)
+                update = block.run_mlp(x, update, self.input_dtype, operations)
             return operations.add_and_normalize(
                 x, update, self.final_norm.weight, self.final_norm.epsilon, x.dtype
             )

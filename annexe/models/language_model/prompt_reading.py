@@ -142,6 +142,7 @@ def read_prompts(
     Returns:
         The prompts. States that are not computed are 0, and those of padding anything.
     """
+    # The tokens that are computed, and what all blocks share
     operations = operations_on(embeddings.device)
     packed_shape = text.input_ids.shape
     layout = _Layout.of(text)
@@ -153,11 +154,7 @@ def read_prompts(
     with torch.autocast("cpu", enabled=False):
         for index, block in enumerate(blocks.blocks):
             # Queries, keys and values, all of one dtype; the cache keeps those of all tokens.
-            norm = block.attention_norm
-            normalized = operations.add_and_normalize(
-                x, update, norm.weight, norm.epsilon, blocks.dtype
-            )
-            projections = block.projections(normalized, operations)
+            projections = block.project(x, update, blocks.dtype, operations)
             query, key, value = rotate(
                 projections, angles, block.head_norms, blocks.num_key_heads, blocks.head_dim
             )
@@ -167,22 +164,15 @@ def read_prompts(
             packed_value = _at(layout.packed_tokens, value)
             caches.append(PrefillCache(packed_key.transpose(1, 2), packed_value.transpose(1, 2)))
 
-            # Attention
+            # Attention and MLP
             is_short = last_alone and index == len(blocks.blocks) - 1
             if is_short:
                 attended = _attend_last(query, key, value, layout, bias, blocks.scaling)
                 x = _at(layout.last_tokens, x)  # [R, D]
             else:
                 attended = _attend(query, key, value, layout, bias, blocks.scaling)
-            update = block.output(attended.flatten(1).to(blocks.dtype), operations)
-
-            # MLP
-            norm = block.mlp_norm
-            normalized = operations.add_and_normalize(
-                x, update, norm.weight, norm.epsilon, blocks.dtype
-            )
-            hidden = operations.swiglu(block.gate_and_up(normalized, operations), blocks.dtype)
-            update = block.down(hidden, operations)
+            update = block.output(attended, operations)
+            update = block.run_mlp(x, update, blocks.dtype, operations)
 
         # The final norm, and states where they were packed
         norm = blocks.final_norm
