@@ -754,10 +754,9 @@ def decode_attention(
 
     # Allocate the results.
     query = query.contiguous()
-    rounded = None
-    if dtype == FLOAT8:
+    rounded = None  # codes that the kernels write, where a head is a group
+    if dtype == FLOAT8 and head_dim == FLOAT8_GROUP:
         rounded = _empty_codes(num_rows, num_heads * head_dim, query.device)
-    if rounded is not None and head_dim == FLOAT8_GROUP:
         output = rounded.codes
     else:
         output = torch.empty_like(query, dtype=None if dtype == FLOAT8 else dtype)
@@ -814,13 +813,13 @@ def decode_attention(
         NUM_PARTS=num_parts,
         PADDED_PARTS=triton.next_power_of_2(num_parts),
         NUM_HEADS=num_heads,
-        IN_CODES=output.dtype == FLOAT8,
+        IN_CODES=rounded is not None,
         num_warps=1,
         **sizes,
     )
     if rounded is not None:
-        return rounded if output.dtype == FLOAT8 else _round_groups(output)
-    return output
+        return rounded
+    return _round_groups(output) if dtype == FLOAT8 else output
 
 
 def _outputs(

@@ -4,7 +4,8 @@ All branches of all images are decoded together, each as a row of `DecodingState
 image is kept once (`annexe.models.language_model.kv_cache`). A step is the same sequence of kernels
 whatever the tokens are, so that a graph of it can be replayed. The host looks at the rows after
 every step, stops once all are finished, and drops the finished ones when they are at least half. It
-sees the rows as they were a step before, so that a GPU has the next step while the host looks:
+sees the rows as they were a step before, so that a GPU has the next step while the host looks.
+Where it has to see what the last step did, a GPU takes several steps between two looks.
 
     round        1        2        3
     row 0     w w w w  w w .           .: finished          w: a token
@@ -197,8 +198,8 @@ class GreedyDecoder:
         Returns:
             A response for every branch.
         """
-        end_ids = self.language_model.end_ids
         # Start rows: one for every branch, at the end of its prompt.
+        end_ids = self.language_model.end_ids
         state = self.start_rows(prefill, max_new_tokens, constraints)
         self.temperature = None
         if sampler is not None:
@@ -206,6 +207,8 @@ class GreedyDecoder:
             state.seeds = sampler.seeds
         responses = Responses([[] for _ in range(len(state))], torch.zeros_like(state.slot_states))
         drafts = self.drafts if sampler is None else None
+
+        # Look after every step; on a GPU less often where a look waits for it.
         looks_late = self._looks_late(prefill, on_tokens)
         late_count: LateCount | None = None
         steps_per_look = 1
@@ -223,6 +226,7 @@ class GreedyDecoder:
 
             # Compact: drop the finished rows once they are at least half.
             if step is None or self._is_half_empty(state, num_running):
+                # The step behind a late look may have finished the last ones.
                 if late_count is not None and self._count_running(state) == 0:
                     break
                 responses.collect(state, end_ids)
