@@ -76,7 +76,9 @@ def random_groups(model: Annexe, branches: Branches, run: RunConfig) -> Batch:
     return replace(batch, text=text, policy=policy, samples=[])
 
 
-def held_for_rewards(model: Annexe, branches: Branches, run: RunConfig, *, bf16: bool) -> Any:
+def held_for_rewards(
+    model: Annexe, branches: Branches, run: RunConfig, *, bf16: bool
+) -> tuple[StartWeights | None, CachePool]:
     """What lives from step to step: weights of the start, and the keys and values of the drawing.
 
     Args:
@@ -85,6 +87,7 @@ def held_for_rewards(model: Annexe, branches: Branches, run: RunConfig, *, bf16:
         run: the settings of the run.
         bf16: whether it draws under autocast.
     """
+    # What losses compare with
     start = StartWeights(model) if run.rewards.kl_weight else None
 
     # Every response has a copy of its prompt's keys and values, and room for its own
