@@ -33,10 +33,8 @@ from annexe.models.language_model.causal_lm import CausalLM
 from annexe.models.language_model.decode_operations import FLOAT8, FLOAT8_GROUP, GroupCodes
 from annexe.models.language_model.float8 import Float8Linear, quantize_rows
 from annexe.models.language_model.kv_cache import DecodeIndex, DraftIndex, SharedPrefixCache
-from annexe.models.language_model.support import head_dim_of
+from annexe.models.language_model.support import head_dim_of, is_block_of_llama
 
-# Blocks of transformers that compute what is drawn above, some with norms of queries and keys
-_BLOCKS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 # Compute capability of Ada, the first GPU whose Triton kernels read e4m3
 _FLOAT8_CAPABILITY = (8, 9)
 # Rotary embeddings whose frequencies are the same at every position
@@ -213,7 +211,7 @@ def can_join_products(language_model: CausalLM) -> bool:
     """
     model = language_model.base.model
     config = language_model.base.config
-    if type(model.layers[0]).__name__ not in _BLOCKS or config.hidden_act != "silu":
+    if not is_block_of_llama(model.layers[0]) or config.hidden_act != "silu":
         return False
     rope = config.rope_parameters or {}
     if rope.get("rope_type", "default") not in _ROPE_TYPES:

@@ -20,9 +20,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import rotate_half
 
 from annexe.models.language_model.attention import attend
-
-# Blocks of transformers that compute what is drawn above, some with norms of queries and keys
-_BLOCKS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+from annexe.models.language_model.support import is_block_of_llama
 
 
 def let_choose_tokens(block: nn.Module) -> bool:
@@ -35,7 +33,7 @@ def let_choose_tokens(block: nn.Module) -> bool:
     Returns:
         Whether the block is of a kind that is known here. Any other stays as it is.
     """
-    if type(block).__name__ not in _BLOCKS:
+    if not is_block_of_llama(block):
         return False
     block.forward = MethodType(_forward, block)
     return True

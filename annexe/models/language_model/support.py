@@ -30,6 +30,13 @@ from annexe.structures.batch import reach_of
 
 # Types of blocks whose attention sees every position within the model's limit
 _ATTENTION_TYPES = ("full_attention", "sliding_attention")
+# Blocks with the parts of a Llama's, some with norms of queries and keys
+_LLAMA_BLOCKS = (
+    "LlamaDecoderLayer",
+    "MistralDecoderLayer",
+    "Qwen2DecoderLayer",
+    "Qwen3DecoderLayer",
+)
 # Settings of models that scale or cap what packed rows leave as it is
 _CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 _FACTORS = ("logits_scaling", "logit_scale", "embedding_multiplier", "lm_head_multiplier")
@@ -50,6 +57,11 @@ def head_dim_of(config: PretrainedConfig) -> int:
     """Width of an attention head."""
     head_dim = getattr(config, "head_dim", None)
     return cast("int", head_dim or config.hidden_size // config.num_attention_heads)
+
+
+def is_block_of_llama(block: Any) -> bool:
+    """Whether a block computes what a Llama's does, but for norms of queries and keys."""
+    return type(block).__name__ in _LLAMA_BLOCKS
 
 
 def position_limit(config: PretrainedConfig) -> int:
