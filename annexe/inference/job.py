@@ -128,6 +128,7 @@ def predict_share(
     Yields:
         What came of each photo of a batch.
     """
+    # What the device does, and what is written behind it
     results = predictor.iterate(chain.from_iterable(map(plan.photos_of, share)))
 
     def pairs() -> Iterator[list[tuple[Photo, PhotoResult | UserError]]]:
@@ -139,6 +140,7 @@ def predict_share(
     def write(pair: tuple[Photo, PhotoResult | UserError]) -> Written:
         return _write(*pair, files)
 
+    # Batch by batch
     num_threads = _num_threads(predictor.device)
     for batch, written in zip(share, in_threads(write, pairs(), num_threads), strict=True):
         unreadable = {}

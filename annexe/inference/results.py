@@ -58,12 +58,16 @@ class Photo:
             UserError: for an image of another type or shape.
         """
         asked = (questions,) if isinstance(questions, str) else tuple(questions or ())
+
+        # Bring it into one of three forms
         if isinstance(image, str):
             image = Path(image)
         elif isinstance(image, bytes):
             image = Upload(image, name or cls.name)
         elif isinstance(image, np.ndarray):
             image = _from_array(image)
+
+        # Name it
         if isinstance(image, Path | Upload):
             return cls(image, asked, name or image.stem)
         if isinstance(image, Image.Image):

@@ -426,6 +426,7 @@ def write(images: list[LabeledImage], out: Path) -> None:
     Raises:
         UserError: two photos have one name, or the folder holds anything.
     """
+    # Labels
     root = ET.Element("annotations")
     ET.SubElement(root, "version").text = "1.1"
     labels = _labels(images)
@@ -433,7 +434,9 @@ def write(images: list[LabeledImage], out: Path) -> None:
     holder = ET.SubElement(task, "labels")
     for label in labels:
         _add_label(holder, label)
+
     with new_folder(out) as part:
+        # Photos and their shapes
         for number, image in enumerate(images):
             _add_image(root, image, number)
             target = part / "images" / PurePosixPath(image.name)
@@ -443,6 +446,8 @@ def write(images: list[LabeledImage], out: Path) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with named(target):
                     shutil.copyfile(image.photo, target)
+
+        # The two files
         ET.indent(root)
         with named(part / FILE):
             ET.ElementTree(root).write(part / FILE, encoding="utf-8", xml_declaration=True)

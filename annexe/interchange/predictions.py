@@ -91,6 +91,7 @@ def read_truth(
     Raises:
         UserError: there is no such data, or a file of it is damaged.
     """
+    # The splits
     found = annotation_folders(root)
     wanted = splits or [split for split in SPLITS if found.get(split)]
     if not wanted:
@@ -98,12 +99,16 @@ def read_truth(
             f"'{root}' has no annotations in dataset_split/; give a data root, the folder that "
             "holds RGB/ and dataset_split/"
         )
+
+    # Their photos
     images = []
     for split in wanted:
         dataset = EgoIRGBench(split, 1, 0, None, data_root=str(root), cache=False)
         truth = Truth(dataset)
         for stem in track(dataset.stems, f"reading {split}", transient=True, stderr=True):
             images.append(_true_image(truth, stem, names, with_text))
+
+    # Those with targets
     for image in images:
         if not image.regions:
             report.leave_out("photos without any target", image.where)
