@@ -74,7 +74,6 @@ def run(arguments: argparse.Namespace) -> None:
 
     # Labels and photos
     report = ImportReport()
-    images = read_images(arguments, report)
     options = LayoutOptions(
         split=arguments.split,
         shares=shares,
@@ -83,7 +82,11 @@ def run(arguments: argparse.Namespace) -> None:
         skip_bad=arguments.skip_bad,
         num_workers=num_workers,
     )
-    layout = write_layout(images, arguments.out, options, report)
+    try:
+        images = read_images(arguments, report)
+        layout = write_layout(images, arguments.out, options, report)
+    except UserError as error:
+        raise UserError(report.as_given(str(error))) from None
     if not arguments.complete:
         _note_few_refusals(layout, report)
 

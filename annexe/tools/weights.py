@@ -223,7 +223,7 @@ def _write_export(
             "vocabulary as it is"
         )
     else:
-        _save_whole(settings, tensors, part / folder)
+        _save_whole(settings, tensors, part / folder, _load_tokenizer(checkpoint, settings))
 
     # The adapter merged into its base
     if base is not None:
@@ -252,15 +252,16 @@ def _load_tokenizer(checkpoint: Path, settings: dict[str, Any]) -> TextTokenizer
     return load_tokenizer(checkpoint / "tokenizer", 1, rows, settings["prompt_template"])
 
 
-def _save_whole(settings: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
+def _save_whole(
+    settings: dict[str, Any], tensors: dict[str, Tensor], folder: Path, tokenizer: TextTokenizer
+) -> None:
     """Save a language model that was trained whole, in its own sizes.
 
     Args:
         settings: of the language model.
         tensors: all that was trained, by our names.
-        folder: to make, beside that of the tokenizer.
+        folder: to make.
     """
-    tokenizer = _load_tokenizer(folder.parent, settings)
     language_model = build_component("language_model", settings, tokenizer)
     require_class_for_text(language_model.model)
     with torch.no_grad():
