@@ -48,11 +48,15 @@ _LOST_PROCESS = re.compile(r"gloo/\S+\] (.+)|(remote process exit\w+)")
 _DEAD_WORKER = re.compile(r"DataLoader worker \(pid.*\) (is killed|exited)|Too many open files")
 
 
-def exit_on_user_error(work: Callable[[], None]) -> None:
+def exit_on_user_error(work: Callable[[], None], interrupted: str = "interrupted") -> None:
     """Run ``work`` with logging set up, and end the process in one line where it fails.
 
     A mistake of the user, or a file that cannot be used, ends in one line on standard error and
     exit code 2. An interruption ends in exit code 130.
+
+    Args:
+        work: what the process is there for.
+        interrupted: what is said after an interruption.
     """
     escape_unprintable()
 
@@ -64,7 +68,7 @@ def exit_on_user_error(work: Callable[[], None]) -> None:
     try:
         work()
     except KeyboardInterrupt:
-        say("interrupted; a training goes on with run.resume=auto", style="red", stderr=True)
+        say(interrupted, style="red", stderr=True)
         sys.exit(130)
     except UserError as error:
         _exit_with(str(error))
@@ -161,11 +165,18 @@ def run_script(
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
-    exit_on_user_error(load_and_work)
+    command = "the same command" if evaluation else "with run.resume=auto it"
+    exit_on_user_error(load_and_work, f"interrupted; {command} goes on")
 
 
 def main() -> None:
     """Entry of the ``annexe`` command, which runs the module of a sub-command."""
+    # Its imports, which take seconds, can be interrupted too
+    exit_on_user_error(_run_tool)
+
+
+def _run_tool() -> None:
+    """Read the command line, and run what it names."""
     parser = argparse.ArgumentParser(
         prog="annexe", description="Egocentric interaction reasoning and grounding."
     )
@@ -184,7 +195,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for name, value in vars(arguments).items():
         setattr(arguments, name, _expand_home(value))
-    exit_on_user_error(lambda: arguments.run(arguments))
+    arguments.run(arguments)
 
 
 def _expand_home(value: Any) -> Any:
