@@ -16,7 +16,7 @@ from annexe import __version__
 from annexe.config import Config
 from annexe.errors import UserError, unknown_name_error
 from annexe.files import FULL_DISK
-from annexe.terminal import escape_unprintable, log_handler, say
+from annexe.terminal import add_command, escape_unprintable, log_handler, say
 
 # Sub-commands, in the order in which they are listed; each is a module of `annexe.tools`
 TOOLS = {
@@ -186,7 +186,7 @@ def _run_tool() -> None:
     # Only the named sub-command is imported: a list of all is there at once
     named = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     for name, about in TOOLS.items():
-        command = commands.add_parser(name, help=about, description=about)
+        command = add_command(commands, name, about)
         if name == named:
             tool = importlib.import_module(f"annexe.tools.{name.replace('-', '_')}")
             tool.add_arguments(command)

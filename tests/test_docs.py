@@ -107,12 +107,31 @@ def test_every_make_target_exists():
         assert set(words[1:]) <= targets, words
 
 
+def parser_of(tool: str) -> argparse.ArgumentParser:
+    """The parser of a sub-command of `annexe`."""
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    importlib.import_module(f"annexe.tools.{tool.replace('-', '_')}").add_arguments(parser)
+    return parser
+
+
 def test_every_annexe_command_parses():
     for words in annexe_commands():
         assert words[:1] == ["annexe"] and words[1] in cli.TOOLS, words
-        parser = argparse.ArgumentParser(exit_on_error=False)
-        importlib.import_module(f"annexe.tools.{words[1].replace('-', '_')}").add_arguments(parser)
-        parser.parse_args(words[2:])
+        parser_of(words[1]).parse_args(words[2:])
+
+
+@pytest.mark.parametrize("tool", cli.TOOLS)
+def test_every_help_ends_with_examples_that_parse(tool: str):
+    parser = parser_of(tool)
+    helps = [parser.epilog or ""]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            helps = [each.epilog for each in action.choices.values()]
+    for text in helps:
+        examples = re.findall(rf"^  .*\bannexe ({tool} .*)$", text, re.M)
+        assert examples, f"annexe {tool} --help has no example"
+        for example in examples:
+            parser.parse_args(shlex.split(example)[1:])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

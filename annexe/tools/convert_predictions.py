@@ -61,7 +61,17 @@ class _Row(Struct):
     analysis: str | None = None
 
 
+_EXAMPLES = """\
+examples:
+  annexe convert-predictions masks answers.tsv predictions.jsonl
+      a file that score, compare and export-predictions read
+  annexe convert-predictions results.json answers.tsv predictions.jsonl --dataset questions.json
+      the same of results of COCO
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _EXAMPLES
     parser.add_argument(
         "masks",
         metavar="MASKS",

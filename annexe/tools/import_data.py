@@ -23,8 +23,20 @@ _SHOWN = 3  # entries that are named of each reason
 _FEW_REFUSALS = 0.1  # share of the questions
 
 
+_EXAMPLES = """\
+examples:
+  annexe import-data coco labels/annotations.json data/mine --images labels/photos
+      data/mine with photos, masks and questions, as a training reads them
+  annexe import-data cvat export.zip data/mine --split test
+      further photos for the same folder, all of them in test
+
+Everything that was left out is named.
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
+    parser.epilog = _EXAMPLES
     add = parser.add_argument
     add("format", choices=FORMATS, metavar="FORMAT", help=", ".join(FORMATS))
     add("source", type=Path, metavar="SRC", help="annotation file or folder")

@@ -18,8 +18,17 @@ from annexe.errors import UserError
 from annexe.files import require_writable, write_json
 from annexe.models.language_model.base_model import DTYPES, QUANTIZED
 
+_EXAMPLES = """\
+example:
+  annexe plan --cfg-path train_configs/annexe.yaml --card 24
+      a table of memory by part, and options that make it fit where it does not
+
+Neither a GPU nor weights are needed, and data only to take the lengths of their texts.
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _EXAMPLES
     parser.add_argument(
         "--cfg-path",
         required=True,

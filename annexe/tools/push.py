@@ -16,9 +16,20 @@ from annexe.hub.publish import CARD, publish, upload
 from annexe.hub.runs import is_hub_name
 from annexe.terminal import say
 
+_EXAMPLES = """\
+examples:
+  annexe push runs/annexe user/repo --out published
+      what would be public, to be looked at
+  annexe push runs/annexe user/repo --private
+      a repository that 'annexe predict user/repo' and 'annexe download user/repo' take
+
+Paths and names of the machine are left out. It takes HF_TOKEN, or 'hf auth login'.
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
+    parser.epilog = _EXAMPLES
     parser.add_argument(
         "run_folder",
         metavar="RUN",

@@ -31,18 +31,38 @@ from annexe.models.language_model.base_model import (
 )
 from annexe.models.language_model.gguf_file import convert_gguf
 from annexe.models.language_model.tokenizer import TextTokenizer, load_tokenizer
-from annexe.terminal import say, table
+from annexe.terminal import add_command, say, table
 
 _LLAMA = "language_model.llama."  # names of its tensors begin with
+
+# Examples of each action
+_INSPECT = """\
+example:
+  annexe weights inspect weights/eva-clip-g
+      tensors and parameters by module, the format, and the setting that takes it
+
+Only headers are read, and nothing is written.
+"""
+_EXPORT = """\
+examples:
+  annexe weights export runs/annexe exported
+      exported/ with the adapter for peft, all other trained tensors, tokenizer and settings
+  annexe weights export runs/annexe exported --merge
+      beside them the language model with the adapter merged in, for transformers
+"""
+_FROM_GGUF = """\
+example:
+  annexe weights from-gguf SmolLM2-135M-Instruct.Q4_1.gguf smollm2
+      smollm2/ with weights in float32 and a tokenizer, as model.language_model.path takes it
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     # What a checkpoint holds
-    inspect = actions.add_parser(
-        "inspect", help="say what a checkpoint holds and which setting takes it"
-    )
+    about = "say what a checkpoint holds and which setting takes it"
+    inspect = add_command(actions, "inspect", about, _INSPECT)
     inspect.add_argument(
         "file",
         metavar="FILE",
@@ -51,7 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     # A run in files of other programs
-    export = actions.add_parser("export", help="write adapter, heads and tokenizer of a run")
+    about = "write adapter, heads and tokenizer of a run"
+    export = add_command(actions, "export", about, _EXPORT)
     export.add_argument(
         "run_folder",
         metavar="RUN",
@@ -72,9 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     # A model of llama.cpp
-    from_gguf = actions.add_parser(
-        "from-gguf", help="turn a language model of llama.cpp into a folder of transformers"
-    )
+    about = "turn a language model of llama.cpp into a folder of transformers"
+    from_gguf = add_command(actions, "from-gguf", about, _FROM_GGUF)
     from_gguf.add_argument("file", type=Path, metavar="FILE", help="GGUF file")
     from_gguf.add_argument("out", type=Path, metavar="OUT", help="folder to make")
 
