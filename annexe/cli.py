@@ -190,9 +190,12 @@ def _run_tool() -> None:
         if name == named:
             tool = importlib.import_module(f"annexe.tools.{name.replace('-', '_')}")
             tool.add_arguments(command)
-            command.set_defaults(run=tool.run)
+            command.set_defaults(run=tool.run, refuse=command.error)
 
-    arguments = parser.parse_args()
+    # What no argument takes is refused with the usage of the sub-command, not with that of `annexe`
+    arguments, unknown = parser.parse_known_args()
+    if unknown:
+        arguments.refuse(f"unrecognized arguments: {' '.join(unknown)}")
     for name, value in vars(arguments).items():
         setattr(arguments, name, _expand_home(value))
     arguments.run(arguments)

@@ -662,6 +662,16 @@ def test_a_command_can_be_interrupted_while_it_is_imported(
     assert caught.value.code == 130 and capsys.readouterr().err == "interrupted\n"
 
 
+def test_an_unknown_argument_is_told_with_the_usage_of_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["annexe", "doctor", "root", "--jsn", "report.json"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    error = capsys.readouterr().err
+    assert "[--json FILE]" in error and "unrecognized arguments: --jsn report.json" in error
+
+
 def test_scoring_goes_without_a_train_split_that_can_be_read(scenes: Path, root: Path) -> None:
     def annotations_of_train(split: str) -> int:
         return len(EgoIRGBench(split, 1, 0, None, data_root=str(root)).annotations_of("train"))
