@@ -2,8 +2,8 @@
 
 It is FlashAttention-2 (arXiv 2307.08691) under the mask of packed sequences. Scores never leave a
 program, and of the softmax of a row only the logarithm of its divisor is kept for the backward
-pass. A program holds a tile of 64 queries or keys and visits tiles of 32 keys or queries, one after
-the other. Tiles in which no query attends to a key are left out (`PackedTiles`).
+pass. A program holds a tile of 64 queries or keys, of wide heads 32, and visits tiles of 32 keys or
+queries, one after the other. Tiles in which no query attends to a key are left out (`PackedTiles`).
 
     kernel                holds                  visits              gives
     `_attend`             queries of a head      keys, values        output, log_sum_exp
@@ -32,8 +32,8 @@ from annexe.models.language_model.attention import HELD, VISITED, PackedTiles
 _LOG2_E = tl.constexpr(math.log2(math.e))
 # The highest score of no key at all. With minus infinity the first difference of two would be NaN.
 _LOWEST_SCORE = tl.constexpr(-1e30)
-# Widest head of which the keys, the values and two sums fit into the registers of four warps
-_MAX_DIM_OF_FOUR_WARPS = 128
+# Bytes of a head of one token, above which tiles are halved to fit into the memory of a program
+_MAX_BYTES_OF_HEAD = 256
 
 
 @triton.jit
@@ -94,6 +94,7 @@ def _attend(
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     HELD: tl.constexpr,
+    TILES_OF_LIST: tl.constexpr,
     VISITED: tl.constexpr,
     IS_WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -109,6 +110,7 @@ def _attend(
         log_sum_exp_ptr: float32[B, H, C], written; of powers of two.
         max_visits: key tiles that a list has room for.
         scaling: factor of the scores.
+        TILES_OF_LIST: tiles that visit what one list says.
     """
     # What this program holds
     tile = tl.program_id(0)
@@ -129,7 +131,8 @@ def _attend(
     highest = tl.full([HELD], _LOWEST_SCORE, tl.float32)
     divisor = tl.zeros([HELD], tl.float32)
     output = tl.zeros([HELD, PADDED_DIM], tl.float32)
-    list_number = row * tl.num_programs(0) + tile
+    num_lists = tl.cdiv(tl.num_programs(0), TILES_OF_LIST)
+    list_number = row * num_lists + tile // TILES_OF_LIST
     num_visits = tl.load(num_visits_ptr + list_number)
     visit_ptr += list_number * max_visits
     for visit in range(num_visits):
@@ -183,6 +186,7 @@ def _query_gradients(
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     HELD: tl.constexpr,
+    TILES_OF_LIST: tl.constexpr,
     VISITED: tl.constexpr,
     IS_WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -222,7 +226,8 @@ def _query_gradients(
 
     # Visit the keys.
     grad_query = tl.zeros([HELD, PADDED_DIM], tl.float32)
-    list_number = row * tl.num_programs(0) + tile
+    num_lists = tl.cdiv(tl.num_programs(0), TILES_OF_LIST)
+    list_number = row * num_lists + tile // TILES_OF_LIST
     num_visits = tl.load(num_visits_ptr + list_number)
     visit_ptr += list_number * max_visits
     for visit in range(num_visits):
@@ -270,6 +275,7 @@ def _key_gradients(
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     HELD: tl.constexpr,
+    TILES_OF_LIST: tl.constexpr,
     VISITED: tl.constexpr,
     IS_WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -298,7 +304,8 @@ def _key_gradients(
     # Visit the queries.
     grad_key = tl.zeros([HELD, PADDED_DIM], tl.float32)
     grad_value = tl.zeros([HELD, PADDED_DIM], tl.float32)
-    list_number = row * tl.num_programs(0) + tile
+    num_lists = tl.cdiv(tl.num_programs(0), TILES_OF_LIST)
+    list_number = row * num_lists + tile // TILES_OF_LIST
     first_visit = tl.load(first_visit_ptr + list_number)
     end_visit = tl.load(end_visit_ptr + list_number)
     stride = NUM_HEADS * HEAD_DIM
@@ -348,8 +355,9 @@ def _sizes(query: Tensor, key: Tensor, scaling: float) -> dict[str, Any]:
     """Arguments that all three kernels share, and how they run."""
     num_queries, num_heads, head_dim = query.shape[1:]
     num_keys, num_key_heads = key.shape[1:3]
-    fits = head_dim <= _MAX_DIM_OF_FOUR_WARPS
-    is_half = query.element_size() == 2
+    padded_dim = max(16, triton.next_power_of_2(head_dim))
+    is_wide = padded_dim * query.element_size() > _MAX_BYTES_OF_HEAD
+    tiles_of_list = 2 if is_wide else 1
     return {
         "num_queries": num_queries,
         "num_keys": num_keys,
@@ -357,14 +365,16 @@ def _sizes(query: Tensor, key: Tensor, scaling: float) -> dict[str, Any]:
         "NUM_HEADS": num_heads,
         "GROUP": num_heads // num_key_heads,
         "HEAD_DIM": head_dim,
-        "PADDED_DIM": max(16, triton.next_power_of_2(head_dim)),
-        "HELD": HELD,
+        "PADDED_DIM": padded_dim,
+        "HELD": HELD // tiles_of_list,
+        "TILES_OF_LIST": tiles_of_list,
         "VISITED": VISITED,
         "IS_WHOLE": num_queries % HELD == 0 and num_keys % HELD == 0,
-        "PRECISION": None if is_half else "ieee",
-        "num_warps": 4 if fits else 8,
+        # Float32 numbers as three of what tensor cores multiply, which keeps all their bits.
+        "PRECISION": "tf32x3" if query.dtype == torch.float32 else None,
+        "num_warps": 4,
         # The next tiles are fetched while one is computed, if the memory for it is there.
-        "num_stages": 2 if fits and is_half else 1,
+        "num_stages": 1 if is_wide else 2,
     }
 
 
@@ -390,7 +400,9 @@ def _packed_attention(
     num_rows, num_queries, num_heads = query.shape[:3]
     output = torch.empty_like(query)
     log_sum_exp = query.new_empty(num_rows, num_heads, num_queries, dtype=torch.float32)
-    _attend[(visits.shape[1], num_heads, num_rows)](
+    sizes = _sizes(query, key, scaling)
+    num_tiles = triton.cdiv(num_queries, sizes["HELD"])
+    _attend[(num_tiles, num_heads, num_rows)](
         query,
         key,
         value,
@@ -401,7 +413,7 @@ def _packed_attention(
         output,
         log_sum_exp,
         max_visits=visits.shape[2],
-        **_sizes(query, key, scaling),
+        **sizes,
     )
     return output, log_sum_exp
 
@@ -437,14 +449,15 @@ def _packed_attention_backward(
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, from what `_packed_attention` took and gave."""
-    num_rows, _, num_heads = query.shape[:3]
-    num_key_heads = key.shape[2]
+    num_rows, num_queries, num_heads = query.shape[:3]
+    num_keys, num_key_heads = key.shape[1:3]
     mean = torch.empty_like(log_sum_exp)
     grad_query = torch.empty_like(query)
     grad_key = torch.empty_like(key)
     grad_value = torch.empty_like(value)
     sizes = _sizes(query, key, scaling)
-    _query_gradients[(visits.shape[1], num_heads, num_rows)](
+    num_tiles = triton.cdiv(num_queries, sizes["HELD"])
+    _query_gradients[(num_tiles, num_heads, num_rows)](
         query,
         key,
         value,
@@ -460,7 +473,8 @@ def _packed_attention_backward(
         max_visits=visits.shape[2],
         **sizes,
     )
-    _key_gradients[(first_visit.shape[1], num_key_heads, num_rows)](
+    num_tiles = triton.cdiv(num_keys, sizes["HELD"])
+    _key_gradients[(num_tiles, num_key_heads, num_rows)](
         query,
         key,
         value,
@@ -526,4 +540,3 @@ def packed_attention(
         scaling,
     )
     return output
-
