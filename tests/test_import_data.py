@@ -288,6 +288,8 @@ def test_later_regions_lie_on_top(tmp_path: Path, make_image: Callable[..., Labe
     [
         ("Coffee_mug", "coffee mug"),
         ("the Mug", "mug"),
+        ("the pan_lid", "pan lid"),
+        ("Tea cup", "tea cup"),
         ("TV  remote", "TV remote"),
         ("a <MSK_0>\nmug", "MSK 0 mug"),
         ("A", "a"),

@@ -22,6 +22,7 @@ SIDES = ("right", "left")
 FORMATS = ("coco", "label-studio", "cvat", "id-png", "egohos", "visor", "hoi4d")
 """Names on the command line; the module of a format has an underscore for each dash."""
 
+LEADING_ARTICLE = re.compile("^(the|an?) (?=.)", re.IGNORECASE)
 _CAPITAL_WITHIN = re.compile("(?<=[a-z])(?=[A-Z])")  # as in "LeftHand"
 _HANDS = {
     "left hand": "left",

@@ -33,7 +33,7 @@ from annexe.datasets.pixels import PIXEL_FILES, read_image
 from annexe.datasets.shares import share_out
 from annexe.errors import UserError
 from annexe.files import named, part_of, remove, replaced
-from annexe.interchange.labels import ImportReport, LabeledImage
+from annexe.interchange.labels import LEADING_ARTICLE, ImportReport, LabeledImage
 from annexe.interchange.photo_search import without_ending
 from annexe.interchange.questions import write_annotations
 from annexe.rle import decode
@@ -50,7 +50,6 @@ _LAST_ORIENTATION = 8
 
 # What file names and lines of lists cannot hold, on any system
 _UNUSABLE = re.compile(r'[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff<>:"/\\|?*]+')
-_ARTICLE = re.compile(r"(the|an?) (?=.)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -446,7 +445,7 @@ def phrase_of(name: str | None) -> str | None:
     words = []
     for word in re.sub(r"[_<>\s]+", " ", name or "").split():
         words.append(word if any(letter.isupper() for letter in word[1:]) else word.lower())
-    return _ARTICLE.sub("", " ".join(words), count=1) or None
+    return LEADING_ARTICLE.sub("", " ".join(words), count=1) or None
 
 
 # Names of files
