@@ -125,6 +125,9 @@ def test_a_photo_is_turned_as_its_camera_says(tmp_path):
     photo.save(tmp_path / "turned.jpg", exif=exif)
     assert read_photo(tmp_path / "turned.jpg").size == (40, 60)
     assert photo_size(tmp_path / "turned.jpg") == (60, 40)
+    with Image.open(tmp_path / "turned.jpg") as opened:
+        of_pillow = Photo.of(opened)
+        assert (of_pillow.size, of_pillow.read().size) == ((60, 40), (40, 60))
     Image.new("RGBA", (60, 40)).save(tmp_path / "clear.png")
     assert read_photo(tmp_path / "clear.png").mode == "RGB"
     assert photo_size(tmp_path / "clear.png") == (40, 60)
