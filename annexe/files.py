@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import fcntl
 import hashlib
@@ -170,6 +171,24 @@ def _rename_over(part: Path, path: Path) -> None:
     path.rename(old)
     part.rename(path)
     remove(old)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, or in UTF-16 with the byte order mark that Windows writes.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no such text; the message is a clause that says why.
+    """
+    content = path.read_bytes()
+    is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = content.decode("utf-16" if is_utf_16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is not {error.encoding.upper()}") from None
+    if "\0" in text:
+        raise ValueError("it holds zero bytes")
+    return text
 
 
 def write_text(path: Path, text: str) -> None:
