@@ -99,6 +99,7 @@ def run(arguments: argparse.Namespace) -> None:
         layout = write_layout(images, arguments.out, options, report)
     except UserError as error:
         raise UserError(report.as_given(str(error))) from None
+    note_missing_hands(images, report)
     if not arguments.complete:
         _note_few_refusals(layout, report)
 
@@ -143,6 +144,20 @@ def _shares(arguments: argparse.Namespace) -> tuple[float, float, float]:
             "give shares from 0 that leave something to train, and a seed from 0 on"
         )
     return 1 - val - test, val, test
+
+
+def note_missing_hands(images: list[LabeledImage], report: ImportReport) -> None:
+    """Say it where no label means a hand, as when hands are called "LH" and "RH"."""
+    regions = [region for image in images for region in image.regions]
+    if not regions or any(region.hand for region in regions):
+        return
+    names = list(dict.fromkeys(region.name for region in regions if region.name))
+    called = ", ".join(f"'{name}'" for name in names[:_SHOWN])
+    more = ", ..." if len(names) > _SHOWN else ""
+    report.note(
+        f"no region is a hand, so no question is asked about one (regions are called {called}"
+        f"{more}); call hands 'left hand' and 'right hand'"
+    )
 
 
 def _note_few_refusals(layout: Layout, report: ImportReport) -> None:

@@ -175,7 +175,9 @@ def export_run(run_folder: str, out: Path, *, merge: bool, base: Path | None = N
         if has_adapter:
             language_model = _load_base(checkpoint, settings)
     elif base is not None:
-        raise UserError("--base is not needed for this export; leave it out, or add --merge")
+        has_base = settings["path"] is not None
+        fix = "leave it out, or add --merge" if has_base else "leave it out"
+        raise UserError(f"--base is not needed for this export; {fix}")
 
     require_writable(out)
     with replaced(out) as part:
