@@ -29,6 +29,9 @@ over its scores, and the logarithm of what that divides by. A second kernel merg
 
     programs: responses (R) x query heads (H)
 
+A response may have several new tokens (TOKENS): M = R x TOKENS rows of queries, those of a response
+one behind the other. Over the prefix they are laid side by side as if they were responses.
+
 Legend: B images, R responses, Lp prefix tokens, Lr columns of a response, D width of the language
 model, F width of an MLP's hidden layer, H query heads, Hk key heads, G query heads for each key
 head (H / Hk), Dh width of a head, P parts of the prefix, S parts of prefix and own columns.
@@ -171,6 +174,7 @@ def _rotate_and_store(
     num_rows,
     num_columns,
     epsilon,
+    TOKENS: tl.constexpr,
     HAS_NORMS: tl.constexpr,
     NUM_PARTS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
@@ -181,15 +185,15 @@ def _rotate_and_store(
     """A head of a row for each program, as its two halves.
 
     Args:
-        projection_ptr: [parts, R, H + 2 Hk, Dh], which are added up.
-        angle_ptr: float32[2, R, Dh].
+        projection_ptr: [parts, M, H + 2 Hk, Dh], which are added up.
+        angle_ptr: float32[2, M, Dh].
         query_norm_ptr: [Dh].
         key_norm_ptr: [Dh].
-        query_ptr: [R, H, Dh], written.
-        key_ptr: [R, Hk, Lr, Dh], where one column is written.
-        value_ptr: [R, Hk, Lr, Dh], where one column is written.
-        column_ptr: int64[1], that column.
-        num_rows: R.
+        query_ptr: [M, H, Dh], written.
+        key_ptr: [R, Hk, Lr, Dh], where columns are written.
+        value_ptr: [R, Hk, Lr, Dh], where columns are written.
+        column_ptr: int64[1], that column; of several TOKENS int64[M].
+        num_rows: M.
         num_columns: Lr.
         epsilon: added to the mean of the squares.
     """
@@ -206,11 +210,12 @@ def _rotate_and_store(
         first += tl.load(pointer, mask=is_dim, other=0).to(tl.float32)
         second += tl.load(pointer + HALF, mask=is_dim, other=0).to(tl.float32)
         pointer += num_rows * (NUM_HEADS + 2 * NUM_KEY_HEADS) * (2 * HALF)
-    column = tl.load(column_ptr)
+    response = row // TOKENS
+    column = tl.load(column_ptr + row) if TOKENS > 1 else tl.load(column_ptr)
 
     # A value goes into the cache as it is.
     if head >= NUM_HEADS + NUM_KEY_HEADS:
-        key_head = row * NUM_KEY_HEADS + head - NUM_HEADS - NUM_KEY_HEADS
+        key_head = response * NUM_KEY_HEADS + head - NUM_HEADS - NUM_KEY_HEADS
         offset = (key_head * num_columns + column) * (2 * HALF) + dim
         tl.store(value_ptr + offset, first.to(value_ptr.dtype.element_ty), mask=is_dim)
         tl.store(value_ptr + offset + HALF, second.to(value_ptr.dtype.element_ty), mask=is_dim)
@@ -241,7 +246,7 @@ def _rotate_and_store(
                 mask=is_dim,
             )
         else:
-            key_head = row * NUM_KEY_HEADS + head - NUM_HEADS
+            key_head = response * NUM_KEY_HEADS + head - NUM_HEADS
             offset = (key_head * num_columns + column) * (2 * HALF) + dim
             tl.store(key_ptr + offset, rotated_first.to(key_ptr.dtype.element_ty), mask=is_dim)
             tl.store(
@@ -404,6 +409,7 @@ def _attend_prefix(
     num_rows,
     max_responses,
     prefix_length,
+    TOKENS: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     SCALING: tl.constexpr,
     GROUP: tl.constexpr,
@@ -421,20 +427,21 @@ def _attend_prefix(
     """
     part = program % NUM_PARTS
     key_head = program // NUM_PARTS % NUM_KEY_HEADS
-    num_query_blocks = tl.cdiv(max_responses * GROUP, BLOCK_QUERIES)
+    num_query_blocks = tl.cdiv(max_responses * TOKENS * GROUP, BLOCK_QUERIES)
     query_block = program // (NUM_PARTS * NUM_KEY_HEADS) % num_query_blocks
     image = program // (NUM_PARTS * NUM_KEY_HEADS) // num_query_blocks
 
     # Load the queries of this program; -1 and what lies behind the last response is left out.
     query_index = query_block * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
-    index_in_image = query_index // GROUP
+    index_in_image = query_index // (GROUP * TOKENS)
     head = key_head * GROUP + query_index % GROUP
-    row = tl.load(
+    response = tl.load(
         row_index_ptr + image * max_responses + index_in_image,
         mask=index_in_image < max_responses,
         other=-1,
     )
-    is_real = row >= 0
+    is_real = response >= 0
+    row = response * TOKENS + query_index // GROUP % TOKENS
     query_offset = (row * NUM_KEY_HEADS * GROUP + head).to(tl.int64)
     dim = tl.arange(0, PADDED_DIM)
     is_dim = dim < HEAD_DIM
@@ -488,6 +495,7 @@ def _attend_own(
     log_sum_exp_ptr,
     num_rows,
     num_columns,
+    TOKENS: tl.constexpr,
     SCALING: tl.constexpr,
     GROUP: tl.constexpr,
     NUM_KEY_HEADS: tl.constexpr,
@@ -513,20 +521,22 @@ def _attend_own(
     query = tl.load(query_ptr + query_offset * HEAD_DIM + dim, mask=is_dim, other=0).to(tl.float32)
 
     # A part behind the new token is empty; the lowest score gives it the weight 0.
-    last_column = tl.load(last_column_ptr)
+    response = row // TOKENS
+    last_column = tl.load(last_column_ptr + row) if TOKENS > 1 else tl.load(last_column_ptr)
     part_offset = query_offset + (FIRST_PART + part).to(tl.int64) * num_rows * num_heads
     if part * OWN_PART > last_column:
         tl.store(log_sum_exp_ptr + part_offset, _LOWEST_SCORE)
     else:
         # Read keys and values that are there, rescaling the sums to the highest score so far.
-        first_key = (row * NUM_KEY_HEADS + head // GROUP).to(tl.int64) * num_columns
+        first_key = (response * NUM_KEY_HEADS + head // GROUP).to(tl.int64) * num_columns
         running_max = tl.zeros([1], tl.float32) + _LOWEST_SCORE
         running_sum = tl.zeros([1], tl.float32)
         accumulator = tl.zeros([PADDED_DIM], tl.float32)
         for start in tl.static_range(0, OWN_PART, OWN_BLOCK):
             column = part * OWN_PART + start + tl.arange(0, OWN_BLOCK)
             is_there = (column < num_columns) & (column <= last_column)
-            is_key = tl.load(key_mask_ptr + row * num_columns + column, mask=is_there, other=0) != 0
+            mask_pointers = key_mask_ptr + response * num_columns + column
+            is_key = tl.load(mask_pointers, mask=is_there, other=0) != 0
             offset = (first_key + column)[:, None] * HEAD_DIM + dim
             is_number = is_key[:, None] & is_dim
             key = tl.load(key_ptr + offset, mask=is_number, other=0).to(tl.float32)
@@ -563,6 +573,7 @@ def _attend_parts(
     max_responses,
     prefix_length,
     num_columns,
+    TOKENS: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     SCALING: tl.constexpr,
     GROUP: tl.constexpr,
@@ -577,19 +588,19 @@ def _attend_parts(
     """All parts of all queries.
 
     Args:
-        query_ptr: [R, H, Dh].
+        query_ptr: [M, H, Dh].
         row_index_ptr: int64[B, max_responses], the responses of each image; -1 = none.
         prefix_key_ptr: [B, Hk, Lp, Dh].
         prefix_value_ptr: [B, Hk, Lp, Dh].
         key_ptr: [R, Hk, Lr, Dh].
         value_ptr: [R, Hk, Lr, Dh].
         key_mask_ptr: bool[R, Lr], columns that hold a token.
-        last_column_ptr: int64[1], the column of the new token.
-        output_ptr: float32[S, R, H, Dh], written: weighted mean of the values of a part.
-        log_sum_exp_ptr: float32[S, R, H], written: log of the sum of its scores' exponentials. Of
+        last_column_ptr: int64[1], the column of the new token; of several TOKENS int64[M].
+        output_ptr: float32[S, M, H, Dh], written: weighted mean of the values of a part.
+        log_sum_exp_ptr: float32[S, M, H], written: log of the sum of its scores' exponentials. Of
             an empty part it is the lowest score, and the output is not written.
         num_prefix_programs: programs of parts of prefixes, which come first.
-        num_rows: R.
+        num_rows: M.
         max_responses: responses of the image that has most.
         prefix_length: Lp.
         num_columns: Lr.
@@ -608,6 +619,7 @@ def _attend_parts(
             num_rows,
             max_responses,
             prefix_length,
+            TOKENS,
             BLOCK_QUERIES,
             SCALING,
             GROUP,
@@ -630,6 +642,7 @@ def _attend_parts(
             log_sum_exp_ptr,
             num_rows,
             num_columns,
+            TOKENS,
             SCALING,
             GROUP,
             NUM_KEY_HEADS,
@@ -653,6 +666,7 @@ def _merge_parts(
     num_rows,
     max_responses,
     num_padded_rows,
+    TOKENS: tl.constexpr,
     NUM_PREFIX_PARTS: tl.constexpr,
     NUM_PARTS: tl.constexpr,
     PADDED_PARTS: tl.constexpr,
@@ -667,11 +681,11 @@ def _merge_parts(
         row_index_ptr: int64[B, max_responses], the responses of each image; -1 = none.
         image_index_ptr: int64[R].
         index_in_image_ptr: int64[R].
-        part_ptr: float32[S, R, H, Dh], from `_attend_parts`.
-        log_sum_exp_ptr: float32[S, R, H], from `_attend_parts`.
-        output_ptr: [R, H, Dh], written; with IN_CODES as codes, of `_store_codes`, a head a group.
+        part_ptr: float32[S, M, H, Dh], from `_attend_parts`.
+        log_sum_exp_ptr: float32[S, M, H], from `_attend_parts`.
+        output_ptr: [M, H, Dh], written; with IN_CODES as codes, of `_store_codes`, a head a group.
         scale_ptr: of `_store_codes`.
-        num_rows: R.
+        num_rows: M.
         max_responses: responses of the image that has most.
         num_padded_rows: a multiple of the rows that a product takes.
     """
@@ -679,9 +693,10 @@ def _merge_parts(
     head = tl.program_id(1)
 
     # Padding rows share a place in the table: for most of them nothing was written about a prefix.
-    image = tl.load(image_index_ptr + row)
-    index_in_image = tl.load(index_in_image_ptr + row)
-    has_prefix = tl.load(row_index_ptr + image * max_responses + index_in_image) == row
+    response = row // TOKENS
+    image = tl.load(image_index_ptr + response)
+    index_in_image = tl.load(index_in_image_ptr + response)
+    has_prefix = tl.load(row_index_ptr + image * max_responses + index_in_image) == response
     part = tl.arange(0, PADDED_PARTS)
     is_part = (part < NUM_PARTS) & (has_prefix | (part >= NUM_PREFIX_PARTS))
 
@@ -749,6 +764,7 @@ def decode_attention(
     num_key_heads, prefix_length = cache.prefix_keys.shape[1:3]
     num_columns = cache.own_keys.shape[2]
     group = num_heads // num_key_heads
+    num_tokens = num_rows // len(cache.own_keys)
     num_prefix_parts = triton.cdiv(prefix_length, _PREFIX_PART.value)
     num_own_parts = triton.cdiv(num_columns, _OWN_PART)
     num_parts = num_prefix_parts + num_own_parts
@@ -766,11 +782,12 @@ def decode_attention(
 
     # Launch both kernels.
     sizes = {
+        "TOKENS": num_tokens,
         "NUM_PREFIX_PARTS": num_prefix_parts,
         "HEAD_DIM": head_dim,
         "PADDED_DIM": max(16, triton.next_power_of_2(head_dim)),
     }
-    num_query_blocks = triton.cdiv(max_responses * group, _BLOCK_QUERIES)
+    num_query_blocks = triton.cdiv(max_responses * num_tokens * group, _BLOCK_QUERIES)
     num_prefix_programs = num_images * num_key_heads * num_query_blocks * num_prefix_parts
     num_own_programs = num_rows * num_heads * num_own_parts
     _attend_parts[(num_prefix_programs + num_own_programs,)](
@@ -899,6 +916,7 @@ def rotate_and_store(
         num_rows,
         num_columns,
         epsilon,
+        TOKENS=num_rows // len(cache.own_keys),
         HAS_NORMS=head_norms is not None,
         NUM_PARTS=num_parts,
         NUM_HEADS=num_heads,

@@ -14,11 +14,10 @@ Where it has to see what the last step did, a GPU takes several steps between tw
     row 3     w .
     rows         4        2        1   kept after the finished ones were dropped
 
-On a CPU a step may also generate several tokens of a row: those that were drafted and turn out to
-be what the model says (`annexe.models.language_model.drafts`).
+A step may also generate several tokens of a row: those that were drafted and turn out to be what
+the model says (`annexe.models.language_model.drafts`).
 
-Legend: B images, R rows (responses), K slots, D width, V words, Lr columns of a response, T tokens
-that a response has at most, M tokens of a step.
+Legend: R rows (responses), K slots, D width, Lr columns of a response.
 """
 
 from __future__ import annotations
@@ -35,8 +34,13 @@ from torch.distributed.fsdp import FSDPModule
 from annexe.models.language_model.causal_lm import CausalLM
 from annexe.models.language_model.constraints import DecodingConstraints
 from annexe.models.language_model.decode_blocks import DecodingBlocks, can_join_products
-from annexe.models.language_model.decode_steps import DecodeStep, DecodingState, DraftingStep
-from annexe.models.language_model.drafts import DraftTable
+from annexe.models.language_model.decode_steps import (
+    DecodeStep,
+    DecodingState,
+    DraftingStep,
+    VerifyingStep,
+)
+from annexe.models.language_model.drafts import DeviceDraftTable, DraftTable
 from annexe.models.language_model.kv_cache import (
     CachePool,
     CacheShape,
@@ -51,7 +55,12 @@ from annexe.structures.batch import PackedText, round_up
 # With CUDA graphs sizes are rounded up to these multiples, so that few graphs serve all batches.
 _ROW_MULTIPLE = 16
 _COLUMN_MULTIPLE = 32
-_RESPONSE_MULTIPLE = 16  # responses of one image
+_RESPONSE_MULTIPLE = 16  # new tokens of the responses of one image
+# Rows, in place of that many, where each has several tokens in a step.
+_ROW_MULTIPLE_OF_DRAFTS = 8
+# Tokens of a step on a GPU, above which fewer are drafted: about as many as take little longer than
+# the weights are read.
+_MAX_STEP_TOKENS = 320
 # Graphs that are kept; beyond that the oldest one goes.
 _MAX_GRAPHS = 64
 # Steps on a GPU between two looks that have to see the last of them, and so wait for it.
@@ -160,18 +169,27 @@ class GreedyDecoder:
         """Make steps fewer by drafted tokens, which are learned from what is decoded.
 
         Responses stay the same but for two tokens whose logits differ by rounding alone. The states
-        of placeholders may differ by rounding, too.
+        of placeholders may differ by rounding, too. On a GPU neither depends on what is drafted:
+        steps have the same shapes whatever that is.
 
         Args:
             max_tokens: tokens of a draft at most; 0 = none.
 
         Returns:
-            Whether that can be done: on a CPU, with joint products in float32.
+            Whether that can be done: with joint products, on a CPU in float32 alone.
         """
-        can_draft = self.blocks is not None and self.blocks.dtype == torch.float32
-        use = can_draft and self._is_on_cpu and max_tokens > 0
-        self.drafts = DraftTable(max_tokens) if use else None
-        return use
+        self.drafts = None
+        if self.blocks is None or max_tokens == 0:
+            return False
+        if not self._is_on_cpu:
+            self.release()  # graphs read the table
+            tokenizer = self.language_model.tokenizer
+            num_words = tokenizer.vocab_size + tokenizer.num_slots
+            device = self.language_model.mask_head.weight.device
+            self.drafts = DeviceDraftTable(max_tokens, num_words, device)
+        elif self.blocks.dtype == torch.float32:
+            self.drafts = DraftTable(max_tokens)
+        return self.drafts is not None
 
     def release(self) -> None:
         """Give back the memory for keys and values, and the graphs that read it."""
@@ -216,7 +234,6 @@ class GreedyDecoder:
             steps_per_look = _STEPS_PER_WAIT
         step: DecodeStep | DraftingStep | None = None
         num_taken = 0
-        num_generated = 0  # tokens of the longest row
 
         while num_taken < max_new_tokens:
             # Stop?
@@ -230,21 +247,19 @@ class GreedyDecoder:
                 if late_count is not None and self._count_running(state) == 0:
                     break
                 responses.collect(state, end_ids)
-                step = self._compact(prefill, state, step, num_generated, constraints, drafts)
+                step = self._compact(prefill, state, step, constraints, drafts)
                 state = step.state
 
             # Run some steps.
             if isinstance(step, DraftingStep):
                 step.run()
                 num_taken += 1
-                num_generated = int(step.num_generated.max())
             else:
                 num_steps = min(steps_per_look, max_new_tokens - num_taken)
                 for _ in range(num_steps):
                     step.launch()
                     step.advance()
                 num_taken += num_steps
-                num_generated = num_taken
                 if looks_late:
                     late_count = late_count or LateCount(num_running)
                     late_count.note(state.finished)
@@ -269,6 +284,8 @@ class GreedyDecoder:
             # Neither a response that was cut nor one that ended with its last slot has an end
             is_ended = 0 < len(tokens) < max_new_tokens and tokens[-1] < tokenizer.vocab_size
             drafts.learn(answers_query, [*tokens, tokenizer.eos_id] if is_ended else tokens)
+        if isinstance(drafts, DeviceDraftTable):
+            drafts.upload()
 
     def start_rows(
         self, prefill: Prefill, max_new_tokens: int, constraints: DecodingConstraints | None
@@ -299,6 +316,8 @@ class GreedyDecoder:
         # Lay out the columns: the prompts, left aligned, then room for the generated tokens.
         first_column = self._first_own_column(prefill)
         num_columns = first_column + text.max_own_length + max_new_tokens
+        if isinstance(self.drafts, DeviceDraftTable):
+            num_columns += 1 + self.drafts.max_tokens  # for tokens that are not kept
         if self.graphs:
             num_columns = round_up(num_columns, _COLUMN_MULTIPLE)
         columns = torch.arange(num_columns, device=device)
@@ -318,6 +337,7 @@ class GreedyDecoder:
             response_index=response_index,
             image_index=image_index,
             index_in_image=index_in_image,
+            answers_query=text.is_query.clone(),
             position=text.position_ids[image_index, last_column] + 1,
             key_mask=columns < (first_column + text.context_length + prompt_length)[:, None],
             hidden=hidden,
@@ -368,14 +388,16 @@ class GreedyDecoder:
         return not self._is_sharded and 2 * self._rounded_rows(num_running) <= len(state)
 
     def _rounded_rows(self, num_rows: int) -> int:
-        return round_up(num_rows, _ROW_MULTIPLE) if self.graphs else num_rows
+        if not self.graphs:
+            return num_rows
+        multiple = _ROW_MULTIPLE if self.drafts is None else _ROW_MULTIPLE_OF_DRAFTS
+        return round_up(num_rows, multiple)
 
     def _compact(
         self,
         prefill: Prefill,
         state: DecodingState,
         previous: DecodeStep | DraftingStep | None,
-        num_generated: int,
         constraints: DecodingConstraints | None,
         drafts: DraftTable | None = None,
     ) -> DecodeStep | DraftingStep:
@@ -385,7 +407,6 @@ class GreedyDecoder:
             prefill: the prompts.
             state: the rows so far.
             previous: the step that generated them; None = the caches are filled from ``prefill``.
-            num_generated: tokens of the longest row so far; without drafts, of each row.
             constraints: what the responses have to name, where that is known.
             drafts: what the next tokens may be; None = nothing is drafted.
 
@@ -404,8 +425,8 @@ class GreedyDecoder:
         num_copied = prefill.text.prefix_length - caches[0].prefix_keys.shape[2]
         first_column = num_copied + prefill.text.max_own_length
         step: DecodeStep | DraftingStep
-        if drafts is None:
-            step = self._make_step(state, caches, constraints)
+        if drafts is None or isinstance(drafts, DeviceDraftTable):
+            step = self._make_step(state, caches, constraints, drafts)
         else:
             assert self.blocks is not None
             step = DraftingStep(
@@ -415,11 +436,11 @@ class GreedyDecoder:
                 state,
                 caches,
                 first_column,
-                prefill.text.is_query,
                 constraints,
             )
 
         # Fill them from the prompts or from the previous step.
+        num_generated = 0 if previous is None else int(previous.num_generated.max())
         column = first_column + num_generated
         if previous is None:
             branch = state.response_index.clamp(min=0)
@@ -465,22 +486,26 @@ class GreedyDecoder:
         state: DecodingState,
         caches: list[SharedPrefixCache],
         constraints: DecodingConstraints | None,
+        drafts: DeviceDraftTable | None,
     ) -> DecodeStep:
         """A step of the rows; with graphs a captured one, which is used again for equal shapes."""
         max_responses = int(state.index_in_image.max()) + 1
+        num_tokens = 1  # of each row in a step
+        if drafts is not None:
+            num_tokens = max(1, min(1 + drafts.max_tokens, _MAX_STEP_TOKENS // len(state)))
+
+        def make(state: DecodingState) -> DecodeStep:
+            arguments = (self.language_model, state, caches, max_responses, constraints)
+            if drafts is None or num_tokens == 1:
+                return DecodeStep(*arguments, self.temperature, self.blocks)
+            assert self.blocks is not None
+            return VerifyingStep(*arguments, self.blocks, drafts, num_tokens)
+
         if not self.graphs:
-            return DecodeStep(
-                self.language_model,
-                state,
-                caches,
-                max_responses,
-                constraints,
-                self.temperature,
-                self.blocks,
-            )
+            return make(state)
 
         # Everything that a graph depends on.
-        max_responses = round_up(max_responses, _RESPONSE_MULTIPLE)
+        max_responses = round_up(max_responses, max(1, _RESPONSE_MULTIPLE // num_tokens))
         num_images = len(caches[0].prefix_keys)
         forbidden_first_tokens = None
         if constraints is not None and constraints.slots is not None:
@@ -491,6 +516,7 @@ class GreedyDecoder:
             *state.key_mask.shape,
             max_new_tokens,
             max_responses,
+            num_tokens,
             forbidden_first_tokens,
             self.temperature,
         )
@@ -501,16 +527,7 @@ class GreedyDecoder:
                 oldest = next(iter(self.captured_steps))
                 del self.captured_steps[oldest]
             every_row = torch.arange(len(state), device=state.response_index.device)
-            own_state = state.select(every_row)
-            step = DecodeStep(
-                self.language_model,
-                own_state,
-                caches,
-                max_responses,
-                constraints,
-                self.temperature,
-                self.blocks,
-            )
+            step = make(state.select(every_row))
             step.graph = capture_graph(step.run)
             self.captured_steps[key] = step
         return self.captured_steps[key]
