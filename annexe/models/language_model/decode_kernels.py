@@ -25,6 +25,10 @@ over its scores, and the logarithm of what that divides by. A second kernel merg
 
     programs: responses (R) x query heads (H) x parts of the columns
 
+    or, where a response has several new tokens, all of them with all heads of a key head together.
+
+    programs: responses (R) x key heads (Hk) x parts of the columns
+
 2. `_merge_parts`: parts of every query, weighted by their log_sum_exp.
 
     programs: responses (R) x query heads (H)
@@ -495,7 +499,6 @@ def _attend_own(
     log_sum_exp_ptr,
     num_rows,
     num_columns,
-    TOKENS: tl.constexpr,
     SCALING: tl.constexpr,
     GROUP: tl.constexpr,
     NUM_KEY_HEADS: tl.constexpr,
@@ -521,22 +524,20 @@ def _attend_own(
     query = tl.load(query_ptr + query_offset * HEAD_DIM + dim, mask=is_dim, other=0).to(tl.float32)
 
     # A part behind the new token is empty; the lowest score gives it the weight 0.
-    response = row // TOKENS
-    last_column = tl.load(last_column_ptr + row) if TOKENS > 1 else tl.load(last_column_ptr)
+    last_column = tl.load(last_column_ptr)
     part_offset = query_offset + (FIRST_PART + part).to(tl.int64) * num_rows * num_heads
     if part * OWN_PART > last_column:
         tl.store(log_sum_exp_ptr + part_offset, _LOWEST_SCORE)
     else:
         # Read keys and values that are there, rescaling the sums to the highest score so far.
-        first_key = (response * NUM_KEY_HEADS + head // GROUP).to(tl.int64) * num_columns
+        first_key = (row * NUM_KEY_HEADS + head // GROUP).to(tl.int64) * num_columns
         running_max = tl.zeros([1], tl.float32) + _LOWEST_SCORE
         running_sum = tl.zeros([1], tl.float32)
         accumulator = tl.zeros([PADDED_DIM], tl.float32)
         for start in tl.static_range(0, OWN_PART, OWN_BLOCK):
             column = part * OWN_PART + start + tl.arange(0, OWN_BLOCK)
             is_there = (column < num_columns) & (column <= last_column)
-            mask_pointers = key_mask_ptr + response * num_columns + column
-            is_key = tl.load(mask_pointers, mask=is_there, other=0) != 0
+            is_key = tl.load(key_mask_ptr + row * num_columns + column, mask=is_there, other=0) != 0
             offset = (first_key + column)[:, None] * HEAD_DIM + dim
             is_number = is_key[:, None] & is_dim
             key = tl.load(key_ptr + offset, mask=is_number, other=0).to(tl.float32)
@@ -557,6 +558,98 @@ def _attend_own(
 
 
 @triton.jit
+def _attend_own_together(
+    program,
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    key_mask_ptr,
+    last_column_ptr,
+    output_ptr,
+    log_sum_exp_ptr,
+    num_rows,
+    num_columns,
+    TOKENS: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    SCALING: tl.constexpr,
+    GROUP: tl.constexpr,
+    NUM_KEY_HEADS: tl.constexpr,
+    FIRST_PART: tl.constexpr,
+    OWN_PART: tl.constexpr,
+    OWN_BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+):
+    """As `_attend_own`, of all new tokens of a response and all heads that share a key head.
+
+    Args:
+        program: which response, key head and part.
+        others: of `_attend_parts`.
+    """
+    num_heads: tl.constexpr = NUM_KEY_HEADS * GROUP
+    num_responses = num_rows // TOKENS
+    key_head = program % NUM_KEY_HEADS
+    response = program // NUM_KEY_HEADS % num_responses
+    part = program // NUM_KEY_HEADS // num_responses
+    dim = tl.arange(0, PADDED_DIM)
+    is_dim = dim < HEAD_DIM
+
+    # Load the queries, padded.
+    query_index = tl.arange(0, BLOCK_QUERIES)
+    is_query = query_index < TOKENS * GROUP
+    row = response * TOKENS + query_index // GROUP
+    query_offset = (row * num_heads + key_head * GROUP + query_index % GROUP).to(tl.int64)
+    query = tl.load(
+        query_ptr + query_offset[:, None] * HEAD_DIM + dim,
+        mask=is_query[:, None] & is_dim,
+        other=0,
+    )
+    last_column = tl.load(last_column_ptr + row, mask=is_query, other=-1)
+
+    # A part behind all new tokens is empty; the lowest score gives it the weight 0.
+    part_offset = query_offset + (FIRST_PART + part).to(tl.int64) * num_rows * num_heads
+    if part * OWN_PART > tl.max(last_column, 0):
+        lowest = tl.zeros([BLOCK_QUERIES], tl.float32) + _LOWEST_SCORE
+        tl.store(log_sum_exp_ptr + part_offset, lowest, mask=is_query)
+    else:
+        # Read keys and values that are there, rescaling the sums to the highest score so far.
+        first_key = (response * NUM_KEY_HEADS + key_head).to(tl.int64) * num_columns
+        running_sum = tl.zeros([BLOCK_QUERIES], tl.float32)
+        running_max = running_sum + _LOWEST_SCORE
+        accumulator = tl.zeros([BLOCK_QUERIES, PADDED_DIM], tl.float32)
+        for start in tl.static_range(0, OWN_PART, OWN_BLOCK):
+            column = part * OWN_PART + start + tl.arange(0, OWN_BLOCK)
+            is_there = (column < num_columns) & (column <= tl.max(last_column, 0))
+            mask_pointers = key_mask_ptr + response * num_columns + column
+            is_key = tl.load(mask_pointers, mask=is_there, other=0) != 0
+            offset = (first_key + column)[:, None] * HEAD_DIM + dim
+            is_number = is_key[:, None] & is_dim
+            key = tl.load(key_ptr + offset, mask=is_number, other=0)
+            value = tl.load(value_ptr + offset, mask=is_number, other=0)
+            score = tl.dot(query, tl.trans(key), input_precision="ieee") * SCALING
+            is_seen = is_key & (column <= last_column[:, None])
+            score = tl.where(is_seen, score, -float("inf"))
+            previous_max = running_max
+            running_max = tl.maximum(running_max, tl.max(score, 1))
+            weight = tl.exp(score - running_max[:, None])
+            rescale = tl.exp(previous_max - running_max)
+            accumulator = accumulator * rescale[:, None] + tl.dot(
+                weight.to(value.dtype), value, input_precision="ieee"
+            )
+            running_sum = running_sum * rescale + tl.sum(weight, 1)
+
+        # Divide once, at the end.
+        output = accumulator / tl.maximum(running_sum, 1e-30)[:, None]
+        log_sum_exp = tl.where(running_sum > 0, running_max + tl.log(running_sum), _LOWEST_SCORE)
+        tl.store(
+            output_ptr + part_offset[:, None] * HEAD_DIM + dim,
+            output,
+            mask=is_query[:, None] & is_dim,
+        )
+        tl.store(log_sum_exp_ptr + part_offset, log_sum_exp, mask=is_query)
+
+
+@triton.jit
 def _attend_parts(
     query_ptr,
     row_index_ptr,
@@ -574,6 +667,7 @@ def _attend_parts(
     prefix_length,
     num_columns,
     TOKENS: tl.constexpr,
+    OWN_QUERIES: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     SCALING: tl.constexpr,
     GROUP: tl.constexpr,
@@ -629,7 +723,7 @@ def _attend_parts(
             HEAD_DIM,
             PADDED_DIM,
         )
-    else:
+    elif TOKENS == 1:
         # A query over a part of its own columns
         _attend_own(
             program - num_prefix_programs,
@@ -642,7 +736,30 @@ def _attend_parts(
             log_sum_exp_ptr,
             num_rows,
             num_columns,
+            SCALING,
+            GROUP,
+            NUM_KEY_HEADS,
+            NUM_PREFIX_PARTS,
+            OWN_PART,
+            OWN_BLOCK,
+            HEAD_DIM,
+            PADDED_DIM,
+        )
+    else:
+        # Queries of a response over a part of its own columns
+        _attend_own_together(
+            program - num_prefix_programs,
+            query_ptr,
+            key_ptr,
+            value_ptr,
+            key_mask_ptr,
+            last_column_ptr,
+            output_ptr,
+            log_sum_exp_ptr,
+            num_rows,
+            num_columns,
             TOKENS,
+            OWN_QUERIES,
             SCALING,
             GROUP,
             NUM_KEY_HEADS,
@@ -790,6 +907,8 @@ def decode_attention(
     num_query_blocks = triton.cdiv(max_responses * num_tokens * group, _BLOCK_QUERIES)
     num_prefix_programs = num_images * num_key_heads * num_query_blocks * num_prefix_parts
     num_own_programs = num_rows * num_heads * num_own_parts
+    if num_tokens > 1:
+        num_own_programs //= num_tokens * group
     _attend_parts[(num_prefix_programs + num_own_programs,)](
         query,
         index.row_index,
@@ -806,6 +925,7 @@ def decode_attention(
         max_responses,
         prefix_length,
         num_columns,
+        OWN_QUERIES=max(_BLOCK_QUERIES, triton.next_power_of_2(num_tokens * group)),
         BLOCK_QUERIES=_BLOCK_QUERIES,
         SCALING=scaling,
         GROUP=group,
