@@ -136,6 +136,7 @@ class GreedyDecoder:
         self.temperature: float | None = None  # of what is being decoded
         self.blocks: DecodingBlocks | None = None  # of their own, see `join_products`
         self.drafts: DraftTable | None = None  # see `draft`
+        self.num_steps = 0  # of what was decoded last
         self.cache_pool = CachePool()
         self.captured_steps: dict[tuple, DecodeStep] = {}
 
@@ -270,6 +271,7 @@ class GreedyDecoder:
                         on_tokens(branch, responses.tokens[branch])
 
         # Collect what is left.
+        self.num_steps = num_taken
         responses.collect(state, end_ids)
         if drafts is not None:
             self._learn(drafts, responses, prefill.text, max_new_tokens)
