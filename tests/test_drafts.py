@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -136,11 +138,14 @@ def index_on_a_cpu(*fields) -> DecodeIndex | DraftIndex:
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("kind", [0, 1, 2])
 def test_steps_of_fixed_shapes_verify_drafts(make_prompts, monkeypatch, kind, graphs):  # noqa: F811
-    """As on a GPU, where the step itself stands in for its graph."""
+    """As on a GPU, where rows are looked at late; the step itself stands in for its graph."""
     language_model, prefill, samples = make_prompts()
     language_model.mask_head.weight.data *= 5  # so that placeholders are generated
     monkeypatch.setattr(generation, "capture_graph", captured_by_hand)
     monkeypatch.setattr(decode_steps, "DecodeIndex", index_on_a_cpu)
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(GreedyDecoder, "_looks_late", lambda *_: graphs)
     decoder = GreedyDecoder(language_model)
     assert decoder.join_products()
     decoder.graphs = graphs

@@ -170,8 +170,7 @@ class GreedyDecoder:
         """Make steps fewer by drafted tokens, which are learned from what is decoded.
 
         Responses stay the same but for two tokens whose logits differ by rounding alone. The states
-        of placeholders may differ by rounding, too. On a GPU neither depends on what is drafted:
-        steps have the same shapes whatever that is.
+        of placeholders may differ by rounding, too.
 
         Args:
             max_tokens: tokens of a draft at most; 0 = none.
