@@ -246,7 +246,7 @@ class RunConfig:
     max_new_tokens: int = 50
     # Weights that decoding reads: auto, those of the language model; float8, rounded copies of them
     generation_dtype: str = "auto"
-    draft_tokens: int = 4  # drafted and verified at once on a CPU; 0 = none
+    draft_tokens: int = 4  # drafted and verified at once; 0 = none
     report: bool = True  # draw report.html after an evaluation
 
     def __post_init__(self) -> None:

@@ -423,7 +423,7 @@ def test_every_response_has_its_full_length(bench: Bench, monkeypatch: pytest.Mo
     counts = ("--queries", 2, "--batch-size", 3, "--new-tokens", 7, "--batches", 2)
     report = bench("generate", *counts, "--height", 90, "--width", 160, options=options)
     record = report["measured"]
-    assert record["tokens_per_response"] == 7
+    assert record["tokens_per_response"] == record["steps_per_batch"] == 7
     assert shapes == {(90, 160)}
     assert 0 < record["masks_per_query"] <= 4
     assert record["answers_per_second"] == pytest.approx(2 * record["images_per_second"])
@@ -431,6 +431,14 @@ def test_every_response_has_its_full_length(bench: Bench, monkeypatch: pytest.Mo
     assert_adds_up(record["parts_of_batch"])
     named = {"encoders", "prefill", "pixel_decoder", "decoding"}
     assert named | {"waiting for masks and run lengths"} <= set(record["parts_of_batch"])
+
+
+def test_drafts_of_answers_to_the_same_photos_save_steps(bench: Bench) -> None:
+    counts = ("--batch-size", 1, "--new-tokens", 12, "--batches", 1, "--height", 9, "--width", 16)
+    report = bench("generate", "--drafts", *counts, options=(NO_DATA, "run.num_workers=0"))
+    assert report["measured"]["tokens_per_response"] == 12
+    assert report["measured"]["steps_per_batch"] < 12
+    assert any("drafts are learned" in note for note in report["notes"])
 
 
 def test_an_evaluation_is_timed_from_files_to_scores(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,12 +11,17 @@ import torch.nn.functional as F
 from annexe.build import prepare_for_inference
 from annexe.config import RunConfig
 from annexe.distributed import make_accelerator
-from annexe.models.language_model import decode_operations, drafts, generation
-from annexe.models.language_model.decode_steps import DraftingStep
-from annexe.models.language_model.drafts import DraftTable
+from annexe.models.language_model import decode_operations, decode_steps, drafts, generation
+from annexe.models.language_model.decode_steps import DecodeStep, DraftingStep, VerifyingStep
+from annexe.models.language_model.drafts import DeviceDraftTable, DraftTable
 from annexe.models.language_model.generation import GreedyDecoder, Responses
-from annexe.models.language_model.kv_cache import DraftIndex, SharedPrefixCache
-from tests.test_generation import constraints_of, make_prompts  # noqa: F401
+from annexe.models.language_model.kv_cache import DecodeIndex, DraftIndex, SharedPrefixCache
+from tests.test_generation import (
+    as_drafts,
+    captured_by_hand,
+    constraints_of,
+    make_prompts,  # noqa: F401
+)
 
 
 def test_the_most_frequent_tokens_are_drafted_while_they_are_likely():
@@ -94,6 +101,90 @@ class BadDrafts:
     def draft(self, answers_query: bool, tokens: list[int]) -> list[int]:
         length = int(torch.randint(5, (), generator=self.generator))
         return torch.randint(self.num_tokens, (length,), generator=self.generator).tolist()
+
+
+def test_a_device_looks_up_what_the_table_drafts(monkeypatch):
+    table = DeviceDraftTable(3, 20, torch.device("cpu"))
+    table.learn(True, [1, 2, 3, 4, 5, 6])
+    table.learn(True, [1, 2, 7])
+    table.learn(True, [1, 2, 3, 8])
+    table.learn(False, [1, 9])
+
+    def look_up() -> list[list[int]]:
+        answers_query = torch.tensor([True, True, False, False, True])
+        previous, token = torch.tensor([[5, 1, 3, 1, 4], [1, 2, 1, 2, 5]])
+        is_first = torch.tensor([True, False, True, False, False])
+        return table.look_up(answers_query, previous, token, is_first).tolist()
+
+    assert not any(map(any, look_up()))
+    table.upload()
+    expected = [[2, 3, 4], [3, 4, 5], [9, 0, 0], [0, 0, 0], [6, 0, 0]]
+    assert look_up() == expected
+
+    # Pairs that share a place: one of them has it
+    monkeypatch.setattr(drafts, "_NUM_PLACES", 1)
+    table.learn(True, [1, 2])
+    table.upload()
+    found = [row == other for row, other in zip(look_up(), expected, strict=True) if any(other)]
+    assert sum(found) == 1
+
+
+def index_on_a_cpu(*fields) -> DecodeIndex | DraftIndex:
+    """A `DecodeIndex` as operations on a CPU take it."""
+    index = DecodeIndex(*fields)
+    return index if len(index.column) == 1 else as_drafts(index)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("kind", [0, 1, 2])
+def test_steps_of_fixed_shapes_verify_drafts(make_prompts, monkeypatch, kind, graphs):  # noqa: F811
+    """As on a GPU, where rows are looked at late; the step itself stands in for its graph."""
+    language_model, prefill, samples = make_prompts()
+    language_model.mask_head.weight.data *= 5  # so that placeholders are generated
+    monkeypatch.setattr(generation, "capture_graph", captured_by_hand)
+    monkeypatch.setattr(decode_steps, "DecodeIndex", index_on_a_cpu)
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(GreedyDecoder, "_looks_late", lambda *_: graphs)
+    decoder = GreedyDecoder(language_model)
+    assert decoder.join_products()
+    decoder.graphs = graphs
+    steps = []
+    launch = DecodeStep.launch
+    monkeypatch.setattr(DecodeStep, "launch", lambda self: (steps.append(self), launch(self)))
+
+    def decode(max_new_tokens: int) -> Responses:
+        prompts = prefill(samples)
+        constraints = constraints_of(prompts.text, language_model.tokenizer)[kind]
+        steps.clear()
+        return decoder.decode(prompts, max_new_tokens, constraints)
+
+    expected = decode(12)
+    num_plain = len(steps)
+    tokenizer = language_model.tokenizer
+    num_words = tokenizer.vocab_size + tokenizer.num_slots
+
+    # Nothing learned yet, then the responses themselves, then nonsense
+    learned = DeviceDraftTable(4, num_words, torch.device("cpu"))
+    nonsense = DeviceDraftTable(4, num_words, torch.device("cpu"))
+    monkeypatch.setattr(nonsense, "look_up", lambda *_: torch.randint(num_words, (len(_[0]), 4)))
+    num_steps, kinds_of_steps = [], []
+    for table in (learned, learned, nonsense, learned):
+        decoder.release()
+        decoder.drafts = table
+        responses = decode(12)
+        num_steps.append(len(steps))
+        kinds_of_steps.append({type(step) for step in steps})
+        assert responses.tokens == expected.tokens
+        torch.testing.assert_close(responses.slot_states, expected.slot_states, atol=1e-5, rtol=0)
+        first = decode(1)
+        assert first.tokens == [tokens[:1] for tokens in expected.tokens]
+        if table is nonsense:  # then plain steps, until half of the rows are dropped
+            monkeypatch.setattr(generation, "_MAX_STEP_TOKENS", 2 * len(steps[0].state) - 1)
+    assert num_steps[1] < num_plain
+    assert num_steps[2] <= num_plain
+    assert kinds_of_steps[:3] == [{VerifyingStep}] * 3
+    assert kinds_of_steps[3] == ({DecodeStep, VerifyingStep} if kind == 2 else {DecodeStep})
 
 
 @pytest.mark.parametrize(("kind", "copies_prefixes"), [(0, True), (1, True), (2, True), (2, False)])

@@ -23,11 +23,11 @@ from annexe.models.language_model.attention import (
     decode_attention,
 )
 from annexe.models.language_model.constraints import DecodingConstraints
-from annexe.models.language_model.decode_operations import FLOAT8, FLOAT8_GROUP
+from annexe.models.language_model.decode_operations import FLOAT8, FLOAT8_GROUP, hiding_bias
 from annexe.models.language_model.decode_steps import DecodeStep
 from annexe.models.language_model.float8 import Float8Linear, quantize_rows
 from annexe.models.language_model.generation import GreedyDecoder
-from annexe.models.language_model.kv_cache import DecodeIndex, SharedPrefixCache
+from annexe.models.language_model.kv_cache import DecodeIndex, DraftIndex, SharedPrefixCache
 from annexe.structures.batch import AnswersRead, PackedText
 from tests.test_models import texts_of
 from tests.test_packed_sequence import LORA, VARIED
@@ -94,6 +94,29 @@ def random_case(
     return torch.randn(6, num_heads, head_dim), cache, index
 
 
+def several_tokens(
+    query: torch.Tensor, index: DecodeIndex, number: int
+) -> tuple[torch.Tensor, DecodeIndex]:
+    """Queries of ``number`` tokens of each response, the last of them in its last filled column."""
+    last = index.key_mask.int().cumsum(1).argmax(1)[:, None]
+    column = last - torch.arange(number - 1, -1, -1, device=last.device)  # [R, number]
+    queries = torch.randn(len(query) * number, *query.shape[1:], device=query.device)
+    return queries.to(query.dtype), replace(index, column=column.flatten())
+
+
+def as_drafts(index: DecodeIndex) -> DraftIndex:
+    """The same tokens as the operations on a CPU take them; that knows no padding rows."""
+    num_rows, num_columns = index.key_mask.shape
+    device = index.column.device
+    column = index.column.view(num_rows, -1)
+    row = torch.arange(num_rows, device=device).repeat_interleave(column.shape[1])
+    offset = torch.arange(column.shape[1], device=device).repeat(num_rows)
+    is_behind = torch.arange(num_columns, device=device) > column[..., None]
+    bias = hiding_bias(~index.key_mask[:, None] | is_behind, torch.float32)
+    shared = (index.image_index, index.index_in_image, index.row_index)
+    return DraftIndex(*shared, row, offset, index.column, bias)
+
+
 def calls_of_a_step(device: str, dtype: torch.dtype) -> list[tuple]:
     """Calls of the other operations of a step: name, arguments, cache, column of the new token."""
     generator = torch.Generator().manual_seed(0)
@@ -116,6 +139,8 @@ def calls_of_a_step(device: str, dtype: torch.dtype) -> list[tuple]:
     codes, scales = quantize_rows(random(70, 384))
     bias = random(70)
     column = torch.tensor([4], device=device)
+    columns = torch.tensor([1, 2, 4, 5, 0, 1, 5, 6, 3, 4], device=device)  # of two tokens each
+    angles_of_two = torch.stack([angles, angles.flip(1)], 2).flatten(1, 2)
     wide_x = random(5, 300).to(dtype)
     return [
         ("add_and_normalize", [x, None, weight, 1e-5, dtype], None, None),
@@ -123,6 +148,7 @@ def calls_of_a_step(device: str, dtype: torch.dtype) -> list[tuple]:
         ("rotate_and_store", [projections, angles, None], cache(), column),
         ("rotate_and_store", [projections, angles, norms], cache(), column),
         ("rotate_and_store", [random(2, 5, 10 * 24), angles, None], cache(), column),
+        ("rotate_and_store", [random(10, 6 * 24), angles_of_two, norms], cache(), columns),
         ("swiglu", [random(3, 2200).to(dtype), dtype], None, None),
         ("swiglu", [random(2, 3, 2200), dtype], None, None),
         ("float8_product", [random(20, 384).to(dtype), codes, scales, bias, dtype], None, None),
@@ -141,7 +167,11 @@ def run_call(operations, name: str, arguments: list, tensors: dict | None, colum
         arguments = [first.sum(0), *arguments[1:]]
     if tensors is not None:
         cache = SharedPrefixCache(**tensors)
-        arguments = [*arguments, cache, DecodeIndex(None, None, None, None, column)]
+        index = DecodeIndex(None, None, None, None, column)
+        if len(column) > 1 and operations is decode_operations:
+            row = torch.arange(len(column), device=column.device) // 2
+            index = DraftIndex(None, None, None, row, None, column, None)
+        arguments = [*arguments, cache, index]
     return getattr(operations, name)(*arguments), first, tensors
 
 
@@ -210,6 +240,9 @@ def test_the_kernels_for_a_gpu_give_the_same(tmp_path):
         (*random_case(2, 1, 8, 20, 30, 4), FLOAT8),
         (*random_case(2, 1, 128, 20, 30, 4), FLOAT8),  # a head is a group
     ]
+    query, cache, index = random_case(2, 1, 8, 20, 40, 4)
+    query, index = several_tokens(query, index, 2)
+    cases.append((query, cache, index, None))
     inputs = [(query, vars(cache), vars(index), dtype) for query, cache, index, dtype in cases]
     torch.save(inputs, tmp_path / "attention.pt")
     torch.save(calls_of_a_step("cpu", torch.float32), tmp_path / "others.pt")
@@ -225,9 +258,11 @@ def test_the_kernels_for_a_gpu_give_the_same(tmp_path):
     for (query, cache, index, dtype), output in zip(cases, outputs, strict=False):
         cache.own_keys.nan_to_num_(0)
         cache.own_values.nan_to_num_(0)
-        expected = decode_operations.decode_attention(query, cache, index, 0.3, dtype)
+        plain_index = index if len(index.column) == 1 else as_drafts(index)
+        expected = decode_operations.decode_attention(query, cache, plain_index, 0.3, dtype)
         if dtype is None:
-            torch.testing.assert_close(output[:5], expected[:5], atol=1e-5, rtol=1e-5)
+            num_real = len(query) * 5 // 6
+            torch.testing.assert_close(output[:num_real], expected[:num_real], atol=1e-5, rtol=1e-5)
             assert output.isfinite().all()
         else:
             numbers, expected_numbers = decoded(output), decoded(expected)
@@ -516,7 +551,7 @@ def test_merged_adapters_give_the_same(make_prompts):
         assert decoder.join_products(float8=float8)
         prompts = prefill(samples)
         state = decoder.start_rows(prompts, 1, None)
-        step = decoder._compact(prompts, state, None, 0, None)
+        step = decoder._compact(prompts, state, None, None)
         step.launch()
         step_states.append(step.state.hidden)
     exact, rounded = step_states

@@ -11,16 +11,23 @@ from annexe.datasets.collate import Collator
 from annexe.models.compile import compile_blocks
 from annexe.models.language_model import decode_operations
 from annexe.models.language_model.causal_lm import CausalLM
+from annexe.models.language_model.decode_steps import DecodeStep, VerifyingStep
 from annexe.models.language_model.kv_cache import DecodeIndex, SharedPrefixCache
-from annexe.models.language_model.packed_mask import packed_attention_mask, packed_tiles
-from annexe.models.mask_postprocessing import at_full_size, encode_on_device
+from annexe.models.mask_postprocessing import at_full_size, encode_on_device, postprocess
 from annexe.models.pixel_decoder import Attention
 from annexe.models.vision_encoders.eva_vit import LinearGELU
 from annexe.rle import encode
 from annexe.structures.batch import AnswersRead, Batch
 from annexe.training import losses
 from annexe.training.cuda_graphs import PAD_TO_MULTIPLE_OF, GraphedPass
-from tests.test_generation import calls_of_a_step, require_same_call, run_call
+from tests.test_generation import (
+    as_drafts,
+    calls_of_a_step,
+    random_case,
+    require_same_call,
+    run_call,
+    several_tokens,
+)
 from tests.test_models import texts_of
 from tests.test_packed_attention import COLUMNS, MASKS, plain_attention
 
@@ -156,6 +163,68 @@ def test_replayed_steps_of_generation_give_the_same(
         assert num_equal >= len(texts) - num_other
     torch._dynamo.reset()
     assert len(model.text_decoder.captured_steps) >= 2
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["launched", "replayed"])
+@pytest.mark.parametrize("constrain_answers", [False, True], ids=["free", "constrained"])
+def test_drafts_give_the_same_tokens_and_masks(make_parts, graphs, constrain_answers):
+    model, tokenizer, batch = make_parts(
+        "model.language_model.initializer_range=0.3", "model.language_model.num_heads=2"
+    )
+    model.to("cuda")
+    model.constrain_answers = constrain_answers
+    decoder = model.text_decoder
+    decoder.graphs = graphs
+    assert decoder.join_products()
+    collate = Collator(tokenizer, model.num_image_tokens, 4, responses=False)
+    prompts = [collate(samples).to("cuda") for samples in (batch.samples, batch.samples[:2])]
+    steps = []
+    launch = DecodeStep.launch
+
+    def generate() -> tuple[list, list[torch.Tensor]]:
+        """Texts and masks of all prompts."""
+        images = [model.generate(prompt_batch, 20) for prompt_batch in prompts]
+        targets = [
+            target
+            for answered in images
+            for image in answered
+            for response in image.responses
+            for target in postprocess(response).targets
+        ]
+        return [texts_of(answered) for answered in images], targets
+
+    expected, expected_targets = generate()
+    assert decoder.draft(4)
+    num_steps = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DecodeStep, "launch", lambda self: (steps.append(self), launch(self)))
+        for _ in range(3):
+            steps.clear()
+            texts, targets = generate()
+            num_steps.append(len(steps))
+            assert texts == expected
+            assert targets == expected_targets
+    assert {type(step) for step in steps} == {VerifyingStep}
+    assert num_steps[-1] < num_steps[0]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("num_tokens", [2, 5])
+def test_the_kernels_take_several_tokens_of_a_response(dtype, tolerance, num_tokens):
+    kernels = pytest.importorskip("annexe.models.language_model.decode_kernels")
+    torch.manual_seed(0)
+    query, cache, index = random_case(8, 4, 128, 270, 130, 5)
+    query, index = several_tokens(query, index, num_tokens)
+    index = DecodeIndex(*[tensor.cuda() for tensor in vars(index).values()])
+    tensors = [tensor.to("cuda", dtype) for tensor in vars(cache).values()]
+    query = query.to("cuda", dtype)
+    output = kernels.decode_attention(query, SharedPrefixCache(*tensors), index, 0.09)
+    cache = SharedPrefixCache(*[tensor.nan_to_num(0) for tensor in tensors])
+    expected = decode_operations.decode_attention(query, cache, as_drafts(index), 0.09)
+    num_real = 5 * num_tokens  # the last response is a padding row
+    torch.testing.assert_close(
+        output[:num_real], expected[:num_real], atol=tolerance, rtol=tolerance
+    )
 
 
 def test_masks_are_encoded_on_the_device_as_on_the_host():

@@ -48,6 +48,7 @@ class GenerationSettings:
     batch_size: int | None  # images; None for run.batch_size
     mask_size: tuple[int, int]  # height, width that masks are brought to
     real: bool  # the configured weights in place of random ones
+    drafts: bool = False  # draft as ``run.draft_tokens`` has it, from answers to the same photos
 
 
 def measure_generation(config: Config, settings: GenerationSettings) -> tuple[Record, list[str]]:
@@ -65,15 +66,18 @@ def measure_generation(config: Config, settings: GenerationSettings) -> tuple[Re
         notes = ["weights are the configured ones"]
     else:
         config, notes = with_random_weights(config)
+    drafts = "and run.draft_tokens=0"
+    if settings.drafts:
+        drafts = "and drafts are learned from answers to the same photos, which real ones are not"
     notes.append(
         "every response is forced to its full length: no end of sequence, "
-        "model.constrain_answers=false, and run.draft_tokens=0"
+        f"model.constrain_answers=false, {drafts}"
     )
     if settings.batch_size is not None:
         config = replace(config, run=replace(config.run, batch_size=settings.batch_size))
     run = config.run
     accelerator = make_accelerator(**device_settings(run))
-    model = model_without_end(config, accelerator)
+    model = model_without_end(config, accelerator, drafts=settings.drafts)
     batch = _prompts(model, run.batch_size, settings)
     if accelerator.device.type == "cuda":
         batch = batch.pin_memory()
@@ -96,7 +100,7 @@ def measure_generation(config: Config, settings: GenerationSettings) -> tuple[Re
     list(in_threads(num_targets, warmup, run.num_workers))
     timeline = Timeline(accelerator.device)
     num_masks = 0
-    with _timing_generation(model, timeline) as response_lengths:
+    with _timing_generation(model, timeline) as (response_lengths, steps):
         measured = terminal.track(
             images(settings.num_batches, timeline),
             "generating",
@@ -114,6 +118,7 @@ def measure_generation(config: Config, settings: GenerationSettings) -> tuple[Re
         "images_per_batch": run.batch_size,
         "queries_per_image": settings.num_queries,
         "tokens_per_response": sum(response_lengths) / len(response_lengths),
+        "steps_per_batch": sum(steps) / settings.num_batches,
         "masks_per_query": num_masks / num_answers,
         "images_per_second": images_per_second,
         "answers_per_second": images_per_second * settings.num_queries,
@@ -124,16 +129,20 @@ def measure_generation(config: Config, settings: GenerationSettings) -> tuple[Re
 
 
 def model_without_end(
-    config: Config, accelerator: Accelerator, tokenizer: TextTokenizer | None = None
+    config: Config,
+    accelerator: Accelerator,
+    tokenizer: TextTokenizer | None = None,
+    *,
+    drafts: bool = False,
 ) -> Annexe:
     """The model as an evaluation has it, but for answers, which never end by themselves.
-
-    Nothing is drafted: the same photos are answered again and again, which drafts would know.
 
     Args:
         config: with a model.
         accelerator: device and precision.
         tokenizer: one of as many words as the model has (default: one of the size).
+        drafts: draft as ``run.draft_tokens`` has it. By default nothing is drafted: the same photos
+            are answered again and again, which drafts know.
     """
     set_seed(config.run.seed)
     bf16 = accelerator.mixed_precision == "bf16"
@@ -141,7 +150,8 @@ def model_without_end(
     model = build_model(config.require_model(), tokenizer, accelerator.device, bf16=bf16)
     model.constrain_answers = False
     never_end(model.language_model)
-    return prepare_for_inference(model, replace(config.run, draft_tokens=0), accelerator)
+    run = config.run if drafts else replace(config.run, draft_tokens=0)
+    return prepare_for_inference(model, run, accelerator)
 
 
 def _prompts(model: Annexe, num_images: int, settings: GenerationSettings) -> Batch:
@@ -154,11 +164,13 @@ def _prompts(model: Annexe, num_images: int, settings: GenerationSettings) -> Ba
 
 
 @contextmanager
-def _timing_generation(model: Annexe, timeline: Timeline) -> Iterator[list[int]]:
-    """Let prefill and decoding enter sections; gives a list of the lengths of all responses."""
+def _timing_generation(model: Annexe, timeline: Timeline) -> Iterator[tuple[list[int], list[int]]]:
+    """Let prefill and decoding enter sections; gives lengths of responses, and numbers of steps."""
     lengths: list[int] = []
+    steps: list[int] = []
 
     def add_lengths(responses: Any) -> None:
+        steps.append(model.text_decoder.num_steps)
         lengths.extend(len(tokens) for tokens in responses.tokens if tokens)  # empty: not asked for
 
     prefill = timeline.timing_method(
@@ -172,4 +184,4 @@ def _timing_generation(model: Annexe, timeline: Timeline) -> Iterator[list[int]]
         on_result=add_lengths,
     )
     with prefill, decode:
-        yield lengths
+        yield lengths, steps

@@ -105,6 +105,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             action.add_argument("--against", nargs="+", metavar="A.B=C", help=help)
             help = "the configured weights, and to train the configured data, in place of random"
             action.add_argument("--real", action="store_true", help=help)
+        if name == "generate":
+            help = "draft run.draft_tokens; nearly all are right, for photos are answered again"
+            action.add_argument("--drafts", action="store_true", help=help)
         if name == "train":
             help = "what --json wrote of one process and more, to be shown with the efficiency"
             action.add_argument("--beside", type=Path, nargs="+", metavar="FILE", help=help)
@@ -213,6 +216,7 @@ def _measure(arguments: argparse.Namespace, report: Record) -> dict[str, Record]
             batch_size=arguments.batch_size,
             mask_size=(arguments.height, arguments.width),
             real=arguments.real,
+            drafts=arguments.drafts,
         )
         measure = partial(measure_generation, settings=generation)
     compared, columns = compare(measure, arguments.cfg_path, arguments.options, arguments.against)

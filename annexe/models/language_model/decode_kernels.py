@@ -25,9 +25,16 @@ over its scores, and the logarithm of what that divides by. A second kernel merg
 
     programs: responses (R) x query heads (H) x parts of the columns
 
+    or, where a response has several new tokens, all of them with all heads of a key head together.
+
+    programs: responses (R) x key heads (Hk) x parts of the columns
+
 2. `_merge_parts`: parts of every query, weighted by their log_sum_exp.
 
     programs: responses (R) x query heads (H)
+
+A response may have several new tokens (TOKENS): M = R x TOKENS rows of queries, those of a response
+one behind the other. Over the prefix they are laid side by side as if they were responses.
 
 Legend: B images, R responses, Lp prefix tokens, Lr columns of a response, D width of the language
 model, F width of an MLP's hidden layer, H query heads, Hk key heads, G query heads for each key
@@ -171,6 +178,7 @@ def _rotate_and_store(
     num_rows,
     num_columns,
     epsilon,
+    TOKENS: tl.constexpr,
     HAS_NORMS: tl.constexpr,
     NUM_PARTS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
@@ -181,15 +189,15 @@ def _rotate_and_store(
     """A head of a row for each program, as its two halves.
 
     Args:
-        projection_ptr: [parts, R, H + 2 Hk, Dh], which are added up.
-        angle_ptr: float32[2, R, Dh].
+        projection_ptr: [parts, M, H + 2 Hk, Dh], which are added up.
+        angle_ptr: float32[2, M, Dh].
         query_norm_ptr: [Dh].
         key_norm_ptr: [Dh].
-        query_ptr: [R, H, Dh], written.
-        key_ptr: [R, Hk, Lr, Dh], where one column is written.
-        value_ptr: [R, Hk, Lr, Dh], where one column is written.
-        column_ptr: int64[1], that column.
-        num_rows: R.
+        query_ptr: [M, H, Dh], written.
+        key_ptr: [R, Hk, Lr, Dh], where columns are written.
+        value_ptr: [R, Hk, Lr, Dh], where columns are written.
+        column_ptr: int64[1], that column; of several TOKENS int64[M].
+        num_rows: M.
         num_columns: Lr.
         epsilon: added to the mean of the squares.
     """
@@ -206,11 +214,12 @@ def _rotate_and_store(
         first += tl.load(pointer, mask=is_dim, other=0).to(tl.float32)
         second += tl.load(pointer + HALF, mask=is_dim, other=0).to(tl.float32)
         pointer += num_rows * (NUM_HEADS + 2 * NUM_KEY_HEADS) * (2 * HALF)
-    column = tl.load(column_ptr)
+    response = row // TOKENS
+    column = tl.load(column_ptr + row) if TOKENS > 1 else tl.load(column_ptr)
 
     # A value goes into the cache as it is.
     if head >= NUM_HEADS + NUM_KEY_HEADS:
-        key_head = row * NUM_KEY_HEADS + head - NUM_HEADS - NUM_KEY_HEADS
+        key_head = response * NUM_KEY_HEADS + head - NUM_HEADS - NUM_KEY_HEADS
         offset = (key_head * num_columns + column) * (2 * HALF) + dim
         tl.store(value_ptr + offset, first.to(value_ptr.dtype.element_ty), mask=is_dim)
         tl.store(value_ptr + offset + HALF, second.to(value_ptr.dtype.element_ty), mask=is_dim)
@@ -241,7 +250,7 @@ def _rotate_and_store(
                 mask=is_dim,
             )
         else:
-            key_head = row * NUM_KEY_HEADS + head - NUM_HEADS
+            key_head = response * NUM_KEY_HEADS + head - NUM_HEADS
             offset = (key_head * num_columns + column) * (2 * HALF) + dim
             tl.store(key_ptr + offset, rotated_first.to(key_ptr.dtype.element_ty), mask=is_dim)
             tl.store(
@@ -404,6 +413,7 @@ def _attend_prefix(
     num_rows,
     max_responses,
     prefix_length,
+    TOKENS: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     SCALING: tl.constexpr,
     GROUP: tl.constexpr,
@@ -421,20 +431,21 @@ def _attend_prefix(
     """
     part = program % NUM_PARTS
     key_head = program // NUM_PARTS % NUM_KEY_HEADS
-    num_query_blocks = tl.cdiv(max_responses * GROUP, BLOCK_QUERIES)
+    num_query_blocks = tl.cdiv(max_responses * TOKENS * GROUP, BLOCK_QUERIES)
     query_block = program // (NUM_PARTS * NUM_KEY_HEADS) % num_query_blocks
     image = program // (NUM_PARTS * NUM_KEY_HEADS) // num_query_blocks
 
     # Load the queries of this program; -1 and what lies behind the last response is left out.
     query_index = query_block * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
-    index_in_image = query_index // GROUP
+    index_in_image = query_index // (GROUP * TOKENS)
     head = key_head * GROUP + query_index % GROUP
-    row = tl.load(
+    response = tl.load(
         row_index_ptr + image * max_responses + index_in_image,
         mask=index_in_image < max_responses,
         other=-1,
     )
-    is_real = row >= 0
+    is_real = response >= 0
+    row = response * TOKENS + query_index // GROUP % TOKENS
     query_offset = (row * NUM_KEY_HEADS * GROUP + head).to(tl.int64)
     dim = tl.arange(0, PADDED_DIM)
     is_dim = dim < HEAD_DIM
@@ -547,6 +558,98 @@ def _attend_own(
 
 
 @triton.jit
+def _attend_own_together(
+    program,
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    key_mask_ptr,
+    last_column_ptr,
+    output_ptr,
+    log_sum_exp_ptr,
+    num_rows,
+    num_columns,
+    TOKENS: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    SCALING: tl.constexpr,
+    GROUP: tl.constexpr,
+    NUM_KEY_HEADS: tl.constexpr,
+    FIRST_PART: tl.constexpr,
+    OWN_PART: tl.constexpr,
+    OWN_BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+):
+    """As `_attend_own`, of all new tokens of a response and all heads that share a key head.
+
+    Args:
+        program: which response, key head and part.
+        others: of `_attend_parts`.
+    """
+    num_heads: tl.constexpr = NUM_KEY_HEADS * GROUP
+    num_responses = num_rows // TOKENS
+    key_head = program % NUM_KEY_HEADS
+    response = program // NUM_KEY_HEADS % num_responses
+    part = program // NUM_KEY_HEADS // num_responses
+    dim = tl.arange(0, PADDED_DIM)
+    is_dim = dim < HEAD_DIM
+
+    # Load the queries, padded.
+    query_index = tl.arange(0, BLOCK_QUERIES)
+    is_query = query_index < TOKENS * GROUP
+    row = response * TOKENS + query_index // GROUP
+    query_offset = (row * num_heads + key_head * GROUP + query_index % GROUP).to(tl.int64)
+    query = tl.load(
+        query_ptr + query_offset[:, None] * HEAD_DIM + dim,
+        mask=is_query[:, None] & is_dim,
+        other=0,
+    )
+    last_column = tl.load(last_column_ptr + row, mask=is_query, other=-1)
+
+    # A part behind all new tokens is empty; the lowest score gives it the weight 0.
+    part_offset = query_offset + (FIRST_PART + part).to(tl.int64) * num_rows * num_heads
+    if part * OWN_PART > tl.max(last_column, 0):
+        lowest = tl.zeros([BLOCK_QUERIES], tl.float32) + _LOWEST_SCORE
+        tl.store(log_sum_exp_ptr + part_offset, lowest, mask=is_query)
+    else:
+        # Read keys and values that are there, rescaling the sums to the highest score so far.
+        first_key = (response * NUM_KEY_HEADS + key_head).to(tl.int64) * num_columns
+        running_sum = tl.zeros([BLOCK_QUERIES], tl.float32)
+        running_max = running_sum + _LOWEST_SCORE
+        accumulator = tl.zeros([BLOCK_QUERIES, PADDED_DIM], tl.float32)
+        for start in tl.static_range(0, OWN_PART, OWN_BLOCK):
+            column = part * OWN_PART + start + tl.arange(0, OWN_BLOCK)
+            is_there = (column < num_columns) & (column <= tl.max(last_column, 0))
+            mask_pointers = key_mask_ptr + response * num_columns + column
+            is_key = tl.load(mask_pointers, mask=is_there, other=0) != 0
+            offset = (first_key + column)[:, None] * HEAD_DIM + dim
+            is_number = is_key[:, None] & is_dim
+            key = tl.load(key_ptr + offset, mask=is_number, other=0)
+            value = tl.load(value_ptr + offset, mask=is_number, other=0)
+            score = tl.dot(query, tl.trans(key), input_precision="ieee") * SCALING
+            is_seen = is_key & (column <= last_column[:, None])
+            score = tl.where(is_seen, score, -float("inf"))
+            previous_max = running_max
+            running_max = tl.maximum(running_max, tl.max(score, 1))
+            weight = tl.exp(score - running_max[:, None])
+            rescale = tl.exp(previous_max - running_max)
+            accumulator = accumulator * rescale[:, None] + tl.dot(
+                weight.to(value.dtype), value, input_precision="ieee"
+            )
+            running_sum = running_sum * rescale + tl.sum(weight, 1)
+
+        # Divide once, at the end.
+        output = accumulator / tl.maximum(running_sum, 1e-30)[:, None]
+        log_sum_exp = tl.where(running_sum > 0, running_max + tl.log(running_sum), _LOWEST_SCORE)
+        tl.store(
+            output_ptr + part_offset[:, None] * HEAD_DIM + dim,
+            output,
+            mask=is_query[:, None] & is_dim,
+        )
+        tl.store(log_sum_exp_ptr + part_offset, log_sum_exp, mask=is_query)
+
+
+@triton.jit
 def _attend_parts(
     query_ptr,
     row_index_ptr,
@@ -563,6 +666,8 @@ def _attend_parts(
     max_responses,
     prefix_length,
     num_columns,
+    TOKENS: tl.constexpr,
+    OWN_QUERIES: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     SCALING: tl.constexpr,
     GROUP: tl.constexpr,
@@ -577,19 +682,19 @@ def _attend_parts(
     """All parts of all queries.
 
     Args:
-        query_ptr: [R, H, Dh].
+        query_ptr: [M, H, Dh].
         row_index_ptr: int64[B, max_responses], the responses of each image; -1 = none.
         prefix_key_ptr: [B, Hk, Lp, Dh].
         prefix_value_ptr: [B, Hk, Lp, Dh].
         key_ptr: [R, Hk, Lr, Dh].
         value_ptr: [R, Hk, Lr, Dh].
         key_mask_ptr: bool[R, Lr], columns that hold a token.
-        last_column_ptr: int64[1], the column of the new token.
-        output_ptr: float32[S, R, H, Dh], written: weighted mean of the values of a part.
-        log_sum_exp_ptr: float32[S, R, H], written: log of the sum of its scores' exponentials. Of
+        last_column_ptr: int64[1], the column of the new token; of several TOKENS int64[M].
+        output_ptr: float32[S, M, H, Dh], written: weighted mean of the values of a part.
+        log_sum_exp_ptr: float32[S, M, H], written: log of the sum of its scores' exponentials. Of
             an empty part it is the lowest score, and the output is not written.
         num_prefix_programs: programs of parts of prefixes, which come first.
-        num_rows: R.
+        num_rows: M.
         max_responses: responses of the image that has most.
         prefix_length: Lp.
         num_columns: Lr.
@@ -608,6 +713,7 @@ def _attend_parts(
             num_rows,
             max_responses,
             prefix_length,
+            TOKENS,
             BLOCK_QUERIES,
             SCALING,
             GROUP,
@@ -617,7 +723,7 @@ def _attend_parts(
             HEAD_DIM,
             PADDED_DIM,
         )
-    else:
+    elif TOKENS == 1:
         # A query over a part of its own columns
         _attend_own(
             program - num_prefix_programs,
@@ -630,6 +736,30 @@ def _attend_parts(
             log_sum_exp_ptr,
             num_rows,
             num_columns,
+            SCALING,
+            GROUP,
+            NUM_KEY_HEADS,
+            NUM_PREFIX_PARTS,
+            OWN_PART,
+            OWN_BLOCK,
+            HEAD_DIM,
+            PADDED_DIM,
+        )
+    else:
+        # Queries of a response over a part of its own columns
+        _attend_own_together(
+            program - num_prefix_programs,
+            query_ptr,
+            key_ptr,
+            value_ptr,
+            key_mask_ptr,
+            last_column_ptr,
+            output_ptr,
+            log_sum_exp_ptr,
+            num_rows,
+            num_columns,
+            TOKENS,
+            OWN_QUERIES,
             SCALING,
             GROUP,
             NUM_KEY_HEADS,
@@ -653,6 +783,7 @@ def _merge_parts(
     num_rows,
     max_responses,
     num_padded_rows,
+    TOKENS: tl.constexpr,
     NUM_PREFIX_PARTS: tl.constexpr,
     NUM_PARTS: tl.constexpr,
     PADDED_PARTS: tl.constexpr,
@@ -667,11 +798,11 @@ def _merge_parts(
         row_index_ptr: int64[B, max_responses], the responses of each image; -1 = none.
         image_index_ptr: int64[R].
         index_in_image_ptr: int64[R].
-        part_ptr: float32[S, R, H, Dh], from `_attend_parts`.
-        log_sum_exp_ptr: float32[S, R, H], from `_attend_parts`.
-        output_ptr: [R, H, Dh], written; with IN_CODES as codes, of `_store_codes`, a head a group.
+        part_ptr: float32[S, M, H, Dh], from `_attend_parts`.
+        log_sum_exp_ptr: float32[S, M, H], from `_attend_parts`.
+        output_ptr: [M, H, Dh], written; with IN_CODES as codes, of `_store_codes`, a head a group.
         scale_ptr: of `_store_codes`.
-        num_rows: R.
+        num_rows: M.
         max_responses: responses of the image that has most.
         num_padded_rows: a multiple of the rows that a product takes.
     """
@@ -679,9 +810,10 @@ def _merge_parts(
     head = tl.program_id(1)
 
     # Padding rows share a place in the table: for most of them nothing was written about a prefix.
-    image = tl.load(image_index_ptr + row)
-    index_in_image = tl.load(index_in_image_ptr + row)
-    has_prefix = tl.load(row_index_ptr + image * max_responses + index_in_image) == row
+    response = row // TOKENS
+    image = tl.load(image_index_ptr + response)
+    index_in_image = tl.load(index_in_image_ptr + response)
+    has_prefix = tl.load(row_index_ptr + image * max_responses + index_in_image) == response
     part = tl.arange(0, PADDED_PARTS)
     is_part = (part < NUM_PARTS) & (has_prefix | (part >= NUM_PREFIX_PARTS))
 
@@ -749,6 +881,7 @@ def decode_attention(
     num_key_heads, prefix_length = cache.prefix_keys.shape[1:3]
     num_columns = cache.own_keys.shape[2]
     group = num_heads // num_key_heads
+    num_tokens = num_rows // len(cache.own_keys)
     num_prefix_parts = triton.cdiv(prefix_length, _PREFIX_PART.value)
     num_own_parts = triton.cdiv(num_columns, _OWN_PART)
     num_parts = num_prefix_parts + num_own_parts
@@ -766,13 +899,16 @@ def decode_attention(
 
     # Launch both kernels.
     sizes = {
+        "TOKENS": num_tokens,
         "NUM_PREFIX_PARTS": num_prefix_parts,
         "HEAD_DIM": head_dim,
         "PADDED_DIM": max(16, triton.next_power_of_2(head_dim)),
     }
-    num_query_blocks = triton.cdiv(max_responses * group, _BLOCK_QUERIES)
+    num_query_blocks = triton.cdiv(max_responses * num_tokens * group, _BLOCK_QUERIES)
     num_prefix_programs = num_images * num_key_heads * num_query_blocks * num_prefix_parts
     num_own_programs = num_rows * num_heads * num_own_parts
+    if num_tokens > 1:
+        num_own_programs //= num_tokens * group
     _attend_parts[(num_prefix_programs + num_own_programs,)](
         query,
         index.row_index,
@@ -789,6 +925,7 @@ def decode_attention(
         max_responses,
         prefix_length,
         num_columns,
+        OWN_QUERIES=max(_BLOCK_QUERIES, triton.next_power_of_2(num_tokens * group)),
         BLOCK_QUERIES=_BLOCK_QUERIES,
         SCALING=scaling,
         GROUP=group,
@@ -899,6 +1036,7 @@ def rotate_and_store(
         num_rows,
         num_columns,
         epsilon,
+        TOKENS=num_rows // len(cache.own_keys),
         HAS_NORMS=head_norms is not None,
         NUM_PARTS=num_parts,
         NUM_HEADS=num_heads,

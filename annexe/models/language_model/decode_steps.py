@@ -1,11 +1,12 @@
 """Steps of decoding: one token of each row, or several that were drafted and verified at once.
 
 `DecodingState` holds the rows. `DecodeStep` is the same sequence of kernels whatever the tokens
-are, so that a graph of it can be replayed. `DraftingStep`, on a CPU, keeps what was drafted
-(`annexe.models.language_model.drafts`) as far as the model says the same.
+are, so that a graph of it can be replayed. `VerifyingStep` is as well, and keeps what was drafted
+(`annexe.models.language_model.drafts`) as far as the model says the same. On a CPU `DraftingStep`
+does that, and runs no more tokens than it has to.
 
-Legend: B images, R rows (responses), r rows that are run, K slots, D width, V words, T tokens that
-a response has at most, M tokens of a step.
+Legend: B images, R rows (responses), r rows that are run, K slots, D width, V words, M tokens of a
+step, T those that a row has of them at most, L tokens that a response has at most.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from annexe.models.language_model.causal_lm import CausalLM
 from annexe.models.language_model.constraints import DecodingConstraints, SlotConstraint
 from annexe.models.language_model.decode_blocks import DecodingBlocks
 from annexe.models.language_model.decode_operations import hiding_bias
-from annexe.models.language_model.drafts import DraftTable
+from annexe.models.language_model.drafts import DeviceDraftTable, DraftTable
 from annexe.models.language_model.kv_cache import DecodeIndex, DraftIndex, SharedPrefixCache
 from annexe.models.language_model.sampling import choose
 
@@ -31,13 +32,14 @@ class DecodingState:
     response_index: Tensor  # int64[R], which response of the batch; -1 = padding row
     image_index: Tensor  # int64[R], the image that it is about
     index_in_image: Tensor  # int64[R], which one it is among the responses of its image
+    answers_query: Tensor  # bool[R], whether it answers a query; else it is an analysis
     position: Tensor  # int64[R], rotary position of the next token
     key_mask: Tensor  # bool[R, Lr], columns of its cache that hold a token
     hidden: Tensor  # float[R, D], final hidden state of the last token
     slots_left: Tensor  # bool[R, K], slots that it still has to name
     seeds: Tensor  # int64[R], of the random choice of its tokens
     finished: Tensor  # bool[R], it has ended
-    tokens: Tensor  # int64[R, T], generated tokens, then end of sequence
+    tokens: Tensor  # int64[R, L], generated tokens, then end of sequence
     slot_states: Tensor  # float[R, K, D], hidden states of its placeholders, 0 = not named
 
     def __len__(self) -> int:
@@ -191,8 +193,153 @@ class DecodeStep:
             state.slot_states.copy_(slot_states)
 
 
-class DraftingStep:
+class VerifyingStep(DecodeStep):
     """As `DecodeStep`, but a step of each row verifies drafted tokens, and generates at least one.
+
+    A row has T new tokens. The first one is certain, the others are drafted. Keys and values of
+    those that are not kept lie behind the row's last token, where no query looks before the next
+    step writes there.
+
+        columns    | prompt | kept so far | certain  drafted  drafted | free
+        the model says behind them           b        c        x
+        kept if drafted is b, c                       b        c          x: certain in the next one
+
+    How many tokens a row has is known on the device alone, so that the host need not wait for it.
+    The columns of the caches end with T spare ones, and a step writes there before `load`.
+
+    Args:
+        drafts: what the next tokens may be.
+        num_tokens: T.
+        others: of `DecodeStep`.
+    """
+
+    def __init__(
+        self,
+        language_model: CausalLM,
+        state: DecodingState,
+        caches: list[SharedPrefixCache],
+        max_responses: int,
+        constraints: DecodingConstraints | None,
+        blocks: DecodingBlocks,
+        drafts: DeviceDraftTable,
+        num_tokens: int,
+    ) -> None:
+        super().__init__(language_model, state, caches, max_responses, constraints, None, blocks)
+        self.drafts = drafts
+        device = state.response_index.device
+        self.offsets = torch.arange(num_tokens, device=device)  # [T]
+        self.columns = torch.arange(state.key_mask.shape[1], device=device)  # [Lr]
+        self.places = torch.arange(state.tokens.shape[1], device=device)  # [L]
+
+        # Tokens of each row, the column of its first one, and its next one
+        self.num_generated = torch.full_like(state.response_index, len(self.places))  # [R]
+        self.column = self.columns[-1:] - (len(self.places) + num_tokens - 2)
+        self.next_token = torch.zeros_like(state.response_index)  # [R]
+
+    @torch.no_grad()
+    def load(self, state: DecodingState, column: int, num_generated: int) -> None:
+        """As of `DecodeStep`, with the column behind the longest row, and its tokens so far."""
+        super().load(state, column, num_generated)
+        self.column.fill_(column - num_generated)
+        self.num_generated.copy_(state.key_mask[:, column - num_generated :].sum(1))
+        next_token = _next_token(
+            self.language_model,
+            self.slot_constraint,
+            state.hidden,
+            state.slots_left,
+            self.num_generated[:, None],
+        )
+        self.next_token.copy_(next_token)
+
+    def advance(self) -> None:
+        """Nothing: rows move by different numbers of tokens, in `run`."""
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Verify T tokens of every row, and keep those that the model says."""
+        state = self.state
+        token = self._draft()  # [R, T]
+        hidden = self._run_blocks(token)  # [R, T, D]
+
+        # Find the slots that are left behind each token, and the tokens that end their row.
+        is_named = token[..., None] == self.slot_ids  # [R, T, K]
+        slots_left = state.slots_left[:, None] & ~is_named.cumsum(1).bool()
+        is_last = (token[..., None] == self.end_ids).any(-1)
+        if self.slot_constraint is not None:
+            is_last |= is_named.any(-1) & ~slots_left.any(-1)
+
+        # Keep what follows as the model says, up to the first draft that does not.
+        expected = _next_token(
+            self.language_model,
+            self.slot_constraint,
+            hidden.flatten(0, 1),
+            slots_left.flatten(0, 1),
+            torch.ones_like(token).view(-1, 1),
+        ).view_as(token)
+        has_room = self.num_generated[:, None] + self.offsets < len(self.places)
+        is_kept = has_room & ~state.finished[:, None]  # [R, T]
+        is_kept[:, 1:] &= (token[:, 1:] == expected[:, :-1]) & ~is_last[:, :-1]
+        is_kept = is_kept.cumprod(1).bool()
+        self._keep(token, is_kept)
+
+        # Keep the states of placeholders, of a slot that is named twice the last one.
+        order = (is_named & is_kept[..., None]) * (self.offsets + 1)[:, None]  # [R, T, K]
+        number = order.amax(1)[..., None]  # [R, K, 1], 0 where none is named
+        named = hidden.gather(1, (number - 1).clamp(min=0).expand_as(state.slot_states))
+        state.slot_states.copy_(torch.where(number > 0, named, state.slot_states))
+
+        # Move behind the last token that is kept.
+        rows = torch.arange(len(state), device=token.device)
+        last = (is_kept.sum(1) - 1).clamp(min=0)  # [R]
+        state.hidden.copy_(hidden[rows, last])
+        state.slots_left.copy_(slots_left[rows, last])
+        state.finished |= is_last[rows, last] | (self.num_generated >= len(self.places))
+        self.next_token.copy_(expected[rows, last])
+
+    def _draft(self) -> Tensor:
+        """The next token of each row, and behind it what is drafted: int64[R, T]."""
+        state = self.state
+        last_place = (self.num_generated - 1).clamp(min=0)
+        previous = state.tokens.gather(1, last_place[:, None])[:, 0]
+        drafted = self.drafts.look_up(
+            state.answers_query, previous, self.next_token, self.num_generated == 0
+        )
+        num_drafted = len(self.offsets) - 1
+        return torch.cat([self.next_token[:, None], drafted[:, :num_drafted]], dim=1)
+
+    def _run_blocks(self, token: Tensor) -> Tensor:
+        """Final hidden states of int64[R, T] tokens, float[R, T, D]."""
+        state = self.state
+        assert self.blocks is not None
+
+        # A row that is full already stays before the end of its columns.
+        place = self.num_generated.clamp(max=len(self.places) - 1)[:, None] + self.offsets
+        column = self.column + place
+        key_mask = state.key_mask | (self.columns >= self.column)
+        index = DecodeIndex(
+            state.image_index, state.index_in_image, self.row_index, key_mask, column.flatten()
+        )
+        embeddings = self.language_model.embed(token).flatten(0, 1)  # [R * T, D]
+        position = (state.position[:, None] + self.offsets).flatten()
+        hidden = self.blocks(embeddings, position, self.caches, index)
+        return hidden.to(state.hidden.dtype).unflatten(0, token.shape)
+
+    def _keep(self, token: Tensor, is_kept: Tensor) -> None:
+        """Write the tokens that are kept behind those of their rows; [R, T] each."""
+        state = self.state
+        num_kept = is_kept.sum(1)
+        offset = self.places - self.num_generated[:, None]  # [R, L], of the token for each place
+        is_new = (offset >= 0) & (offset < num_kept[:, None])
+        new_tokens = token.gather(1, offset.clamp(0, len(self.offsets) - 1))
+        state.tokens.copy_(torch.where(is_new, new_tokens, state.tokens))
+        self.num_generated += num_kept
+        state.position += num_kept
+        end = self.column + self.num_generated[:, None]
+        state.key_mask |= (self.columns >= self.column) & (self.columns < end)
+
+
+class DraftingStep:
+    """As `VerifyingStep`, with rows of different numbers of new tokens.
 
     It runs on a CPU, only the rows that are not finished, and takes the most likely tokens.
 
@@ -203,7 +350,6 @@ class DraftingStep:
         state: the rows; changed in place.
         caches: keys and values, one for each layer; the responses' own ones are changed in place.
         first_column: where the caches get the first token of a response.
-        answers_query: whether each response of the batch answers a query, bool[responses].
         constraints: of `GreedyDecoder.decode`. Only their kind matters here, not their tensors.
     """
 
@@ -215,7 +361,6 @@ class DraftingStep:
         state: DecodingState,
         caches: list[SharedPrefixCache],
         first_column: int,
-        answers_query: Tensor,
         constraints: DecodingConstraints | None,
     ) -> None:
         self.language_model = language_model
@@ -224,7 +369,6 @@ class DraftingStep:
         self.state = state
         self.caches = caches
         self.first_column = first_column
-        self.answers_query = answers_query
         device = state.response_index.device
         self.slot_ids = _slot_ids(language_model, device)
         self.end_ids = torch.tensor(language_model.end_ids, device=device)
@@ -250,7 +394,7 @@ class DraftingStep:
         rows = (~state.finished).nonzero()[:, 0]  # [r], those that are run
 
         # The next token of each row is certain; others behind it are drafted.
-        next_token = self._most_likely(
+        next_token = self._next_token(
             state.hidden[rows], state.slots_left[rows], num_generated[rows, None]
         )
         row, offset, token = self._draft(rows, next_token, num_generated)  # [M]
@@ -279,7 +423,7 @@ class DraftingStep:
         is_wrong = torch.zeros_like(is_last)
         if len(before):
             some_generated = torch.ones_like(before)[:, None]
-            expected = self._most_likely(hidden[before], slots_left[before], some_generated)
+            expected = self._next_token(hidden[before], slots_left[before], some_generated)
             is_wrong[is_drafted] = (token[is_drafted] != expected) | is_last[before]
         num_wrong = is_wrong.cumsum(0)
         kept = (num_wrong == num_wrong[start_of_token]).nonzero()[:, 0]
@@ -297,21 +441,11 @@ class DraftingStep:
         named, slot = is_named[kept].nonzero().unbind(1)
         state.slot_states[row[kept[named]], slot] = hidden[kept[named]]
 
-    def _most_likely(self, hidden: Tensor, slots_left: Tensor, num_generated: Tensor) -> Tensor:
-        """The most likely token that is allowed behind each of some tokens.
-
-        Args:
-            hidden: float[., D].
-            slots_left: bool[., K].
-            num_generated: int64[., 1], tokens of the response so far.
-
-        Returns:
-            int64[.].
-        """
-        logits = self.language_model.logits(hidden)
-        if self.slot_constraint is not None:
-            logits = self.slot_constraint(logits, slots_left, num_generated)
-        return _most_likely(logits)
+    def _next_token(self, hidden: Tensor, slots_left: Tensor, num_generated: Tensor) -> Tensor:
+        """`_next_token` of the language model under the constraint."""
+        return _next_token(
+            self.language_model, self.slot_constraint, hidden, slots_left, num_generated
+        )
 
     def _draft(
         self, rows: Tensor, next_token: Tensor, num_generated: Tensor
@@ -331,7 +465,7 @@ class DraftingStep:
         last_tokens = state.tokens.gather(1, last_place)[rows, 0].tolist()
         room = (state.tokens.shape[1] - 1 - num_generated)[rows].tolist()
         is_first = (num_generated == 0)[rows].tolist()
-        answers_query = self.answers_query[state.response_index[rows]].tolist()
+        answers_query = state.answers_query[rows].tolist()
 
         row_of_token: list[int] = []
         offsets: list[int] = []
@@ -390,6 +524,31 @@ def _slot_constraint(
         constraints.forbidden_first_tokens,
         device,
     )
+
+
+def _next_token(
+    language_model: CausalLM,
+    constraint: SlotConstraint | None,
+    hidden: Tensor,
+    slots_left: Tensor,
+    num_generated: Tensor,
+) -> Tensor:
+    """The most likely token that is allowed behind each of some tokens.
+
+    Args:
+        language_model: predicts the tokens.
+        constraint: what is allowed; None = everything.
+        hidden: float[., D].
+        slots_left: bool[., K].
+        num_generated: int64[., 1], tokens of the response so far.
+
+    Returns:
+        int64[.].
+    """
+    logits = language_model.logits(hidden)
+    if constraint is not None:
+        logits = constraint(logits, slots_left, num_generated)
+    return _most_likely(logits)
 
 
 def _most_likely(logits: Tensor) -> Tensor:

@@ -78,20 +78,24 @@ class Prefill:
 
 @dataclass
 class DecodeIndex:
-    """Which response reads which prefix, and which columns are filled; the same in all layers."""
+    """Which response reads which prefix, and which columns are filled; the same in all layers.
+
+    Kernels take T new tokens of each response as well, some of them drafted. They lie in T columns
+    that follow each other, and attend to no column behind their own.
+    """
 
     image_index: Tensor  # int64[R], whose prefix a response reads
     index_in_image: Tensor  # int64[R], which one it is among the responses of its image
     row_index: Tensor  # int64[B, max_responses], the responses of each image in order; -1 = none
     key_mask: Tensor  # bool[R, Lr], columns that hold a token, the new one included
-    column: Tensor  # int64[1], where the new token is written
+    column: Tensor  # int64[1], where the new token is written; of T above 1 int64[R * T]
 
 
 @dataclass
 class DraftIndex:
     """Which responses several new tokens belong to, some of them drafted, and where they go.
 
-    There are M tokens, up to T of a response; a response's own ones follow each other.
+    It is for a CPU. There are M tokens, up to T of a response, which follow each other.
     """
 
     image_index: Tensor  # int64[R], as of `DecodeIndex`, as are the next two
