@@ -84,7 +84,8 @@ def load_config(
             f"annexe convert-config {path} NEW.yaml"
         )
 
-    # Options over the file over the defaults
+    # Options over the file over the defaults; an error may be about either
+    source = f"{path} and its options" if options else str(path)
     try:
         overrides = read_options(options)
         for settings in (base, overrides):
@@ -101,12 +102,12 @@ def load_config(
         _drop_settings_of_other_types(base, overrides)
         config = merge_strictly(Config, overlay(base, overrides))
     except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {setting_error('', error)}") from None
+        raise UserError(f"{source}: {setting_error('', error)}") from None
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{source}: {error}") from None
     except (yaml.YAMLError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"cannot read '{path}' and its options: {reason}; fix the YAML") from None
+        raise UserError(f"cannot read {source}: {reason}; fix the YAML") from None
 
     # Components, those of plug-ins included
     import_plugins(config.imports)

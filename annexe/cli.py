@@ -16,7 +16,7 @@ from annexe import __version__
 from annexe.config import Config
 from annexe.errors import UserError, unknown_name_error
 from annexe.files import FULL_DISK
-from annexe.terminal import escape_unprintable, log_handler, say
+from annexe.terminal import add_command, escape_unprintable, log_handler, say
 
 # Sub-commands, in the order in which they are listed; each is a module of `annexe.tools`
 TOOLS = {
@@ -48,11 +48,15 @@ _LOST_PROCESS = re.compile(r"gloo/\S+\] (.+)|(remote process exit\w+)")
 _DEAD_WORKER = re.compile(r"DataLoader worker \(pid.*\) (is killed|exited)|Too many open files")
 
 
-def exit_on_user_error(work: Callable[[], None]) -> None:
+def exit_on_user_error(work: Callable[[], None], interrupted: str = "interrupted") -> None:
     """Run ``work`` with logging set up, and end the process in one line where it fails.
 
     A mistake of the user, or a file that cannot be used, ends in one line on standard error and
     exit code 2. An interruption ends in exit code 130.
+
+    Args:
+        work: what the process is there for.
+        interrupted: what is said after an interruption.
     """
     escape_unprintable()
 
@@ -64,7 +68,7 @@ def exit_on_user_error(work: Callable[[], None]) -> None:
     try:
         work()
     except KeyboardInterrupt:
-        say("interrupted; a training goes on with run.resume=auto", style="red", stderr=True)
+        say(interrupted, style="red", stderr=True)
         sys.exit(130)
     except UserError as error:
         _exit_with(str(error))
@@ -161,11 +165,18 @@ def run_script(
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
-    exit_on_user_error(load_and_work)
+    command = "the same command" if evaluation else "with run.resume=auto it"
+    exit_on_user_error(load_and_work, f"interrupted; {command} goes on")
 
 
 def main() -> None:
     """Entry of the ``annexe`` command, which runs the module of a sub-command."""
+    # Its imports, which take seconds, can be interrupted too
+    exit_on_user_error(_run_tool)
+
+
+def _run_tool() -> None:
+    """Read the command line, and run what it names."""
     parser = argparse.ArgumentParser(
         prog="annexe", description="Egocentric interaction reasoning and grounding."
     )
@@ -175,16 +186,19 @@ def main() -> None:
     # Only the named sub-command is imported: a list of all is there at once
     named = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     for name, about in TOOLS.items():
-        command = commands.add_parser(name, help=about, description=about)
+        command = add_command(commands, name, about)
         if name == named:
             tool = importlib.import_module(f"annexe.tools.{name.replace('-', '_')}")
             tool.add_arguments(command)
-            command.set_defaults(run=tool.run)
+            command.set_defaults(run=tool.run, refuse=command.error)
 
-    arguments = parser.parse_args()
+    # What no argument takes is refused with the usage of the sub-command, not with that of `annexe`
+    arguments, unknown = parser.parse_known_args()
+    if unknown:
+        arguments.refuse(f"unrecognized arguments: {' '.join(unknown)}")
     for name, value in vars(arguments).items():
         setattr(arguments, name, _expand_home(value))
-    exit_on_user_error(lambda: arguments.run(arguments))
+    arguments.run(arguments)
 
 
 def _expand_home(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import fcntl
 import hashlib
@@ -31,7 +32,8 @@ _COMPRESSED = (b"\x89PNG", b"\xff\xd8")
 
 _ROOM = 1.02  # of what is written has to be free
 
-_RUST_ERROR = re.compile(r"\bos error (\d+)\)")
+# How libraries say which error of the system it was: those in Rust, and Python
+_ERROR_NUMBER = re.compile(r"(?:\bos error |\[Errno )(\d+)[)\]]")
 # What the system says of a disk that takes no more
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
@@ -61,7 +63,7 @@ def part_of(path: Path) -> Path:
 
 @contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Name ``path`` in the errors of its disk, which do not say what was written.
+    """Name ``path`` in the errors of its disk, which name a part of it, or a source, or nothing.
 
     safetensors and tokenizers, written in Rust, have errors of their own for them.
 
@@ -73,9 +75,10 @@ def named(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        code = _RUST_ERROR.search(str(error))
-        number = int(code[1]) if code else getattr(error, "errno", None)
-        if number in FULL_DISK and getattr(error, "filename", None) is None:
+        code = _ERROR_NUMBER.search(str(error))
+        number = int(code[1]) if code else None
+        is_read = number == errno.EIO and getattr(error, "filename", None) is not None
+        if number in FULL_DISK and not is_read:
             raise OSError(number, os.strerror(number), str(path)) from error
         raise
 
@@ -168,6 +171,24 @@ def _rename_over(part: Path, path: Path) -> None:
     path.rename(old)
     part.rename(path)
     remove(old)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, or in UTF-16 with the byte order mark that Windows writes.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no such text; the message is a clause that says why.
+    """
+    content = path.read_bytes()
+    is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = content.decode("utf-16" if is_utf_16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is not {error.encoding.upper()}") from None
+    if "\0" in text:
+        raise ValueError("it holds zero bytes")
+    return text
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,7 +1,8 @@
-"""What commands print: lines of text, tables, and bars of progress."""
+"""What commands print: help, lines of text, tables, and bars of progress."""
 
 from __future__ import annotations
 
+import argparse
 import io
 import logging
 import sys
@@ -9,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich import get_console, progress
 from rich.console import Console
@@ -28,6 +29,25 @@ def escape_unprintable() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def add_command(
+    commands: Any, name: str, about: str, examples: str = ""
+) -> argparse.ArgumentParser:
+    """Add a sub-command, whose help begins with what the list of commands says of it.
+
+    Args:
+        commands: what ``add_subparsers`` gave.
+        about: what it does, without a capital and a full stop.
+        examples: end of its help, printed as it is.
+    """
+    return commands.add_parser(
+        name,
+        help=about,
+        description=f"{about[0].upper()}{about[1:]}.",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def log_handler() -> logging.Handler:

@@ -207,7 +207,7 @@ def set_up(config: Config, *, require_start: bool = True) -> Trainer:
         model.num_image_tokens,
         model.pixel_decoder.num_slots,
         pad_to_multiple_of=PAD_TO_MULTIPLE_OF if use_graphs else 1,
-        unpad=model.language_model.uses_flex_attention,
+        unpad=model.language_model.skips_masked_tiles,
         max_positions=model.language_model.max_positions,
         num_image_positions=model.num_image_positions,
         answers_read=model.answers_read,

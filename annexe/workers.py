@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_context, parent_process
+from multiprocessing import parent_process
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
@@ -117,10 +118,8 @@ def _pool(num_workers: int) -> Iterator[ProcessPoolExecutor | None]:
         yield None
         return
 
-    # Started from scratch: a fork would copy this process, which may hold threads and a GPU
-    spawn = get_context("spawn")
     try:
-        with ProcessPoolExecutor(num_workers, mp_context=spawn, initializer=_begin) as pool:
+        with ProcessPoolExecutor(num_workers, mp_context=Spawn(), initializer=_begin) as pool:
             try:
                 yield pool
             except BaseException:
@@ -133,10 +132,32 @@ def _pool(num_workers: int) -> Iterator[ProcessPoolExecutor | None]:
         ) from error
 
 
+class _Uninterrupted(SpawnProcess):
+    """A process that no Ctrl-C ends: one that started it gets it too, and answers.
+
+    Not even in its first seconds, in which it imports: it inherits that the signal is blocked.
+    """
+
+    def start(self) -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class Spawn(SpawnContext):
+    """Starts processes from scratch, which no Ctrl-C ends.
+
+    A fork would copy this process, which may hold threads and a GPU.
+    """
+
+    Process = _Uninterrupted  # type: ignore[assignment]
+
+
 def _begin() -> None:
     """Prepare a process: one thread, and an end together with the process that started it."""
     cv2.setNumThreads(0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the other process gets too, and answers
     Thread(target=_end_with_parent, daemon=True).start()
 
 

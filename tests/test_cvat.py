@@ -185,8 +185,11 @@ def test_an_export_is_read_from_its_zip(tmp_path: Path) -> None:
         archive.write(photo, "images/a.jpg")
         archive.writestr("images/notes.txt", "left alone")
     photo.unlink()
-    (image,) = read(tmp_path / "export.zip")
-    assert image.photo.is_file() and image.where == f"'{tmp_path / 'export.zip'}', image 3"
+    report = ImportReport()
+    (image,) = read(tmp_path / "export.zip", report)
+    assert image.photo.is_file()
+    place = tmp_path / "export.zip" / "annotations.xml"
+    assert report.as_given(image.where) == f"'{place}', image 3"
 
 
 def test_an_export_to_coco_is_read_too(tmp_path: Path) -> None:

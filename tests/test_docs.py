@@ -30,6 +30,9 @@ PICTURES = ROOT / "docs" / "images"
 TREES = [ROOT / "README.md", ROOT / "docs" / "architecture.md"]
 
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
+_FENCED = re.compile(r"^```.*?^```$", re.M | re.S)
+_TABLE = re.compile(r"(?:^\|.*\n)+", re.M)
+_CELL_END = re.compile(r"(?<!\\)\|")
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#+ (.+)$", re.M)
 _SETTING = re.compile(r"\b(run|datasets\.ego_irgbench)\.([a-z_]+(?:\.[a-z_]+)?)")
@@ -107,12 +110,31 @@ def test_every_make_target_exists():
         assert set(words[1:]) <= targets, words
 
 
+def parser_of(tool: str) -> argparse.ArgumentParser:
+    """The parser of a sub-command of `annexe`."""
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    importlib.import_module(f"annexe.tools.{tool.replace('-', '_')}").add_arguments(parser)
+    return parser
+
+
 def test_every_annexe_command_parses():
     for words in annexe_commands():
         assert words[:1] == ["annexe"] and words[1] in cli.TOOLS, words
-        parser = argparse.ArgumentParser(exit_on_error=False)
-        importlib.import_module(f"annexe.tools.{words[1].replace('-', '_')}").add_arguments(parser)
-        parser.parse_args(words[2:])
+        parser_of(words[1]).parse_args(words[2:])
+
+
+@pytest.mark.parametrize("tool", cli.TOOLS)
+def test_every_help_ends_with_examples_that_parse(tool: str):
+    parser = parser_of(tool)
+    helps = [parser.epilog or ""]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            helps = [each.epilog for each in action.choices.values()]
+    for text in helps:
+        examples = re.findall(rf"^  .*\bannexe ({tool} .*)$", text, re.M)
+        assert examples, f"annexe {tool} --help has no example"
+        for example in examples:
+            parser.parse_args(shlex.split(example)[1:])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -140,6 +162,17 @@ def test_every_module_is_in_the_tree_of_the_architecture():
     files = {path for kind in ("*.py", "*.html") for path in (ROOT / "annexe").rglob(kind)}
     files |= {*(ROOT / "train_configs").iterdir(), *(ROOT / "eval_configs").iterdir()}
     assert sorted(str(path.relative_to(ROOT)) for path in files - shown) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_table_has_a_head_and_rows_of_its_length(page: Path):
+    """An empty line within a table makes text of the rows behind it."""
+    for table in _TABLE.findall(_FENCED.sub("", page.read_text())):
+        rows = table.splitlines()
+        has_head = len(rows) > 1 and set(rows[1]) <= set("|-: ")
+        assert has_head, f"no line of dashes: {rows[:2]}"
+        lengths = {row: len(_CELL_END.findall(row)) for row in rows}
+        assert len(set(lengths.values())) == 1, lengths
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

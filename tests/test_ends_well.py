@@ -297,6 +297,9 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
     script.write_text(
         "import os, signal, sys, time\n"
         "from annexe.workers import processes\n"
+        # No Ctrl-C reaches a process, not even while it imports this file
+        "if __name__ != '__main__':\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
         "if __name__ == '__main__':\n"
         "    with processes(2) as submit:\n"
         "        print(*[submit(os.getpid).result() for _ in range(2)], flush=True)\n"

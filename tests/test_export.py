@@ -98,6 +98,7 @@ def predictions(tmp_path: Path) -> Path:
         (["the active object"], STEM, "mug", "mug", None),
         (["the active object", "the toy car"], STEM, "toy car", "toy car", None),
         (["the gizmo"], "a", "gizmo", "gizmo", None),
+        (["pan lid"], "a", "pan lid", "pan lid", None),
         (["", ""], "a", None, None, None),
         ([], STEM, "mug", "mug", None),
     ],

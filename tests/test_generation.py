@@ -20,10 +20,7 @@ from annexe.distributed import make_accelerator
 from annexe.errors import UserError
 from annexe.models.language_model import decode_operations, generation, prompt_reading
 from annexe.models.language_model.attention import (
-    attend,
     decode_attention,
-    packed_attention_mask,
-    packed_block_mask,
 )
 from annexe.models.language_model.constraints import DecodingConstraints
 from annexe.models.language_model.decode_operations import FLOAT8, FLOAT8_GROUP, hiding_bias
@@ -31,7 +28,7 @@ from annexe.models.language_model.decode_steps import DecodeStep
 from annexe.models.language_model.float8 import Float8Linear, quantize_rows
 from annexe.models.language_model.generation import GreedyDecoder
 from annexe.models.language_model.kv_cache import DecodeIndex, DraftIndex, SharedPrefixCache
-from annexe.structures.batch import AnswersRead, PackedText, reach_of
+from annexe.structures.batch import AnswersRead, PackedText
 from tests.test_models import texts_of
 from tests.test_packed_sequence import LORA, VARIED
 
@@ -275,37 +272,6 @@ def test_the_kernels_for_a_gpu_give_the_same(tmp_path):
     calls = calls_of_a_step("cpu", torch.float32)
     for call, output in zip(calls, outputs[len(cases) :], strict=True):
         require_same_call(call[0], output, run_call(decode_operations, *call), 1e-5)
-
-
-# A prefix, then two branches; a prefix, a branch and padding
-PADDED_ROWS = reach_of(
-    torch.tensor([[0] * 130 + [1] * 60 + [2] * 70, [0] * 130 + [1] * 90 + [-1] * 40])
-)
-# Prefix and branch of one image, then of another, then spare tokens
-THREE_IMAGES_IN_A_ROW = torch.tensor([[110] * 110 + [235] * 125 + [260] * 25] * 2)
-# Prompts in the first block, which are read behind the second one or not at all
-BRANCHES_OF_A_PROMPT = torch.tensor(
-    [[260] * 60 + [200] * 68 + [150] * 22 + [200] * 50 + [260] * 60, [128] * 128 + [260] * 132]
-)
-
-
-@pytest.mark.parametrize("reach", [PADDED_ROWS, THREE_IMAGES_IN_A_ROW, BRANCHES_OF_A_PROMPT])
-def test_the_block_mask_gives_the_same(reach):
-    module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
-    torch.manual_seed(0)
-    query = torch.randn(2, 4, 260, 16)
-    key, value = torch.randn(2, 2, 2, 260, 16)
-    dense_mask = packed_attention_mask(reach)
-    block_mask = packed_block_mask(reach)
-    expected, _ = attend(module, query, key, value, dense_mask, scaling=0.25)
-    with torch.no_grad():
-        output, _ = attend(module, query, key, value, block_mask, scaling=0.25)
-    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
-
-    # Blocks in which no query sees a key are left out
-    padded = F.pad(dense_mask, (0, 3 * 128 - 260, 0, 3 * 128 - 260))
-    is_seen = padded.unflatten(3, (3, 128)).unflatten(2, (3, 128)).any(5).any(3)
-    assert torch.equal(block_mask.to_dense().bool(), is_seen)
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ from torch import nn
 from annexe.datasets.collate import Collator
 from annexe.models.compile import compile_blocks
 from annexe.models.language_model import decode_operations
+from annexe.models.language_model.attention import packed_attention_mask, packed_tiles
+from annexe.models.language_model.causal_lm import CausalLM
 from annexe.models.language_model.decode_steps import DecodeStep, VerifyingStep
 from annexe.models.language_model.kv_cache import DecodeIndex, SharedPrefixCache
 from annexe.models.mask_postprocessing import at_full_size, encode_on_device, postprocess
@@ -28,6 +30,7 @@ from tests.test_generation import (
     several_tokens,
 )
 from tests.test_models import texts_of
+from tests.test_packed_attention import COLUMNS, MASKS, plain_attention
 
 NAMES = list(losses.TERMS)
 pytestmark = pytest.mark.skipif(
@@ -85,7 +88,7 @@ def test_compiled_blocks_give_the_same_without_padding(make_parts, monkeypatch, 
 
     def run() -> tuple[torch.Tensor, list[torch.Tensor], list[tuple[str, str]]]:
         """Losses, gradients, and generated analyses and answers."""
-        unpad = model.language_model.uses_flex_attention
+        unpad = model.language_model.skips_masked_tiles
         collate = Collator(*arguments, unpad=unpad, answers_read=read)
         device_batch = collate(batch.samples).to(device)
         model.zero_grad()
@@ -95,11 +98,13 @@ def test_compiled_blocks_give_the_same_without_padding(make_parts, monkeypatch, 
         texts = texts_of(model.generate(prompts, 6))
         return totals.detach(), gradients, texts
 
-    plain_totals, plain_gradients, plain_texts = run()
+    with monkeypatch.context() as patch:
+        patch.setattr(CausalLM, "skips_masked_tiles", False)
+        plain_totals, plain_gradients, plain_texts = run()
     compile_blocks(model)
     totals, gradients, texts = run()
     torch._dynamo.reset()
-    assert model.language_model.uses_flex_attention
+    assert model.language_model.skips_masked_tiles
     torch.testing.assert_close(totals, plain_totals, atol=1e-3, rtol=1e-3)
     for gradient, plain in zip(gradients, plain_gradients, strict=True):
         assert (gradient - plain).norm() <= 1e-2 * plain.norm() + 1e-5
@@ -231,6 +236,36 @@ def test_masks_are_encoded_on_the_device_as_on_the_host():
     sizes = [(1080, 1920), (57, 31)] * 20
     for mask_logits, size, rle in zip(logits, sizes, encode_on_device(logits, sizes), strict=True):
         assert rle == encode(at_full_size(mask_logits[None], size)[0].cpu().numpy())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(
+    ("width", "compiled"), [(8, False), (64, True), (96, False), (128, False), (256, False)]
+)
+def test_packed_attention_and_its_gradients_are_those_of_plain_attention(
+    width, dtype, tolerance, compiled
+):
+    kernels = pytest.importorskip("annexe.models.language_model.packed_kernels")
+    torch.manual_seed(0)
+    for reach, columns in zip(MASKS, COLUMNS, strict=True):
+        tiles = packed_tiles(reach.cuda(), columns.cuda())
+        query = torch.randn(2, len(columns), 4, width, device="cuda", dtype=dtype)
+        key, value = torch.randn(2, 2, 260, 2, width, device="cuda", dtype=dtype)
+        inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
+        attend = kernels.packed_attention
+        attend = torch.compile(attend, fullgraph=True) if compiled else attend
+        output = attend(*inputs, tiles, 0.3)
+        grad_output = torch.randn_like(output)
+        gradients = torch.autograd.grad(output, inputs, grad_output)
+
+        exact_inputs = [tensor.detach().double().requires_grad_() for tensor in inputs]
+        mask = packed_attention_mask(reach, columns).cuda()
+        exact = plain_attention(*exact_inputs, mask)
+        exact_gradients = torch.autograd.grad(exact, exact_inputs, grad_output.double())
+        pairs = zip((output, *gradients), (exact, *exact_gradients), strict=True)
+        for result, expected in pairs:
+            assert (result - expected).norm() <= tolerance * expected.norm()
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])

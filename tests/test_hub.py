@@ -40,6 +40,7 @@ from annexe.tools import download, push
 from annexe.trainer import train
 from tests.conftest import ROOT
 from tests.hub_server import Hub, running_hub
+from tests.test_ends_well import full_disk
 
 NO_SERVER = "http://127.0.0.1:9"  # nothing listens there
 
@@ -755,6 +756,28 @@ def test_a_card_tells_scores_needs_and_what_was_replaced(trained: Path, tmp_path
     (run / "eval" / "metrics.json").write_text(json.dumps(metrics))
     call(push, str(run), "user/tiny", "--out", str(tmp_path / "other"))
     assert "without an evaluation" in (tmp_path / "other" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("command", ["push", "weights"])
+def test_errors_name_files_of_the_run_and_not_their_copies(
+    trained: Path,
+    tmp_path: Path,
+    command: str,
+    command_line: Callable[..., tuple[int, str, str]],
+) -> None:
+    run = tmp_path / "run"
+    out = tmp_path / "out"
+    shutil.copytree(trained, run)
+    words = {"push": [run, "user/tiny", "--out", out], "weights": ["export", run, out]}
+    with full_disk(1000):
+        code, _, error = command_line(command, *words[command])
+    assert code == 2 and error.startswith(f"error: cannot use '{out}' (File too large)")
+
+    damaged = require_checkpoint(run, "best") / "tokenizer" / "tokenizer.json"
+    damaged.write_text("{" + " " * (damaged.stat().st_size - 1))
+    code, _, error = command_line(command, *words[command])
+    assert code == 2 and error.startswith("error: ") and str(damaged.parent) in error
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_paths_are_private_and_names_of_models_are_not() -> None:

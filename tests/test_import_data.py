@@ -29,6 +29,7 @@ from annexe.interchange.layout import (
     write_layout,
 )
 from annexe.rle import encode
+from annexe.tools.import_data import note_missing_hands
 
 SIZE = (40, 56)  # height, width
 
@@ -283,11 +284,22 @@ def test_later_regions_lie_on_top(tmp_path: Path, make_image: Callable[..., Labe
     assert {each.phrase(0) for each in annotations} <= {"the plate", "the mug", "the bowl"}
 
 
+def test_it_is_said_that_no_label_is_a_hand(make_image: Callable[..., LabeledImage]) -> None:
+    report = ImportReport()
+    note_missing_hands([make_image("a.jpg")], report)
+    assert not report.notes
+    regions = [Region(encode(box(30, 10, 50, 39)), "RH")]
+    note_missing_hands([make_image("b.jpg", regions=regions)], report)
+    assert "no region is a hand" in report.notes[0] and "'RH'" in report.notes[0]
+
+
 @pytest.mark.parametrize(
     ("name", "phrase"),
     [
         ("Coffee_mug", "coffee mug"),
         ("the Mug", "mug"),
+        ("the pan_lid", "pan lid"),
+        ("Tea cup", "tea cup"),
         ("TV  remote", "TV remote"),
         ("a <MSK_0>\nmug", "MSK 0 mug"),
         ("A", "a"),

@@ -550,6 +550,22 @@ def a_zip_with_a_path_outside(folder: Path) -> list[Path | str]:
     return [folder / "export.zip"]
 
 
+@refused("cvat", "source/export.zip/annotations.xml', image 3", "source/export.zip/a.jpg'")
+def a_zip_with_a_damaged_photo(folder: Path) -> list[Path | str]:
+    (path,) = save_xml(folder, cvat_mask())
+    with ZipFile(folder / "export.zip", "w") as archive:
+        archive.write(path, "annotations.xml")
+        archive.writestr("a.jpg", (folder / "a.jpg").read_bytes()[:500])
+    return [folder / "export.zip"]
+
+
+@refused("cvat", "source/export.zip/annotations/a.json'", "no JSON")
+def a_zip_with_a_damaged_file_of_coco(folder: Path) -> list[Path | str]:
+    with ZipFile(folder / "export.zip", "w") as archive:
+        archive.writestr("annotations/a.json", "{")
+    return [folder / "export.zip"]
+
+
 @refused("cvat", "labels.xml", "image 3", "whole number")
 def an_image_without_size(folder: Path) -> list[Path | str]:
     return save_xml(folder, cvat_mask(), image='id="3" name="a.jpg"')

@@ -245,6 +245,15 @@ def test_a_quantized_model_takes_as_much_as_the_real_one(
     assert plan.activations.total() == pytest.approx(activations, rel=0.03)
 
 
+@pytest.mark.slow
+def test_compiled_blocks_in_nf4_keep_no_more_than_those_in_bfloat16(plan_of: PlanOf) -> None:
+    options = (*LARGER_LORA, "run.compile=true")
+    plain = plan_of(*options, "model.language_model.dtype=bfloat16")
+    packed = plan_of(*options, "model.language_model.dtype=nf4")
+    assert packed.activations["language_model"] <= plain.activations["language_model"]
+    assert packed.weights["language_model"] < 0.7 * plain.weights["language_model"]
+
+
 def test_precision_and_dropout_are_those_of_cuda() -> None:
     x = torch.ones(4, 8, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.ones(4, 8, dtype=torch.float32, requires_grad=True)

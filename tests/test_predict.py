@@ -25,7 +25,7 @@ from PIL import Image
 from rich.control import strip_control_codes
 
 from annexe import Predictor, cli
-from annexe.datasets.photos import photo_size, read_photo
+from annexe.datasets.photos import photo_size, read_photo, refused_photos
 from annexe.errors import UserError
 from annexe.evaluation.records import (
     ImageRecord,
@@ -125,6 +125,9 @@ def test_a_photo_is_turned_as_its_camera_says(tmp_path):
     photo.save(tmp_path / "turned.jpg", exif=exif)
     assert read_photo(tmp_path / "turned.jpg").size == (40, 60)
     assert photo_size(tmp_path / "turned.jpg") == (60, 40)
+    with Image.open(tmp_path / "turned.jpg") as opened:
+        of_pillow = Photo.of(opened)
+        assert (of_pillow.size, of_pillow.read().size) == ((60, 40), (40, 60))
     Image.new("RGBA", (60, 40)).save(tmp_path / "clear.png")
     assert read_photo(tmp_path / "clear.png").mode == "RGB"
     assert photo_size(tmp_path / "clear.png") == (40, 60)
@@ -150,7 +153,7 @@ def names_of(*paths: Path, leave_out: Path | None = None) -> list[str]:
     return [file.name for file in [*inputs.photos, *inputs.videos]]
 
 
-def test_folders_and_files_give_their_photos_once(scenes, tmp_path):
+def test_folders_and_files_give_their_photos_once(scenes, tmp_path, caplog):
     names = sorted(path.name for path in (scenes / "RGB").iterdir())
     first = scenes / "RGB" / names[0]
     assert names_of(scenes / "RGB", first) == names
@@ -162,6 +165,11 @@ def test_folders_and_files_give_their_photos_once(scenes, tmp_path):
     with pytest.raises(UserError, match=r"no photo .*gone\.jpg"):
         names_of(tmp_path / "gone.jpg")
     shutil.copy(first, tmp_path)
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    (tmp_path / "z.jpg").symlink_to("gone.jpg")
+    assert names_of(tmp_path) == names_of(tmp_path / "*.jpg") == [names[0], "loop.jpg", "z.jpg"]
+    assert "by their ending are left out: 1, such as 'notes.txt'" in caplog.text
+    assert len(refused_photos([tmp_path / "loop.jpg", tmp_path / "z.jpg"])) == 2
     with pytest.raises(UserError, match="have one name"):
         names_of(scenes / "RGB", tmp_path / names[0])
 
@@ -322,7 +330,7 @@ def thirteen(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     cut_short(intact[0], folder / "good-1-cut.jpg")
     cut_short(intact[1], folder / "good-3-cut.jpg")
     (folder / "empty.jpg").touch()
-    (folder / "text.png").write_text("no image")
+    (folder / "lost.png").symlink_to("gone.png")
     Image.fromarray(np.full((40, 60), 300, np.uint16)).save(folder / "deep.png")
     rgb = np.full((40, 60, 3), 300, np.uint16)
     cv2.imwrite(str(folder / "deep-rgb.png"), rgb)
@@ -334,7 +342,7 @@ def thirteen(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def photos(thirteen: Path, tmp_path: Path) -> Path:
     """A folder with six photos and seven files that cannot be answered, to be changed."""
-    return shutil.copytree(thirteen, tmp_path / "photos")
+    return shutil.copytree(thirteen, tmp_path / "photos", symlinks=True)
 
 
 REASONS = {
@@ -344,7 +352,7 @@ REASONS = {
     "good-1-cut.jpg": "truncated",
     "good-3-cut.jpg": "truncated",
     "huge.png": "has more than 179 million pixels; scale it down",
-    "text.png": "not an image",
+    "lost.png": "no photo",
 }
 
 

@@ -148,6 +148,11 @@ def test_a_bad_photo_or_question_costs_itself_alone(predictor, photos, tmp_path)
     [
         (np.zeros((40, 40), np.uint8), None, "uint8[height, width, 3]"),
         (np.zeros((40, 40, 3), np.float32), None, "float32[40, 40, 3]"),
+        (
+            Image.fromarray(np.zeros((40, 40), np.uint16)),
+            None,
+            "more than 8 bits a channel (mode I",
+        ),
         (3, None, "type int"),
         ("missing.jpg", None, "no photo 'missing.jpg'"),
         (b"no image", None, "cannot read photo 'photo'"),

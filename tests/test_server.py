@@ -728,6 +728,10 @@ def test_malformed_forms_get_one_error_each(server, photos):
     data = photos[0].read_bytes()
     assert send_form(server, "a.jpg", data, mask_format="svg")[0] == 400
     assert send_form(server, "a.jpg", data, colour="red")[0] == 400
+    assert (
+        b"mask_format: stands twice"
+        in send_form(server, "a.jpg", data, mask_format=["png", "rle"])[1]
+    )
     assert send_form(server, "a.jpg", data, questions=["What?"] * 5)[0] == 400
     assert send_form(server, "a.jpg", data, questions="<MSK_1>")[0] == 400
     assert send_form(server, "a.jpg", b"")[0] == 400
@@ -805,6 +809,7 @@ def test_other_paths_and_methods_get_an_error_too(server):
         assert status == expected
         error_of(status, body)
         assert ("allow" in headers) == (status == 405)
+        assert (b"the method must be" in body) == (status == 405), "a page does not get to see it"
     status, _, body = server.send("GET", "/openapi.json")
     schema = json.loads(body)
     assert {"/v1/predict", "/v1/chat/completions", "/v1/models"} <= schema["paths"].keys()

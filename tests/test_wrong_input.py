@@ -13,6 +13,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -646,6 +647,29 @@ def test_a_file_that_fails_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"], (
         "nothing half written"
     )
+
+
+def test_a_command_can_be_interrupted_while_it_is_imported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "importlib", SimpleNamespace(import_module=stop))
+    monkeypatch.setattr("sys.argv", ["annexe", "doctor", "root"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+def test_an_unknown_argument_is_told_with_the_usage_of_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["annexe", "doctor", "root", "--jsn", "report.json"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    error = capsys.readouterr().err
+    assert "[--json FILE]" in error and "unrecognized arguments: --jsn report.json" in error
 
 
 def test_scoring_goes_without_a_train_split_that_can_be_read(scenes: Path, root: Path) -> None:

@@ -38,10 +38,11 @@ class FakeCompiler:
     def __call__(self, method: Any, **_: Any) -> Callable[..., Any]:
         """A method of a module, compiled. Other arguments of ``torch.compile`` are not needed.
 
-        Quantized blocks stay as they are.
+        Blocks in int8 stay as they are.
         """
-        if any(isinstance(part, QuantizedLinear) for part in method.__self__.modules()):
-            return method
+        for part in method.__self__.modules():
+            if isinstance(part, QuantizedLinear) and part.dtype == "int8":
+                return method
 
         def compiled(*args: Any, **kwargs: Any) -> Any:
             return self._run(method, args, kwargs)

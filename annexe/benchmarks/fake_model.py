@@ -70,14 +70,36 @@ class CudaRules(TorchFunctionMode):
         return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
 
 
+# Operations of their own, as bitsandbytes has them: torch.compile does not know what they cost, and
+# computes a product again in the backward pass
+
+
+def _product(x: Tensor, codes: Tensor, num_outputs: int) -> Tensor:
+    """float[..., in] -> float[..., num_outputs]."""
+    return x.new_empty(*x.shape[:-1], num_outputs)
+
+
+def _unpacked(gradient: Tensor, codes: Tensor, num_outputs: int, num_inputs: int) -> Tensor:
+    """The weight that a backward pass needs for a moment."""
+    return gradient.new_empty(num_outputs, num_inputs)
+
+
+_nf4_product = torch.library.custom_op("annexe::nf4_product", _product, mutates_args=())
+_nf4_product.register_fake(_product)
+_unpack = torch.library.custom_op("annexe::unpacked", _unpacked, mutates_args=())
+_unpack.register_fake(_unpacked)
+
+
 class _QuantizedProduct(torch.autograd.Function):
     """Tensors of bitsandbytes' matrix product in number, size and lifetime, with no values."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shape: tuple[int, int], dtype: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, codes: Tensor, shape: tuple[int, int], dtype: str) -> Tensor:
+        ctx.codes = codes
         ctx.shape = shape
         if dtype == "nf4":
-            return x @ x.new_empty(shape).t()  # the weight is unpacked for a moment
+            is_autocast = torch.is_autocast_enabled("cpu")
+            return _nf4_product(x.to(torch.bfloat16) if is_autocast else x, codes, shape[0])
         half = x.to(torch.float16)
         codes = half.to(torch.int8)
         sums = codes.new_empty(*x.shape[:-1], shape[0], dtype=torch.int32)
@@ -86,8 +108,8 @@ class _QuantizedProduct(torch.autograd.Function):
         return sums.to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient @ gradient.new_empty(ctx.shape), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return gradient @ _unpack(gradient, ctx.codes, *ctx.shape), None, None, None
 
 
 class QuantizedLinear(nn.Module):
@@ -112,7 +134,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """float[..., in] -> float[..., out]."""
-        return _QuantizedProduct.apply(x, self.shape, self.dtype)
+        return _QuantizedProduct.apply(x, self.codes, self.shape, self.dtype)
 
 
 fake_mode = partial(FakeTensorMode, allow_non_fake_inputs=True)

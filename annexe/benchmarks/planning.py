@@ -168,7 +168,9 @@ def propose(
         card: bytes of the card.
     """
     tried = list(candidates(config, gpus))
-    first, last = 0, len(tried)  # the first that fits is one of these, or there is none
+    # The first that fits is one of these, or there is none
+    first = 0
+    last = len(tried)
     found = None
     while first < last:
         middle = (first + last) // 2

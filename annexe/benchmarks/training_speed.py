@@ -283,7 +283,7 @@ def _micro_batches(trainer: Trainer, settings: TrainingSettings) -> Generator[Ba
         model,
         even_branches(trainer.run.batch_size, settings.num_queries, num_tokens),
         pad_to_multiple_of=PAD_TO_MULTIPLE_OF if trainer.uses_cuda_graphs else 1,
-        unpad=model.language_model.uses_flex_attention,
+        unpad=model.language_model.skips_masked_tiles,
     )
     batch = replace(batch, samples=[])
     if settings.stored:

@@ -89,7 +89,8 @@ def describe_changes(changes: Changes) -> str:
     parts = []
     for name, (before, after) in changes.items():
         if name == "data_fingerprint":
-            before, after = before[:_DIGEST_LENGTH], after[:_DIGEST_LENGTH]
+            before = before[:_DIGEST_LENGTH]
+            after = after[:_DIGEST_LENGTH]
             if "annexe" in changes:
                 after += " (another version of annexe may hash the same data otherwise)"
         parts.append(f"{name} {shown(before)} -> {shown(after)}")

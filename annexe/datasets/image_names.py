@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import itertools
 import json
 import logging
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from annexe.errors import UserError
+from annexe.files import read_text
 
 log = logging.getLogger(__name__)
 
@@ -161,30 +161,20 @@ def read_list(path: Path, setting: str) -> list[str]:
     Raises:
         UserError: naming ``setting``, for a file that is missing or is no such list.
     """
+    # A text, or a report of annexe doctor
     try:
-        content = path.read_bytes()
+        text = read_text(path)
+        lines = _quarantine(text) if path.suffix.lower() == ".json" else _LINE_END.split(text)
     except OSError as error:
         raise UserError(
             f"{setting}: cannot read '{path}' ({error.strerror}); name a file with one stem a line"
         ) from None
-
-    # A text, or a report of annexe doctor
-    try:
-        is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        text = content.decode("utf-16" if is_utf_16 else "utf-8-sig")
-        lines = _quarantine(text) if path.suffix.lower() == ".json" else _LINE_END.split(text)
-    except UnicodeDecodeError as error:
-        reason = f"byte {error.start} is not {error.encoding.upper()}"
     except (ValueError, RecursionError) as error:
-        reason = str(error)
-    else:
-        if not any("\x00" in line for line in lines):
-            return [line.strip() for line in lines if line.strip()]
-        reason = "it holds zero bytes"
-    raise UserError(
-        f"{setting}: '{path}' is no list of stems ({reason}); "
-        "give one stem a line in UTF-8, or what annexe doctor --json wrote"
-    )
+        raise UserError(
+            f"{setting}: '{path}' is no list of stems ({error}); "
+            "give one stem a line in UTF-8, or what annexe doctor --json wrote"
+        ) from None
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _quarantine(text: str) -> list[str]:

@@ -78,12 +78,18 @@ def photo_size(path: ImageFileSource) -> tuple[int, int]:
     Raises:
         UserError: if it cannot be read as it is: see `check_header`.
     """
-    width, height = check_header(path)
+    check_header(path)
     try:
         with opened(path) as header:
-            orientation = header.getexif().get(_ORIENTATION, 1)
+            return upright_size(header)
     except UnreadableImage as error:
         raise _unreadable(path, error.fault) from None
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Height and width of an image once it is turned as its EXIF data say."""
+    width, height = image.size
+    orientation = image.getexif().get(_ORIENTATION, 1)
     return (width, height) if orientation >= _FIRST_TRANSPOSED else (height, width)
 
 

@@ -56,7 +56,8 @@ class Clock:
 
         # From the end of the start-up on
         num_started = min(self.num_batches_of_start, len(self._ends))
-        first, last = self._ends[num_started - 1], self._ends[-1]
+        first = self._ends[num_started - 1]
+        last = self._ends[-1]
         seconds = self._scored - first
 
         # Where the time went

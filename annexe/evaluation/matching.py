@@ -6,7 +6,7 @@ needs a model.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -95,11 +95,13 @@ def measure_records(
     for index, query in enumerate(queries):
         indices.setdefault(query.image, []).append(index)
     stems = [stem for stem in indices if stem not in known]
-    tasks = (
-        (image_truth(stem, truth), [queries[index] for index in indices[stem]]) for stem in stems
-    )
+
+    def tasks() -> Iterator[tuple[ImageTruth, list[QueryRecord]]]:
+        for stem in stems:
+            yield image_truth(stem, truth), [queries[index] for index in indices[stem]]
+
     work = partial(_measure_task, protocols=protocols)
-    images = in_processes(work, tasks, min(workers, len(stems)))
+    images = in_processes(work, tasks(), min(workers, len(stems)))
     tracked = track(images, "measuring masks", len(stems), transient=True, disable=not progress)
     by_stem = {**known, **dict(zip(stems, tracked, strict=True))}
 

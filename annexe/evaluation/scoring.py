@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 from msgspec.structs import replace
 
 from annexe.datasets.image_names import read_subsets, subset_files, warn_of_ignored
@@ -48,6 +47,8 @@ from annexe.prompts import NO_TARGET
 from annexe.workers import Submit, do_right_here, num_cores
 
 log = logging.getLogger(__name__)
+
+Published = TypeVar("Published", AnnexeRelease, EarlRelease)
 
 Unfinished = Callable[[], dict[str, float]]
 """Waits for scores that other processes may compute, and gives them."""
@@ -188,10 +189,10 @@ def score_all(
     subsets: dict[str, tuple[System, Unfinished]] = {}
     released: dict[str, Unfinished] = {}
     if "annexe_release" in protocols:
-        annexe = _annexe_release(model, measured.class_pixels, truth)
+        annexe = _filled(AnnexeRelease(), model, measured.class_pixels, truth)
         released["annexe_release"] = annexe.begin(submit)
     if "earl_release" in protocols:
-        earl = _earl_release(model, measured.target_ious, truth)
+        earl = _filled(EarlRelease(), model, measured.target_ious, truth)
         released["earl_release"] = earl.begin(submit)
     if "standard" in protocols:
         standard = begin(model)
@@ -389,25 +390,18 @@ def _mask_scores(system: System) -> dict[str, float]:
     return metrics
 
 
-def _annexe_release(system: System, pixels: list[np.ndarray], truth: Truth) -> AnnexeRelease:
-    """All that the scoring of ANNEXE's release needs."""
-    metric = AnnexeRelease()
+def _filled(metric: Published, system: System, measured: Sequence[Any], truth: Truth) -> Published:
+    """The scoring of an earlier publication, with all that it needs.
+
+    Args:
+        metric: without anything in it.
+        measured: what it takes of the masks of every query.
+    """
     for image, caption in _analyzed(system, truth):
         metric.add_analysis(image.analysis, caption)
-    for query, of_query in zip(system.queries, pixels, strict=True):
+    for query, of_query in zip(system.queries, measured, strict=True):
         reference = truth.texts(query.image).references[query.annotation]
         metric.add_query(query.answer, reference, of_query)
-    return metric
-
-
-def _earl_release(system: System, ious: list[float], truth: Truth) -> EarlRelease:
-    """All that the scoring of EARL's script needs."""
-    metric = EarlRelease()
-    for image, caption in _analyzed(system, truth):
-        metric.add_analysis(image.analysis, caption)
-    for query, iou in zip(system.queries, ious, strict=True):
-        reference = truth.texts(query.image).references[query.annotation]
-        metric.add_query(query.answer, reference, iou)
     return metric
 
 

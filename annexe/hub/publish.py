@@ -93,9 +93,10 @@ def publish(checkpoint: Path, folder: Path, name: str) -> Published:
     folder.mkdir(parents=True)
     for file in _FILES:
         shutil.copyfile(checkpoint / file, folder / file)
-    for path in checkpoint.iterdir():
-        if path.is_dir() and path.name not in (START, PARTS):
-            shutil.copytree(path, folder / path.name)
+    for path in sorted(checkpoint.glob("*/**/*")):
+        inner = path.relative_to(checkpoint)
+        if path.is_file() and inner.parts[0] not in (START, PARTS):
+            _copy_without_paths(path, folder / inner)
 
     # What is said of them, without paths of the machine
     published = Published(
@@ -106,8 +107,6 @@ def publish(checkpoint: Path, folder: Path, name: str) -> Published:
     )
     _replace_weights(published, checkpoint, folder)
     _replace_paths(published, name)
-    for path in sorted(folder.glob("*/*")):
-        _clean(path)
 
     # Written and sealed
     OmegaConf.save(OmegaConf.create(published.settings), folder / "config.yaml")
@@ -222,20 +221,21 @@ def _is_private(place: str, value: str) -> bool:
     return is_path or "/" in value or "\\" in value or value.startswith("~")
 
 
-def _clean(file: Path) -> None:
-    """Drop the paths in a file of a library: of an adapter, a tokenizer or an encoder."""
+def _copy_without_paths(file: Path, copy: Path) -> None:
+    """Copy a file of a library, of an adapter, a tokenizer or an encoder, without paths in it."""
     if file.name == CARD:
-        file.unlink()  # peft's card of an adapter
-    if file.suffix != ".json" or not file.is_file():
-        return
-    content = read_saved_json(file)
+        return  # peft's card of an adapter
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    content: Any = read_saved_json(file) if file.suffix == ".json" else None
     is_changed = False
     for key, value in content.items() if isinstance(content, dict) else ():
         if key.endswith("name_or_path") and isinstance(value, str) and "/" in value:
             content[key] = public_path(value)
             is_changed = True
     if is_changed:
-        write_json(file, content)
+        write_json(copy, content)
+    else:
+        shutil.copyfile(file, copy)
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+import logging
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,8 @@ from pathlib import Path
 from annexe.datasets.photos import ENDINGS
 from annexe.errors import UserError
 from annexe.inference import video
+
+log = logging.getLogger(__name__)
 
 _FIX = "give image or video files, folders of them, or a pattern such as 'photos/**/*.jpg'"
 
@@ -25,7 +29,8 @@ class Inputs:
 def find_inputs(paths: Iterable[Path], leave_out: Path | None = None) -> Inputs:
     """The photos and videos that files, folders and patterns name.
 
-    A folder means the photos and videos that lie in it, not those of folders in it. A pattern
+    A folder means the photos and videos that lie in it, not those of folders in it; a warning
+    counts its other files, which may be photos of a format that is not read. A pattern
     means what a shell makes of it, and `**` folders of any depth; files in it that are neither
     photo nor video by their ending do not count.
 
@@ -40,7 +45,7 @@ def find_inputs(paths: Iterable[Path], leave_out: Path | None = None) -> Inputs:
     found: dict[Path, Path] = {}
     for path in paths:
         for file in _files_of(path, leave_out):
-            found[file.resolve()] = file
+            found[_real(file)] = file
 
     # By their endings
     photos: list[Path] = []
@@ -64,6 +69,7 @@ def _files_of(path: Path, leave_out: Path | None) -> list[Path]:
         if not files:
             endings = ", ".join(ENDINGS)
             raise UserError(f"no {endings} and no video in folder '{path}'; {_FIX}")
+        _warn_of_others(path)
         return files
     if path.exists():
         return [path]
@@ -85,9 +91,30 @@ def _files_of(path: Path, leave_out: Path | None) -> list[Path]:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """The photos and videos of a folder, sorted, without hidden ones."""
+    """The photos and videos of a folder, sorted, without hidden ones.
+
+    Links to what is gone are among them, so that they are refused by their names.
+    """
     paths = sorted(folder.glob("[!.]*"))
-    return [path for path in paths if _has_known_ending(path) and path.is_file()]
+    return [path for path in paths if _has_known_ending(path) and _is_file_or_lost_link(path)]
+
+
+def _is_file_or_lost_link(path: Path) -> bool:
+    return path.is_file() or (path.is_symlink() and not path.exists())
+
+
+def _warn_of_others(folder: Path) -> None:
+    """Count the files of a folder that are left out, and name one."""
+    paths = sorted(folder.glob("[!.]*"))
+    others = [path for path in paths if path.is_file() and not _has_known_ending(path)]
+    if others:
+        log.warning(
+            "files in '%s' that are neither photo nor video by their ending are left out: %d, "
+            "such as '%s'",
+            folder,
+            len(others),
+            others[0].name,
+        )
 
 
 def _has_known_ending(path: Path) -> bool:
@@ -95,7 +122,12 @@ def _has_known_ending(path: Path) -> bool:
 
 
 def _lies_in(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())
+    return _real(path).is_relative_to(_real(folder))
+
+
+def _real(path: Path) -> Path:
+    """A path without links; a link to itself stays, where `Path.resolve` may raise an error."""
+    return Path(os.path.realpath(path))
 
 
 def _require_own_names(files: list[Path]) -> None:

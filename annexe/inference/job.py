@@ -224,10 +224,10 @@ def depends_on(
     if len(set(questions)) > 1:
         asked = {"--ask-file": _digest(questions)}
 
-    # Photos are known by name, size and time
+    # Photos are known by name, size and time; of a link to what is gone, those of the link
     known = []
     for file in files:
-        stat = file.stat()
+        stat = file.stat() if file.exists() else file.lstat()
         known.append([os.fsencode(file.name).hex(), stat.st_size, stat.st_mtime_ns])
     weights = (checkpoint / "model.safetensors").stat()
     result = {

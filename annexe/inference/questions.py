@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
 import io
 import json
@@ -15,6 +14,7 @@ from typing import NamedTuple
 
 from annexe.datasets.image_names import shown_line, warn_of_ignored
 from annexe.errors import UserError
+from annexe.files import read_text
 from annexe.inference.predictor import check_question
 
 log = logging.getLogger(__name__)
@@ -65,33 +65,25 @@ def questions_of(
 # Files of questions
 
 
-def read_text(path: Path) -> str:
-    """The text of a file in UTF-8, or in UTF-16 with the byte order mark that Windows writes.
+def _read_text(path: Path) -> str:
+    """The text of a file.
 
     Raises:
-        UserError: it cannot be read, or is of another encoding.
+        UserError: it cannot be read, or is no text.
     """
     try:
-        content = path.read_bytes()
+        return read_text(path)
     except OSError as error:
         raise UserError(
             f"--ask-file: cannot read '{path}' ({error.strerror}); name a text file, .csv or .jsonl"
         ) from None
-    is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    try:
-        text = content.decode("utf-16" if is_utf_16 else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        reason = f"byte {error.start} is not {error.encoding.upper()}"
-    else:
-        if "\x00" not in text:
-            return text
-        reason = "it holds zero bytes"
-    raise UserError(f"--ask-file: '{path}' is no text ({reason}); save it in UTF-8")
+    except ValueError as error:
+        raise UserError(f"--ask-file: '{path}' is no text ({error}); save it in UTF-8") from None
 
 
 def _lines(path: Path) -> io.StringIO:
     """The lines of a text file, whatever ends them."""
-    return io.StringIO(read_text(path), newline=None)
+    return io.StringIO(_read_text(path), newline=None)
 
 
 def _read_lines(path: Path) -> list[str]:
@@ -126,7 +118,7 @@ def _read_csv(path: Path) -> Iterator[_Asked]:
         UserError: naming what is wrong with the header or a line.
     """
     # The header
-    text = read_text(path)
+    text = _read_text(path)
     header = text[:_MAX_FIELD].splitlines()[0] if text else ""
     delimiter = max(_DELIMITERS, key=header.count)
     csv.field_size_limit(_MAX_FIELD)

@@ -12,10 +12,10 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from annexe.datasets.image_files import Upload
-from annexe.datasets.photos import MIN_SIDE, photo_size, read_photo
+from annexe.datasets.photos import MIN_SIDE, photo_size, read_photo, upright_size
 from annexe.errors import UserError
 from annexe.evaluation.records import ImageRecord, PredictedMask, QueryRecord, Record
 from annexe.inference.drawing import draw_answer, slot_color
@@ -71,6 +71,11 @@ class Photo:
         if isinstance(image, Path | Upload):
             return cls(image, asked, name or image.stem)
         if isinstance(image, Image.Image):
+            if image.mode.startswith(("I", "F")):
+                raise UserError(
+                    f"an image has more than 8 bits a channel (mode {image.mode}); "
+                    "convert it to 8 bits"
+                )
             return cls(image, asked, name or cls.name)
         raise UserError(
             f"an image is of type {type(image).__name__}; give a path, bytes, a PIL image, or an "
@@ -91,7 +96,10 @@ class Photo:
                 f"photo '{self.name}' is {self.image.width} x {self.image.height}; "
                 f"no side may be below {MIN_SIDE} pixels"
             )
-        return self.image.height, self.image.width
+        try:
+            return upright_size(self.image)
+        except Exception as error:  # damaged EXIF data
+            raise self._unreadable(error) from None
 
     def read(self, at_least: int | None = None) -> Image.Image:
         """Its pixels in RGB, upright.
@@ -105,11 +113,13 @@ class Photo:
         if not isinstance(self.image, Image.Image):
             return read_photo(self.image, at_least)
         try:
-            return self.image.convert("RGB")
-        except (OSError, ValueError) as error:  # a file that Pillow opened and cannot decode
-            raise UserError(
-                f"cannot read photo '{self.name}' ({error}); save it again as JPEG or PNG"
-            ) from None
+            return ImageOps.exif_transpose(self.image).convert("RGB")
+        except Exception as error:  # a file that Pillow opened and cannot decode
+            raise self._unreadable(error) from None
+
+    def _unreadable(self, error: Exception) -> UserError:
+        """The error for an image of Pillow's that cannot be decoded."""
+        return UserError(f"cannot read photo '{self.name}' ({error}); save it again as JPEG or PNG")
 
 
 def _from_array(pixels: np.ndarray) -> Image.Image:

@@ -65,19 +65,21 @@ def read(
     source: Path, options: ReadOptions, report: ImportReport
 ) -> Iterator[LabeledImage | UserError]:
     """Photos of an XML file, of a folder or zip file with one, or of CVAT's export to COCO."""
-    folder = _unpack(source) if source.is_file() and is_zipfile(source) else source
+    folder = source
+    if source.is_file() and is_zipfile(source):
+        folder = _unpack(source)
+        report.unpacked[str(folder)] = str(source)
     if folder.suffix.lower() == ".json" or _is_coco(folder):
         yield from coco.read(folder, options, report)
         return
     path = _file_in(folder) if folder.is_dir() else folder
-    shown_path = path if folder == source else source
-    root = _parse(path, shown_path)
-    _require_images(root, shown_path)
+    root = _parse(path)
+    _require_images(root, path)
     search = PhotoSearch(
         [options.images] if options.images else [path.parent / "images", path.parent]
     )
     for number, element in enumerate(root.iter("image")):
-        where = f"'{shown_path}', image {element.get('id', f'number {number + 1}')}"
+        where = f"'{path}', image {element.get('id', f'number {number + 1}')}"
         try:
             yield _Reading(element, where, options, report).image(search)
         except UserError as error:
@@ -136,7 +138,7 @@ class _HasDoctype(Exception):
     """An XML file defines entities, or could."""
 
 
-def _parse(path: Path, shown_path: Path) -> ET.Element:
+def _parse(path: Path) -> ET.Element:
     """The elements of an XML file without a document type, so that no entity can be defined.
 
     Raises:
@@ -166,11 +168,10 @@ def _parse(path: Path, shown_path: Path) -> ET.Element:
     try:
         parser.Parse(content, True)
     except expat.ExpatError as error:
-        raise UserError(f"'{shown_path}' is no XML ({error}); {_EXPORT}") from None
+        raise UserError(f"'{path}' is no XML ({error}); {_EXPORT}") from None
     except _HasDoctype:
         raise UserError(
-            f"'{shown_path}' has a document type (<!DOCTYPE>), which no export of CVAT has; "
-            f"{_EXPORT}"
+            f"'{path}' has a document type (<!DOCTYPE>), which no export of CVAT has; {_EXPORT}"
         ) from None
     return builder.close()
 
@@ -444,13 +445,11 @@ def write(images: list[LabeledImage], out: Path) -> None:
                 raise UserError(f"{image.where}: another photo is called '{image.name}'")
             if image.photo.is_file():
                 target.parent.mkdir(parents=True, exist_ok=True)
-                with named(target):
-                    shutil.copyfile(image.photo, target)
+                shutil.copyfile(image.photo, target)
 
         # The two files
         ET.indent(root)
-        with named(part / FILE):
-            ET.ElementTree(root).write(part / FILE, encoding="utf-8", xml_declaration=True)
+        ET.ElementTree(root).write(part / FILE, encoding="utf-8", xml_declaration=True)
         write_json(part / "labels.json", labels)
 
 

@@ -25,7 +25,7 @@ from msgspec import Struct
 from annexe.datasets.image_names import SPLITS
 from annexe.datasets.photos import ENDINGS, photo_size
 from annexe.errors import UserError, explain_mismatch, shown
-from annexe.files import named, new_folder, write_text
+from annexe.files import new_folder, write_text
 from annexe.interchange.brush_rle import decode_brush, encode_brush
 from annexe.interchange.coco import fill_polygons, read_json
 from annexe.interchange.contact_words import (
@@ -613,8 +613,7 @@ def _copy_photo(image: LabeledImage, folder: Path) -> None:
         raise UserError(f"{image.where}: another photo is called '{image.name}'; rename one")
     if image.photo.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
-        with named(target):
-            shutil.copyfile(image.photo, target)
+        shutil.copyfile(image.photo, target)
 
 
 def _prediction(result: list[dict[str, Any]], model_version: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ SIDES = ("right", "left")
 FORMATS = ("coco", "label-studio", "cvat", "id-png", "egohos", "visor", "hoi4d")
 """Names on the command line; the module of a format has an underscore for each dash."""
 
+LEADING_ARTICLE = re.compile("^(the|an?) (?=.)", re.IGNORECASE)
 _CAPITAL_WITHIN = re.compile("(?<=[a-z])(?=[A-Z])")  # as in "LeftHand"
 _HANDS = {
     "left hand": "left",
@@ -130,15 +131,23 @@ class ImportReport:
         taken: what -> how many, such as "regions".
         left_out: reason -> entries, such as "'a.json', annotation 7".
         notes: sentences about decisions that hold for the whole source.
+        unpacked: folder that goes away with the process -> zip file that is unpacked there.
     """
 
     taken: Counter[str] = field(default_factory=Counter)
     left_out: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    unpacked: dict[str, str] = field(default_factory=dict)
+
+    def as_given(self, text: str) -> str:
+        """A message that names files by their place in a zip file, not where they are unpacked."""
+        for folder, source in self.unpacked.items():
+            text = text.replace(folder, source)
+        return text
 
     def leave_out(self, reason: str, where: str) -> None:
         """Count an entry that is sound but cannot be used."""
-        self.left_out.setdefault(reason, []).append(where)
+        self.left_out.setdefault(reason, []).append(self.as_given(where))
 
     def note(self, text: str) -> None:
         """Keep a sentence, once."""

@@ -33,7 +33,7 @@ from annexe.datasets.pixels import PIXEL_FILES, read_image
 from annexe.datasets.shares import share_out
 from annexe.errors import UserError
 from annexe.files import named, part_of, remove, replaced
-from annexe.interchange.labels import ImportReport, LabeledImage
+from annexe.interchange.labels import LEADING_ARTICLE, ImportReport, LabeledImage
 from annexe.interchange.photo_search import without_ending
 from annexe.interchange.questions import write_annotations
 from annexe.rle import decode
@@ -50,7 +50,6 @@ _LAST_ORIENTATION = 8
 
 # What file names and lines of lists cannot hold, on any system
 _UNUSABLE = re.compile(r'[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff<>:"/\\|?*]+')
-_ARTICLE = re.compile(r"(the|an?) (?=.)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -360,12 +359,10 @@ def _write(job: _Job) -> _Written:
         result.converted = _write_photo(image, job.folder / "RGB" / f"{job.stem}.jpg")
         _write_depth(image, job.folder / "depth" / f"{job.stem}.png")
         mask_path = job.folder / "mask" / f"{job.stem}.png"
-        with named(mask_path):
-            Image.fromarray(ids.astype(np.uint8)).save(mask_path)
+        Image.fromarray(ids.astype(np.uint8)).save(mask_path)
         path = job.folder / "annotations" / f"{job.stem}.json"
-        with named(path):
-            text = json.dumps(annotations, indent=1, ensure_ascii=False)
-            path.write_text(f"{text}\n", encoding="utf-8")
+        text = json.dumps(annotations, indent=1, ensure_ascii=False)
+        path.write_text(f"{text}\n", encoding="utf-8")
     except UserError as error:
         result.error = str(error)
         return result
@@ -393,8 +390,7 @@ def _write_photo(image: LabeledImage, path: Path) -> str | None:
             orientation = header.getexif().get(_ORIENTATION, 1)
         if kind == "JPEG in RGB" and orientation == 1:
             read_image(image.photo, "RGB", at_least=1)  # to its end
-            with named(path):
-                shutil.copyfile(image.photo, path)
+            shutil.copyfile(image.photo, path)
             return None
         photo = read_photo(image.photo) if is_turned else read_image(image.photo, "RGB")
     except UnreadableImage as error:
@@ -402,23 +398,20 @@ def _write_photo(image: LabeledImage, path: Path) -> str | None:
         raise UserError(f"{image.where}: cannot read photo '{image.photo}' ({problem})") from None
     except UserError as error:
         raise UserError(f"{image.where}: {error}") from None
-    with named(path):
-        photo.save(path, quality=_JPEG_QUALITY, subsampling=0)  # without EXIF data and profile
+    photo.save(path, quality=_JPEG_QUALITY, subsampling=0)  # without EXIF data and profile
     return f"{kind}, turned by EXIF data" if orientation != 1 else kind
 
 
 def _write_depth(image: LabeledImage, path: Path) -> None:
     """Copy a depth map, or write one in which nothing was measured."""
     if image.depth is None:
-        with named(path):
-            path.write_bytes(_no_depth(*image.size))
+        path.write_bytes(_no_depth(*image.size))
         return
     try:
         report_faults("depth map", image.depth, check_depth(read_image(image.depth)))
     except UserError as error:
         raise UserError(f"{image.where}: {error}") from None
-    with named(path):
-        shutil.copyfile(image.depth, path)
+    shutil.copyfile(image.depth, path)
 
 
 @lru_cache(maxsize=4)
@@ -452,7 +445,7 @@ def phrase_of(name: str | None) -> str | None:
     words = []
     for word in re.sub(r"[_<>\s]+", " ", name or "").split():
         words.append(word if any(letter.isupper() for letter in word[1:]) else word.lower())
-    return _ARTICLE.sub("", " ".join(words), count=1) or None
+    return LEADING_ARTICLE.sub("", " ".join(words), count=1) or None
 
 
 # Names of files
@@ -569,7 +562,8 @@ def _part_beside(out: Path) -> Iterator[Path]:
     remove(part)
     part.mkdir()
     try:
-        yield part
+        with named(out):
+            yield part
     finally:
         remove(part)
 

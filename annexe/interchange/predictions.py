@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,13 @@ from annexe.datasets.target_groups import HANDS, OTHER, target_group
 from annexe.errors import UserError
 from annexe.evaluation.records import PredictedMask, QueryRecord, Record, read_records, split_kinds
 from annexe.evaluation.truth import Truth
-from annexe.interchange.labels import GivenQuestion, ImportReport, LabeledImage, Region
+from annexe.interchange.labels import (
+    LEADING_ARTICLE,
+    GivenQuestion,
+    ImportReport,
+    LabeledImage,
+    Region,
+)
 from annexe.interchange.photo_search import photos_below
 from annexe.prompts import phrases_of
 from annexe.rle import Rle, area, validate
@@ -29,7 +34,6 @@ NAMES = ("phrases", "categories")
 
 _MERGED = "of a thing that another answer gives the same name"
 _SAME = 0.5  # masks of one name with at least this IoU are of one thing
-_ARTICLE = re.compile(r"(the|an?) (?=.)", re.IGNORECASE)
 _CATEGORY_OF_GROUP = {name.replace(" ", "_"): name for name in CATEGORIES.values()}
 
 
@@ -47,7 +51,7 @@ def name_of_target(phrases: Iterable[str], stem: str, names: str = "phrases") ->
         category of that phrase where it has one. None without phrases and category.
     """
     # Phrases by what they name
-    counts = Counter(_ARTICLE.sub("", phrase.strip(), count=1) for phrase in phrases)
+    counts = Counter(LEADING_ARTICLE.sub("", phrase.strip(), count=1) for phrase in phrases)
     counts.pop("", None)
     telling = [phrase for phrase in counts if target_group(phrase, "") != OTHER]
     chosen = min(telling or counts, key=lambda each: (-counts[each], len(each)), default="")

@@ -376,7 +376,8 @@ def _swapped(prediction: str, reference: str) -> TextPair:
 
 
 def _add_unless_empty(pairs: list[TextPair], prediction: str, reference: str) -> None:
-    prediction, reference = prediction.strip(), reference.strip()
+    prediction = prediction.strip()
+    reference = reference.strip()
     if prediction and reference:
         pairs.append(TextPair(prediction, reference, None))
 

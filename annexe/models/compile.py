@@ -36,7 +36,6 @@ def compile_blocks(
     """
     # Imported here, because it takes a second
     from annexe.models.joint_adapters import JoinAdapters
-    from annexe.models.kept_activations import KeepAttention
     from annexe.models.whole_rows import WholeRows
 
     # One variant for every shape, with and without gradients
@@ -44,7 +43,6 @@ def compile_blocks(
     # Drops what is cheap to compute again, at no loss of speed
     torch._functorch.config.activation_memory_budget = 0.9
     torch._inductor.config.pre_grad_custom_pass = JoinAdapters()
-    torch._inductor.config.joint_custom_pre_pass = KeepAttention()
     compile = partial(compile, backend=backend)
     if backend == "inductor":
         # As options, which threads of the backward pass have too
@@ -62,8 +60,8 @@ def compile_blocks(
     # Blocks
     language = model.language_model
     language_blocks = list(language.base.model.layers)
-    language.compiled = not any(block.gradient_checkpointing for block in language_blocks)
-    excluded = [] if language.compiled else language_blocks
+    is_compiled = not any(block.gradient_checkpointing for block in language_blocks)
+    excluded = [] if is_compiled else language_blocks
     decoder_blocks = getattr(model.pixel_decoder, "layers", [model.pixel_decoder])
     depth_blocks = depth.model.backbone.encoder.layer if has_depth else []
     for block in [*model.blocks(), *depth_blocks, *decoder_blocks]:
@@ -71,7 +69,7 @@ def compile_blocks(
             block.forward = compile(block.forward)
 
     # The final norm, which by itself is ten kernels
-    if language.compiled:
+    if is_compiled:
         language.base.model.norm.forward = compile(language.base.model.norm.forward)
 
     # Methods, replaced on this instance alone

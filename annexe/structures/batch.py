@@ -19,7 +19,7 @@ from torch import Tensor
 from annexe.structures.rollouts import Policy
 from annexe.structures.sample import Sample
 
-# Tokens of one block of FlexAttention's masks
+# Tokens, at least, by which the lengths of rows without padding differ
 BLOCK = 128
 # Segment ids: the prefix, padding, and the analysis branch; those of the queries follow it
 PREFIX_SEGMENT = 0

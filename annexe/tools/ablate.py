@@ -28,8 +28,17 @@ from annexe.ablation.table import markdown, summary
 from annexe.errors import UserError, unknown_name_error
 from annexe.files import write_json, write_text
 
+_EXAMPLES = """\
+example:
+  annexe ablate train_configs/grounding_ablation.yaml --out runs/grounding --rows words deconv
+      a run and an evaluation of each row and seed, runs/grounding/table.md and table.json
+
+A call that was interrupted goes on where it was when it is repeated.
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _EXAMPLES
     parser.add_argument(
         "file", type=Path, metavar="ROWS.yaml", help="configurations, metrics and rows"
     )

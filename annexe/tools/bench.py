@@ -37,6 +37,11 @@ _ABOUT = {
     "data": "time the training loader with an empty and with a filled cache of resized pixels",
     "metrics": "time the scoring of random predictions on drawn scenes",
 }
+_EXAMPLE = """\
+example:
+  annexe bench {words}
+      a table of rates and times, and the same numbers as JSON
+"""
 # Options of each action that take whole numbers: name, default, meaning
 _NUMBERS: dict[str, list[tuple[str, int | None, str]]] = {
     "train": [
@@ -83,7 +88,10 @@ _NUMBERS: dict[str, list[tuple[str, int | None, str]]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="WHAT")
     for name, about in _ABOUT.items():
-        action = actions.add_parser(name, help=about, description=about)
+        words = f"{name} --json bench/{name}.json"
+        if name != "metrics":
+            words = f"{words} --cfg-path train_configs/annexe_tiny.yaml"
+        action = terminal.add_command(actions, name, about, _EXAMPLE.format(words=words))
 
         # What is measured
         if name != "metrics":

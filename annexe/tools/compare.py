@@ -18,7 +18,15 @@ from annexe.tools.score import add_data_arguments, require_output, truth_of
 log = logging.getLogger(__name__)
 
 
+_EXAMPLES = """\
+example:
+  annexe compare first.jsonl second.jsonl --data-root data/synthetic --split test
+      a table of differences, each with its interval over resampled videos
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _EXAMPLES
     parser.add_argument("first", type=Path, metavar="A", help="predictions.jsonl of one system")
     parser.add_argument("second", type=Path, metavar="B", help="predictions.jsonl of another")
     add_data_arguments(parser)

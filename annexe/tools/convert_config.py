@@ -55,7 +55,15 @@ _CONVERSIONS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+_EXAMPLES = """\
+example:
+  annexe convert-config OLD.yaml NEW.yaml
+      NEW.yaml for train.py, and a list of what has no counterpart
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _EXAMPLES
     parser.add_argument("old", type=Path, metavar="OLD", help="YAML file of the released code")
     parser.add_argument("new", type=Path, metavar="NEW", help="YAML file to write")
 

@@ -6,7 +6,6 @@ Masks are images, or results of COCO that name the question that they answer.
 from __future__ import annotations
 
 import argparse
-import codecs
 import csv
 import io
 import json
@@ -27,7 +26,7 @@ from annexe.datasets.image_names import warn_of_ignored
 from annexe.datasets.pixels import read_image
 from annexe.errors import UserError, explain_mismatch
 from annexe.evaluation.records import PredictedMask, unique_keys
-from annexe.files import write_text
+from annexe.files import read_text, write_text
 from annexe.interchange.answer_files import QuestionKey, read_results
 from annexe.rle import Rle, encode
 from annexe.terminal import say, track
@@ -43,7 +42,6 @@ _NAME = re.compile(
     r"(?P<annotation>\d+)_(?P<query_id>.+)_(?P<slot>\d+)\.png", re.ASCII | re.IGNORECASE
 )
 _NAME_OF_MASK = re.compile(r"\d+_.+_\d+(\..*)?", re.ASCII)  # in whatever format
-_UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 Masks = dict[QuestionKey, dict[int, Path | PredictedMask]]
 """Question -> slot -> mask, or the file that holds it."""
@@ -61,7 +59,17 @@ class _Row(Struct):
     analysis: str | None = None
 
 
+_EXAMPLES = """\
+examples:
+  annexe convert-predictions masks answers.tsv predictions.jsonl
+      a file that score, compare and export-predictions read
+  annexe convert-predictions results.json answers.tsv predictions.jsonl --dataset questions.json
+      the same of results of COCO
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _EXAMPLES
     parser.add_argument(
         "masks",
         metavar="MASKS",
@@ -370,18 +378,12 @@ def _read_lines(path: Path) -> list[str]:
         UserError: the file cannot be read, or is no such text.
     """
     try:
-        content = path.read_bytes()
-        is_utf_16 = content.startswith(_UTF_16_MARKS)
-        text = content.decode("utf-16" if is_utf_16 else "utf-8-sig")
-        reason = "it holds zero bytes" if "\0" in text else None
-    except OSError as error:
-        reason = error.strerror or str(error)
-    except UnicodeDecodeError as error:
-        reason = f"byte {error.start} is not {error.encoding.upper()}"
-    if reason is not None:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"cannot read answers '{path}' ({reason}); give a .tsv or .jsonl file in UTF-8"
-        )
+        ) from None
     return list(io.StringIO(text, newline=None))  # only line ends split, no other separators
 
 

@@ -20,8 +20,18 @@ from annexe.workers import num_cores
 _COLORS = {NOTE: "cyan", WARNING: "yellow", ERROR: "red"}
 
 
+_EXAMPLES = """\
+example:
+  annexe doctor data/synthetic --json report.json
+      what the folder holds and what is wrong with it; report.json is what exclude takes
+
+The data themselves are read alone.
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
+    parser.epilog = _EXAMPLES
     parser.add_argument(
         "root",
         metavar="ROOT",

@@ -46,7 +46,6 @@ checks it. HF_TOKEN or 'hf auth login' opens gated and private repositories.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EXAMPLES
     parser.add_argument(
         "name", nargs="?", metavar="NAME", help="a name of --list, or user/repo of a pushed run"

@@ -18,8 +18,16 @@ FORMATS = ("coco", "label-studio", "cvat", "id-png")
 _SHOWN = 3  # entries that are named of each reason
 
 
+_EXAMPLES = """\
+example:
+  annexe export-data label-studio data/synthetic labels --split train
+      photos and labels of one split, in a folder that Label Studio imports
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
+    parser.epilog = _EXAMPLES
     parser.add_argument("format", choices=FORMATS, metavar="FORMAT", help=", ".join(FORMATS))
     parser.add_argument("root", type=Path, metavar="ROOT", help="folder that holds RGB/")
     parser.add_argument("out", type=Path, metavar="OUT", help="new folder to write")

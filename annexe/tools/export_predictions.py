@@ -22,8 +22,18 @@ from annexe.tools.export_data import add_writing_arguments, show_export, writer_
 FORMATS = (*DATA_FORMATS, "png")
 
 
+_EXAMPLES = """\
+examples:
+  annexe export-predictions label-studio predictions.jsonl tasks --data-root data/synthetic
+      tasks that people correct, with the photos
+  annexe export-predictions png predictions.jsonl answers
+      a table of answers, and a mask file for each target
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
+    parser.epilog = _EXAMPLES
     parser.add_argument("format", choices=FORMATS, metavar="FORMAT", help=", ".join(FORMATS))
     parser.add_argument(
         "predictions",

@@ -23,8 +23,20 @@ _SHOWN = 3  # entries that are named of each reason
 _FEW_REFUSALS = 0.1  # share of the questions
 
 
+_EXAMPLES = """\
+examples:
+  annexe import-data coco labels/annotations.json data/mine --images labels/photos
+      data/mine with photos, masks and questions, as a training reads them
+  annexe import-data cvat export.zip data/mine --split test
+      further photos for the same folder, all of them in test
+
+Everything that was left out is named.
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
+    parser.epilog = _EXAMPLES
     add = parser.add_argument
     add("format", choices=FORMATS, metavar="FORMAT", help=", ".join(FORMATS))
     add("source", type=Path, metavar="SRC", help="annotation file or folder")
@@ -74,7 +86,6 @@ def run(arguments: argparse.Namespace) -> None:
 
     # Labels and photos
     report = ImportReport()
-    images = read_images(arguments, report)
     options = LayoutOptions(
         split=arguments.split,
         shares=shares,
@@ -83,7 +94,12 @@ def run(arguments: argparse.Namespace) -> None:
         skip_bad=arguments.skip_bad,
         num_workers=num_workers,
     )
-    layout = write_layout(images, arguments.out, options, report)
+    try:
+        images = read_images(arguments, report)
+        layout = write_layout(images, arguments.out, options, report)
+    except UserError as error:
+        raise UserError(report.as_given(str(error))) from None
+    note_missing_hands(images, report)
     if not arguments.complete:
         _note_few_refusals(layout, report)
 
@@ -128,6 +144,20 @@ def _shares(arguments: argparse.Namespace) -> tuple[float, float, float]:
             "give shares from 0 that leave something to train, and a seed from 0 on"
         )
     return 1 - val - test, val, test
+
+
+def note_missing_hands(images: list[LabeledImage], report: ImportReport) -> None:
+    """Say it where no label means a hand, as when hands are called "LH" and "RH"."""
+    regions = [region for image in images for region in image.regions]
+    if not regions or any(region.hand for region in regions):
+        return
+    names = list(dict.fromkeys(region.name for region in regions if region.name))
+    called = ", ".join(f"'{name}'" for name in names[:_SHOWN])
+    more = ", ..." if len(names) > _SHOWN else ""
+    report.note(
+        f"no region is a hand, so no question is asked about one (regions are called {called}"
+        f"{more}); call hands 'left hand' and 'right hand'"
+    )
 
 
 def _note_few_refusals(layout: Layout, report: ImportReport) -> None:

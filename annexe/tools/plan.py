@@ -16,10 +16,19 @@ from annexe.build import load_config
 from annexe.config import Config
 from annexe.errors import UserError
 from annexe.files import require_writable, write_json
-from annexe.models.language_model.base_model import DTYPES, QUANTIZED
+from annexe.models.language_model.base_model import DTYPES
+
+_EXAMPLES = """\
+example:
+  annexe plan --cfg-path train_configs/annexe.yaml --card 24
+      a table of memory by part, and options that make it fit where it does not
+
+Neither a GPU nor weights are needed, and data only to take the lengths of their texts.
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _EXAMPLES
     parser.add_argument(
         "--cfg-path",
         required=True,
@@ -52,10 +61,8 @@ def run(arguments: argparse.Namespace) -> None:
     config, tokenizer, notes = without_files(config)
     branches_of, source = lengths(config, tokenizer, arguments.tokens)
     notes.append(f"lengths: {source}")
-    if config.run.compile and config.require_model()["language_model"]["dtype"] in QUANTIZED:
-        notes.append(
-            "blocks of a quantized language model are counted as if they were not compiled"
-        )
+    if config.run.compile and config.require_model()["language_model"]["dtype"] == "int8":
+        notes.append("blocks of an int8 language model are counted as if they were not compiled")
 
     if config.run.objective == "rewards":
         notes.append(

@@ -62,7 +62,6 @@ class _Work:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.usage = (
         "annexe predict RUN INPUT [INPUT ...] --out DIR [--ask QUESTION [QUESTION ...]] [options]"
     )

@@ -9,16 +9,27 @@ from pathlib import Path
 
 from annexe.checkpoints.run_folder import load_progress, require_checkpoint
 from annexe.errors import UserError
-from annexe.files import in_units
+from annexe.files import in_units, replaced, require_writable
 from annexe.hub.card import write_card
 from annexe.hub.client import has_token
 from annexe.hub.publish import CARD, publish, upload
 from annexe.hub.runs import is_hub_name
 from annexe.terminal import say
 
+_EXAMPLES = """\
+examples:
+  annexe push runs/annexe user/repo --out published
+      what would be public, to be looked at
+  annexe push runs/annexe user/repo --private
+      a repository that 'annexe predict user/repo' and 'annexe download user/repo' take
+
+Paths and names of the machine are left out. It takes HF_TOKEN, or 'hf auth login'.
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
+    parser.epilog = _EXAMPLES
     parser.add_argument(
         "run_folder",
         metavar="RUN",
@@ -53,6 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.out is not None:
         if arguments.out.exists():
             raise UserError(f"'{arguments.out}' exists already; name a new folder")
+        require_writable(arguments.out)
         prepare(checkpoint, arguments.out, name, arguments.license)
         return
     if not has_token():
@@ -69,8 +81,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def prepare(checkpoint: Path, folder: Path, name: str, license: str | None) -> None:
     """Write the files of a run and its card to a new folder, and say what they are."""
-    published = publish(checkpoint, folder, name.partition("/")[2])
-    (folder / CARD).write_text(write_card(name, published, license), encoding="utf-8")
+    with replaced(folder) as part:
+        published = publish(checkpoint, part, name.partition("/")[2])
+        (part / CARD).write_text(write_card(name, published, license), encoding="utf-8")
 
     # What goes out, and what does not
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]

@@ -21,7 +21,17 @@ _DATA = ("data_root", "answer_format", "split_dir", "exclude")  # arguments that
 _SETTING = re.compile(r"datasets\.ego_irgbench\.(\w+)")
 
 
+_EXAMPLES = """\
+example:
+  annexe score predictions.jsonl --data-root data/synthetic --split test --out metrics.json
+      a table of scores, and the same numbers as JSON
+
+Neither a model nor a GPU is needed.
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _EXAMPLES
     parser.add_argument("predictions", type=Path, metavar="PRED", help="predictions.jsonl")
     add_data_arguments(parser)
     parser.add_argument(

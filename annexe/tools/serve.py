@@ -24,7 +24,17 @@ _LIMITS = {
 }
 
 
+_EXAMPLES = """\
+example:
+  annexe serve runs/demo --page
+      a server on port 8000, with the page for browsers at http://127.0.0.1:8000
+
+It runs until it is interrupted, and writes no files.
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _EXAMPLES
     parser.add_argument(
         "run_folder",
         metavar="RUN",

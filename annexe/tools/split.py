@@ -20,9 +20,18 @@ from annexe.errors import UserError
 from annexe.files import replaced
 from annexe.terminal import say, table
 
+_EXAMPLES = """\
+example:
+  annexe split data/synthetic --by sequence --out data/clean_split
+      lists of stems, which the setting split_dir of a data set takes
+
+The data themselves are not changed.
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
+    parser.epilog = _EXAMPLES
     parser.add_argument("root", type=Path, metavar="ROOT", help="folder that holds dataset_split/")
     parser.add_argument("--by", choices=GROUPS, required=True, help="what no two splits may share")
     parser.add_argument(

@@ -16,7 +16,17 @@ from annexe.terminal import say
 log = logging.getLogger(__name__)
 
 
+_EXAMPLES = """\
+example:
+  annexe synth data/synthetic --images 3400 --seed 1
+      data/synthetic with RGB/, depth/, mask/ and dataset_split/, as a training reads them
+
+A call that was interrupted goes on where it was when it is repeated.
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = _EXAMPLES
     add = parser.add_argument
     add("out", type=Path, metavar="OUT", help="folder to make")
 

@@ -31,18 +31,38 @@ from annexe.models.language_model.base_model import (
 )
 from annexe.models.language_model.gguf_file import convert_gguf
 from annexe.models.language_model.tokenizer import TextTokenizer, load_tokenizer
-from annexe.terminal import say, table
+from annexe.terminal import add_command, say, table
 
 _LLAMA = "language_model.llama."  # names of its tensors begin with
+
+# Examples of each action
+_INSPECT = """\
+example:
+  annexe weights inspect weights/eva-clip-g
+      tensors and parameters by module, the format, and the setting that takes it
+
+Only headers are read, and nothing is written.
+"""
+_EXPORT = """\
+examples:
+  annexe weights export runs/annexe exported
+      exported/ with the adapter for peft, all other trained tensors, tokenizer and settings
+  annexe weights export runs/annexe exported --merge
+      beside them the language model with the adapter merged in, for transformers
+"""
+_FROM_GGUF = """\
+example:
+  annexe weights from-gguf SmolLM2-135M-Instruct.Q4_1.gguf smollm2
+      smollm2/ with weights in float32 and a tokenizer, as model.language_model.path takes it
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     # What a checkpoint holds
-    inspect = actions.add_parser(
-        "inspect", help="say what a checkpoint holds and which setting takes it"
-    )
+    about = "say what a checkpoint holds and which setting takes it"
+    inspect = add_command(actions, "inspect", about, _INSPECT)
     inspect.add_argument(
         "file",
         metavar="FILE",
@@ -51,7 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     # A run in files of other programs
-    export = actions.add_parser("export", help="write adapter, heads and tokenizer of a run")
+    about = "write adapter, heads and tokenizer of a run"
+    export = add_command(actions, "export", about, _EXPORT)
     export.add_argument(
         "run_folder",
         metavar="RUN",
@@ -72,9 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     # A model of llama.cpp
-    from_gguf = actions.add_parser(
-        "from-gguf", help="turn a language model of llama.cpp into a folder of transformers"
-    )
+    about = "turn a language model of llama.cpp into a folder of transformers"
+    from_gguf = add_command(actions, "from-gguf", about, _FROM_GGUF)
     from_gguf.add_argument("file", type=Path, metavar="FILE", help="GGUF file")
     from_gguf.add_argument("out", type=Path, metavar="OUT", help="folder to make")
 
@@ -155,7 +175,9 @@ def export_run(run_folder: str, out: Path, *, merge: bool, base: Path | None = N
         if has_adapter:
             language_model = _load_base(checkpoint, settings)
     elif base is not None:
-        raise UserError("--base is not needed for this export; leave it out, or add --merge")
+        has_base = settings["path"] is not None
+        fix = "leave it out, or add --merge" if has_base else "leave it out"
+        raise UserError(f"--base is not needed for this export; {fix}")
 
     require_writable(out)
     with replaced(out) as part:
@@ -223,7 +245,7 @@ def _write_export(
             "vocabulary as it is"
         )
     else:
-        _save_whole(settings, tensors, part / folder)
+        _save_whole(settings, tensors, part / folder, _load_tokenizer(checkpoint, settings))
 
     # The adapter merged into its base
     if base is not None:
@@ -252,15 +274,16 @@ def _load_tokenizer(checkpoint: Path, settings: dict[str, Any]) -> TextTokenizer
     return load_tokenizer(checkpoint / "tokenizer", 1, rows, settings["prompt_template"])
 
 
-def _save_whole(settings: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
+def _save_whole(
+    settings: dict[str, Any], tensors: dict[str, Tensor], folder: Path, tokenizer: TextTokenizer
+) -> None:
     """Save a language model that was trained whole, in its own sizes.
 
     Args:
         settings: of the language model.
         tensors: all that was trained, by our names.
-        folder: to make, beside that of the tokenizer.
+        folder: to make.
     """
-    tokenizer = _load_tokenizer(folder.parent, settings)
     language_model = build_component("language_model", settings, tokenizer)
     require_class_for_text(language_model.model)
     with torch.no_grad():

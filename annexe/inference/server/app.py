@@ -214,6 +214,8 @@ class _Server:
             for key in form:
                 if key == "questions":
                     fields[key] = form.getlist(key)
+                elif len(form.getlist(key)) > 1:
+                    raise invalid("invalid_body", f"{key}: stands twice; send it once")
                 elif key != "image":
                     fields[key] = form.get(key)
         asked = validated(fields, PredictForm)

@@ -17,7 +17,13 @@ from annexe.inference.server.metrics import Metrics
 
 _API = "/v1/"
 _OPEN = "/health"  # also without a token, for load balancers
-_PATHS = ("/v1/predict", "/v1/chat/completions", "/v1/models", "/health", "/metrics")
+_METHODS = {
+    "/v1/predict": "POST",
+    "/v1/chat/completions": "POST",
+    "/v1/models": "GET",
+    "/health": "GET",
+    "/metrics": "GET",
+}
 _DISCARDED = 10  # times the limit, of a body that is read to its end although it is refused
 
 
@@ -72,7 +78,7 @@ class Guard:
         try:
             await self._pass(scope, _Incoming(receive), noting_status)
         finally:
-            label = path if path in _PATHS else "other"
+            label = path if path in _METHODS else "other"
             self.metrics.requests.labels(label, str(status)).inc()
             self.metrics.seconds.labels(label).observe(time.perf_counter() - start)
 
@@ -83,8 +89,7 @@ class Guard:
         try:
             if scope["path"] != _OPEN:
                 self._check_token(scope)
-            if scope["path"].startswith(_API) and scope["path"] not in _PATHS:
-                raise ApiError(404, "not_found", "there is no such path; see /openapi.json")
+            _check_route(scope)
             has_body = scope["method"] == "POST" and scope["path"].startswith(_API)
             if has_body:
                 self._check_load()
@@ -217,6 +222,22 @@ class _Incoming:
         if message["type"] != "http.request" or not message.get("more_body", False):
             self.is_complete = True
         return message
+
+
+def _check_route(scope: Scope) -> None:
+    """Refuse what no route of the API takes, before a page beside them answers in its own form.
+
+    Raises:
+        ApiError: 404 or 405.
+    """
+    method = _METHODS.get(scope["path"])
+    if method is None:
+        if scope["path"].startswith(_API):
+            raise ApiError(404, "not_found", "there is no such path; see /openapi.json")
+    elif scope["method"] != method:
+        raise ApiError(
+            405, "method_not_allowed", f"the method must be {method}; set it", {"Allow": method}
+        )
 
 
 def _password(credentials: bytes) -> bytes:

@@ -22,7 +22,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -34,7 +33,7 @@ from annexe.errors import UserError
 from annexe.evaluation.records import Record
 from annexe.inference.predictor import Predictor, Prepared, finish
 from annexe.inference.results import Photo, PhotoResult
-from annexe.workers import num_cores
+from annexe.workers import Spawn, num_cores
 
 log = logging.getLogger(__name__)
 
@@ -415,7 +414,7 @@ class ProcessWorker:
         self, load: LoadPredictor, tell: Tell, environment: dict[str, str] | None = None
     ) -> None:
         self.tell = tell
-        spawn = get_context("spawn")
+        spawn = Spawn()  # the server ends its workers; a Ctrl-C reaches them too
         self._connection, theirs = spawn.Pipe()
         self._process = spawn.Process(
             target=_run_process,
@@ -507,8 +506,6 @@ def _added_to_environment(variables: dict[str, str]) -> Iterator[None]:
 
 def _run_process(connection: Connection, load: LoadPredictor) -> None:
     """A loop in a process that was started for it."""
-    # The server ends its workers; a Ctrl-C reaches them too
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     sending = threading.Lock()
 
     def tell(event: Any) -> None:

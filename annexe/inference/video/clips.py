@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from annexe.errors import UserError
 from annexe.evaluation.records import line_of
-from annexe.files import named, remove, replaced, write_json
+from annexe.files import remove, replaced, write_json
 from annexe.inference.results import Photo
 from annexe.inference.video.pictures import FramePictures
 from annexe.inference.video.reading import DamagedClip, Frame, clip_size, read_frames
@@ -324,7 +324,7 @@ def _write_smoothed(
     num_smoothed = 0
     before = [Flicker() for _ in questions]
     after = [Flicker() for _ in questions]
-    with replaced(lines) as part, named(lines), part.open("w", encoding="utf-8") as file:
+    with replaced(lines) as part, part.open("w", encoding="utf-8") as file:
         for records, results in smoothed(frames, smooth):
             file.write("".join(map(line_of, results)))
             file.flush()

@@ -33,13 +33,12 @@ response, H query heads, Hk key heads, G query heads for each key head (H / Hk),
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -47,21 +46,11 @@ from transformers.masking_utils import sdpa_mask
 from annexe.models.language_model import decode_operations
 from annexe.models.language_model.kv_cache import DecodeIndex, PrefillCache, SharedPrefixCache
 from annexe.models.masked_attention import masked_kernels
-from annexe.structures.batch import BLOCK
 
 NAME = "packed"
-
-
-def _make_mask_mod(
-    reach: Tensor, columns: Tensor | None
-) -> Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]:
-    """FlexAttention's ``mask_mod`` for packed sequences: True where a query attends to a key."""
-
-    def mask_mod(row: Tensor, _head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-        column = query if columns is None else columns[query]
-        return (key <= column) & (column < reach[row, key])
-
-    return mask_mod
+# Tokens of the tiles that a program of the kernels holds, and of those that it visits
+HELD = 64
+VISITED = 32
 
 
 def packed_attention_mask(reach: Tensor, columns: Tensor | None = None) -> Tensor:
@@ -76,49 +65,85 @@ def packed_attention_mask(reach: Tensor, columns: Tensor | None = None) -> Tenso
         bool[B, 1, C, N], True = attends. Only ``sdpa`` takes a boolean mask; ``eager`` would add it
         as 1.
     """
-    num_rows, num_tokens = reach.shape
-    rows = torch.arange(num_rows, device=reach.device)
-    tokens = torch.arange(num_tokens, device=reach.device)
-    mask_mod = _make_mask_mod(reach, columns)
-    queries = tokens if columns is None else tokens[: len(columns)]
-    return mask_mod(rows[:, None, None], None, queries[:, None], tokens)[:, None]
+    keys = torch.arange(reach.shape[1], device=reach.device)
+    queries = keys if columns is None else columns
+    return ((keys <= queries[:, None]) & (queries[:, None] < reach[:, None]))[:, None]
 
 
-def packed_block_mask(reach: Tensor, columns: Tensor | None = None) -> BlockMask:
-    """`packed_attention_mask` as a mask of 128 x 128 blocks for compiled FlexAttention.
+@dataclass(frozen=True)
+class PackedTiles:
+    """`packed_attention_mask` for the kernels of a GPU, which skip what no query attends to.
 
-    For a block of queries only the key blocks up to the diagonal that reach it are computed. The
+    They go through queries and keys in tiles, of which they hold one and visit others
+    (`annexe.models.language_model.packed_kernels`).
+
+    Attributes:
+        reach: int32[B, N], as of `packed_attention_mask`.
+        columns: int32[C], the tokens that attend.
+        num_visits: int32[B, query tiles], how many key tiles each one of `HELD` queries visits.
+        visits: int32[B, query tiles, key tiles], these, of `VISITED` keys each; of a list only the
+            first `num_visits` count.
+        first_visit: int32[B, key tiles], the first tile of `VISITED` queries that each tile of
+            `HELD` keys visits.
+        end_visit: int32[B, key tiles], the tile behind the last one.
+    """
+
+    reach: Tensor
+    columns: Tensor
+    num_visits: Tensor
+    visits: Tensor
+    first_visit: Tensor
+    end_visit: Tensor
+
+
+def packed_tiles(reach: Tensor, columns: Tensor | None = None) -> PackedTiles:
+    """The mask of packed sequences for the kernels of a GPU.
+
+    For a tile of queries only the key tiles up to the diagonal that reach it are visited. The
     others, of other images and of branches before its own, are skipped.
 
     Args:
         reach: int[B, N], as of `packed_attention_mask`.
         columns: as of `packed_attention_mask`.
-
-    Returns:
-        The mask, for one head as for all.
     """
-    num_tokens = reach.shape[1]
-    num_key_blocks = -(-num_tokens // BLOCK)
-    queries = torch.arange(num_tokens, device=reach.device) if columns is None else columns
-    first = queries[::BLOCK, None]  # [query blocks, 1]
-    last = torch.cat([queries[BLOCK - 1 :: BLOCK], queries[-1:]])[: len(first), None]
+    if columns is None:
+        columns = torch.arange(reach.shape[1], device=reach.device)
 
-    # Find the key blocks that a block of queries needs.
-    num_unused = num_key_blocks * BLOCK - num_tokens
-    reach_of_block = F.pad(reach, (0, num_unused)).unflatten(1, (-1, BLOCK)).amax(-1)
-    first_key = BLOCK * torch.arange(num_key_blocks, device=reach.device)
-    is_needed = (reach_of_block[:, None] > first) & (first_key <= last)
+    # List the key tiles that a tile of queries visits.
+    is_visited = _needed_tiles(reach, columns, HELD, VISITED)
+    visits = (~is_visited).byte().argsort(dim=-1, stable=True)
 
-    # List them for each row; of the list only the first `num_needed` count.
-    num_needed = is_needed.sum(-1, dtype=torch.int32)  # [B, query blocks]
-    needed_first = (~is_needed).byte().argsort(dim=-1, stable=True)
-    return BlockMask.from_kv_blocks(
-        num_needed[:, None],
-        needed_first.int()[:, None],
-        BLOCK_SIZE=BLOCK,
-        mask_mod=_make_mask_mod(reach, columns),
-        seq_lengths=(len(queries), num_tokens),
+    # Those of queries that a tile of keys visits lie one behind the other.
+    is_visitor = _needed_tiles(reach, columns, VISITED, HELD)
+    first_visit = is_visitor.byte().argmax(1)
+    return PackedTiles(
+        reach.int().contiguous(),
+        columns.int(),
+        is_visited.sum(-1, dtype=torch.int32),
+        visits.int(),
+        first_visit.int(),
+        (first_visit + is_visitor.sum(1)).int(),
     )
+
+
+def _needed_tiles(reach: Tensor, columns: Tensor, num_queries: int, num_keys: int) -> Tensor:
+    """Where a query may attend to a key, by tiles: bool[B, query tiles, key tiles].
+
+    Args:
+        reach: as of `packed_tiles`, as is ``columns``.
+        num_queries: queries of a tile.
+        num_keys: keys of a tile.
+    """
+    # The first and the last query of each tile
+    first = columns[::num_queries, None]  # [query tiles, 1]
+    last = torch.cat([columns[num_queries - 1 :: num_queries], columns[-1:]])[: len(first), None]
+
+    # How far the keys of each tile reach
+    num_tiles = -(-reach.shape[1] // num_keys)
+    num_unused = num_tiles * num_keys - reach.shape[1]
+    reach_of_tile = F.pad(reach, (0, num_unused)).unflatten(1, (-1, num_keys)).amax(-1)
+    first_key = num_keys * torch.arange(num_tiles, device=reach.device)
+    return (reach_of_tile[:, None] > first) & (first_key <= last)
 
 
 def decode_attention(
@@ -167,7 +192,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | BlockMask | None,
+    attention_mask: Tensor | PackedTiles | None,
     *,
     scaling: float,
     dropout: float = 0.0,
@@ -215,17 +240,14 @@ def attend(
         prefill_cache.keys = key
         prefill_cache.values = value
 
-    # Attend within the packed sequence, block by block where blocks are masked.
-    if isinstance(attention_mask, BlockMask):
-        output = flex_attention(
-            query.to(value.dtype),
-            key.to(value.dtype),
-            value,
-            block_mask=attention_mask,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return output.transpose(1, 2).contiguous(), None
+    # Attend within the packed sequence.
+    if isinstance(attention_mask, PackedTiles):
+        # Imported here, because Triton comes only with the builds of PyTorch for a GPU.
+        from annexe.models.language_model.packed_kernels import packed_attention
+
+        queries = query.to(value.dtype).transpose(1, 2)
+        keys = key.to(value.dtype).transpose(1, 2)
+        return packed_attention(queries, keys, value.transpose(1, 2), attention_mask, scaling), None
     with masked_kernels(query.device):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout

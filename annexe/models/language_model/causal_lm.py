@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from annexe.errors import UserError, require_adapter, unknown_name_error
-from annexe.models.language_model.attention import packed_attention_mask, packed_block_mask
+from annexe.models.language_model.attention import packed_attention_mask, packed_tiles
 from annexe.models.language_model.base_model import (
     DTYPES,
     FLOAT8,
@@ -55,8 +55,6 @@ SETTINGS = "model.language_model"
 # Share of the adapters' update, 0 to 1, that has to survive rounding for them to be merged. Our own
 # choice: in bfloat16 trained adapters keep almost all of it, hardly trained ones lose most of it.
 _MIN_SURVIVING_SHARE = 0.95
-# Width of a head, in numbers, from which on FlexAttention's kernels take it.
-_MIN_FLEX_HEAD_DIM = 16
 
 
 @dataclass
@@ -223,7 +221,6 @@ class CausalLM(nn.Module):
         self.dtype = dtype
         # Reads prompts in place of `forward`, see `annexe.models.language_model.prompt_reading`
         self.prompt_reader: Callable[[Tensor, PackedText, bool], Prefill] | None = None
-        self.compiled = False  # `compile_blocks` sets it once the blocks run through torch.compile
 
         # Add the adapters. Only what they leave frozen becomes float8.
         self.has_adapters = lora.rank > 0
@@ -251,10 +248,13 @@ class CausalLM(nn.Module):
         return self.dtype != "int8"
 
     @property
-    def uses_flex_attention(self) -> bool:
-        """Whether attention skips blocks (FlexAttention): compiled, on a GPU, with wide heads."""
-        on_gpu = self.mask_head.weight.is_cuda
-        return self.compiled and on_gpu and self.head_dim >= _MIN_FLEX_HEAD_DIM
+    def skips_masked_tiles(self) -> bool:
+        """Whether attention leaves out what its mask hides: the kernels for a GPU do.
+
+        They drop no weights of attention, which few models ask for in training.
+        """
+        drops_weights = getattr(self.base.config, "attention_dropout", 0) > 0
+        return self.mask_head.weight.is_cuda and not drops_weights
 
     @property
     def skips_prefix(self) -> bool:
@@ -356,7 +356,7 @@ class CausalLM(nn.Module):
             reach: int[B, N], as of the masks.
             columns: int64[C], the tokens whose final states are read.
         """
-        make_mask = packed_block_mask if self.uses_flex_attention else packed_attention_mask
+        make_mask = packed_tiles if self.skips_masked_tiles else packed_attention_mask
         num_layers = len(self.base.model.layers)
         mask = make_mask(reach)
         attention_kwargs: list[dict[str, Any]] = [
@@ -467,7 +467,7 @@ class CausalLM(nn.Module):
     ) -> Prefill:
         """`prefill` of prompts whose prefix has been read before."""
         length = text.prefix_length
-        make_mask = packed_block_mask if self.uses_flex_attention else packed_attention_mask
+        make_mask = packed_tiles if self.skips_masked_tiles else packed_attention_mask
         columns = torch.arange(length, text.reach.shape[1], device=text.reach.device)
         mask = make_mask(text.reach, columns)
         prefill_caches = [PrefillCache(cache.keys, cache.values) for cache in prefix]

@@ -62,10 +62,10 @@ def set_trained(
         network: the encoder, changed in place.
         blocks: its transformer blocks.
         norms: the norms behind the last block, which are trained with it.
-        trained: ``none``, ``all``, ``lora``, or the number of the last blocks.
+        trained: ``none``, ``all``, ``lora``, or the number of the last blocks, which
+            `require_trained` has checked before there was a network.
         lora: the adapters.
     """
-    require_trained(trained, len(blocks))
     network.requires_grad_(trained == "all")
     if isinstance(trained, int):
         for module in [*blocks[-trained:], *norms]:
