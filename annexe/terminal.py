@@ -85,7 +85,7 @@ def table(
     title: str | None = None,
     has_total: bool = False,
 ) -> None:
-    """Print a table. Names in its first column are wrapped where they are too long, never cut.
+    """Print a table. Names that are too long for their column are wrapped, never cut.
 
     Args:
         headers: one for each column.
@@ -93,8 +93,8 @@ def table(
         title: stands above the table in one line.
         has_total: the last row is the sum of the others.
     """
-    first, *others = headers
-    printed = Table(Column(first, overflow="fold"), *others, title=title)
+    columns = [Column(header, overflow="fold") for header in headers]
+    printed = Table(*columns, title=title)
     for row in rows:
         printed.add_row(*row)
     if has_total:

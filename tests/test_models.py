@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from itertools import chain
 
 import pytest
@@ -504,7 +503,10 @@ def test_compiled_blocks_keep_what_attention_gave(make_parts, monkeypatch):
             counts.append([targets.count(name) for name in names])
         return graph.forward
 
-    partition = partial(min_cut_rematerialization_partition, compiler="inductor")
+    def partition(graph: torch.fx.GraphModule, inputs: list, **settings: object) -> tuple:
+        torch._inductor.config.joint_custom_pre_pass(graph.graph)  # as the compiler itself does
+        return min_cut_rematerialization_partition(graph, inputs, compiler="inductor", **settings)
+
     monkeypatch.setattr(CausalLM, "skips_masked_tiles", True)
     monkeypatch.setattr(CausalLM, "skips_prefix", True)
     options = ("hidden_size=128", "num_layers=2", "lora.rank=4", "lora.dropout=0", "num_heads=2")
@@ -512,7 +514,8 @@ def test_compiled_blocks_keep_what_attention_gave(make_parts, monkeypatch):
     backend = aot_autograd(fw_compiler=counting, bw_compiler=counting, partition_fn=partition)
     compile_blocks(model, backend=backend)
     text = Collator(tokenizer, model.num_image_tokens, 4, unpad=True)(batch.samples).text
-    embeddings = torch.rand(*text.input_ids.shape, model.language_model.hidden_size)
+    shape = (*text.input_ids.shape, model.language_model.hidden_size)
+    embeddings = torch.rand(shape, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         model.language_model.train()(embeddings, text).sum().backward()
     torch._dynamo.reset()

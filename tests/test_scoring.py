@@ -348,6 +348,7 @@ def test_errors_of_the_command(annexe, scenes, records, tmp_path):
     file = write(tmp_path / "predictions.jsonl", records)
     assert "no predictions" in annexe("score", tmp_path / "absent.jsonl", *data)
     assert "holds no predictions" in annexe("score", write(tmp_path / "empty.jsonl", []), *data)
+    assert "is a folder; name the predictions.jsonl in it" in annexe("score", tmp_path, *data)
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe")
     assert "cannot read predictions" in annexe("score", tmp_path / "bytes.jsonl", *data)
     other = ("--data-root", scenes, "--split")

@@ -30,7 +30,7 @@ from annexe.errors import UserError
 from annexe.evaluator import evaluate
 from annexe.files import require_writable, write_json, write_text
 from annexe.hub.publish import publish
-from annexe.terminal import log_handler
+from annexe.terminal import log_handler, table
 from annexe.trainer import set_up, train
 from tests.conftest import ROOT, SMALLEST, TINY
 from tests.forked import Command
@@ -660,6 +660,15 @@ def test_a_command_can_be_interrupted_while_it_is_imported(
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_table_cuts_no_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    table(["a", "b"], [["x" * 50, "y" * 60]])
+    printed = capsys.readouterr().out
+    assert (printed.count("x"), printed.count("y")) == (50, 60)
 
 
 def test_an_unknown_argument_is_told_with_the_usage_of_the_command(

@@ -157,6 +157,8 @@ def read_predictions(path: Path, truth: Truth) -> list[Record]:
         raise UserError(
             f"no predictions '{path}'; give a predictions.jsonl, of an evaluation or your own"
         ) from None
+    except IsADirectoryError:
+        raise UserError(f"'{path}' is a folder; name the predictions.jsonl in it") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"cannot read predictions '{path}' ({error}); "

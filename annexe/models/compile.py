@@ -36,6 +36,7 @@ def compile_blocks(
     """
     # Imported here, because it takes a second
     from annexe.models.joint_adapters import JoinAdapters
+    from annexe.models.kept_activations import KeepAttention
     from annexe.models.whole_rows import WholeRows
 
     # One variant for every shape, with and without gradients
@@ -43,6 +44,7 @@ def compile_blocks(
     # Drops what is cheap to compute again, at no loss of speed
     torch._functorch.config.activation_memory_budget = 0.9
     torch._inductor.config.pre_grad_custom_pass = JoinAdapters()
+    torch._inductor.config.joint_custom_pre_pass = KeepAttention()
     compile = partial(compile, backend=backend)
     if backend == "inductor":
         # As options, which threads of the backward pass have too

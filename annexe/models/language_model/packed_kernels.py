@@ -24,7 +24,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from annexe.models.language_model.attention import HELD, VISITED, PackedTiles
 
@@ -423,13 +422,6 @@ def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     num_rows, num_queries, num_heads = query.shape[:3]
     log_sum_exp = query.new_empty(num_rows, num_heads, num_queries, dtype=torch.float32)
     return torch.empty_like(query), log_sum_exp
-
-
-@register_flop_formula(torch.ops.annexe.packed_attention)
-def _(query_shape: Any, key_shape: Any, *_: Any, **__: Any) -> int:
-    """All pairs count, so that a compiled block keeps the output for its backward pass."""
-    num_rows, num_queries, num_heads, head_dim = query_shape
-    return 4 * num_rows * num_heads * num_queries * key_shape[1] * head_dim  # type: ignore[no-any-return]
 
 
 @torch.library.custom_op("annexe::packed_attention_backward", mutates_args=())
