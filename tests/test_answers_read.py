@@ -19,7 +19,7 @@ from annexe.evaluator import evaluate
 from annexe.inference.predictor import Predictor
 from annexe.inference.results import Photo
 from annexe.models.annexe import Annexe
-from annexe.models.language_model.attention import packed_attention_mask
+from annexe.models.language_model.packed_mask import packed_attention_mask
 from annexe.structures.batch import ANALYSIS, AnswersRead, Batch
 from annexe.trainer import train
 from tests.test_packed_attention import require_every_pair_is_visited

@@ -48,9 +48,9 @@ from annexe.evaluation.records import (
 from annexe.evaluation.truth import Truth
 from annexe.models import mask_postprocessing
 from annexe.models.annexe import Annexe
-from annexe.models.language_model.attention import packed_attention_mask
 from annexe.models.language_model.causal_lm import CausalLM
 from annexe.models.language_model.decode_steps import DraftingStep
+from annexe.models.language_model.packed_mask import packed_attention_mask
 from annexe.synthetic.generate import generate
 from annexe.training.cuda_graphs import PAD_TO_MULTIPLE_OF
 from tests.conftest import ROOT, SMALLEST, TINY

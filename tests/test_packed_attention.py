@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from annexe.models.language_model.attention import (
+from annexe.models.language_model.packed_mask import (
     HELD,
     VISITED,
     packed_attention_mask,

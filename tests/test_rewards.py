@@ -30,7 +30,7 @@ from annexe.datasets.collate import Collator, Padding
 from annexe.errors import UserError
 from annexe.evaluator import evaluate
 from annexe.models.annexe import Annexe
-from annexe.models.language_model.attention import packed_attention_mask
+from annexe.models.language_model.packed_mask import packed_attention_mask
 from annexe.models.language_model.sampling import choose, split_seeds, uniform
 from annexe.models.rollouts import roll_out
 from annexe.structures.batch import Batch

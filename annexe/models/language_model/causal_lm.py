@@ -22,7 +22,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from annexe.errors import UserError, require_adapter, unknown_name_error
-from annexe.models.language_model.attention import packed_attention_mask, packed_tiles
 from annexe.models.language_model.base_model import (
     DTYPES,
     FLOAT8,
@@ -33,6 +32,7 @@ from annexe.models.language_model.base_model import (
 from annexe.models.language_model.float8 import to_float8
 from annexe.models.language_model.kv_cache import Prefill, PrefillCache
 from annexe.models.language_model.last_block import let_choose_tokens
+from annexe.models.language_model.packed_mask import packed_attention_mask, packed_tiles
 from annexe.models.language_model.support import (
     has_image_axes,
     head_dim_of,

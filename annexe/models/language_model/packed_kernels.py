@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from annexe.models.language_model.attention import HELD, VISITED, PackedTiles
+from annexe.models.language_model.packed_mask import HELD, VISITED, PackedTiles
 
 # Weights are powers of two in the kernels, for a GPU computes those faster than powers of e.
 _LOG2_E = tl.constexpr(math.log2(math.e))

@@ -20,12 +20,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from annexe.checkpoints.whole_models import PARTS_OF_WHOLE, text_config_of
 from annexe.errors import UserError
-from annexe.models.language_model.attention import NAME, packed_attention_mask
+from annexe.models.language_model.attention import NAME
 from annexe.models.language_model.base_model import (
     make_language_model,
     require_plain_folder,
 )
 from annexe.models.language_model.kv_cache import PrefillCache
+from annexe.models.language_model.packed_mask import packed_attention_mask
 from annexe.structures.batch import reach_of
 
 # Types of blocks whose attention sees every position within the model's limit
