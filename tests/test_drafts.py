@@ -10,18 +10,21 @@ import torch.nn.functional as F
 
 from annexe.build import prepare_for_inference
 from annexe.config import RunConfig
+from annexe.datasets.collate import Collator
 from annexe.distributed import make_accelerator
 from annexe.models.language_model import decode_operations, decode_steps, drafts, generation
 from annexe.models.language_model.decode_steps import DecodeStep, DraftingStep, VerifyingStep
 from annexe.models.language_model.drafts import DeviceDraftTable, DraftTable
 from annexe.models.language_model.generation import GreedyDecoder, Responses
 from annexe.models.language_model.kv_cache import DecodeIndex, DraftIndex, SharedPrefixCache
+from scripts import decode_texts
 from tests.test_generation import (
     as_drafts,
     captured_by_hand,
     constraints_of,
     make_prompts,  # noqa: F401
 )
+from tests.test_packed_sequence import VARIED
 
 
 def test_the_most_frequent_tokens_are_drafted_while_they_are_likely():
@@ -230,6 +233,21 @@ def test_drafts_change_the_steps_and_not_the_responses(
         assert first.tokens == [tokens[:1] for tokens in expected.tokens]
     assert num_steps[1] < num_steps[0]
     assert num_steps[2] <= 12
+
+
+def test_a_small_model_speaks_inside_a_large_one(make_parts):
+    model, tokenizer, batch = make_parts(*VARIED)
+    accelerator = make_accelerator(device="cpu", mixed_precision="fp32", timeout_minutes=1)
+    sizes = decode_texts.Sizes(128, 4, 4, 160, "float32")
+    large = decode_texts.inside_of(model.language_model, sizes).eval()
+    prompts = Collator(tokenizer, model.num_image_tokens, 4, responses=False)(batch.samples)
+    responses = []
+    for language_model, width in ((model.language_model, 32), (large, 128)):
+        text, embeddings = decode_texts.embedded(model, prompts, accelerator, width)
+        prefill = language_model.prefill(embeddings, text)
+        responses.append(GreedyDecoder(language_model).decode(prefill, 12).tokens)
+    assert responses[0] == responses[1]
+    assert large.base.num_parameters() > 5 * model.language_model.base.num_parameters()
 
 
 def test_listeners_hear_of_every_step(make_prompts):  # noqa: F811

@@ -13,6 +13,7 @@ from annexe.models.language_model import decode_operations
 from annexe.models.language_model.causal_lm import CausalLM
 from annexe.models.language_model.decode_steps import DecodeStep, VerifyingStep
 from annexe.models.language_model.kv_cache import DecodeIndex, SharedPrefixCache
+from annexe.models.language_model.packed_mask import packed_attention_mask, packed_tiles
 from annexe.models.mask_postprocessing import at_full_size, encode_on_device, postprocess
 from annexe.models.pixel_decoder import Attention
 from annexe.models.vision_encoders.eva_vit import LinearGELU

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,7 +157,7 @@ class DeviceDraftTable(DraftTable):
         place = key % _NUM_PLACES
         return self.tokens[place].masked_fill((self.keys[place] != key)[:, None], 0)
 
-    def _key(self, answers_query, previous, token):
+    def _key(self, answers_query: Any, previous: Any, token: Any) -> Any:
         """A number for each pair, of numbers or of tensors."""
         number = answers_query * self.num_words + previous + 1
         return number * self.num_words + token
