@@ -80,7 +80,6 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--batch-size", type=int, default=10, help="photos")
     parser.add_argument("--queries", type=int, default=1, help="questions of a photo, at most")
     parser.add_argument("--batches", type=int, default=12, help="of which the first is left out")
-    parser.add_argument("--float8", action="store_true", help="weights in float8")
     for name, size in vars(Sizes()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(size), default=size)
     parser.add_argument("--json", type=Path, help="write the numbers there too")
@@ -114,7 +113,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     on_gpu = accelerator.device.type == "cuda"
     decoder.graphs = on_gpu
     autocast_dtype = None if sizes.dtype == "float32" else torch.bfloat16
-    decoder.join_products(autocast_dtype, float8=options.float8)
+    decoder.join_products(autocast_dtype)
 
     # Decode with each number of drafts
     rows = []

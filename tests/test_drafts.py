@@ -138,8 +138,7 @@ def index_on_a_cpu(*fields) -> DecodeIndex | DraftIndex:
     return index if len(index.column) == 1 else as_drafts(index)
 
 
-@pytest.mark.parametrize("graphs", [False, True])
-@pytest.mark.parametrize("kind", [0, 1, 2])
+@pytest.mark.parametrize(("kind", "graphs"), [(0, True), (1, True), (2, True), (2, False)])
 def test_steps_of_fixed_shapes_verify_drafts(make_prompts, monkeypatch, kind, graphs):  # noqa: F811
     """As on a GPU, where rows are looked at late; the step itself stands in for its graph."""
     language_model, prefill, samples = make_prompts()
@@ -270,17 +269,21 @@ def test_listeners_hear_of_every_step(make_prompts):  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    ("options", "drafts_tokens"),
+    ("options", "dtype", "drafts_tokens"),
     [
-        ((), True),
-        (("model.language_model.dtype=bfloat16",), False),
-        (("model.pixel_decoder.conditioning=answer",), False),
+        ((), "auto", True),
+        ((), "float8", False),
+        (("model.language_model.dtype=bfloat16",), "auto", False),
+        (("model.pixel_decoder.conditioning=answer",), "auto", False),
     ],
 )
-def test_drafts_are_for_a_cpu_in_float32_and_masks_from_prompts(make_parts, options, drafts_tokens):
+def test_drafts_are_for_a_cpu_in_float32_and_masks_from_prompts(
+    make_parts, options, dtype, drafts_tokens
+):
     model, _, _ = make_parts(*options)
     accelerator = make_accelerator(device="cpu", mixed_precision="fp32", timeout_minutes=1)
-    prepare_for_inference(model, RunConfig(draft_tokens=2), accelerator)
+    run = RunConfig(draft_tokens=2, generation_dtype=dtype)
+    prepare_for_inference(model, run, accelerator)
     assert (model.text_decoder.drafts is not None) == drafts_tokens
     prepare_for_inference(model, RunConfig(draft_tokens=0), accelerator)
     assert model.text_decoder.drafts is None

@@ -34,6 +34,7 @@ from torch.distributed.fsdp import FSDPModule
 from annexe.models.language_model.causal_lm import CausalLM
 from annexe.models.language_model.constraints import DecodingConstraints
 from annexe.models.language_model.decode_blocks import DecodingBlocks, can_join_products
+from annexe.models.language_model.decode_operations import FLOAT8
 from annexe.models.language_model.decode_steps import (
     DecodeStep,
     DecodingState,
@@ -177,10 +178,11 @@ class GreedyDecoder:
             max_tokens: tokens of a draft at most; 0 = none.
 
         Returns:
-            Whether that can be done: with joint products, on a CPU in float32 alone.
+            Whether that can be done: with joint products but not in float8, on a CPU in float32
+            alone.
         """
         self.drafts = None
-        if self.blocks is None or max_tokens == 0:
+        if self.blocks is None or self.blocks.input_dtype == FLOAT8 or max_tokens == 0:
             return False
         if not self._is_on_cpu:
             self.release()  # graphs read the table
