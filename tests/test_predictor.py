@@ -161,6 +161,8 @@ def test_a_bad_photo_or_question_costs_itself_alone(predictor, photos, tmp_path)
         (Image.new("RGB", (64, 64)), ["<MSK_0>"], "a token of the prompt"),
         (Image.new("RGB", (64, 64)), ["the </s> mug"], "holds '</s>', a token of the prompt"),
         (Image.new("RGB", (64, 64)), ["\ud800"], "not UTF-8"),
+        (Image.new("RGB", (64, 64)), 5, "questions are of type int; give a text, or a list"),
+        (Image.new("RGB", (64, 64)), b"Where?", "questions are of type bytes"),
     ],
 )
 def test_what_cannot_be_asked_is_named(predictor, images, questions, message):
@@ -184,6 +186,8 @@ def test_words_are_streamed_as_they_are_generated(predictor, photos):
     assert torch.get_num_threads() == threads
     with pytest.raises(UserError, match="cannot read"):
         list(predictor.stream(b"nothing", QUESTIONS[0]))
+    with pytest.raises(UserError, match="a question is of type list; give text"):
+        list(predictor.stream(photos[0], []))
 
 
 def test_the_last_word_is_held_back_until_it_is_complete():
@@ -248,9 +252,11 @@ def test_the_parts_of_an_answer_have_the_slots_of_its_targets(predictor, photos)
             assert "<MSK" not in "".join(text for text, _ in answer.parts())
 
 
-def test_a_run_that_is_none_is_named(tmp_path):
-    with pytest.raises(UserError, match="no complete checkpoint"):
-        Predictor.from_run(tmp_path)
+def test_a_run_that_is_none_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in (tmp_path, "~"):
+        with pytest.raises(UserError, match=f"no complete checkpoint.*{tmp_path}"):
+            Predictor.from_run(folder)
 
 
 def test_about_names_what_the_model_was_trained_on(predictor, trained, scenes):

@@ -304,6 +304,7 @@ def test_impossible_heights_are_refused(tmp_path: Path, height: int) -> None:
         ("--images=0", "--images is 0; give at least 1"),
         ("--seed=-1", "--seed is -1; give a number from 0 on"),
         ("--workers=0", "--workers is 0; give at least 1"),
+        ("--images=99999999999999", "the disk of '"),
     ],
 )
 def test_a_wrong_number_is_named(tmp_path: Path, option: str, message: str) -> None:

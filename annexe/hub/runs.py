@@ -6,6 +6,7 @@ A fetched run lies in ``$ANNEXE_CACHE/hub/user--repo@COMMIT`` (see `annexe.files
 from __future__ import annotations
 
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def local_run(where: str | Path) -> str:
     Raises:
         UserError: where a name is neither a folder here nor a run on the hub.
     """
-    text = str(where)
+    text = os.path.expanduser(where)
     if Path(text).exists() or not is_hub_name(text):
         return text
     try:

@@ -39,7 +39,7 @@ from annexe.errors import UserError, unknown_name_error
 from annexe.evaluation.predict import prompt_collator, records_of_image
 from annexe.evaluation.records import ImageRecord, QueryRecord
 from annexe.hub.runs import require_run
-from annexe.inference.results import Answer, ImageInput, Photo, PhotoResult
+from annexe.inference.results import Answer, ImageInput, Photo, PhotoResult, asked_of
 from annexe.models.annexe import Annexe, TextListener
 from annexe.models.language_model.tokenizer import PLACEHOLDER, TEMPLATE_TOKENS
 from annexe.structures.prediction import ImageResponses
@@ -298,7 +298,7 @@ class Predictor:
         """
         # The batch runs in a thread of its own, which tells this one what there is
         events: SimpleQueue[str | PhotoResult | Exception] = SimpleQueue()
-        photo = Photo.of(image, question)
+        photo = Photo.of(image, [question])
         num_threads = torch.get_num_threads()
 
         def on_text(_: int, query: int | None, text: str) -> None:
@@ -451,10 +451,10 @@ def _photos_of(
         UserError: if there are lists of questions, and not one for each photo.
     """
     inputs: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
-    asked = [questions] if isinstance(questions, str) else list(questions or ())
+    asked = asked_of(questions)
     for_each: list[Any] = [asked] * len(inputs)
     if any(not isinstance(question, str) for question in asked):
-        for_each = asked
+        for_each = list(asked)
         if len(asked) != len(inputs):
             raise UserError(
                 f"there are {len(asked)} lists of questions for {len(inputs)} photos; give one "

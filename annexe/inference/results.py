@@ -26,6 +26,23 @@ ImageInput = str | Path | bytes | Upload | Image.Image | np.ndarray
 """A file, the bytes of one, or pixels: RGB, uint8[H, W, 3] as an array."""
 
 
+def asked_of(questions: Any) -> tuple[Any, ...]:
+    """What is asked, as a tuple: of one question, several, or none.
+
+    Raises:
+        UserError: for what is neither a text nor a list.
+    """
+    if questions is None:
+        return ()
+    if isinstance(questions, str):
+        return (questions,)
+    if isinstance(questions, list | tuple):
+        return tuple(questions)
+    raise UserError(
+        f"questions are of type {type(questions).__name__}; give a text, or a list of texts"
+    )
+
+
 @dataclass(frozen=True)
 class Photo:
     """A photo and what is asked about it; without questions it is analyzed alone.
@@ -55,9 +72,9 @@ class Photo:
             name: under which records name it (default: the file's without its ending).
 
         Raises:
-            UserError: for an image of another type or shape.
+            UserError: for an image or questions of another type, or an image of another shape.
         """
-        asked = (questions,) if isinstance(questions, str) else tuple(questions or ())
+        asked = asked_of(questions)
 
         # Bring it into one of three forms
         if isinstance(image, str):

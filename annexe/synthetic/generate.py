@@ -18,7 +18,7 @@ import numpy as np
 
 from annexe.datasets.image_names import SPLITS
 from annexe.errors import UserError
-from annexe.files import write_json
+from annexe.files import require_room, write_json
 from annexe.synthetic.canvas import HEIGHT
 from annexe.synthetic.hard_language import hard_annotations
 from annexe.synthetic.hard_scene import draw_hard_scene, lay_out
@@ -41,6 +41,8 @@ _DRAWING_VERSION = 3
 _JPEG = [cv2.IMWRITE_JPEG_QUALITY, 90]
 # A third of the time of the default, for files a little larger.
 _PNG = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]
+# Bytes of all files of a scene for each pixel of its picture: .21 at full height, more at others
+_MIN_BYTES_OF_PIXEL = 0.2
 _FINISHED = "synthetic.json"
 _UNFINISHED = "synthetic.unfinished.json"
 
@@ -128,12 +130,15 @@ def generate(
         num_workers: processes; all cores if None.
 
     Raises:
-        UserError: the numbers make no sense, or `out` holds anything else.
+        UserError: the numbers make no sense, `out` holds anything else, or its disk is too small.
     """
     settings = Settings(num_images, seed, val_fraction, test_fraction, hard, height)
     _require_sound(settings, num_workers)
     if _is_complete(out, settings):
         return
+    if not (out / _UNFINISHED).exists():
+        pixels_of_picture = height**2 * 16 // 9
+        require_room(out, round(num_images * pixels_of_picture * _MIN_BYTES_OF_PIXEL))
 
     # folders, and a note that the data set is unfinished
     out.mkdir(parents=True, exist_ok=True)
