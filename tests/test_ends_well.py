@@ -316,6 +316,22 @@ def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
     assert killed.stdout and not pids
 
 
+def test_not_even_the_first_process_is_ended_by_an_interruption(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, signal\n"
+        "from annexe.workers import Spawn\n"
+        "if __name__ != '__main__':\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "if __name__ == '__main__':\n"
+        "    process = Spawn().Process(target=print, args=('done',))\n"
+        "    process.start()\n"
+        "    process.join()\n"
+    )
+    ended = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True)
+    assert ended.stdout == "done\n", ended.stderr
+
+
 def test_without_room_for_locks_one_process_does_all(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
