@@ -124,6 +124,13 @@ def test_a_device_looks_up_what_the_table_drafts(monkeypatch):
     expected = [[2, 3, 4], [3, 4, 5], [9, 0, 0], [0, 0, 0], [6, 0, 0]]
     assert look_up() == expected
 
+    # The last word in an analysis is not the beginning of an answer
+    table.learn(False, [19, 6, 2])
+    table.upload()
+    assert look_up()[:4] == expected[:4]
+    first_of_answer = [torch.tensor([value]) for value in (True, 0, 6, True)]
+    assert table.look_up(*first_of_answer).tolist() == [[0, 0, 0]]
+
     # Pairs that share a place: one of them has it
     monkeypatch.setattr(drafts, "_NUM_PLACES", 1)
     table.learn(True, [1, 2])

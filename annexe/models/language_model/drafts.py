@@ -159,5 +159,5 @@ class DeviceDraftTable(DraftTable):
 
     def _key(self, answers_query: Any, previous: Any, token: Any) -> Any:
         """A number for each pair, of numbers or of tensors."""
-        number = answers_query * self.num_words + previous + 1
+        number = answers_query * (self.num_words + 1) + previous + 1  # the latter up to num_words
         return number * self.num_words + token
