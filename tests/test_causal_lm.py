@@ -521,6 +521,11 @@ def test_windows_and_ropes_limit_positions_in_training_and_decoding(tmp_path, ma
             Collator(tokenizer, 40, 4, responses=responses, max_positions=64)(batch.samples)
 
 
+def test_a_folder_may_have_no_number_for_the_dropout_of_attention(tmp_path):
+    save_family(LlamaConfig(**SIZES, attention_dropout=None), tmp_path)
+    assert decoded(load(tmp_path), 2)
+
+
 def test_attention_refuses_what_it_does_not_know(family):
     _, folder, _ = family
     model = load(folder)

@@ -253,7 +253,7 @@ class CausalLM(nn.Module):
 
         They drop no weights of attention, which few models ask for in training.
         """
-        drops_weights = getattr(self.base.config, "attention_dropout", 0) > 0
+        drops_weights = bool(getattr(self.base.config, "attention_dropout", None))
         return self.mask_head.weight.is_cuda and not drops_weights
 
     @property
