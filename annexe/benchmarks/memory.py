@@ -33,7 +33,6 @@ from annexe.models.annexe import Annexe
 from annexe.models.compile import compile_blocks
 from annexe.structures.batch import Batch, each_tensor
 from annexe.training import losses
-from annexe.training.cuda_graphs import PAD_TO_MULTIPLE_OF
 from annexe.training.losses import Term
 from annexe.training.objective import (
     require_rewardable,
@@ -244,10 +243,8 @@ def measure(
     # Several processes sum gradients where they lie, and graphs find them where they were
     is_replicated = gpus > 1 and run.parallel == "ddp"
     keep_gradients = run.gradient_accumulation > 1 or is_replicated or use_graphs
-    # A compiled language model leaves padding out
-    pad_to_multiple_of = PAD_TO_MULTIPLE_OF if use_graphs and not run.compile else 1
 
-    # What it trains on
+    # What it trains on; a language model on a GPU leaves padding out
     weights_of_terms = losses.active(
         run.loss_weights,
         image_token_head=model.image_token_head,
@@ -261,7 +258,7 @@ def measure(
         weights_of_terms = weights_under_rewards(run.rewards, weights_of_terms)
         terms = {**terms, **policy_terms(run.rewards)}
     else:
-        batch = random_batch_for(model, branches, pad_to_multiple_of=pad_to_multiple_of)
+        batch = random_batch_for(model, branches)
 
     # The step, phase by phase
     with mode, live, CudaRules():

@@ -44,12 +44,12 @@ def random_groups(model: Annexe, branches: Branches, run: RunConfig) -> Batch:
     response = DrawnText([0] * run.max_new_tokens, "", has_ended=False)
     texts = [[response] * num_members for _ in range(len(batch.text.branch_start))]
 
-    # Rows as the trainer has them: with compiled attention all members share one
+    # Rows as the trainer has them on a GPU, where all members share one
     layout: Any = SimpleNamespace(
         tokenizer=SimpleNamespace(prefix_ids=[0] * PREFIX, eos_id=0),
         num_image_tokens=model.num_image_tokens,
         num_image_positions=model.num_image_positions,
-        padding=Padding(unpad=run.compile),
+        padding=Padding(unpad=True),
         answers_read=model.answers_read,
     )
     packed = pack_groups(layout, batch.text, texts)
