@@ -12,8 +12,9 @@ of its own, and all its answers lie behind that:
     columns     | prefix | analysis prompt | member 0 | query 1, answer | query 2, answer | member 1
     read up to  | end    | end of the row  | here ----------------------------------------->|
 
-Attention that does not skip blocks (`Padding.unpad`) would compute all pairs of these members for
-nothing. There each member has a row of its own: those of the first members come first.
+Attention that computes what its mask hides, as on a CPU, would compute all pairs of these members
+for nothing. Without `Padding.unpad` each member therefore has a row of its own: those of the first
+members come first.
 
 Positions go on behind what is read, as if nothing else were in the row.
 
