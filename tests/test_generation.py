@@ -240,8 +240,8 @@ def test_the_kernels_for_a_gpu_give_the_same(tmp_path):
         (*random_case(2, 1, 8, 20, 30, 4), FLOAT8),
         (*random_case(2, 1, 128, 20, 30, 4), FLOAT8),  # a head is a group
     ]
-    query, cache, index = random_case(2, 1, 8, 20, 40, 4)
-    query, index = several_tokens(query, index, 2)
+    query, cache, index = random_case(10, 2, 24, 20, 40, 4)
+    query, index = several_tokens(query, index, 4)  # with heads in a group more than one block
     cases.append((query, cache, index, None))
     inputs = [(query, vars(cache), vars(index), dtype) for query, cache, index, dtype in cases]
     torch.save(inputs, tmp_path / "attention.pt")
