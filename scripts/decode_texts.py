@@ -167,7 +167,9 @@ def decode(
     if isinstance(decoder.drafts, DeviceDraftTable):
         decoder.drafts.keys.fill_(-1)
 
-    seconds, steps, responses = [], [], []
+    seconds = []
+    steps = []
+    responses = []
     for text, embeddings in prompts:
         with accelerator.autocast():
             prefill = decoder.language_model.prefill(embeddings, text)
@@ -224,7 +226,8 @@ def inside_of(small: CausalLM, sizes: Sizes) -> CausalLM:
     for block, source in zip(outer.layers, inner.layers, strict=False):
         copy_norm(source.input_layernorm, block.input_layernorm)
         copy_norm(source.post_attention_layernorm, block.post_attention_layernorm)
-        attention, given = block.self_attn, source.self_attn
+        attention = block.self_attn
+        given = source.self_attn
         copy(given.q_proj.weight * query_scale, attention.q_proj.weight, rows=places)
         copy(given.k_proj.weight, attention.k_proj.weight, rows=places)
         copy(given.v_proj.weight, attention.v_proj.weight, rows=places)

@@ -177,7 +177,8 @@ def test_steps_of_fixed_shapes_verify_drafts(make_prompts, monkeypatch, kind, gr
     learned = DeviceDraftTable(4, num_words, torch.device("cpu"))
     nonsense = DeviceDraftTable(4, num_words, torch.device("cpu"))
     monkeypatch.setattr(nonsense, "look_up", lambda *_: torch.randint(num_words, (len(_[0]), 4)))
-    num_steps, kinds_of_steps = [], []
+    num_steps = []
+    kinds_of_steps = []
     for table in (learned, learned, nonsense, learned):
         decoder.release()
         decoder.drafts = table
@@ -284,7 +285,7 @@ def test_listeners_hear_of_every_step(make_prompts):  # noqa: F811
         (("model.pixel_decoder.conditioning=answer",), "auto", False),
     ],
 )
-def test_drafts_are_for_a_cpu_in_float32_and_masks_from_prompts(
+def test_a_cpu_drafts_in_float32_and_where_masks_start_from_prompts(
     make_parts, options, dtype, drafts_tokens
 ):
     model, _, _ = make_parts(*options)
