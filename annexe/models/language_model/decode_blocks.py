@@ -117,7 +117,7 @@ class DecodingBlock:
 
 
 class DecodingBlocks:
-    """All blocks and the final norm, which run one new token of each response.
+    """All blocks and the final norm, which run one new token of each response, or several.
 
     Args:
         language_model: a model for which `can_join_products` holds. Its weights are moved.
@@ -167,8 +167,8 @@ class DecodingBlocks:
         """Run all blocks and the final norm.
 
         Args:
-            x: float[R, D], embeddings of the new tokens; changed in place. With a `DraftIndex`, for
-                a CPU alone, a response may have several.
+            x: float[R, D], embeddings of the new tokens; changed in place. A response may have
+                several: on a CPU with a `DraftIndex`, on a GPU where the `DecodeIndex` says so.
             position: int64[R], their rotary positions.
             caches: keys and values of each block, which get those of the new tokens.
             index: where they go, and which response reads which prefix.
