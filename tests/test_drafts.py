@@ -295,3 +295,21 @@ def test_a_cpu_drafts_in_float32_and_where_masks_start_from_prompts(
     assert (model.text_decoder.drafts is not None) == drafts_tokens
     prepare_for_inference(model, RunConfig(draft_tokens=0), accelerator)
     assert model.text_decoder.drafts is None
+
+
+@pytest.mark.parametrize(("group", "max_tokens"), [(1, 15), (4, 3), (8, 1), (16, None)])
+def test_a_gpu_takes_as_many_tokens_as_its_kernels_hold(
+    make_prompts,  # noqa: F811
+    monkeypatch,
+    group,
+    max_tokens,
+):
+    language_model, _, _ = make_prompts()
+    decoder = GreedyDecoder(language_model)
+    decoder.join_products()
+    monkeypatch.setattr(GreedyDecoder, "_is_on_cpu", False)
+    config = language_model.base.config
+    monkeypatch.setattr(config, "num_attention_heads", group * config.num_key_value_heads)
+    assert decoder.draft(40) == (max_tokens is not None)
+    if max_tokens is not None:
+        assert decoder.drafts.max_tokens == max_tokens
