@@ -74,6 +74,24 @@ def _store_tile(
 
 
 @triton.jit
+def _score_keys(query, columns, key, keys, reach_ptr, num_keys, scaling, PRECISION: tl.constexpr):
+    """Scores of a tile of queries and one of keys, and which of them the mask lets through.
+
+    Args:
+        query: [HELD, PADDED_DIM]; key: [VISITED, PADDED_DIM].
+        columns: int32[HELD], where the queries lie in their row; keys: int32[VISITED].
+        reach_ptr: int32[num_keys], of the row.
+        scaling: factor of the scores.
+
+    Returns:
+        float32[HELD, VISITED], whose powers of 2 are the weights, and a mask of this shape.
+    """
+    score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scaling * _LOG2_E)
+    reach = tl.load(reach_ptr + keys, mask=keys < num_keys, other=0)
+    return score, (keys <= columns[:, None]) & (columns[:, None] < reach)
+
+
+@triton.jit
 def _attend(
     query_ptr,
     key_ptr,
@@ -139,9 +157,9 @@ def _attend(
         key = _load_tile(
             key_ptr + first_key, keys, key_stride, num_keys, HEAD_DIM, PADDED_DIM, IS_WHOLE
         )
-        score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scaling * _LOG2_E)
-        reach = tl.load(reach_ptr + row * num_keys + keys, mask=keys < num_keys, other=0)
-        is_seen = (keys <= columns[:, None]) & (columns[:, None] < reach)
+        score, is_seen = _score_keys(
+            query, columns, key, keys, reach_ptr + row * num_keys, num_keys, scaling, PRECISION
+        )
         score = tl.where(is_seen, score, float("-inf"))
 
         new_highest = tl.maximum(highest, tl.max(score, 1))
@@ -174,7 +192,7 @@ def _query_gradients(
     output_ptr,
     log_sum_exp_ptr,
     grad_output_ptr,
-    mean_ptr,
+    delta_ptr,
     grad_query_ptr,
     num_queries,
     num_keys,
@@ -194,7 +212,7 @@ def _query_gradients(
 
     Args:
         grad_output_ptr: [B, C, H, Dh], as ``output_ptr``.
-        mean_ptr: float32[B, H, C], written: the mean of a row's gradients, by its weights, which
+        delta_ptr: float32[B, H, C], written: the mean of a row's gradients, by its weights, which
             the softmax takes off all of them.
         grad_query_ptr: [B, C, H, Dh], written.
     """
@@ -218,9 +236,9 @@ def _query_gradients(
     grad_output = _load_tile(
         grad_output_ptr + first, queries, stride, num_queries, HEAD_DIM, PADDED_DIM, IS_WHOLE
     )
-    mean = tl.sum(output.to(tl.float32) * grad_output.to(tl.float32), 1)
+    delta = tl.sum(output.to(tl.float32) * grad_output.to(tl.float32), 1)
     first_of_head = (row * NUM_HEADS + head) * num_queries
-    tl.store(mean_ptr + first_of_head + queries, mean, mask=is_query)
+    tl.store(delta_ptr + first_of_head + queries, delta, mask=is_query)
     log_sum_exp = tl.load(log_sum_exp_ptr + first_of_head + queries, mask=is_query, other=0)
 
     # Visit the keys.
@@ -237,12 +255,12 @@ def _query_gradients(
         value = _load_tile(
             value_ptr + first_key, keys, key_stride, num_keys, HEAD_DIM, PADDED_DIM, IS_WHOLE
         )
-        score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scaling * _LOG2_E)
-        reach = tl.load(reach_ptr + row * num_keys + keys, mask=keys < num_keys, other=0)
-        is_seen = (keys <= columns[:, None]) & (columns[:, None] < reach)
+        score, is_seen = _score_keys(
+            query, columns, key, keys, reach_ptr + row * num_keys, num_keys, scaling, PRECISION
+        )
         weight = tl.where(is_seen, tl.exp2(score - log_sum_exp[:, None]), 0)
         grad_weight = tl.dot(grad_output, tl.trans(value), input_precision=PRECISION)
-        grad_score = weight * (grad_weight - mean[:, None])
+        grad_score = weight * (grad_weight - delta[:, None])
         grad_query = tl.dot(grad_score.to(key.dtype), key, grad_query, input_precision=PRECISION)
 
     # Store.
@@ -263,7 +281,7 @@ def _key_gradients(
     end_visit_ptr,
     log_sum_exp_ptr,
     grad_output_ptr,
-    mean_ptr,
+    delta_ptr,
     grad_key_ptr,
     grad_value_ptr,
     num_queries,
@@ -335,9 +353,9 @@ def _key_gradients(
             grad_value = tl.dot(
                 weight.to(value.dtype), grad_output, grad_value, input_precision=PRECISION
             )
-            mean = tl.load(mean_ptr + first_of_head + queries, mask=is_query, other=0)
+            delta = tl.load(delta_ptr + first_of_head + queries, mask=is_query, other=0)
             grad_weight = tl.dot(value, tl.trans(grad_output), input_precision=PRECISION)
-            grad_score = weight * (grad_weight - mean)
+            grad_score = weight * (grad_weight - delta)
             grad_key = tl.dot(
                 grad_score.to(query.dtype), query, grad_key, input_precision=PRECISION
             )
@@ -443,7 +461,7 @@ def _packed_attention_backward(
     """Gradients of query, key and value, from what `_packed_attention` took and gave."""
     num_rows, num_queries, num_heads = query.shape[:3]
     num_keys, num_key_heads = key.shape[1:3]
-    mean = torch.empty_like(log_sum_exp)
+    delta = torch.empty_like(log_sum_exp)
     grad_query = torch.empty_like(query)
     grad_key = torch.empty_like(key)
     grad_value = torch.empty_like(value)
@@ -460,7 +478,7 @@ def _packed_attention_backward(
         output,
         log_sum_exp,
         grad_output,
-        mean,
+        delta,
         grad_query,
         max_visits=visits.shape[2],
         **sizes,
@@ -476,7 +494,7 @@ def _packed_attention_backward(
         end_visit,
         log_sum_exp,
         grad_output,
-        mean,
+        delta,
         grad_key,
         grad_value,
         **sizes,
